@@ -1,0 +1,14 @@
+"""One error type for everything a user can get wrong: the command line prints it as one line, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RefineError(ValueError):
+    """Bad input. The message says what was seen, what was expected and how to mend it."""
+
+
+def closest(name: str, options: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the option nearest to `name`, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(options), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

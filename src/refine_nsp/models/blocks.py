@@ -1,0 +1,340 @@
+"""What all fast-weight language models share: blocks, the layer loop, padding, snapshots and the language-model head.
+
+A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer: `mixer(x, lengths, state, offsets) -> (y, trace)`. Everything about padding
+happens once, here at the edge: real tokens are moved to the left, rows carry their lengths, and outputs are moved back, so that
+no mixer ever sees a pad between real tokens and none writes to a state (DESIGN, padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
+from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
+from refine_nsp.ops.norm import rms_norm
+from refine_nsp.ops.swiglu import swiglu
+
+SUPPORTED_ACTIVATIONS = ("swish", "silu")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, statistics in float32 or better."""
+
+    def __init__(self, size: int, eps: float, affine: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); without `intermediate_size` the width is 2/3 * hidden_ratio * D, rounded up to 256."""
+
+    def __init__(self, hidden_size: int, hidden_ratio: float | None, intermediate_size: int | None) -> None:
+        super().__init__()
+        if intermediate_size is None:
+            width = int(hidden_size * (hidden_ratio if hidden_ratio is not None else 4) * 2 / 3)
+            intermediate_size = 256 * ((width + 255) // 256)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class FastWeightBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Any, mixer: nn.Module, norm_affine: bool = True) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, norm_affine)
+        self.attn = mixer
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, norm_affine)
+        self.mlp = SwiGLUMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor
+    ) -> tuple[Tensor, LayerTrace]:
+        y, trace = self.attn(self.attn_norm(x), lengths, state, offsets)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), trace
+
+
+@dataclass
+class FastWeightModelOutput(BaseModelOutputWithPast):
+    """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `PrefixStates`."""
+
+    snapshots: FastWeightCache | None = None
+    states: PrefixStates | None = None
+
+
+@dataclass
+class FastWeightCausalLMOutput(CausalLMOutputWithPast):
+    """As in transformers, with `last_hidden_state` [B, T, D] (after the final norm), `snapshots` and `states`."""
+
+    last_hidden_state: Tensor | None = None
+    snapshots: FastWeightCache | None = None
+    states: PrefixStates | None = None
+
+
+class FastWeightPreTrainedModel(PreTrainedModel):
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True  # a state cannot be rolled back, so generate() refuses assisted decoding by name
+    _no_split_modules: ClassVar[list[str]] = ["FastWeightBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm) and module.weight is not None:
+            init.ones_(module.weight)
+        elif hasattr(module, "init_weights_"):
+            module.init_weights_()
+
+
+def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, ...]]) -> None:
+    """Raise a RefineError naming the first field of `config` whose value is not among the supported ones."""
+    for name, supported in required.items():
+        value = getattr(config, name)
+        if value not in supported:
+            raise RefineError(
+                f"{type(config).__name__}: {name}={value!r} is not supported here; supported: "
+                f"{', '.join(repr(x) for x in supported)}"
+            )
+
+
+class FastWeightModel(FastWeightPreTrainedModel):
+    """Embedding, blocks, final norm. Subclasses give `make_block(config, layer_idx)`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([self.make_block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.norm_affine(config))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_block(self, config: Any, layer_idx: int) -> FastWeightBlock:
+        raise TypeError(f"{type(self).__name__} does not define make_block")
+
+    def norm_affine(self, config: Any) -> bool:
+        """Whether block norms carry a weight."""
+        return True
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: FastWeightCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        lengths: Tensor | None = None,
+        snapshot_positions: Tensor | None = None,
+        output_states: bool = False,
+        **kwargs: Any,
+    ) -> FastWeightModelOutput:
+        """Run T tokens on from `past_key_values` (or from nothing).
+
+        Args:
+            input_ids: [B, T] long; or `inputs_embeds` [B, T, D].
+            attention_mask: [B, T] or [B, past + T], 1 for real tokens, any pattern; or `lengths` [B] long for right padding.
+            past_key_values: states to go on from. With `use_cache` they are replaced in the given object (tensors never are
+                written in place); without, they are only read.
+            use_cache: default `config.use_cache` in eval mode, False in training mode.
+            snapshot_positions: [B, P] long, input column of the last token of each prefix (-1: before the first).
+            output_states: also return `states`, from which snapshots can be taken after the outputs are known.
+
+        Raises:
+            RefineError: both or neither of input_ids and inputs_embeds, a foreign cache, positions out of range, bad masks.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        B, T, _ = x.shape
+        past = self._check_past(past_key_values, B)
+        use_cache = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
+        aligned = alignment(attention_mask, lengths, T)
+        if aligned is not None:
+            x = aligned.align(x)
+        row_lengths = None if aligned is None else aligned.lengths
+        offsets = past.lengths if past is not None and past.lengths is not None else x.new_zeros(B, dtype=torch.long)
+        tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
+        final = (row_lengths if row_lengths is not None else x.new_full((B,), T, dtype=torch.long))[:, None] - 1
+
+        hidden: list[Tensor] = []
+        traces: list[LayerTrace] = []
+        finals: list[LayerState] = []
+        snapshots: list[LayerState] = []
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden.append(x if aligned is None else aligned.restore(x))
+            state = past.layers[i] if past is not None and past.is_initialized else None
+            x, trace = layer(x, row_lengths, state, offsets)
+            if use_cache:
+                finals.append(trace.at(final))
+            if tokens is not None:
+                snapshots.append(trace.at(tokens))
+            if output_states:
+                traces.append(trace)
+        x = self.norm(x)
+        if aligned is not None:
+            x = aligned.restore(x)
+        if output_hidden_states:
+            hidden.append(x)
+
+        taken = None
+        if tokens is not None:
+            prefix_lengths = (offsets[:, None] + tokens + 1).reshape(-1)
+            taken = FastWeightCache(snapshots, prefix_lengths, int(prefix_lengths.max()))
+        return FastWeightModelOutput(
+            last_hidden_state=x,
+            past_key_values=self._advance(past, finals, offsets + final[:, 0] + 1, T) if use_cache else past,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+            snapshots=taken,
+            states=PrefixStates(traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
+        )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RefineError("pass either input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise RefineError(f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}")
+        return self.embeddings(input_ids)
+
+    def _check_past(self, past: Any, n_rows: int) -> FastWeightCache | None:
+        if past is None:
+            return None
+        if not isinstance(past, FastWeightCache):
+            raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past).__name__}")
+        if past.is_initialized and past.batch_size != n_rows:
+            raise RefineError(
+                f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows"
+            )
+        return past
+
+    @staticmethod
+    def _advance(
+        past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int
+    ) -> FastWeightCache:
+        cache = past if past is not None else FastWeightCache()
+        cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
+        return cache
+
+
+class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
+    """Trunk and language-model head. `generate()` works as for any causal model, batched with left padding included."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.weight"}
+    trunk_class: ClassVar[type[FastWeightModel]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = self.trunk_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> FastWeightModel:
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: FastWeightCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        lengths: Tensor | None = None,
+        snapshot_positions: Tensor | None = None,
+        output_states: bool = False,
+        step: Callable[[FastWeightForCausalLM], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [B, T, V] (or of the last `logits_to_keep` columns), and the mean cross-entropy when `labels` are given.
+
+        The first arguments are those of `FastWeightModel.forward`. `labels` [B, T] are shifted inside (-100: ignored).
+        `step`: a callable that gets this module; its result is returned. A whole training step is then one forward call, which
+        is what DDP, FSDP and PEFT wrappers need to see.
+        """
+        if step is not None:
+            return step(self)
+        out = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            lengths=lengths,
+            snapshot_positions=snapshot_positions,
+            output_states=output_states,
+        )
+        h = out.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return FastWeightCausalLMOutput(
+            loss=None if labels is None else self._loss(h, labels),
+            logits=self.lm_head(h[:, kept]),
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            last_hidden_state=h,
+            snapshots=out.snapshots,
+            states=out.states,
+        )
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self.lm_head(hidden[:, :-1]).flatten(0, 1)
+        return nn.functional.cross_entropy(
+            logits.float() if logits.dtype == torch.bfloat16 else logits, labels[:, 1:].flatten()
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise RefineError(
+                f"cache_implementation={generation_config.cache_implementation!r} does not apply: fast-weight models keep a "
+                "fixed-size state; leave it unset"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = FastWeightCache()

@@ -1,0 +1,89 @@
+"""What DeltaNet and Gated DeltaNet share: the short convolutions, the read-out, and the trace their snapshots come from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from refine_nsp.models.state import LayerState
+from refine_nsp.ops.delta_rule import DeltaStates
+from refine_nsp.ops.norm import rms_norm_gated
+from refine_nsp.ops.short_conv import short_conv
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution of width W over time, then `activation`; its state is the last W - 1 inputs."""
+
+    def __init__(self, channels: int, width: int, activation: str | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.activation = activation
+        self.width = width
+        self.init_weights_()
+
+    def init_weights_(self) -> None:
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, history: Tensor | None) -> Tensor:  # [B, T, D], [B, W-1, D] -> [B, T, D]
+        return short_conv(x, self.weight[:, 0], None, self.activation, history)
+
+
+class GatedRMSNorm(nn.Module):
+    """rms_norm(o) * weight * silu(gate), over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def init_weights_(self) -> None:
+        init.ones_(self.weight)
+
+    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
+        return rms_norm_gated(o, gate, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class DeltaTrace:
+    """One pass of a delta-rule mixer: its chunk states, and the inputs of its convolutions with what came before them."""
+
+    states: DeltaStates
+    conv_inputs: dict[str, tuple[Tensor, Tensor | None, int]]  # name -> inputs [B, T, D], history [B, W-1, D], width
+
+    def at(self, positions: Tensor) -> LayerState:
+        """`recurrent` [B*P, HV, Dk, Dv] and `conv_q`, `conv_k`, `conv_v` [B*P, W-1, D]."""
+        state = {"recurrent": self.states.at(positions).flatten(0, 1)}
+        for name, (x, history, width) in self.conv_inputs.items():
+            state[name] = _last_inputs(x, history, width - 1, positions).flatten(0, 1)
+        return state
+
+
+def conv_trace(
+    inputs: dict[str, Tensor], state: LayerState | None, width: int
+) -> dict[str, tuple[Tensor, Tensor | None, int]]:
+    """What `DeltaTrace` keeps of the convolutions with inputs `q`, `k`, `v`; width 1 has no state."""
+    if width == 1:
+        return {}
+    return {f"conv_{n}": (z, None if state is None else state[f"conv_{n}"], width) for n, z in inputs.items()}
+
+
+def _last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor) -> Tensor:
+    """The `count` inputs up to and including `positions` [B, P] -> [B, P, count, D]; zeros (or history) before the first."""
+    index = positions[..., None] + torch.arange(1 - count, 1, device=x.device)  # [B, P, count]
+    rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    taken = x[rows, index.clamp(min=0)]
+    before = (index < 0)[..., None]
+    if history is None:
+        return taken.masked_fill(before, 0.0)
+    return torch.where(before, history[rows, (index + count).clamp(0, count - 1)], taken)
+
+
+def real_token_mask(lengths: Tensor | None, n_tokens: int) -> Tensor | None:
+    """[B, T, 1] bool, true at real tokens; None when all are."""
+    if lengths is None:
+        return None
+    return (torch.arange(n_tokens, device=lengths.device) < lengths[:, None])[..., None]

@@ -1,0 +1,76 @@
+"""Padding is dealt with once, at the model's edge: real tokens move to the left, rows carry lengths, outputs move back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How real tokens move to the left and back. `order` [B, T]: input column of aligned slot; `slot` its inverse."""
+
+    lengths: Tensor  # [B] long, real tokens of each row
+    order: Tensor | None  # [B, T] long; None: already aligned (right padding)
+    slot: Tensor | None  # [B, T] long
+
+    def align(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D], real tokens first
+        return x if self.order is None else x.gather(1, self.order[..., None].expand_as(x))
+
+    def restore(self, x: Tensor) -> Tensor:  # the inverse; outputs at pads are finite and meaningless
+        return x if self.slot is None else x.gather(1, self.slot[..., None].expand_as(x))
+
+
+def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Alignment | None:
+    """Alignment for a 0/1 mask [B, >= T] (its last T columns count) or lengths [B]; None when every token is real."""
+    if mask is not None and lengths is not None:
+        raise RefineError("got both attention_mask and lengths; pass one of them")
+    if lengths is not None:
+        if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
+            raise RefineError(
+                f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}"
+            )
+        return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[1] < n_tokens:
+        raise RefineError(f"attention_mask must be [B, T] (or [B, past + T]) of 0 and 1, got shape {tuple(mask.shape)}")
+    real = mask[:, -n_tokens:] != 0
+    if bool(real.all()):
+        return None
+    lengths = real.sum(1)
+    slots = torch.arange(n_tokens, device=mask.device)
+    if bool((real == (slots < lengths[:, None])).all()):  # right padding only
+        return Alignment(lengths, None, None)
+    order = torch.argsort(~real, dim=1, stable=True)
+    return Alignment(lengths, order, torch.argsort(order, dim=1))
+
+
+def columns_to_tokens(aligned: Alignment | None, n_tokens: int) -> Tensor | None:
+    """[B, T] long: index among the row's real tokens of each input column (for a pad: that of the real token before it)."""
+    if aligned is None or aligned.slot is None:
+        return None
+    real = aligned.slot < aligned.lengths[:, None]
+    return real.long().cumsum(1) - 1
+
+
+def snapshot_tokens(positions: Tensor | None, aligned: Alignment | None, n_rows: int, n_tokens: int) -> Tensor | None:
+    """Input columns [B, P] of snapshots as indices among each row's real tokens. Raises a RefineError naming what is off."""
+    if positions is None:
+        return None
+    if positions.ndim != 2 or positions.shape[0] != n_rows:
+        raise RefineError(f"snapshot_positions must be [B, P] = [{n_rows}, P], got shape {tuple(positions.shape)}")
+    if positions.numel() and (int(positions.max()) >= n_tokens or int(positions.min()) < -1):
+        raise RefineError(
+            f"snapshot_positions must lie in -1..{n_tokens - 1}, got {int(positions.min())}..{int(positions.max())}"
+        )
+    to_tokens = columns_to_tokens(aligned, n_tokens)
+    if to_tokens is not None:
+        return to_tokens.gather(1, positions.clamp(min=0)).where(positions >= 0, positions)
+    if aligned is not None and bool((positions >= aligned.lengths[:, None]).any()):
+        raise RefineError("snapshot_positions point at pads: each must be below its row's length")
+    return positions

@@ -1,0 +1,166 @@
+"""The memory of a fast-weight model: everything its layers need to go on from a position, and nothing that grows with it.
+
+A state is a plain dictionary of tensors whose first axis is the row, so that every hand-over (one prefix to N rollouts, beam
+reordering, dropping finished rows) is one `index_select`. Tensors are replaced, never written in place: a state taken from a
+forward pass with gradients stays part of its graph, which is what lets the policy loss reach the prefix (DESIGN: prefix
+states instead of prefixes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+LayerState = dict[str, Tensor]  # every tensor [R, ...]
+
+
+class LayerTrace(Protocol):
+    """What one layer keeps of a forward pass over T tokens, enough to rebuild its state at any position of it."""
+
+    def at(self, positions: Tensor) -> LayerState:
+        """State after the token at `positions` [B, P] long (-1: the state the pass started from), as B*P rows."""
+        ...
+
+
+class FastWeightCache(Cache):
+    """States of all layers for R rows; what `past_key_values` is for these models.
+
+    Attributes:
+        layers: one `LayerState` per layer, empty before the first forward pass.
+        lengths: [R] long, real tokens consumed by each row; None before the first forward pass.
+        columns: input columns seen, pads included: what `generate` calls the sequence length.
+    """
+
+    def __init__(self, layers: list[LayerState] | None = None, lengths: Tensor | None = None, columns: int = 0) -> None:
+        super().__init__(layers=layers if layers is not None else [])
+        self.layers: list[LayerState]
+        self.lengths = lengths
+        self.columns = columns
+
+    # --- ours: pure, each returns a new cache -------------------------------------------------------------------------
+    def index(self, rows: Tensor) -> FastWeightCache:
+        """The given rows [R'] long, in that order and as often as named. Differentiable."""
+        layers = [{name: x.index_select(0, rows.to(x.device)) for name, x in layer.items()} for layer in self.layers]
+        lengths = None if self.lengths is None else self.lengths.index_select(0, rows.to(self.lengths.device))
+        return FastWeightCache(layers, lengths, self.columns)
+
+    def expand(self, repeats: int) -> FastWeightCache:
+        """Every row `repeats` times, neighbours together: B*P rows become R = B*P*N in row-major order. Differentiable."""
+        if repeats == 1:
+            return self.copy()
+        return self.index(torch.arange(self.batch_size, device=self._lengths().device).repeat_interleave(repeats))
+
+    def detach(self) -> FastWeightCache:
+        """The same states outside any graph (no copies)."""
+        layers = [{name: x.detach() for name, x in layer.items()} for layer in self.layers]
+        return FastWeightCache(layers, self.lengths, self.columns)
+
+    def copy(self) -> FastWeightCache:
+        """A cache that can be continued without changing this one; tensors are shared, since none is written in place."""
+        return FastWeightCache([dict(layer) for layer in self.layers], self.lengths, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all states of all rows."""
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
+
+    def _lengths(self) -> Tensor:
+        if self.lengths is None:
+            raise ValueError("the cache is empty: run a forward pass with it first")
+        return self.lengths
+
+    def _become(self, other: FastWeightCache) -> None:
+        self.layers, self.lengths, self.columns = other.layers, other.lengths, other.columns
+
+    # --- what generate() and friends call -----------------------------------------------------------------------------
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        return -1 if self.lengths is None else int(self.lengths.shape[0])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.lengths is not None:
+            self._become(self.index(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.lengths is not None:
+            self._become(self.expand(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.lengths is not None:
+            rows = torch.arange(self.batch_size, device=self.lengths.device)[indices.to(self.lengths.device)]
+            self._become(self.index(rows))
+
+    def reset(self) -> None:
+        self._become(FastWeightCache())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                "a fast-weight state cannot be cropped: it holds no past tokens. Keep a `copy()` of the cache, or take a "
+                "snapshot with `model(input_ids, snapshot_positions=...)`, and continue from that"
+            )
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __deepcopy__(self, memo: dict) -> FastWeightCache:
+        # Tensors are never written in place, so sharing them is a deep copy; and non-leaf tensors could not be deep-copied.
+        return self.copy()
+
+    def __repr__(self) -> str:
+        return f"FastWeightCache(layers={len(self.layers)}, rows={self.batch_size}, columns={self.columns})"
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.lengths is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.layers)
+
+
+@dataclass(frozen=True)
+class PrefixStates:
+    """All states of one forward pass, by reference: pick positions after having seen its outputs (the fused schedule).
+
+    Holds each layer's intermediate results until it is dropped, so take the snapshots and let go of it.
+    """
+
+    traces: list[LayerTrace]
+    offsets: Tensor  # [B] long, real tokens consumed before this pass
+    columns_to_tokens: (
+        Tensor | None
+    )  # [B, T] long: index among the row's real tokens of each input column; None: identity
+
+    def at(self, positions: Tensor) -> FastWeightCache:
+        """Snapshot after the token in input column `positions` [B, P] long (-1: before the first), as B*P rows.
+
+        Differentiable with respect to everything the pass computed. Rows are row-major: row b*P + p.
+        """
+        tokens = positions
+        if self.columns_to_tokens is not None:
+            tokens = self.columns_to_tokens.gather(1, positions.clamp(min=0)).where(positions >= 0, positions)
+        lengths = (self.offsets[:, None] + tokens + 1).reshape(-1)
+        columns = int(lengths.max()) if lengths.numel() else 0
+        return FastWeightCache([trace.at(tokens) for trace in self.traces], lengths, columns)

@@ -1,0 +1,78 @@
+"""Normalisations with hand-written backwards: on a CPU they cost memory passes, not arithmetic, so few are made.
+
+Statistics are in float32 or better; results come back in the input's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def naive_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight
+
+
+def naive_rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) * weight * silu(gate)."""
+    return naive_rms_norm(x, weight, eps) * F.silu(gate)
+
+
+def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum(x^2) + eps) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
+    return _ScaledNorm.apply(x, weight, eps, x.shape[-1])
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
+    return _ScaledNorm.apply(x, None, eps, 1)
+
+
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) * weight * silu(gate), all [..., D]."""
+    return rms_norm(x, weight, eps).to(gate.dtype) * F.silu(gate)
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """x * (sum(x^2) / divisor + eps)^-1/2 * weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        xw = x.to(wide)
+        inverse = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_().div_(divisor).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.divisor = divisor
+        y = xw * inverse
+        if weight is not None:
+            y *= weight.to(wide)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        wide = inverse.dtype
+        D = x.shape[-1]
+        xw, dyw = x.to(wide).reshape(-1, D), dy.to(wide).reshape(-1, D)
+        r = inverse.reshape(-1, 1)
+        product = dyw * xw
+        # Both reductions of dy * x are matrix-vector products: the gradient of the weight, and of the norm.
+        if weight is None:
+            dot, dweight = product.sum(-1, keepdim=True), None
+            dx = dyw * r
+        else:
+            w = weight.to(wide)
+            dot, dweight = (product @ w)[:, None], (r[:, 0] @ product).to(weight.dtype)
+            dx = torch.mul(dyw, w, out=product).mul_(r)
+        dx.addcmul_(xw, dot.mul_(r.pow(3)).div_(ctx.divisor), value=-1.0)
+        return dx.to(x.dtype).view_as(x), dweight, None, None

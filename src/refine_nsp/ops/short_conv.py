@@ -1,0 +1,93 @@
+"""The short causal depthwise convolution in front of q, k and v: W shifted multiply-adds, in the [B, T, D] layout.
+
+A framework convolution wants [B, D, T] and pays two transposes; W is 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def naive_short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None
+) -> Tensor:
+    """y[t] = activation(bias + sum_i weight[:, i] * x[t - W + 1 + i]) by conv1d; same arguments as `short_conv`."""
+    W = weight.shape[1]
+    before = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if history is None else history
+    y = F.conv1d(torch.cat([before, x], 1).mT, weight[:, None], bias, groups=x.shape[2]).mT
+    return F.silu(y) if activation == "silu" else y
+
+
+def short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None
+) -> Tensor:
+    """Causal depthwise convolution over time.
+
+    Args:
+        x: [B, T, D].
+        weight: [D, W], the last tap is the current token.
+        bias: [D] or None.
+        activation: "silu" or None.
+        history: [B, W - 1, D], the inputs before x (None: zeros).
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    return _ShortConv.apply(x, weight, bias, activation == "silu", history)
+
+
+def _taps(W: int, T: int) -> list[tuple[int, int]]:
+    """(tap, how many tokens back it looks) for the taps that reach into x."""
+    return [(W - 1 - back, back) for back in range(1, min(W, T))]
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None
+    ) -> Tensor:
+        z = _convolve(x, weight, bias, history)
+        ctx.save_for_backward(x, weight, bias, history, z if silu else None)
+        return F.silu(z) if silu else z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, history, z = ctx.saved_tensors
+        T, W = x.shape[1], weight.shape[1]
+        dz = dy if z is None else torch.ops.aten.silu_backward(dy, z)
+        dx = dz * weight[:, W - 1]
+        dweight = torch.empty_like(weight)
+        buffer = dz * x
+        dweight[:, W - 1] = buffer.sum((0, 1))
+        for i in range(W - 1):
+            dweight[:, i] = 0.0
+        for tap, back in _taps(W, T):
+            dx[:, : T - back].addcmul_(dz[:, back:], weight[:, tap])
+            part = torch.mul(dz[:, back:], x[:, : T - back], out=buffer[:, back:])
+            dweight[:, tap] = part.sum((0, 1))
+        dhistory = None
+        if history is not None:
+            dhistory = torch.zeros_like(history)
+            for tap, start, count in _history_taps(W, T):
+                dhistory[:, start : start + count].addcmul_(dz[:, :count], weight[:, tap])
+                dweight[:, tap] += (dz[:, :count] * history[:, start : start + count]).sum((0, 1))
+        return dx, dweight, None if bias is None else dz.sum((0, 1)), None, dhistory
+
+
+def _history_taps(W: int, T: int) -> list[tuple[int, int, int]]:
+    """(tap, first history slot, tokens): tap i of tokens 0..count-1 falls on history slots i..i+count-1."""
+    return [(tap, tap, min(W - 1 - tap, T)) for tap in range(W - 1)]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> Tensor:
+    T, W = x.shape[1], weight.shape[1]
+    z = x * weight[:, W - 1]
+    for tap, back in _taps(W, T):
+        z[:, back:].addcmul_(x[:, : T - back], weight[:, tap])
+    if history is not None:
+        for tap, start, count in _history_taps(W, T):
+            z[:, :count].addcmul_(history[:, start : start + count].to(z.dtype), weight[:, tap])
+    return z if bias is None else z.add_(bias)

@@ -1,0 +1,54 @@
+"""Advantages (GRPO; paper, section 3.4): each rollout's reward against those of its group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refine_nsp.config import NSPConfig
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """values [B, P, N]; share_without_spread: groups whose advantages are 0 because all rewards are equal (or alone)."""
+
+    values: Tensor
+    group_std: float
+    share_without_spread: float
+
+
+def compute_advantages(rewards: Tensor, valid: Tensor, config: NSPConfig) -> Advantages:
+    """(reward - baseline) / scale within groups, rewards [B, P, N] and valid [B, P] bool -> values [B, P, N], 0 where invalid.
+
+    Groups: the P*N rollouts of a sequence (the paper, at N = 1) or the N of a position. Baseline: the group's mean, or the mean of
+    the others. Scale: the group's unbiased std + 1e-6, one std of all baselined rewards + 1e-6, or 1.
+    """
+    B, P, N = rewards.shape
+    shape = (B, P * N) if config.group == "sequence" else (B * P, N)
+    r = rewards.reshape(shape)
+    mask = valid[..., None].expand(B, P, N).reshape(shape)
+    count = mask.sum(-1, keepdim=True)
+    mean = (r * mask).sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = (r - mean) * mask
+    std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    lowest, highest = r.masked_fill(~mask, torch.inf).amin(-1), r.masked_fill(~mask, -torch.inf).amax(-1)
+    spread = ((count[:, 0] > 1) & (highest > lowest))[:, None]
+    exists = count[:, 0] > 0
+
+    advantage = centred * (count / (count - 1).clamp(min=1)) if config.baseline == "leave_one_out" else centred
+    advantage = advantage * spread
+    if config.advantage_scale == "std":
+        advantage = advantage / (std + EPSILON)
+    elif config.advantage_scale == "global":
+        total = advantage.square().sum() / mask.sum().clamp(min=1)
+        advantage = advantage / (total.sqrt() + EPSILON)
+    groups = exists.sum().clamp(min=1)
+    return Advantages(
+        advantage.reshape(B, P, N),
+        float((std[:, 0] * exists).sum() / groups),
+        float((exists & ~spread[:, 0]).sum() / groups),
+    )

@@ -1,0 +1,68 @@
+"""The policy loss (paper, section 3.4): PPO with clip and dual clip over rollout tokens; optional KL and entropy terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from refine_nsp.config import NSPConfig
+
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """loss: scalar, summed over tokens and divided by the normaliser; metrics: scalars."""
+
+    loss: Tensor
+    metrics: dict[str, float]
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    valid: Tensor,
+    config: NSPConfig,
+    normalizer: float,
+    entropy: Tensor | None = None,
+    reference_log_probs: Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped surrogate over tokens.
+
+    Args:
+        log_probs: [B, P, N, K] under the current policy, with gradient. old_log_probs: the same when sampled.
+        advantages: [B, P, N]. valid: [B, P] bool.
+        config: clip_low, clip_high, dual_clip, kl_coef, entropy_coef.
+        normalizer: number of tokens the sum is divided by.
+        entropy: [B, P, N, K] of the policy, needed with `entropy_coef`.
+        reference_log_probs: [B, P, N, K] under the reference model, needed with `kl_coef` (estimator k3: r - 1 - log r).
+    """
+    mask = valid[:, :, None, None].expand_as(log_probs)
+    log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    A = advantages[..., None]
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    per_token = torch.maximum(-A * ratio, -A * clipped_ratio)
+    per_token = torch.where(A < 0, torch.minimum(per_token, -A * config.dual_clip), per_token)
+    kl = None
+    if reference_log_probs is not None:
+        difference = (reference_log_probs - log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl = difference.exp() - 1 - difference
+        per_token = per_token + config.kl_coef * kl
+    if entropy is not None and config.entropy_coef:
+        per_token = per_token - config.entropy_coef * entropy
+    loss = per_token.masked_fill(~mask, 0.0).sum() / normalizer
+
+    with torch.no_grad():
+        n = mask.sum().clamp(min=1)
+        clipped = (-A * clipped_ratio > -A * ratio) & mask
+        metrics = {
+            "clip_fraction": float(clipped.sum() / n),
+            "approx_kl": float(((ratio - 1 - log_ratio) * mask).sum() / n),
+        }
+        if kl is not None:
+            metrics["reference_kl"] = float((kl * mask).sum() / n)
+    return PolicyLoss(loss, metrics)

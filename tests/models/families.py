@@ -42,6 +42,27 @@ GATED_VARIANTS = {
     "expand_1": {"expand_v": 1.0},
 }
 
+LACT_VARIANTS = {
+    "default": {},
+    "full_rank": {"w0_w2_low_rank": -1},
+    "no_momentum": {"use_momentum": False},
+    "muon": {"use_muon": True, "muon_dtype": "float32"},
+    "prenorm": {"ttt_prenorm": True},
+    "prenorm_muon": {"ttt_prenorm": True, "use_muon": True, "muon_dtype": "float32", "use_momentum": False},
+    "nope": {"ttt_nope": True},
+    "qk_norm_bias": {"attn_qk_norm": True, "qkv_bias": True},
+    "inter_multi": {"inter_multi": 1.5, "use_muon": True, "muon_dtype": "float32"},
+    "no_scale": {"learnable_ttt_scale": False},
+    "no_silu": {"qkv_silu": False},
+    "no_v_silu": {"no_v_silu": True},
+    "chunk_1": {"lact_chunk_size": 1, "window_size": 1},
+    "long_window": {"lact_chunk_size": 24, "window_size": 200},
+    "long_chunk": {"lact_chunk_size": 400},
+    "lr_dim": {"lr_dim": 16},
+    "heads": {"num_attn_heads": 2, "num_lact_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+}
+
 
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: object):
     """A tiny model in eval mode, every parameter moved off its initial value so that nothing is trivially 0 or 1."""
@@ -63,6 +84,6 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fiel
 
 ALL_VARIANTS = [("delta_net", name, fields) for name, fields in DELTA_NET_VARIANTS.items()]
 ALL_VARIANTS += [("gated_deltanet", name, fields) for name, fields in GATED_VARIANTS.items()]
-ALL_VARIANTS += [("lact_swiglu", "default", {}), ("lact_swiglu", "full_rank", {"w0_w2_low_rank": -1})]
+ALL_VARIANTS += [("lact_swiglu", name, fields) for name, fields in LACT_VARIANTS.items()]
 VARIANT_IDS = [f"{family}-{name}" for family, name, _ in ALL_VARIANTS]
 FAMILY_NAMES = ["delta_net", "gated_deltanet", "lact_swiglu"]

@@ -30,9 +30,9 @@ SUPPORTED_ACTIVATIONS = ("swish", "silu")
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, statistics in float32 or better."""
 
-    def __init__(self, size: int, eps: float, affine: bool = True) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,11 +58,11 @@ class SwiGLUMLP(nn.Module):
 class FastWeightBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: Any, mixer: nn.Module, norm_affine: bool = True) -> None:
+    def __init__(self, config: Any, mixer: nn.Module) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, norm_affine)
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = mixer
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, norm_affine)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLUMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
 
     def forward(
@@ -104,7 +104,7 @@ class FastWeightPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm) and module.weight is not None:
+        elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif hasattr(module, "init_weights_"):
             module.init_weights_()
@@ -128,16 +128,12 @@ class FastWeightModel(FastWeightPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([self.make_block(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.norm_affine(config))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
     def make_block(self, config: Any, layer_idx: int) -> FastWeightBlock:
         raise TypeError(f"{type(self).__name__} does not define make_block")
-
-    def norm_affine(self, config: Any) -> bool:
-        """Whether block norms carry a weight."""
-        return True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings

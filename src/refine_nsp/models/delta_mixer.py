@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from refine_nsp.models.state import LayerState
+from refine_nsp.models.state import LayerState, last_inputs
 from refine_nsp.ops.delta_rule import DeltaStates
 from refine_nsp.ops.norm import rms_norm_gated
 from refine_nsp.ops.short_conv import short_conv
@@ -58,7 +58,7 @@ class DeltaTrace:
         """`recurrent` [B*P, HV, Dk, Dv] and `conv_q`, `conv_k`, `conv_v` [B*P, W-1, D]."""
         state = {"recurrent": self.states.at(positions).flatten(0, 1)}
         for name, (x, history, width) in self.conv_inputs.items():
-            state[name] = _last_inputs(x, history, width - 1, positions).flatten(0, 1)
+            state[name] = last_inputs(x, history, width - 1, positions).flatten(0, 1)
         return state
 
 
@@ -69,17 +69,6 @@ def conv_trace(
     if width == 1:
         return {}
     return {f"conv_{n}": (z, None if state is None else state[f"conv_{n}"], width) for n, z in inputs.items()}
-
-
-def _last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor) -> Tensor:
-    """The `count` inputs up to and including `positions` [B, P] -> [B, P, count, D]; zeros (or history) before the first."""
-    index = positions[..., None] + torch.arange(1 - count, 1, device=x.device)  # [B, P, count]
-    rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    taken = x[rows, index.clamp(min=0)]
-    before = (index < 0)[..., None]
-    if history is None:
-        return taken.masked_fill(before, 0.0)
-    return torch.where(before, history[rows, (index + count).clamp(0, count - 1)], taken)
 
 
 def real_token_mask(lengths: Tensor | None, n_tokens: int) -> Tensor | None:

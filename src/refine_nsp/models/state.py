@@ -140,6 +140,20 @@ class FastWeightCache(Cache):
         return [False] * len(self.layers)
 
 
+def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor) -> Tensor:
+    """The `count` tokens of x [B, T, ...] up to and including `positions` [B, P] -> [B, P, count, ...].
+
+    Before the first token stands `history` [B, count, ...], or zeros.
+    """
+    index = positions[..., None] + torch.arange(1 - count, 1, device=x.device)  # [B, P, count]
+    rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    taken = x[rows, index.clamp(min=0)]
+    before = (index < 0).view(*index.shape, *[1] * (x.ndim - 2))
+    if history is None:
+        return taken.masked_fill(before, 0.0)
+    return torch.where(before, history[rows, (index + count).clamp(0, count - 1)], taken)
+
+
 @dataclass(frozen=True)
 class PrefixStates:
     """All states of one forward pass, by reference: pick positions after having seen its outputs (the fused schedule).

@@ -138,8 +138,10 @@ def recomputed_states(model: Any, batch: Batch, positions: Tensor) -> FastWeight
 
 
 def _stack_rows(parts: list[Tensor]) -> Tensor:
-    """P tensors [B, ...] -> [B*P, ...], row b*P + p."""
-    return torch.stack(parts, 1).flatten(0, 1)
+    """P tensors [B, ...] -> [B*P, ...], row b*P + p; open chunks of different fill are zero-padded to the longest."""
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in parts), strict=True)]
+    padding = [[pad for n, m in zip(reversed(shape), reversed(x.shape), strict=True) for pad in (0, n - m)] for x in parts]
+    return torch.stack([F.pad(x, p) for x, p in zip(parts, padding, strict=True)], 1).flatten(0, 1)
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:

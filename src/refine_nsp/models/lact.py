@@ -1,0 +1,419 @@
+"""LaCT (Zhang et al. 2025, arXiv 2505.23884): sliding-window attention plus large-chunk fast weights in every layer.
+
+Config fields and parameter names are those of the original `lact_swiglu`, so its checkpoints load unchanged. Chunks are anchored at
+a row's first real token. A chunk is learned from when it is complete and another token arrives, so the state after n tokens has had
+(n - 1) // C updates and holds the keys and values of the 1..C tokens since; that makes decoding cross chunk boundaries exactly, which
+the original cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import (
+    SUPPORTED_ACTIVATIONS,
+    FastWeightBlock,
+    FastWeightForCausalLM,
+    FastWeightModel,
+    RMSNorm,
+    refuse_unsupported,
+)
+from refine_nsp.models.state import LayerState, last_inputs
+from refine_nsp.ops.lact_update import FastState, Triple, UpdateRule, initial_state, read, row_norms, update
+from refine_nsp.ops.rotary import apply_rotary, rotary_tables
+from refine_nsp.ops.window_attention import window_attention
+
+BASE_LEARNING_RATE = 0.001
+NORM_EPS = 1e-5  # of the q/k norms and of the read-out norm: the original does not pass norm_eps to them
+
+
+class LaCTConfig(PreTrainedConfig):
+    """Fields, names and defaults of the original `lact_swiglu`.
+
+    `fuse_*`, `last_layer_fuse_norm`, `use_fused_kernel`, `elementwise_affine`, `max_position_embeddings` and `fp32_states` do not
+    change what is computed in float32 (fast weights are kept in float32 or better here). Other `ttt_loss_type` or
+    `lr_parameterization` than the original implements are refused. `muon_dtype` is ours: Newton-Schulz in "bfloat16" (as published)
+    or "float32".
+    """
+
+    model_type = "lact_swiglu"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_attn_heads: int = 32
+    num_lact_heads: int = 4
+    inter_multi: float = 1
+    qkv_bias: bool = False
+    attn_qk_norm: bool = False
+    lact_chunk_size: int = 2048
+    use_muon: bool = False
+    muon_dtype: str = "bfloat16"
+    lr_dim: int = 1
+    qkv_silu: bool = True
+    no_v_silu: bool = False
+    lr_parameterization: str = "mamba"
+    learnable_ttt_scale: bool = True
+    use_momentum: bool = True
+    ttt_loss_type: str = "dot_product"
+    ttt_prenorm: bool = False
+    ttt_nope: bool = False
+    w0_w2_low_rank: int = -1
+    window_size: int = 2048
+    rope_theta: float = 10000.0
+    max_position_embeddings: int | None = 2048
+    hidden_ratio: float | None = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "swish"
+    initializer_range: float = 0.006
+    elementwise_affine: bool = True
+    norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    fuse_norm: bool = True
+    last_layer_fuse_norm: bool = True
+    fuse_swiglu: bool = True
+    fuse_cross_entropy: bool = True
+    vocab_size: int = 32000
+    fw_init_gain: float = 0.5
+    use_fused_kernel: bool = False
+    fp32_states: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        refuse_unsupported(
+            self,
+            {
+                "ttt_loss_type": ("dot_product",),
+                "lr_parameterization": ("mamba", "Mamba", "MAMBA"),
+                "hidden_act": SUPPORTED_ACTIVATIONS,
+                "muon_dtype": ("bfloat16", "float32"),
+            },
+        )
+        for name in ("lact_chunk_size", "window_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise RefineError(f"LaCTConfig: {name} must be a whole number of at least 1, got {value!r}")
+        for name in ("num_attn_heads", "num_lact_heads"):
+            if self.hidden_size % getattr(self, name):
+                raise RefineError(
+                    f"LaCTConfig: hidden_size = {self.hidden_size} must be a multiple of {name} = {getattr(self, name)}"
+                )
+        if (self.hidden_size // self.num_attn_heads) % 2:
+            raise RefineError(f"LaCTConfig: the attention head width {self.hidden_size // self.num_attn_heads} must be even")
+        if self.lr_dim != 1 and not (self.lr_dim == self.fw_head_dim == self.fw_hidden_dim):
+            raise RefineError(
+                f"LaCTConfig: lr_dim = {self.lr_dim} must be 1, or the fast-weight head width {self.fw_head_dim} with inter_multi 1"
+            )
+
+    @property
+    def fw_head_dim(self) -> int:
+        """Dk = Dv of a fast-weight head."""
+        return self.hidden_size // self.num_lact_heads
+
+    @property
+    def fw_hidden_dim(self) -> int:
+        """Width inside a fast-weight network."""
+        return int(self.fw_head_dim * self.inter_multi)
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        muon = {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.muon_dtype] if self.use_muon else None
+        return UpdateRule(self.use_momentum, muon, self.ttt_prenorm)
+
+
+class LowRankFastWeight(nn.Module):
+    """Initial fast weight w_left @ w_right + 0.5 I, [H, Dh, D]."""
+
+    def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float) -> None:
+        super().__init__()
+        self.w_left = nn.Parameter(torch.empty(heads, rows, rank))
+        self.w_right = nn.Parameter(torch.empty(heads, rank, columns))
+        self.rank, self.columns, self.gain = rank, columns, gain
+        self.init_weights_()
+
+    def init_weights_(self) -> None:
+        init.normal_(self.w_left, std=self.gain / math.sqrt(self.rank))
+        init.normal_(self.w_right, std=self.gain / math.sqrt(self.columns))
+
+    def forward(self) -> Tensor:
+        w = self.w_left @ self.w_right
+        return w + 0.5 * torch.eye(*w.shape[-2:], dtype=w.dtype, device=w.device)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What fast weights learn from, per token: k, v [B, H, T, D], lr [B, H, T, 3 * lr_dim], momentum [B, H, T, 1] or None."""
+
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    momentum: Tensor | None
+
+    def named(self) -> dict[str, Tensor]:
+        found = {"open_k": self.k, "open_v": self.v, "open_lr": self.lr}
+        return found if self.momentum is None else {**found, "open_momentum": self.momentum}
+
+    @staticmethod
+    def from_named(named: dict[str, Tensor]) -> Tokens:
+        return Tokens(named["open_k"], named["open_v"], named["open_lr"], named.get("open_momentum"))
+
+
+@dataclass(frozen=True)
+class LaCTTrace:
+    """One pass: the fast state read in each chunk, all tokens since the chunk that was open, and the attention window."""
+
+    chunks: list[FastState]
+    tokens: Tokens  # aligned to the start of the first chunk: the open ones of before, then this pass's
+    opened: Tensor  # [B] long, how many were open before this pass
+    chunk_size: int
+    keys: Tensor  # [B, T, Ha, d]
+    values: Tensor
+    window_before: tuple[Tensor, Tensor] | None  # [B, W - 1, Ha, d]
+    window: int
+
+    def at(self, positions: Tensor) -> LayerState:
+        """Fast weights (w0, w1, w2, with main_* and momentum_* where used), open tokens, and window keys and values."""
+        C = self.chunk_size
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        count = self.opened[:, None] + positions + 1  # tokens since the start of the first chunk
+        chunk = torch.div(count - 1, C, rounding_mode="floor").clamp(min=0)
+        state = {
+            name: torch.stack([_named_state(s)[name] for s in self.chunks])[chunk, rows].flatten(0, 1)
+            for name in _named_state(self.chunks[0])
+        }
+        held = count - chunk * C  # [B, P], 0..C
+        slots = torch.arange(int(held.max()) if held.numel() else 0, device=positions.device)
+        index = (chunk * C)[..., None] + slots
+        index = index.clamp(max=self.tokens.k.shape[2] - 1)
+        for name, x in self.tokens.named().items():
+            taken = x.transpose(1, 2)[rows[..., None], index]  # [B, P, slots, H, ...]
+            taken = taken.masked_fill((slots >= held[..., None])[..., None, None], 0.0)
+            state[name] = taken.transpose(2, 3).flatten(0, 1)
+        before = (None, None) if self.window_before is None else self.window_before
+        for name, x, history in (("window_k", self.keys, before[0]), ("window_v", self.values, before[1])):
+            state[name] = last_inputs(x, history, self.window - 1, positions).flatten(0, 1)
+        return state
+
+
+def _named_state(state: FastState) -> dict[str, Tensor]:
+    named = dict(zip(("w0", "w1", "w2"), state.weights, strict=True))
+    for prefix, triple in (("main", state.main), ("momentum", state.momentum)):
+        if triple is not None:
+            named |= {f"{prefix}_{name}": w for name, w in zip(("w0", "w1", "w2"), triple, strict=True)}
+    return named
+
+
+def _state_from_named(named: LayerState) -> FastState:
+    def triple(prefix: str) -> Triple | None:
+        names = [f"{prefix}{name}" for name in ("w0", "w1", "w2")]
+        return Triple(*(named[n] for n in names)) if names[0] in named else None
+
+    weights = triple("")
+    assert weights is not None
+    return FastState(weights, triple("main_"), triple("momentum_"))
+
+
+class LaCTMixer(nn.Module):
+    """x [B, T, D] -> (y [B, T, D], trace): window attention plus what the fast weights read."""
+
+    def __init__(self, config: LaCTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, H, d, dh = config.hidden_size, config.num_lact_heads, config.fw_head_dim, config.fw_hidden_dim
+        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
+        if config.attn_qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, NORM_EPS), RMSNorm(D, NORM_EPS)
+        self.o_proj = nn.Linear(D, D, bias=False)
+        low_rank = config.w0_w2_low_rank > 0
+        for name in ("w0", "w2"):
+            weight: Any = nn.Parameter(torch.empty(H, dh, d))
+            if low_rank:
+                weight = LowRankFastWeight(H, dh, d, config.w0_w2_low_rank, config.fw_init_gain)
+            setattr(self, name, weight)
+        self.w1 = nn.Parameter(torch.empty(H, d, dh))
+        self.lr_proj = nn.Linear(D, 3 * config.lr_dim * H)
+        self.qk_scale = nn.Parameter(torch.empty(D, 2))
+        self.qk_offset = nn.Parameter(torch.empty(D, 2))
+        if config.learnable_ttt_scale:
+            self.ttt_scale_proj = nn.Linear(D, H)
+        self.ttt_norm = RMSNorm(d, NORM_EPS)
+        if config.use_momentum:
+            self.momentum_proj = nn.Sequential(nn.Linear(D, H), nn.Sigmoid())
+        self.init_weights_()
+
+    def init_weights_(self) -> None:
+        init.ones_(self.qk_scale)
+        init.zeros_(self.qk_offset)
+        for weight in (self.w0, self.w2):
+            if isinstance(weight, nn.Parameter):
+                init.normal_(weight, std=1.0 / math.sqrt(self.config.fw_head_dim))
+        init.normal_(self.w1, std=1.0 / math.sqrt(self.config.fw_hidden_dim))
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor
+    ) -> tuple[Tensor, LaCTTrace]:
+        c = self.config
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if c.attn_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        positions = offsets[:, None] + torch.arange(x.shape[1], device=x.device)
+        tables = rotary_tables(positions, c.hidden_size // c.num_attn_heads, c.rope_theta, x.dtype)
+        attended, keys, values = self._attend(q, k, v, state, offsets, tables)
+        fast_q, tokens = self._fast_inputs(x, q, k, v, tables)
+        opened, tokens = self._with_open_tokens(tokens, state, offsets)
+        start = initial_state(self._initial_weights(len(x)), c.update_rule) if state is None else _state_from_named(state)
+        recalled, chunks = self._run_chunks(fast_q, tokens, start, opened, lengths)
+        recalled = self.ttt_norm(recalled)  # [B, H, T, d]
+        if c.learnable_ttt_scale:
+            recalled = recalled * F.silu(self.ttt_scale_proj(x)).transpose(1, 2)[..., None]
+        y = self.o_proj(attended + recalled.transpose(1, 2).flatten(2))
+        before = None if state is None else (state["window_k"], state["window_v"])
+        return y, LaCTTrace(chunks, tokens, opened, c.lact_chunk_size, keys, values, before, c.window_size)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, offsets: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention output [B, T, D], and this pass's rotated keys and values [B, T, Ha, d]."""
+        q, k, v = (z.unflatten(-1, (self.config.num_attn_heads, -1)) for z in (q, k, v))
+        q, keys = apply_rotary(q, *tables), apply_rotary(k, *tables)
+        all_keys, all_values, past = keys, v, offsets.clamp(max=0)
+        if state is not None:
+            all_keys, all_values = torch.cat([state["window_k"], keys], 1), torch.cat([state["window_v"], v], 1)
+            past = offsets.clamp(max=self.config.window_size - 1)
+        o = window_attention(*(z.transpose(1, 2) for z in (q, all_keys, all_values)), self.config.window_size, past)
+        return o.transpose(1, 2).flatten(2), keys, v
+
+    def _fast_inputs(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tokens]:
+        """Queries [B, H, T, d] and what is learned from, before this pass's tokens join the open chunk."""
+        c = self.config
+        q = q * self.qk_scale[:, 0] + self.qk_offset[:, 0]
+        k = k * self.qk_scale[:, 1] + self.qk_offset[:, 1]
+        if c.qkv_silu:
+            q, k = F.silu(q), F.silu(k)
+            v = v if c.no_v_silu else F.silu(v)
+        q, k = (_unit(z.unflatten(-1, (c.num_lact_heads, -1))) for z in (q, k))
+        if not c.ttt_nope:
+            # The rotation pairs channels within attention heads, whose split differs from that of the fast-weight heads.
+            q, k = (
+                apply_rotary(z.flatten(2).unflatten(-1, (c.num_attn_heads, -1)), *tables)
+                .flatten(2)
+                .unflatten(-1, (c.num_lact_heads, -1))
+                for z in (q, k)
+            )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shift = BASE_LEARNING_RATE + math.log(-math.expm1(-BASE_LEARNING_RATE))
+        lr = F.softplus(self.lr_proj(x).to(wide) + shift).unflatten(-1, (c.num_lact_heads, -1))
+        momentum = self.momentum_proj(x).to(wide)[..., None].transpose(1, 2) if c.use_momentum else None
+        v = v.unflatten(-1, (c.num_lact_heads, -1))
+        return q.transpose(1, 2), Tokens(k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), momentum)
+
+    def _with_open_tokens(
+        self, tokens: Tokens, state: LayerState | None, offsets: Tensor
+    ) -> tuple[Tensor, Tokens]:
+        """Put this pass's tokens behind each row's open ones, so that chunk boundaries coincide across rows."""
+        C = self.config.lact_chunk_size
+        opened = torch.where(offsets > 0, (offsets - 1) % C + 1, 0)
+        if state is None:
+            return opened, tokens
+        width, T = state["open_k"].shape[2], tokens.k.shape[2]
+        slot = torch.arange(int(opened.max()) + T, device=offsets.device)
+        source = torch.where(slot < opened[:, None], slot, width + slot - opened[:, None]).clamp(max=width + T - 1)
+        joined = {}
+        for name, new in tokens.named().items():
+            both = torch.cat([state[name], new], 2)
+            joined[name] = both.gather(2, source[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3]))
+        return opened, Tokens.from_named(joined)
+
+    def _initial_weights(self, rows: int) -> Triple:
+        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in (self.w0, self.w2))
+        wide = torch.promote_types(self.w1.dtype, torch.float32)
+        return Triple(*(w.to(wide).expand(rows, -1, -1, -1) for w in (w0, self.w1, w2)))
+
+    def _run_chunks(
+        self, q: Tensor, tokens: Tokens, state: FastState, opened: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, list[FastState]]:
+        """Read every query with the weights of its chunk; learn from a row's chunk when the row goes on beyond it."""
+        c, C, T = self.config, self.config.lact_chunk_size, q.shape[2]
+        total = opened + (T if lengths is None else lengths)
+        n_chunks = max(1, -(-int(opened.max() + T) // C))
+        norms = row_norms(self._initial_weights(1))
+        starts = (torch.arange(n_chunks, device=q.device)[:, None] * C - opened).clamp(0, T)  # first query of each chunk
+        ends = ((torch.arange(n_chunks, device=q.device)[:, None] + 1) * C - opened).clamp(0, T)
+        states, outputs = [state], []
+        for i in range(n_chunks):
+            outputs.append(_read_span(state, q, starts[i], ends[i]))
+            goes_on = total > (i + 1) * C
+            if i + 1 == n_chunks:
+                break
+            if bool(goes_on.any()):
+                s = slice(i * C, (i + 1) * C)
+                lr = Triple(*tokens.lr[:, :, s].chunk(3, -1))
+                m = None if tokens.momentum is None else tokens.momentum[:, :, s]
+                learned = update(state, norms, tokens.k[:, :, s], tokens.v[:, :, s], lr, m, c.update_rule)
+                state = learned if bool(goes_on.all()) else _where(goes_on, learned, state)
+            states.append(state)
+        if bool((starts == starts[:, :1]).all()):
+            return torch.cat(outputs, 2), states
+        return torch.stack(outputs).sum(0), states
+
+
+def _read_span(state: FastState, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Read queries start[b] .. end[b] - 1 of q [B, H, T, d].
+
+    When all rows agree, only those [B, H, end - start, d]; else [B, H, T, d] with zeros elsewhere, ready to be summed.
+    """
+    if bool((start == start[0]).all()):
+        return read(state.weights, q[:, :, int(start[0]) : int(end[0])])
+    width = int((end - start).max())
+    index = start[:, None] + torch.arange(width, device=q.device)  # [B, width]
+    inside = (index < end[:, None])[:, None, :, None]
+    where = index.clamp(max=q.shape[2] - 1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    found = read(state.weights, q.gather(2, where)).masked_fill(~inside, 0.0)
+    return torch.zeros_like(q).scatter_add(2, where, found)
+
+
+def _where(rows: Tensor, a: FastState, b: FastState) -> FastState:
+    def choose(x: Triple | None, y: Triple | None) -> Triple | None:
+        if x is None or y is None:
+            return None
+        return Triple(*(torch.where(rows[:, None, None, None], p, q) for p, q in zip(x, y, strict=True)))
+
+    weights = choose(a.weights, b.weights)
+    assert weights is not None
+    return FastState(weights, choose(a.main, b.main), choose(a.momentum, b.momentum))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / (|x| + 1e-5) over the last axis, the norm in float32 or better."""
+    norm = x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1, keepdim=True)
+    return (x / (norm + 1e-5)).to(x.dtype)
+
+
+class LaCTModel(FastWeightModel):
+    config_class = LaCTConfig
+
+    def make_block(self, config: LaCTConfig, layer_idx: int) -> FastWeightBlock:
+        return FastWeightBlock(config, LaCTMixer(config))
+
+
+class LaCTForCausalLM(FastWeightForCausalLM):
+    config_class = LaCTConfig
+    trunk_class = LaCTModel
+
+
+__all__ = ["LaCTConfig", "LaCTForCausalLM", "LaCTModel"]

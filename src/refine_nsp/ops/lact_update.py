@@ -1,0 +1,133 @@
+"""LaCT's fast weights (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)), that is
+read by queries and trained on keys and values, a large chunk at a time.
+
+One update, with gradient terms of the dot-product loss, per-token learning rates lr and the chunk's mean momentum m:
+d = gradient + m d_prev; [Newton-Schulz of d, not fed back into the momentum]; w <- w + d, every row rescaled to its initial norm.
+With pre-norm the sum runs on unnormalised main weights. Fast weights are kept in float32 or better; matrix products run in the
+dtype of keys and values, as in the original.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NORM_EPSILON = 1e-5
+NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+class Triple(NamedTuple):
+    """Something for each of w0 [.., Dh, D], w1 [.., D, Dh] and w2 [.., Dh, D]."""
+
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+
+
+class FastState(NamedTuple):
+    """weights: what queries read; main: unnormalised sums (pre-norm only); momentum: last d (momentum only)."""
+
+    weights: Triple
+    main: Triple | None
+    momentum: Triple | None
+
+
+class UpdateRule(NamedTuple):
+    """muon: None, or the dtype of Newton-Schulz (bfloat16 as published, or float32: at least that)."""
+
+    momentum: bool
+    muon: torch.dtype | None
+    prenorm: bool
+
+
+def row_norms(weights: Triple) -> Triple:
+    """Norm of every row (last axis) of each weight, kept as [.., 1]."""
+    return Triple(*(w.norm(dim=-1, keepdim=True) for w in weights))
+
+
+def initial_state(weights: Triple, rule: UpdateRule) -> FastState:
+    """The state before any update."""
+    zeros = Triple(*(torch.zeros_like(w) for w in weights)) if rule.momentum else None
+    return FastState(weights, weights if rule.prenorm else None, zeros)
+
+
+def read(weights: Triple, q: Tensor) -> Tensor:
+    """f(q): q [.., T, D] -> [.., T, D], in q's dtype."""
+    w0, w1, w2 = (w.to(q.dtype) for w in weights)
+    return (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
+
+
+def gradient_terms(weights: Triple, k: Tensor, v: Tensor, lr: Triple) -> Triple:
+    """lr-weighted descent direction of -<f(k), v> summed over the chunk.
+
+    k, v: [.., C, D]; lr: [.., C, 1] (or a width that broadcasts) for each weight.
+    """
+    w0, w1, w2 = (w.to(k.dtype) for w in weights)
+    gate, up = k @ w0.mT, k @ w2.mT
+    active = F.silu(gate)
+    dhidden = v @ w1
+    sigma = torch.sigmoid(gate)
+    dgate = dhidden * up * sigma * (1 + gate * (1 - sigma))
+    d1 = v.mT @ (active * up * lr.w1).to(v.dtype)
+    d0 = dgate.mT @ (k * lr.w0).to(k.dtype)
+    d2 = (dhidden * active).mT @ (k * lr.w2).to(k.dtype)
+    return Triple(d0, d1, d2)
+
+
+def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Approximate orthogonalisation of each matrix g [.., a, b] (Muon), computed in `dtype`."""
+    x = g.to(dtype)
+    wide = x.shape[-2] > x.shape[-1]
+    if wide:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if wide else x
+
+
+def update(
+    state: FastState, norms: Triple, k: Tensor, v: Tensor, lr: Triple, momentum: Tensor | None, rule: UpdateRule
+) -> FastState:
+    """The state after one chunk of keys and values [.., C, D]; `norms` from `row_norms` of the initial weights.
+
+    momentum: [.., C, 1], averaged over the chunk; None without.
+    """
+    step = gradient_terms(state.weights, k, v, lr)
+    kept = None
+    if rule.momentum:
+        assert momentum is not None and state.momentum is not None
+        mean = momentum.mean(-2, keepdim=True)
+        step = kept = Triple(*(d + m * mean for d, m in zip(step, state.momentum, strict=True)))
+    if rule.muon is not None:
+        dtype = rule.muon if rule.muon == torch.bfloat16 else torch.promote_types(k.dtype, rule.muon)
+        step = Triple(*(newton_schulz(d, dtype) for d in step))
+    start = state.main if state.main is not None else state.weights
+    moved = Triple(*(w + d for w, d in zip(start, step, strict=True)))
+    scaled = (w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * n for w, n in zip(moved, norms, strict=True))
+    return FastState(Triple(*scaled), moved if rule.prenorm else None, kept)
+
+
+def naive_lact(
+    weights: Triple, q: Tensor, k: Tensor, v: Tensor, lr: Triple, momentum: Tensor | None, chunk: int, rule: UpdateRule
+) -> Tensor:
+    """Token by token: a complete chunk is learned from when the token after it arrives. q, k, v [.., T, D] -> [.., T, D]."""
+    state, norms, outputs = initial_state(weights, rule), row_norms(weights), []
+    for t in range(q.shape[-2]):
+        if t and t % chunk == 0:
+            s = slice(t - chunk, t)
+            past_lr = Triple(*(x[..., s, :] for x in lr))
+            m = None if momentum is None else momentum[..., s, :]
+            state = update(state, norms, k[..., s, :], v[..., s, :], past_lr, m, rule)
+        outputs.append(read(state.weights, q[..., t : t + 1, :]))
+    return torch.cat(outputs, -2)

@@ -1,0 +1,42 @@
+"""Causal sliding-window attention, block by block, so that memory and time are linear in T."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MIN_BLOCK = 128
+
+
+def naive_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
+    """One [T, past + T] mask; same arguments as `window_attention`."""
+    return _attend(q, k, v, window, past, 0, q.shape[2])
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
+    """Each query sees itself and the `window - 1` keys before it.
+
+    Args:
+        q: [B, H, T, d].
+        k, v: [B, H, S + T, d]: S slots of keys from before, the newest last, then those of the T queries.
+        window: at least 1.
+        past: [B] long, how many of the S slots are filled.
+    """
+    T = q.shape[2]
+    block = max(window, MIN_BLOCK)
+    if block >= T:
+        return _attend(q, k, v, window, past, 0, T)
+    return torch.cat([_attend(q, k, v, window, past, s, min(s + block, T)) for s in range(0, T, block)], 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: int, end: int) -> Tensor:
+    """Queries start .. end - 1."""
+    slots = k.shape[2] - q.shape[2]
+    first = max(0, slots + start - window + 1)
+    keys = torch.arange(first, slots + end, device=q.device) - slots  # position relative to the first query
+    queries = torch.arange(start, end, device=q.device)
+    back = queries[:, None] - keys
+    visible = (back >= 0) & (back < window) & (keys >= -past[:, None, None])  # [B, t, keys]
+    span = slice(first, slots + end)
+    return F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, span], v[:, :, span], attn_mask=visible[:, None])

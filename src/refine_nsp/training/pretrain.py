@@ -1,0 +1,287 @@
+"""Pretrain a tiny base model, from nothing, on the text every Python installation has and on generated recall documents.
+
+Recall does not appear by itself in minutes of training. What is done about it is stated in the model card: facts are dense and short
+range first (the sequence length grows by phases), answers weigh more early, and q and k projections start equal with k's convolution
+shifted by one token, so that a key already stands for "what came before this value".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
+from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
+from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
+from refine_nsp.training.corpus import standard_library
+from refine_nsp.training.progress import step_progress
+from refine_nsp.training.recall import NAMES, VALUES, RecallTokens, recall_document
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` of `tokens_per_step` tokens in rows of `length`; recall documents are `recall_share` of rows, `dense` facts."""
+
+    steps: int
+    length: int
+    recall_share: float
+    dense: float
+    answer_weight: float
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides the base model. `recipes/pretrain_tiny.yaml` is the shipped one."""
+
+    output_dir: str = "runs/pretrain"
+    seed: int = 0
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_heads: int = 2
+    intermediate_size: int = 384
+    tokens_per_step: int = 4096
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    save_steps: int = 250
+    log_steps: int = 50
+    phases: list[Phase] = field(
+        default_factory=lambda: [
+            Phase(300, 128, 0.6, 1.0, 4.0),
+            Phase(500, 256, 0.4, 0.6, 2.0),
+            Phase(1000, 512, 0.3, 0.3, 1.0),
+        ]
+    )
+
+    @property
+    def total_steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+
+def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
+    """Train, or go on from the last checkpoint in `output_dir`; returns the folder of the finished model.
+
+    Raises:
+        RefineError: no step to make, or rows longer than a step's tokens.
+    """
+    if config.total_steps < 1 or any(p.length > config.tokens_per_step for p in config.phases):
+        raise RefineError("pretrain needs phases with at least one step, each row no longer than tokens_per_step")
+    torch.manual_seed(config.seed)
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    stream = encode_texts(tokenizer, texts)
+    held = encode_texts(tokenizer, held_out)
+    model = induction_friendly(new_model(config, len(tokenizer)))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
+    start = load_checkpoint(out, model, optimizer) if resume else 0
+    recall_tokens = RecallTokens.of(tokenizer)
+    probes = make_probes(tokenizer, held.tolist(), [(256, 8), (512, 8), (1024, 8)], 64, seed=1)
+    windows = held[: 16 * 512].view(16, 512)
+    model.train()
+    with step_progress(config.total_steps, start, "pretrain") as progress:
+        for step in range(start, config.total_steps):
+            phase = phase_of(config, step)
+            ids, weights = training_batch(config, phase, step, stream, recall_tokens)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * schedule(config, step)
+            loss = train_step(model, optimizer, ids, weights, config.max_grad_norm)
+            progress.advance(ids.numel(), loss=loss)
+            done = step + 1
+            if done % config.log_steps == 0 or done == config.total_steps:
+                log_progress(out, done, loss, model, probes if done % (4 * config.log_steps) == 0 else [], windows)
+            if done % config.save_steps == 0 or done == config.total_steps:
+                save_checkpoint(out, model, optimizer, done)
+    return save_model(out, model.eval(), tokenizer, config)
+
+
+# --- model, tokenizer, optimizer --------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    """Byte-level BPE on the text, with every word of the recall documents frequent enough to become one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = " " + " ".join(NAMES + VALUES)
+    bpe.train_from_iterator([*texts, *([words] * 20_000)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+        model_max_length=1_000_000,
+    )  # fmt: skip
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> Tensor:
+    """All texts as one stream of ids, END_OF_TEXT after each."""
+    ids: list[int] = []
+    for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        ids += encoded + [tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+def new_model(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
+    return DeltaNetForCausalLM(
+        DeltaNetConfig(
+            vocab_size=vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
+            num_heads=config.num_heads, intermediate_size=config.intermediate_size, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def induction_friendly(model: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
+    """q and k alike, k one token late: a key stands for the two tokens before it, a query for the two up to it."""
+    for layer in model.model.layers:
+        mixer = layer.attn
+        mixer.q_proj.weight.copy_(mixer.k_proj.weight)
+        for conv, taps in ((mixer.q_conv1d, (-2, -1)), (mixer.k_conv1d, (-3, -2)), (mixer.v_conv1d, (-1,))):
+            conv.weight.mul_(0.1)
+            for tap in taps:
+                conv.weight[:, 0, tap] += 1.0
+    return model
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; vectors (norms) do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+# --- data and steps ---------------------------------------------------------------------------------------------------
+
+
+def phase_of(config: PretrainConfig, step: int) -> Phase:
+    for phase in config.phases:
+        if step < phase.steps:
+            return phase
+        step -= phase.steps
+    return config.phases[-1]
+
+
+def schedule(config: PretrainConfig, step: int) -> float:
+    """Linear warm-up, then linear decay to a tenth."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    return 1.0 - 0.9 * (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+
+
+def training_batch(
+    config: PretrainConfig, phase: Phase, step: int, stream: Tensor, tokens: RecallTokens
+) -> tuple[Tensor, Tensor]:
+    """ids [B, T] and target weights [B, T]; seeded by the step, so a resumed run sees what an uninterrupted one would."""
+    rng = random.Random(f"{config.seed}-{step}")
+    rows, weights = [], []
+    for _ in range(config.tokens_per_step // phase.length):
+        start = rng.randrange(len(stream) - phase.length)
+        window = stream[start : start + phase.length]
+        weight = torch.ones(phase.length)
+        if rng.random() < phase.recall_share:
+            filler = stream[start : start + 4 * phase.length].tolist()
+            ids, asked = recall_document(rng, tokens, filler, phase.length, phase.dense * (0.5 + 0.5 * rng.random()))
+            window, weight = torch.tensor(ids), torch.where(torch.tensor(asked), phase.answer_weight, 1.0)
+        rows.append(window)
+        weights.append(weight)
+    return torch.stack(rows), torch.stack(weights)
+
+
+def train_step(model: Any, optimizer: Any, ids: Tensor, weights: Tensor, max_grad_norm: float) -> float:
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    target_weights = F.pad(weights[:, 1:], (0, 1)).flatten()
+    targets = F.pad(ids[:, 1:], (0, 1)).flatten()
+    loss, _ = linear_cross_entropy(
+        hidden.flatten(0, 1), model.lm_head.weight, targets, target_weights / target_weights.sum()
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return float(loss.detach())
+
+
+# --- logs and checkpoints ---------------------------------------------------------------------------------------------
+
+
+def log_progress(out: Path, step: int, loss: float, model: Any, probes: list, windows: Tensor) -> None:
+    record: dict[str, Any] = {"step": step, "time": time.time(), "loss": loss}
+    if probes:
+        model.eval()
+        record["eval_loss"] = score_text(model, windows).loss
+        for p in probes:
+            record[f"recall_{p.length}_{p.needles}"] = score_probes(model, p).greedy
+        model.train()
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def save_checkpoint(out: Path, model: Any, optimizer: Any, step: int) -> None:
+    """Weights and optimizer moments as safetensors, under a temporary name until they are whole."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    temporary = out / "checkpoint.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"step": str(step)})
+    os.replace(temporary, out / "checkpoint.safetensors")
+
+
+def load_checkpoint(out: Path, model: Any, optimizer: Any) -> int:
+    """Steps done, 0 without a checkpoint."""
+    from safetensors import safe_open
+
+    path = out / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        step = int(file.metadata()["step"])
+    model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({**saved, "state": state})
+    return step
+
+
+def save_model(out: Path, model: Any, tokenizer: Any, config: PretrainConfig) -> Path:
+    """Model, tokenizer and settings in `out/model`, complete or not at all."""
+    temporary, final = out / "model.tmp", out / "model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "pretrain_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    return final

@@ -1,0 +1,58 @@
+"""Progress of long work: a rich bar with tokens per second and time left, or a plain line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 30.0
+
+
+class StepProgress:
+    """Counts steps and tokens; `advance` is called once a step."""
+
+    def __init__(self, total: int, done: int, title: str) -> None:
+        self.total, self.done, self.title = total, done, title
+        self.tokens = 0
+        self.first = done
+        self.start = self.last_line = time.monotonic()
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+
+    def advance(self, tokens: int, steps: int = 1, **figures: float) -> None:
+        """Count `steps` that processed `tokens`; `figures` are shown beside the bar."""
+        self.done += steps
+        self.tokens += tokens
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        text = f"{self.tokens_per_second:,.0f} tok/s  {shown}"
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, figures=text)
+        elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.start) / max(1, self.done - self.first) * (self.total - self.done)
+            sys.stderr.write(f"{self.title}: {self.done}/{self.total}  {text}  {left / 60:.1f} min left\n")
+            sys.stderr.flush()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1e-9, time.monotonic() - self.start)
+
+
+@contextmanager
+def step_progress(total: int, done: int = 0, title: str = "train") -> Iterator[StepProgress]:
+    """A progress display for `total` steps of which `done` are behind us."""
+    progress = StepProgress(total, done, title)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield progress
+        return
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=console) as bar:
+        progress.bar = bar
+        progress.task = bar.add_task(title, total=total, completed=done, figures="")
+        yield progress

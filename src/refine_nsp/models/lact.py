@@ -381,7 +381,7 @@ def _read_span(state: FastState, q: Tensor, start: Tensor, end: Tensor) -> Tenso
     inside = (index < end[:, None])[:, None, :, None]
     where = index.clamp(max=q.shape[2] - 1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
     found = read(state.weights, q.gather(2, where)).masked_fill(~inside, 0.0)
-    return torch.zeros_like(q).scatter_add(2, where, found)
+    return found.new_zeros(q.shape).scatter_add(2, where, found)
 
 
 def _where(rows: Tensor, a: FastState, b: FastState) -> FastState:

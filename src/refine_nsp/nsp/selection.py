@@ -56,7 +56,8 @@ def select_positions(scores: Tensor, lengths: Tensor, u: Tensor, config: NSPConf
     some = allowed.any(-1)  # [B, P]
     if not bool(some.all()):
         _warn_once_about_short_sequences()
-    tokenwise = scores.double()[:, None].expand(-1, P, -1)  # [B, P, T]
+    # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
+    tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)  # [B, P, T]
     if config.selection in ("argmax", "argmin"):
         sign = 1.0 if config.selection == "argmax" else -1.0
         chosen = (sign * tokenwise).masked_fill(~allowed, -torch.inf).argmax(-1)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refine_nsp.ops.precision import without_autocast
+
 DEFAULT_CHUNK = 64
 
 
@@ -49,6 +51,7 @@ class DeltaStates:
     k: Tensor  # [B, T, H, Dk]
     g: Tensor | None  # [B, T, HV]
 
+    @without_autocast
     def at(self, positions: Tensor) -> Tensor:
         """State after the token at `positions` [B, P] long (-1: the initial state) -> [B, P, HV, Dk, Dv], differentiable."""
         B, HV, n, C, _ = self.u.shape
@@ -74,6 +77,7 @@ class DeltaStates:
         return start + torch.einsum("bpchk,bphcv->bphkv", k, u)
 
 
+@without_autocast
 def delta_rule(
     q: Tensor,
     k: Tensor,

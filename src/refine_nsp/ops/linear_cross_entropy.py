@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from refine_nsp.ops.precision import autocast_dtype, without_autocast
+
 BLOCK_LOGITS = 2**22  # logits held at once: 16 MB in float32
 
 
@@ -56,8 +58,14 @@ def linear_cross_entropy(
     Returns:
         The scalar loss (float32 or better) and detached per-token NLL, entropy and argmax.
     """
-    loss, nll, entropy, argmax = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights)
+    dtype = autocast_dtype(hidden)
+    loss, nll, entropy, argmax = _run(hidden.to(dtype), weight.to(dtype), targets, token_weights)
     return loss, TokenStats(nll, entropy, argmax)
+
+
+@without_autocast
+def _run(*args: Tensor) -> tuple[Tensor, ...]:
+    return _LinearCrossEntropy.apply(*args)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

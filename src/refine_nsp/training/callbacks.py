@@ -1,0 +1,103 @@
+"""What happens around the steps of a run: progress, refusing broken gradients, and stopping cleanly on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from refine_nsp.errors import RefineError
+from refine_nsp.training.progress import StepProgress, step_progress
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with tokens per second and time left; in metrics.jsonl one line a log."""
+
+    def __init__(self) -> None:
+        self.tokens_this_step = 0
+        self.context: Any = None
+        self.progress: StepProgress | None = None
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.context = step_progress(state.max_steps, state.global_step, args.run_name or "train")
+            self.progress = self.context.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.advance(self.tokens_this_step * args.world_size, **self.latest)
+        self.tokens_this_step = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs is None or not state.is_world_process_zero:
+            return
+        self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = self.progress = None
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skip an optimizer step whose gradient is not finite; stop after too many in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        if not norms or bool(torch.stack(norms).isfinite().all()):
+            self.in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)  # the optimizer leaves parameters without a gradient alone
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            raise RefineError(
+                f"loss or gradient was not finite in {self.in_a_row} steps in a row (last: step {state.global_step + 1}); "
+                "lower the learning rate, or look at the data there"
+            )
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C finishes the step, saves a checkpoint to resume from, and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interrupted = False
+        try:
+            self.previous = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not the main thread: whoever is decides what Ctrl-C means
+            self.previous = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+            self.previous = None

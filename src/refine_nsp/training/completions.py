@@ -1,0 +1,63 @@
+"""A table of rollouts, to look at while training: prefix tail, truth, rollout, reward, advantage, position."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from refine_nsp.nsp.records import StepResult
+
+PREFIX_TOKENS = 16
+
+
+def completion_rows(tokenizer: Any, input_ids: Tensor, result: StepResult, limit: int) -> list[dict[str, Any]]:
+    """One dictionary per rollout, the first `limit` of the batch; ids instead of text without a tokenizer."""
+
+    def text(ids: Tensor) -> str:
+        return tokenizer.decode(ids.tolist()) if tokenizer is not None else " ".join(map(str, ids.tolist()))
+
+    rows: list[dict[str, Any]] = []
+    B, P, N, K = result.rollouts.shape
+    for b in range(B):
+        for p in range(P):
+            t = int(result.positions[b, p])
+            for n in range(N):
+                if t < 0 or len(rows) >= limit:
+                    continue
+                rows.append(
+                    {
+                        "position": t,
+                        "prefix": text(input_ids[b, max(0, t + 1 - PREFIX_TOKENS) : t + 1]),
+                        "truth": text(input_ids[b, t + 1 : t + 1 + K]),
+                        "rollout": text(result.rollouts[b, p, n]),
+                        "reward": round(float(result.rewards[b, p, n]), 4),
+                        "advantage": round(float(result.advantages[b, p, n]), 4),
+                    }
+                )
+    return rows
+
+
+def show_completions(
+    tokenizer: Any, input_ids: Tensor, result: StepResult, folder: Path, step: int, limit: int, quiet: bool = False
+) -> None:
+    """Append the rows to `folder`/completions.jsonl, and print them as a table unless quiet."""
+    rows = completion_rows(tokenizer, input_ids, result, limit)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+    if quiet:
+        return
+    table = Table(title=f"rollouts at step {step}", show_lines=False)
+    for name in ("position", "prefix", "truth", "rollout", "reward", "advantage"):
+        table.add_column(name, justify="right" if name in ("position", "reward", "advantage") else "left")
+    for row in rows:
+        table.add_row(
+            str(row["position"]), repr(row["prefix"])[1:-1], repr(row["truth"])[1:-1], repr(row["rollout"])[1:-1],
+            f"{row['reward']:.3f}", f"{row['advantage']:+.3f}",
+        )  # fmt: skip
+    Console(stderr=True).print(table)

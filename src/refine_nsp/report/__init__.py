@@ -1,0 +1,1 @@
+"""Reports: tables, plots, one self-contained HTML page a run."""

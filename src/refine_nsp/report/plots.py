@@ -1,0 +1,68 @@
+"""Plots as inline SVG, in colours that colour-blind readers can tell apart (Okabe and Ito's palette)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def figure(width: float = 6.4, height: float = 3.2, rows: int = 1, columns: int = 1, **options: Any) -> Any:
+    """A figure and its axes, in the house style."""
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, **options)
+    for axis in fig.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.tick_params(labelsize=8)
+    return fig, axes
+
+
+def to_svg(fig: Any) -> str:
+    """The figure as an <svg> element; closes it."""
+    buffer = io.StringIO()
+    fig.savefig(buffer, format="svg")
+    plt.close(fig)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def line_plot(curves: Mapping[str, Curve], title: str, x_label: str = "step", y_label: str = "") -> str:
+    """One line per name, (x, y) each."""
+    fig, axis = figure(5.2, 2.9)
+    for colour, (name, (x, y)) in zip(_colours(len(curves)), curves.items(), strict=True):
+        axis.plot(x, y, label=name, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3.5)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_ylabel(y_label, fontsize=8)
+    if len(curves) > 1:
+        axis.legend(fontsize=7, frameon=False)
+    return to_svg(fig)
+
+
+def point_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str], title: str, y_label: str) -> str:
+    """For each name, a (mean, half-width) at each label, side by side, with error bars; a line at zero."""
+    fig, axis = figure(max(5.2, 1.1 * len(labels)), 3.2)
+    for i, (colour, (name, points)) in enumerate(zip(_colours(len(groups)), groups.items(), strict=True)):
+        shift = (i - (len(groups) - 1) / 2) * 0.16
+        xs = [j + shift for j in range(len(points))]
+        axis.errorbar(
+            xs, [m for m, _ in points], yerr=[h for _, h in points], fmt="o", color=colour, capsize=3, markersize=4.5, label=name
+        )
+    axis.axhline(0, color="#666666", linewidth=0.8)
+    axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_ylabel(y_label, fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
+    return to_svg(fig)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]

@@ -1,0 +1,112 @@
+"""The page of one run, or of several side by side, from what runs leave in their folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refine_nsp.errors import RefineError
+from refine_nsp.report import html, plots
+from refine_nsp.report.tables import Cell, Table
+
+CURVES = (
+    ("loss_ntp", "NTP loss (training)", "nats"),
+    ("loss_policy", "policy loss", ""),
+    ("eval_loss", "NTP loss (validation)", "nats"),
+    ("eval_accuracy", "NTP accuracy (validation)", ""),
+    ("eval_greedy_match", "greedy K-token match (validation)", ""),
+    ("eval_cosine", "mean cosine (validation)", ""),
+    ("entropy", "entropy", "nats"),
+    ("entropy_at_positions", "entropy at chosen positions", "nats"),
+    ("reward_group_std", "reward std within groups", ""),
+    ("grad_norm", "gradient norm", ""),
+    ("tokens_per_second", "tokens per second", ""),
+)
+SHOWN_COMPLETIONS = 24
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; missing parts are empty."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+    config: str
+    environment: dict[str, Any]
+
+    def curve(self, key: str) -> plots.Curve:
+        points = [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), int | float)]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def last(self, key: str) -> Cell:
+        values = self.curve(key)[1]
+        return float(values[-1]) if values else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read metrics.jsonl, completions.jsonl, config.yaml and environment.json. RefineError when it is no run at all."""
+    if not folder.is_dir():
+        raise RefineError(f"no run folder {folder}")
+    metrics = _lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise RefineError(f"{folder} has no metrics.jsonl; expected the output_dir of a refine-nsp run")
+    # A resumed run logs some steps again; the later record counts.
+    by_step = {(m["step"], "eval_loss" in m, "train_runtime" in m): m for m in metrics}
+    config, environment = folder / "config.yaml", folder / "environment.json"
+    return Run(
+        folder.name,
+        [by_step[k] for k in sorted(by_step)],
+        _lines(folder / "completions.jsonl"),
+        config.read_text(encoding="utf-8") if config.exists() else "",
+        json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def report(folders: list[Path], output: Path) -> Path:
+    """Write one page that compares the runs; returns its path."""
+    runs = [read_run(f) for f in folders]
+    sections = [html.Section("Last figures", summary_table(runs).html()), html.Section("Curves", curve_plots(runs))]
+    sections += [html.Section(f"Rollouts of {r.name}", completions_table(r).html()) for r in runs if r.completions]
+    settings = "".join(
+        html.preformatted(f"{r.name}: {title}", text)
+        for r in runs
+        for title, text in (("configuration", r.config), ("environment", json.dumps(r.environment, indent=1)))
+        if text and text != "{}"
+    )
+    sections.append(html.Section("Settings", settings or "<p class='note'>No config.yaml in these folders.</p>"))
+    return html.write_whole(output, html.page("refine-nsp report", ", ".join(r.name for r in runs), sections))
+
+
+def summary_table(runs: list[Run]) -> Table:
+    """The last value of every known figure, one row a run."""
+    keys = [(k, title) for k, title, _ in CURVES if any(r.curve(k)[1] for r in runs)]
+    rows: list[list[Cell]] = [[r.name, *(r.last(k) for k, _ in keys)] for r in runs]
+    return Table("Last logged value", ["run", *(title for _, title in keys)], rows)
+
+
+def curve_plots(runs: list[Run]) -> str:
+    rewards = sorted({k for r in runs for m in r.metrics for k in m if k.startswith("reward_") and not k.endswith("_std")})
+    wanted = [*CURVES, *((k, k.replace("_", " "), "") for k in rewards)]
+    drawn = []
+    for key, title, unit in wanted:
+        curves = {r.name: r.curve(key) for r in runs if len(r.curve(key)[1]) > 1}
+        if curves:
+            drawn.append(plots.line_plot(curves, title, y_label=unit))
+    return html.plots(*drawn) if drawn else "<p class='note'>Fewer than two logged steps: no curves.</p>"
+
+
+def completions_table(run: Run) -> Table:
+    names = ["step", "position", "prefix", "truth", "rollout", "reward", "advantage"]
+    rows: list[list[Cell]] = [
+        [repr(c[n])[1:-1] if isinstance(c[n], str) else c[n] for n in names] for c in run.completions[-SHOWN_COMPLETIONS:]
+    ]
+    return Table("prefix tail, truth, rollout", names, rows)

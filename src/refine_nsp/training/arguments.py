@@ -42,7 +42,7 @@ class ReFINEConfig(TrainingArguments):
     rollout_length: int | None = None
     num_generations: int | None = None
     schedule: str | None = None
-    reward_funcs: Any = None
+    reward_funcs: list[str] | None = None
     reward_weights: list[float] | None = None
     selection: str | None = None
     tau: float | None = None
@@ -92,6 +92,8 @@ class ReFINEConfig(TrainingArguments):
         """The method's settings: the preset, with every field given explicitly on top."""
         given = {name: getattr(self, ours) for name, ours in _NSP_FIELDS.items()}
         given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(given.get("reward"), list) and len(given["reward"]) == 1:
+            given["reward"] = given["reward"][0]
         if self.preset is None:
             return NSPConfig(**given)
         if self.preset not in PRESETS:

@@ -33,7 +33,7 @@ class DataArguments:
         validation_windows: at most so many windows are validated on.
         packing: put several short documents in one example; in a batch each stays a row of its own, so nothing leaks.
         streaming: do not load or cache everything first (needs max_steps).
-        data_seed: of the validation split.
+        split_seed: of the validation split.
     """
 
     dataset_name: str | None = None
@@ -45,7 +45,7 @@ class DataArguments:
     validation_windows: int = 64
     packing: bool = False
     streaming: bool = False
-    data_seed: int = 0
+    split_seed: int = 0
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def prepare_data(
     if arguments.validation_dataset is not None:
         held = load_text(arguments.validation_dataset, arguments)
     elif isinstance(data, Dataset):
-        data, held = split_documents(data, arguments.validation_fraction, arguments.data_seed)
+        data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
     cut = dict(column=arguments.text_column, max_length=max_length, min_length=min_length)
     train = tokenize(data, tokenizer, packing=arguments.packing, **cut)
     if held is not None:

@@ -1,0 +1,79 @@
+"""The `refine-nsp` command: one line for what is wrong, no traceback unless asked, exit code 0 only when it worked."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "quickstart": "mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline)",
+    "pretrain": "make a tiny base model from the text on this machine",
+    "midtrain": "train a pretrained model on long text with ReFINE (or --objective ntp)",
+    "generate": "continue a prompt, streaming",
+    "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
+    "report": "one HTML page comparing runs",
+}
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    try:
+        return dispatch(words)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again (midtrain: with --resume_from_checkpoint last) to go on\n")
+        return INTERRUPTED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except Exception as error:
+        # Only errors about input are expected; any other is a defect, whose traceback --debug shows.
+        if debug:
+            raise
+        sys.stderr.write(f"refine-nsp: {describe(error)}\n")
+        return FAILED
+
+
+def describe(error: Exception) -> str:
+    """One line."""
+    from refine_nsp.errors import RefineError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, RefineError | OSError):
+        return text
+    return f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
+
+
+def dispatch(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refine-nsp", description="Train fast-weight language models on next-sequence prediction (ReFINE).",
+        epilog="`refine-nsp COMMAND --help` explains a command. --debug shows tracebacks.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    if not words or words[0] not in COMMANDS:
+        if words and not words[0].startswith("-"):
+            from refine_nsp.errors import RefineError, closest
+
+            raise RefineError(f"no command {words[0]!r}{closest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+        parser.parse_args(words)
+        parser.print_help()
+        return 0
+    name, rest = words[0], words[1:]
+    module = importlib.import_module(f"refine_nsp.commands.{name}")
+    if name == "midtrain":  # hundreds of flags, from dataclasses
+        module.run(rest)
+        return 0
+    own = argparse.ArgumentParser(prog=f"refine-nsp {name}", description=module.__doc__, allow_abbrev=False)
+    module.add_arguments(own)
+    module.run(own.parse_args(rest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""`refine-nsp generate`: continue a prompt, token by token as they come."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from refine_nsp.errors import RefineError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="refine-nsp/tiny-delta-net", help="shipped name, folder or hub name")
+    parser.add_argument("--prompt", help="the text to continue (default: standard input)")
+    parser.add_argument("--prompt_file", type=Path, help="a UTF-8 file to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=50)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: Any) -> None:
+    """Stream the continuation to standard output."""
+    import torch
+    from transformers import TextStreamer
+
+    from refine_nsp.models.load import check_vocabulary, load
+
+    prompt = read_prompt(args)
+    if args.max_new_tokens < 1:
+        raise RefineError(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}")
+    if not args.temperature > 0:
+        raise RefineError(f"--temperature must be positive, got {args.temperature}; for the likeliest token use --greedy")
+    model, tokenizer = load(args.model)
+    check_vocabulary(model, tokenizer)
+    torch.manual_seed(args.seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        raise RefineError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
+    sampling = {} if args.greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    model.generate(
+        **inputs, max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, streamer=TextStreamer(tokenizer),
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **sampling,
+    )  # fmt: skip
+
+
+def read_prompt(args: Any) -> str:
+    if args.prompt is not None and args.prompt_file is not None:
+        raise RefineError("give --prompt or --prompt_file, not both")
+    if args.prompt is not None:
+        return args.prompt
+    return read_text(args.prompt_file) if args.prompt_file is not None else sys.stdin.read()
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file; RefineError when it is missing, empty or something else."""
+    if not path.is_file():
+        raise RefineError(f"no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RefineError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from error
+    if not text.strip():
+        raise RefineError(f"{path} is empty")
+    return text

@@ -1,0 +1,120 @@
+"""`refine-nsp midtrain`: train a pretrained fast-weight model on long text with ReFINE, or with the cross-entropy alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from refine_nsp.commands.environment import environment
+from refine_nsp.commands.options import Options, resolved
+from refine_nsp.errors import RefineError
+from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.report.html import write_whole
+from refine_nsp.report.runs import report
+from refine_nsp.report.tables import Table
+from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
+
+COMMON = (
+    "model_name_or_path dataset_name text_column output_dir objective preset max_length max_steps num_train_epochs "
+    "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length num_generations "
+    "selection reward_funcs schedule lambda_rl steps_per_generation validation_dataset eval_strategy eval_steps logging_steps "
+    "log_completions save_steps resume_from_checkpoint bf16 gradient_checkpointing packing streaming use_peft seed"
+).split()
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and how.
+
+    Attributes:
+        model_name_or_path: a shipped model, a folder or a hub name.
+        tokenizer_name: another tokenizer than the model's.
+        dtype: of the weights (float32, bfloat16); default: the checkpoint's.
+        use_peft: train LoRA adapters only.
+        lora_r, lora_alpha: their rank and scale.
+        lora_target_modules: linear layers to adapt.
+    """
+
+    model_name_or_path: str = "refine-nsp/tiny-delta-net"
+    tokenizer_name: str | None = None
+    dtype: str | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: list[str] | None = None
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, train, save, report."""
+    summary = "Mid-train a fast-weight model on next-sequence prediction (ReFINE), or by next-token prediction: --objective ntp."
+    options = Options("midtrain", summary, (ModelArguments, DataArguments, ReFINEConfig), COMMON)
+    model_args, data_args, args, dry_run = options.parse(argv)
+    config = resolved(model_args, data_args, args)
+    tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    model = build_model(model_args)
+    check_vocabulary(model, tokenizer)
+    nsp = args.nsp()
+    train, held = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest)
+    if dry_run:
+        Console().print(plan(model, train, held, args, config).rich())
+        return
+    if held is None and args.eval_strategy != "no":
+        raise RefineError("eval_strategy asks for validation, but there is no validation text; set validation_dataset")
+    trainer = ReFINETrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
+        reference_model=load_model(model_args.model_name_or_path) if nsp.kl_coef > 0 else None,
+    )  # fmt: skip
+    out = Path(args.output_dir)
+    if trainer.is_world_process_zero():
+        write_whole(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
+        write_whole(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
+    resume: Any = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true", "last") else resume)
+    if held is not None:
+        trainer.evaluate()
+    save(trainer, out)
+    if trainer.is_world_process_zero():
+        Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
+
+
+def build_model(arguments: ModelArguments) -> Any:
+    """The model, with LoRA adapters when asked for."""
+    model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
+    if not arguments.use_peft:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RefineError("use_peft needs PEFT: pip install 'refine-nsp[lora]'") from error
+    targets = arguments.lora_target_modules or ("all-linear")
+    return get_peft_model(model, LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets))
+
+
+def save(trainer: ReFINETrainer, out: Path) -> None:
+    """The final model in the run's folder; one clear line when it cannot be written."""
+    try:
+        trainer.save_model(str(out))
+        trainer.save_state()
+    except (OSError, RuntimeError) as error:
+        raise RefineError(f"could not save the model in {out}: {error}; the last checkpoint there is whole") from error
+
+
+def plan(model: Any, train: Any, held: Any, args: ReFINEConfig, config: dict[str, Any]) -> Table:
+    """What a dry run shows."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows: list[list[Any]] = [["parameters", f"{parameters:,}"], ["trainable", f"{trainable:,}"]]
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if hasattr(train, "__len__"):
+        steps = args.max_steps if args.max_steps > 0 else int(len(train) // per_step * args.num_train_epochs)
+        tokens = sum(len(x) for x in train["input_ids"])
+        rows += [["training windows", f"{len(train):,}"], ["training tokens", f"{tokens:,}"], ["optimizer steps", f"{steps:,}"]]
+    rows += [["validation windows", f"{len(held):,}" if held is not None else "none"], ["sequences per step", per_step]]
+    rows += [[f"config: {k}", str(v)] for k, v in sorted(config.items())]
+    return Table("Dry run: nothing was trained or written", ["what", "value"], rows)

@@ -1,0 +1,45 @@
+"""`refine-nsp pretrain`: make a tiny base model from the text every Python installation has."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from refine_nsp.commands.options import read_yaml
+from refine_nsp.errors import RefineError, closest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML with the fields of PretrainConfig (recipes/pretrain_tiny.yaml)")
+    parser.add_argument("--output_dir")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--tokens_per_step", type=int)
+    parser.add_argument("--restart", action="store_true", help="do not go on from the checkpoint in output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="show what would run, touch nothing")
+
+
+def run(args: Any) -> None:
+    """Pretrain (or go on), and say where the model is."""
+    from refine_nsp.training.pretrain import Phase, PretrainConfig, pretrain
+
+    settings = read_yaml(args.config) if args.config is not None else {}
+    known = {f.name for f in fields(PretrainConfig)}
+    for key in settings:
+        if key not in known:
+            raise RefineError(f"{args.config}: unknown key {key!r}{closest(key, known)}")
+    if "phases" in settings:
+        settings["phases"] = [Phase(**p) for p in settings["phases"]]
+    for name in ("output_dir", "seed", "learning_rate", "tokens_per_step"):
+        if (value := getattr(args, name)) is not None:
+            settings[name] = value
+    config = PretrainConfig(**settings)
+    console = Console(stderr=True)
+    if args.dry_run:
+        console.print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")
+        return
+    console.print(f"model: {pretrain(config, resume=not args.restart)}")

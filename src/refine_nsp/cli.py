@@ -66,6 +66,7 @@ def dispatch(words: list[str]) -> int:
         return 0
     name, rest = words[0], words[1:]
     module = importlib.import_module(f"refine_nsp.commands.{name}")
+    quiet_libraries()
     if name == "midtrain":  # hundreds of flags, from dataclasses
         module.run(rest)
         return 0
@@ -73,6 +74,14 @@ def dispatch(words: list[str]) -> int:
     module.add_arguments(own)
     module.run(own.parse_args(rest))
     return 0
+
+
+def quiet_libraries() -> None:
+    """Loading bars and advice of libraries are noise here: progress is ours to show, errors are shown anyway."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import ProbeSet, make_probes, score_probes, score_text
 from refine_nsp.models.load import load, load_tokenizer
 from refine_nsp.report import html, plots
-from refine_nsp.report.runs import read_run
 from refine_nsp.report.runs import curve_plots as run_curves
+from refine_nsp.report.runs import read_run
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer
 from refine_nsp.training.corpus import standard_library
@@ -60,8 +60,8 @@ class Settings:
     max_length: int = 512
     learning_rate: float = 3e-4
     recall_share: float = 0.5
-    probes: tuple[tuple[int, int], ...] = ((256, 4), (512, 8), (512, 16), (1024, 16), (2048, 32))
-    probes_per_kind: int = 100
+    probes: tuple[tuple[int, int], ...] = ((256, 4), (512, 8), (512, 16), (1024, 16))
+    probes_per_kind: int = 64
     text_windows: int = 48
 
 
@@ -92,13 +92,13 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     results: dict[str, list[dict[str, float]]] = {"base": [base_figures(out, s, model_name, data, material)]}
     for arm in ARMS:
         results[arm] = [run_arm(out, s, arm, seed, model_name, data, tokenizer, material) for seed in range(s.seeds)]
-    table, differences = results_table(results), differences_table(results)
-    console.print(table.rich())
-    console.print(differences.rich())
-    tables = [t.as_json() for t in (table, differences, probes_table(results, s))]
-    html.write_whole(out / "results.json", json.dumps({"settings": asdict(s), "tables": tables}, indent=1) + "\n")
+    tables = [results_table(results), differences_table(results), probes_table(results, s)]
+    for table in tables:
+        console.print(table.rich())
+    found = {"settings": asdict(s), "figures": results, "tables": [t.as_json() for t in tables]}
+    html.write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
     console.print(f"report: {write_report(out, s, results, model_name, data)}")
-    return table
+    return tables[0]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -214,12 +214,11 @@ def spread(values: Sequence[float]) -> str:
 
 def results_table(results: dict[str, list[dict[str, float]]]) -> Table:
     rows: list[list[Cell]] = [
-        [arm, *(spread([f[key] for f in found]) for key in FIGURES), f"{mean(f['seconds'] for f in found):.0f}"]
-        for arm, found in results.items()
+        [title, *(spread([f[key] for f in found]) for found in results.values())] for key, title in FIGURES.items()
     ]
-    seeds = len(results[BASELINE])
-    note = f"mean ± standard deviation over {seeds} seed(s) of training; recall: mean over all kinds of probe"
-    return Table("Base and arms", ["arm", *FIGURES.values(), "seconds"], rows, [note])
+    rows.append(["training seconds", *(f"{mean(f['seconds'] for f in found):.0f}" for found in results.values())])
+    note = f"mean ± standard deviation over {len(results[BASELINE])} seed(s) of training; recall: mean over all kinds of probe"
+    return Table("Base and arms", ["", *results], rows, [note])
 
 
 def paired(results: dict[str, list[dict[str, float]]], arm: str, key: str) -> tuple[float, float]:
@@ -231,34 +230,34 @@ def paired(results: dict[str, list[dict[str, float]]], arm: str, key: str) -> tu
 
 
 def differences_table(results: dict[str, list[dict[str, float]]]) -> Table:
-    rows: list[list[Cell]] = []
-    exceeding = []
-    for arm in ARMS:
-        if arm == BASELINE:
-            continue
-        cells: list[Cell] = [arm]
-        for key, title in FIGURES.items():
+    arms = [arm for arm in ARMS if arm != BASELINE]
+    seeds, rows, exceeding = len(results[BASELINE]), [], []
+    for key, title in FIGURES.items():
+        cells: list[Cell] = [title]
+        for arm in arms:
             d, half = paired(results, arm, key)
-            clear = abs(d) > half
-            cells.append(f"{d:+.4f} ± {half:.4f}{' *' if clear else ''}")
+            clear = abs(d) > half  # never with one seed, whose interval is nan
+            cells.append(f"{d:+.4f}" + (f" ± {half:.4f}" if seeds > 1 else "") + (" *" if clear else ""))
             if clear:
                 exceeding.append(f"{arm}: {title} {d:+.4f}")
         rows.append(cells)
-    said = "; ".join(exceeding) if exceeding else "none"
-    seeds = len(results[BASELINE])
     notes = [
-        f"± half a 95 % t-interval over {seeds} seed(s), paired by seed; * where the difference exceeds it",
-        f"Differences that exceed the spread: {said}. {len(rows) * len(FIGURES)} comparisons were made; "
-        "about one in twenty exceeds it by chance.",
+        f"± half a 95 % t-interval over {seeds} seeds, paired by seed; * where the difference exceeds it"
+        if seeds > 1
+        else "one seed: no spread, so nothing can be said to exceed it",
+        f"Exceeding the spread: {'; '.join(exceeding) or 'none'}. Of {len(arms) * len(FIGURES)} comparisons about one in twenty "
+        "does so by chance.",
     ]
-    return Table(f"Differences to {BASELINE} on the same data order", ["arm", *FIGURES.values()], rows, notes)
+    return Table(f"Differences to {BASELINE}, same data order", ["", *arms], rows, notes)
 
 
 def probes_table(results: dict[str, list[dict[str, float]]], s: Settings) -> Table:
-    kinds = [f"{length}/{needles}" for length, needles in s.probes]
-    rows: list[list[Cell]] = [[arm, *(spread([f[f"greedy {k}"] for f in found]) for k in kinds)] for arm, found in results.items()]
-    return Table("Greedy recall by probe", ["arm", *(f"{k} (tokens/needles)" for k in kinds)], rows,
-                 [f"{s.probes_per_kind} probes a kind; arms train on rows of {s.max_length} tokens, so longer probes extrapolate"])  # fmt: skip
+    rows: list[list[Cell]] = []
+    for length, needles in s.probes:
+        key = f"greedy {length}/{needles}"
+        rows.append([f"{length} tokens, {needles} needles", *(spread([f[key] for f in found]) for found in results.values())])
+    note = f"{s.probes_per_kind} probes a kind; the arms train on rows of {s.max_length} tokens, so longer prompts extrapolate"
+    return Table("Greedy recall by kind of probe", ["", *results], rows, [note])
 
 
 def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float]]], model_name: str, data: str | None) -> Path:

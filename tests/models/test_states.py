@@ -112,9 +112,7 @@ def test_a_padded_row_equals_the_row_alone(model):
             torch.testing.assert_close(padded, alone.logits[0], **TIGHT)
         after = model(more[r : r + 1], past_key_values=alone.past_key_values).logits
         torch.testing.assert_close(rest[r : r + 1], after, **TIGHT)
-        torch.testing.assert_close(
-            model(more, past_key_values=by_length.past_key_values.copy()).logits[r], after[0], **TIGHT
-        )
+        torch.testing.assert_close(model(more, past_key_values=by_length.past_key_values.copy()).logits[r], after[0], **TIGHT)
 
 
 @torch.no_grad()

@@ -49,7 +49,9 @@ def run(args: Any) -> None:
         raise RefineError(f"{args.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
     record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(args.seed))
     facts = model_facts(model, ids)
-    path = write_whole(args.output, picture_page(f"{args.file.name} as {args.model} reads it", facts, tokenizer, ids, record, config))
+    path = write_whole(
+        args.output, picture_page(f"{args.file.name} as {args.model} reads it", facts, tokenizer, ids, record, config)
+    )
     console = Console()
     console.print(facts.rich())
     console.print(f"page: {path}")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from refine_nsp.commands.environment import environment
 from refine_nsp.commands.options import Options, resolved
+from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
 from refine_nsp.report.html import write_whole
@@ -53,7 +54,7 @@ class ModelArguments:
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
     summary = "Mid-train a fast-weight model on next-sequence prediction (ReFINE), or by next-token prediction: --objective ntp."
-    options = Options("midtrain", summary, (ModelArguments, DataArguments, ReFINEConfig), COMMON)
+    options = Options("midtrain", summary, (ModelArguments, DataArguments, ReFINEConfig), COMMON, (NSPConfig,))
     model_args, data_args, args, dry_run = options.parse(argv)
     config = resolved(model_args, data_args, args)
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)

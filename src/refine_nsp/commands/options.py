@@ -37,13 +37,16 @@ class Options:
         summary: one paragraph under it.
         classes: the dataclasses, filled in this order.
         common: flags shown by --help; the rest by --help_all.
+        described_by: more dataclasses whose docstrings explain fields.
     """
 
-    def __init__(self, command: str, summary: str, classes: Sequence[Any], common: Sequence[str]) -> None:
+    def __init__(
+        self, command: str, summary: str, classes: Sequence[Any], common: Sequence[str], described_by: Sequence[type] = ()
+    ) -> None:
         self.command, self.summary, self.classes, self.common = command, summary, list(classes), list(common)
         self.parser = HfArgumentParser(self.classes, add_help=False, allow_abbrev=False, prog=f"refine-nsp {command}")
         self.docs: dict[str, str] = {}
-        for cls in self.classes:
+        for cls in (*described_by, *self.classes):
             for base in reversed(cls.__mro__):
                 self.docs |= attribute_docs(base)
         self.known = {a.dest for a in self.parser._actions}
@@ -65,7 +68,9 @@ class Options:
         for word in unknown:
             name = word.lstrip("-").partition("=")[0]
             if word.startswith("-"):
-                raise RefineError(f"unknown flag --{name}{closest(name, self.known)}; `refine-nsp {self.command} --help_all` lists all")
+                raise RefineError(
+                    f"unknown flag --{name}{closest(name, self.known)}; `refine-nsp {self.command} --help_all` lists all"
+                )
             raise RefineError(f"unexpected argument {word!r}")
         values = vars(namespace)
         filled = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in self.classes]
@@ -97,7 +102,10 @@ class Options:
             text = text if len(text) < 300 else text[:300].rsplit(" ", 1)[0] + " ..."
             lines.append(f"  --{name:<34} {text}" + (f" [{default}]" if default not in (None, "", dataclasses.MISSING) else ""))
         if not everything:
-            lines += ["", f"`refine-nsp {self.command} --help_all` lists all {len(shown)} flags, those of transformers' Trainer included."]
+            lines += [
+                "",
+                f"`refine-nsp {self.command} --help_all` lists all {len(shown)} flags, those of transformers' Trainer included.",
+            ]
         return "\n".join(lines) + "\n"
 
 

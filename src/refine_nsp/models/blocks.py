@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,7 @@ class FastWeightBlock(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLUMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor
-    ) -> tuple[Tensor, LayerTrace]:
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, LayerTrace]:
         y, trace = self.attn(self.attn_norm(x), lengths, state, offsets)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), trace
@@ -94,8 +92,8 @@ class FastWeightPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True  # a state cannot be rolled back, so generate() refuses assisted decoding by name
-    _no_split_modules: ClassVar[list[str]] = ["FastWeightBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["FastWeightBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,7 +105,7 @@ class FastWeightPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif hasattr(module, "init_weights_"):
-            module.init_weights_()
+            cast(Any, module).init_weights_()
 
 
 def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, ...]]) -> None:
@@ -126,7 +124,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([self.make_block(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
@@ -235,9 +233,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         return past
 
     @staticmethod
-    def _advance(
-        past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int
-    ) -> FastWeightCache:
+    def _advance(past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int) -> FastWeightCache:
         cache = past if past is not None else FastWeightCache()
         cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
         return cache
@@ -246,7 +242,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
 class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
     """Trunk and language-model head. `generate()` works as for any causal model, batched with left padding included."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     trunk_class: ClassVar[type[FastWeightModel]]
 
     def __init__(self, config: Any) -> None:
@@ -320,13 +316,11 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = self.lm_head(hidden[:, :-1]).flatten(0, 1)
-        return nn.functional.cross_entropy(
-            logits.float() if logits.dtype == torch.bfloat16 else logits, labels[:, 1:].flatten()
-        )
+        return nn.functional.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels[:, 1:].flatten())
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         if generation_config.cache_implementation is not None:
             raise RefineError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not apply: fast-weight models keep a "

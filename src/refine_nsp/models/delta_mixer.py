@@ -62,9 +62,7 @@ class DeltaTrace:
         return state
 
 
-def conv_trace(
-    inputs: dict[str, Tensor], state: LayerState | None, width: int
-) -> dict[str, tuple[Tensor, Tensor | None, int]]:
+def conv_trace(inputs: dict[str, Tensor], state: LayerState | None, width: int) -> dict[str, tuple[Tensor, Tensor | None, int]]:
     """What `DeltaTrace` keeps of the convolutions with inputs `q`, `k`, `v`; width 1 has no state."""
     if width == 1:
         return {}

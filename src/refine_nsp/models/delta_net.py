@@ -35,7 +35,7 @@ class DeltaNetConfig(PreTrainedConfig):
     """
 
     model_type = "delta_net"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     attn_mode: str = "chunk"
     hidden_size: int = 2048
@@ -130,25 +130,22 @@ class DeltaNetMixer(nn.Module):
             self.o_norm = RMSNorm(self.head_v_dim, config.norm_eps)
         self.o_proj = nn.Linear(config.value_width, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor
-    ) -> tuple[Tensor, DeltaTrace]:
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, DeltaTrace]:
         inputs = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         q, k, v = self._convolve(inputs, state)
         q, k = (self._activate(z.unflatten(-1, (self.config.num_heads, self.head_k_dim))) for z in (q, k))
         v = v.unflatten(-1, (self.config.num_heads, self.head_v_dim))
-        if self.config.qk_norm == "sum" and lengths is not None:
+        mask = real_token_mask(lengths, x.shape[1])
+        if self.config.qk_norm == "sum" and mask is not None:
             # A pad whose activations sum to zero would give 0/0, and 0 * NaN writes NaN even with beta 0.
-            k = k.masked_fill(~real_token_mask(lengths, x.shape[1])[..., None], 0.0)
+            k = k.masked_fill(~mask[..., None], 0.0)
         o, states = delta_rule(q, k, v, self._beta(x, lengths), None, None if state is None else state["recurrent"])
         if self.config.use_gate:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (self.config.num_heads, self.head_v_dim)))
         else:
             o = self.o_norm(o)
         convolved = inputs if self.config.use_short_conv else {}
-        return self.o_proj(o.flatten(-2).to(x.dtype)), DeltaTrace(
-            states, conv_trace(convolved, state, self.config.conv_size)
-        )
+        return self.o_proj(o.flatten(-2).to(x.dtype)), DeltaTrace(states, conv_trace(convolved, state, self.config.conv_size))
 
     def _convolve(self, inputs: dict[str, Tensor], state: LayerState | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs["q"], inputs["k"], inputs["v"]

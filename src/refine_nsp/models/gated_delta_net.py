@@ -39,7 +39,7 @@ class GatedDeltaNetConfig(PreTrainedConfig):
     """
 
     model_type = "gated_deltanet"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     attn_mode: str = "chunk"
     hidden_size: int = 2048
@@ -136,9 +136,7 @@ class GatedDeltaNetMixer(nn.Module):
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor
-    ) -> tuple[Tensor, DeltaTrace]:
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, DeltaTrace]:
         c = self.config
         inputs = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         q, k, v = (self._convolve(name, z, state) for name, z in inputs.items())

@@ -46,7 +46,7 @@ class LaCTConfig(PreTrainedConfig):
     """
 
     model_type = "lact_swiglu"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers declares it so)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     hidden_size: int = 2048
     num_hidden_layers: int = 24
@@ -262,9 +262,7 @@ class LaCTMixer(nn.Module):
                 init.normal_(weight, std=1.0 / math.sqrt(self.config.fw_head_dim))
         init.normal_(self.w1, std=1.0 / math.sqrt(self.config.fw_hidden_dim))
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor
-    ) -> tuple[Tensor, LaCTTrace]:
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, LaCTTrace]:
         c = self.config
         q, k, v = self.qkv(x).chunk(3, -1)
         if c.attn_qk_norm:
@@ -293,12 +291,11 @@ class LaCTMixer(nn.Module):
         if state is not None:
             all_keys, all_values = torch.cat([state["window_k"], keys], 1), torch.cat([state["window_v"], v], 1)
             past = offsets.clamp(max=self.config.window_size - 1)
-        o = window_attention(*(z.transpose(1, 2) for z in (q, all_keys, all_values)), self.config.window_size, past)
+        q, all_keys, all_values = (z.transpose(1, 2) for z in (q, all_keys, all_values))
+        o = window_attention(q, all_keys, all_values, self.config.window_size, past)
         return o.transpose(1, 2).flatten(2), keys, v
 
-    def _fast_inputs(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tokens]:
+    def _fast_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tokens]:
         """Queries [B, H, T, d] and what is learned from, before this pass's tokens join the open chunk."""
         c = self.config
         q = q * self.qk_scale[:, 0] + self.qk_offset[:, 0]
@@ -322,9 +319,7 @@ class LaCTMixer(nn.Module):
         v = v.unflatten(-1, (c.num_lact_heads, -1))
         return q.transpose(1, 2), Tokens(k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), momentum)
 
-    def _with_open_tokens(
-        self, tokens: Tokens, state: LayerState | None, offsets: Tensor
-    ) -> tuple[Tensor, Tokens]:
+    def _with_open_tokens(self, tokens: Tokens, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, Tokens]:
         """Put this pass's tokens behind each row's open ones, so that chunk boundaries coincide across rows."""
         C = self.config.lact_chunk_size
         opened = torch.where(offsets > 0, (offsets - 1) % C + 1, 0)

@@ -27,9 +27,7 @@ def resolve(name_or_path: str | Path) -> str:
     return name
 
 
-def load(
-    name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any
-) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model (eval mode) and tokenizer of a shipped name, a folder in the hub's layout, or a hub name.
 
     Args:

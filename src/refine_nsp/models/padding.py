@@ -31,9 +31,7 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Ali
         raise RefineError("got both attention_mask and lengths; pass one of them")
     if lengths is not None:
         if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
-            raise RefineError(
-                f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}"
-            )
+            raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
         return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
     if mask is None:
         return None

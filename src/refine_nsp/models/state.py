@@ -36,8 +36,8 @@ class FastWeightCache(Cache):
     """
 
     def __init__(self, layers: list[LayerState] | None = None, lengths: Tensor | None = None, columns: int = 0) -> None:
-        super().__init__(layers=layers if layers is not None else [])
-        self.layers: list[LayerState]
+        super().__init__(layers=[])
+        self.layers: list[LayerState] = layers if layers is not None else []  # type: ignore[assignment]
         self.lengths = lengths
         self.columns = columns
 
@@ -163,9 +163,7 @@ class PrefixStates:
 
     traces: list[LayerTrace]
     offsets: Tensor  # [B] long, real tokens consumed before this pass
-    columns_to_tokens: (
-        Tensor | None
-    )  # [B, T] long: index among the row's real tokens of each input column; None: identity
+    columns_to_tokens: Tensor | None  # [B, T] long: index among the row's real tokens of each input column; None: identity
 
     def at(self, positions: Tensor) -> FastWeightCache:
         """Snapshot after the token in input column `positions` [B, P] long (-1: before the first), as B*P rows.

@@ -64,10 +64,8 @@ def _divergence(weight: Tensor, whole: Tensor, local: Tensor, targets: Tensor, g
     """d of `context_scores` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
     n = block_tokens(2 * weight.shape[0])
     parts = []
-    for w, l, x in zip(
-        whole.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True
-    ):
-        p, q = ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in (w, l))
+    for w, v, x in zip(whole.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
+        p, q = ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in (w, v))
         if gain:
             parts.append((p - q).gather(-1, x[:, None])[:, 0].clamp(min=0.0))
         else:

@@ -78,9 +78,7 @@ class ReFINEStep(nn.Module):
         return self.model(step=lambda m: step.learn(m, rollouts))
 
     @torch.no_grad()
-    def rollout(
-        self, input_ids: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Rollouts:
+    def rollout(self, input_ids: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None) -> Rollouts:
         """Select, roll out and score with the current policy, without gradients: what several optimizer steps can learn from."""
         step = _Step(self.config, make_batch(input_ids, lengths, self.config), self.reference_model)
         return self.model(step=lambda m: step.observe(m, generator))
@@ -264,9 +262,7 @@ class _Step:
             "entropy": _masked_mean(entropy, self.batch.target_mask),
             "entropy_at_positions": _masked_mean(gather_positions(entropy, positions), valid),
         }
-        return Rollouts(
-            positions, tokens, log_probs, hidden.view(B, P, N, K, -1), rewards, advantages.values, entropy, metrics
-        )
+        return Rollouts(positions, tokens, log_probs, hidden.view(B, P, N, K, -1), rewards, advantages.values, entropy, metrics)
 
     def policy_from(self, model: Any, whole: Pass, states: Any, rollouts: Rollouts) -> Policy:
         """Log-probabilities of recorded rollouts under the current policy, with gradient into the prefixes."""
@@ -275,9 +271,7 @@ class _Step:
         states = whole.snapshots(rollouts.positions) if states is None else states
         return self._continue(model, whole, states, rollouts.positions, rollouts.tokens, need_hidden=False)
 
-    def _continue(
-        self, model: Any, whole: Pass, states: Any, positions: Tensor, tokens: Tensor, need_hidden: bool
-    ) -> Policy:
+    def _continue(self, model: Any, whole: Pass, states: Any, positions: Tensor, tokens: Tensor, need_hidden: bool) -> Policy:
         at_prefix = gather_positions(whole.hidden, positions).flatten(0, 1)
         return continue_from_states(model, at_prefix, states, tokens, self.config.temperature, need_hidden)
 
@@ -289,9 +283,7 @@ class _Step:
             reference = self.reference_model
             whole = run_pass(reference, self.batch, self.ntp_normalizer, rollouts.positions)
             states = whole.snapshots(rollouts.positions)
-            return self._continue(
-                reference, whole, states, rollouts.positions, rollouts.tokens, need_hidden=False
-            ).log_probs
+            return self._continue(reference, whole, states, rollouts.positions, rollouts.tokens, need_hidden=False).log_probs
 
     def result(self, model: Any, whole: Pass, policy: Policy, rollouts: Rollouts) -> StepResult:
         """Losses, and the record."""

@@ -159,7 +159,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None) -> Any:
-        B, HV, n, C, Dk = q.shape
+        B, HV, n, _, Dk = q.shape
         Dv, scale = v.shape[-1], Dk**-0.5
         decay, b = _decay(g), beta[..., None]
         kb = k * b
@@ -189,7 +189,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Any:
         q, k, v, beta, g, X, w, u, starts = ctx.saved_tensors
-        n, C, scale = q.shape[2], q.shape[3], q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
         decay, b, S = _decay(g), beta[..., None], starts[:, :, :-1]
         do = torch.zeros_like(v) if do is None else do * scale
         P = _times(q @ k.mT, decay.pair).tril_()
@@ -207,8 +207,25 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         dk_end = u @ dS[:, :, 1:].mT
         dP = (do @ u.mT).tril_()
         dq_start = do @ S.mT
-        dg = None if g is None else _gate_gradient(decay, A_grad=dA, P=P, dP=dP, kb=k * b, k=k, dkw=dkw, k_end=k_end,
-                                                   dk_end=dk_end, q_start=q_start, dq_start=dq_start, S=S, dS=dS)
+        dg = (
+            None
+            if g is None
+            else _gate_gradient(
+                decay,
+                A_grad=dA,
+                P=P,
+                dP=dP,
+                kb=k * b,
+                k=k,
+                dkw=dkw,
+                k_end=k_end,
+                dk_end=dk_end,
+                q_start=q_start,
+                dq_start=dq_start,
+                S=S,
+                dS=dS,
+            )
+        )
         dA, dP = _times(dA, decay.pair), _times(dP, decay.pair)
         dkb = _times(dkw, decay.from_start) + dA @ k
         dq = _times(dq_start, decay.from_start) + dP @ k

@@ -44,9 +44,7 @@ def naive_linear_cross_entropy(
     return (nll * token_weights).sum(), TokenStats(nll.detach(), entropy.detach(), logits.argmax(-1))
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
-) -> tuple[Tensor, TokenStats]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, TokenStats]:
     """sum_i token_weights[i] * NLL_i of a linear head, by blocks of tokens.
 
     Args:

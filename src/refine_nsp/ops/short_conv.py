@@ -22,9 +22,7 @@ def naive_short_conv(
     return F.silu(y) if activation == "silu" else y
 
 
-def short_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None
-) -> Tensor:
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None) -> Tensor:
     """Causal depthwise convolution over time.
 
     Args:
@@ -46,9 +44,7 @@ def _taps(W: int, T: int) -> list[tuple[int, int]]:
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None) -> Tensor:
         z = _convolve(x, weight, bias, history)
         ctx.save_for_backward(x, weight, bias, history, z if silu else None)
         return F.silu(z) if silu else z

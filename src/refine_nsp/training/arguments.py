@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from refine_nsp.config import PRESETS, NSPConfig
@@ -27,6 +27,7 @@ class ReFINEConfig(TrainingArguments):
             them is clipped, and `schedule` cannot be `fused`.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
+        reward_funcs: `cosine`, `exact_match`, `hybrid`, or a dotted path to your own (`package.module.function`); several are summed.
         max_skipped_steps: stop after so many steps in a row whose loss or gradient is not finite (each is skipped).
     """
 
@@ -70,8 +71,12 @@ class ReFINEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch would warn
         if self.objective not in ("refine", "ntp"):
-            raise RefineError(f"objective={self.objective!r} is not one of refine, ntp{closest(self.objective, ('refine', 'ntp'))}")
+            raise RefineError(
+                f"objective={self.objective!r} is not one of refine, ntp{closest(self.objective, ('refine', 'ntp'))}"
+            )
         if self.steps_per_generation < 1:
             raise RefineError(f"steps_per_generation must be at least 1, got {self.steps_per_generation}")
         nsp = self.nsp()

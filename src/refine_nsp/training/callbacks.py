@@ -30,7 +30,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:
-            self.progress.advance(self.tokens_this_step * args.world_size, **self.latest)
+            self.progress.advance(self.tokens_this_step * args.world_size, 1, self.latest)
         self.tokens_this_step = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:

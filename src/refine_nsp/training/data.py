@@ -119,9 +119,7 @@ def _load_files(files: Sequence[Path], arguments: DataArguments) -> Dataset | It
     kind = kinds.pop()
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
-        return load_dataset(
-            kind, data_files=[str(f) for f in files], split="train", streaming=arguments.streaming, **options
-        )
+        return load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=arguments.streaming, **options)
     except Exception as error:  # datasets wraps every parser's own errors
         cause = error.__cause__ or error
         raise RefineError(f"cannot read {files[0]} as {kind}: {_first_line(cause)}") from error
@@ -129,13 +127,9 @@ def _load_files(files: Sequence[Path], arguments: DataArguments) -> Dataset | It
 
 def _load_hub(name: str, arguments: DataArguments) -> Dataset | IterableDataset:
     try:
-        return load_dataset(
-            name, arguments.dataset_config, split=arguments.dataset_split, streaming=arguments.streaming
-        )
+        return load_dataset(name, arguments.dataset_config, split=arguments.dataset_split, streaming=arguments.streaming)
     except Exception as error:  # many kinds: network, missing name, configuration
-        raise RefineError(
-            f"{name!r} is neither a file nor a dataset the hub gave: {_first_line(error)}"
-        ) from error
+        raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -230,7 +224,7 @@ def prepare_data(
         held = load_text(arguments.validation_dataset, arguments)
     elif isinstance(data, Dataset):
         data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
-    cut = dict(column=arguments.text_column, max_length=max_length, min_length=min_length)
+    cut: dict[str, Any] = {"column": arguments.text_column, "max_length": max_length, "min_length": min_length}
     train = tokenize(data, tokenizer, packing=arguments.packing, **cut)
     if held is not None:
         held = tokenize(held, tokenizer, packing=False, **cut)

@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(config, step)
             loss = train_step(model, optimizer, ids, weights, config.max_grad_norm)
-            progress.advance(ids.numel(), loss=loss)
+            progress.advance(ids.numel(), 1, {"loss": loss})
             done = step + 1
             if done % config.log_steps == 0 or done == config.total_steps:
                 log_progress(out, done, loss, model, probes if done % (4 * config.log_steps) == 0 else [], windows)
@@ -142,7 +142,7 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> Tensor:
     """All texts as one stream of ids, END_OF_TEXT after each."""
     ids: list[int] = []
     for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        ids += encoded + [tokenizer.eos_token_id]
+        ids += [*encoded, tokenizer.eos_token_id]
     return torch.tensor(ids)
 
 
@@ -217,9 +217,7 @@ def train_step(model: Any, optimizer: Any, ids: Tensor, weights: Tensor, max_gra
     hidden = model.model(ids, use_cache=False).last_hidden_state
     target_weights = F.pad(weights[:, 1:], (0, 1)).flatten()
     targets = F.pad(ids[:, 1:], (0, 1)).flatten()
-    loss, _ = linear_cross_entropy(
-        hidden.flatten(0, 1), model.lm_head.weight, targets, target_weights / target_weights.sum()
-    )
+    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, target_weights / target_weights.sum())
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

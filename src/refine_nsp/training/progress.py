@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -24,11 +24,11 @@ class StepProgress:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
-    def advance(self, tokens: int, steps: int = 1, **figures: float) -> None:
+    def advance(self, tokens: int, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
         """Count `steps` that processed `tokens`; `figures` are shown beside the bar."""
         self.done += steps
         self.tokens += tokens
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
         text = f"{self.tokens_per_second:,.0f} tok/s  {shown}"
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, figures=text)

@@ -46,9 +46,7 @@ class RecallTokens:
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        return cls(
-            [encode(f" {w}") for w in NAMES], [encode(f" {w}") for w in VALUES], encode(" ="), encode(";")
-        )
+        return cls([encode(f" {w}") for w in NAMES], [encode(f" {w}") for w in VALUES], encode(" ="), encode(";"))
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,9 @@ class ReFINETrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    model: Any
 
-    def __init__(
-        self, model: Any = None, args: ReFINEConfig | None = None, reference_model: Any = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: Any = None, args: ReFINEConfig | None = None, reference_model: Any = None, **kwargs: Any) -> None:
         if args is None:
             args = ReFINEConfig(output_dir="runs/refine")
         if model is not None and kwargs.get("processing_class") is not None:
@@ -117,9 +116,7 @@ class ReFINETrainer(Trainer):
         step, generator = self._step(self.model_wrapped), self._generator()
         start = time.perf_counter()
         made = [step.rollout(b["input_ids"], b["lengths"], generator) for b in batches]
-        scored = compute_advantages(
-            torch.cat([r.rewards for r in made]), torch.cat([r.positions >= 0 for r in made]), self.nsp
-        )
+        scored = compute_advantages(torch.cat([r.rewards for r in made]), torch.cat([r.positions >= 0 for r in made]), self.nsp)
         parts = scored.values.split([len(r.rewards) for r in made])
         for batch, rollouts, advantages in zip(batches, made, parts, strict=True):
             batch["rollouts"] = _with_advantages(rollouts, advantages)
@@ -210,13 +207,11 @@ class ReFINETrainer(Trainer):
         if due and self.state.global_step != self._shown_at and self.is_world_process_zero():
             self._shown_at = self.state.global_step
             show_completions(
-                self.processing_class, inputs["input_ids"], result, Path(self.args.output_dir), self.state.global_step,
-                self.args.num_completions_to_print, quiet=self.args.disable_tqdm,
+                self.processing_class, inputs["input_ids"], result, Path(str(self.args.output_dir)), self.state.global_step,
+                self.args.num_completions_to_print, quiet=bool(self.args.disable_tqdm),
             )  # fmt: skip
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """NTP loss, argmax accuracy, entropy, greedy K-token match and mean cosine, on the validation windows."""
         start = time.perf_counter()
         loader = self.get_eval_dataloader(eval_dataset)
@@ -243,17 +238,17 @@ class ReFINETrainer(Trainer):
         return metrics
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint. Ctrl-C saves and raises."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
                 raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
         if resume_from_checkpoint:
             self._restored = load_pending(Path(resume_from_checkpoint) / ROLLOUTS_FILE)
         self._last_log = (time.monotonic(), 0)
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             self.bar.on_train_end(self.args, self.state, self.control)
             self.interrupt.restore()
@@ -262,7 +257,7 @@ class ReFINETrainer(Trainer):
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             if self._pending and "rollouts" in self._pending[0] and self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -276,9 +271,7 @@ class ReFINETrainer(Trainer):
 def _with_advantages(rollouts: Rollouts, advantages: Tensor) -> Rollouts:
     kept = rollouts.rows(slice(None))
     metrics = {**kept.metrics, "advantage_min": float(advantages.min()), "advantage_max": float(advantages.max())}
-    return Rollouts(
-        kept.positions, kept.tokens, kept.log_probs, None, kept.rewards, advantages, kept.entropy, metrics
-    )
+    return Rollouts(kept.positions, kept.tokens, kept.log_probs, None, kept.rewards, advantages, kept.entropy, metrics)
 
 
 def count_positions(lengths: Tensor, n_tokens: int, config: NSPConfig) -> int:
@@ -302,7 +295,7 @@ def save_pending(path: Path, batches: list[dict[str, Any]]) -> None:
     """Micro-batches that wait with their rollouts, as safetensors."""
     from safetensors.torch import save_file
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         tensors |= {f"{i}.input_ids": batch["input_ids"], f"{i}.lengths": batch["lengths"]}
         tensors |= {f"{i}.{name}": getattr(batch["rollouts"], name).contiguous() for name in _TENSORS}

@@ -38,9 +38,7 @@ def validate(model: Any, batches: Iterable[dict[str, Tensor]], config: NSPConfig
     return sums
 
 
-def greedy_match(
-    model: Any, batch: Batch, whole: Any, config: NSPConfig, generator: torch.Generator
-) -> tuple[float, float, int]:
+def greedy_match(model: Any, batch: Batch, whole: Any, config: NSPConfig, generator: torch.Generator) -> tuple[float, float, int]:
     """Sums over K-token greedy continuations at uniform positions: share of tokens equal, mean cosine; and how many."""
     from dataclasses import replace
 

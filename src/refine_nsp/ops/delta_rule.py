@@ -46,27 +46,27 @@ def naive_delta_rule(
 class DeltaStates:
     """What a pass of `delta_rule` leaves behind, enough for its state after any token."""
 
-    starts: Tensor  # [B, HV, n + 1, Dk, Dv], state before each chunk, and after the last
-    u: Tensor  # [B, HV, n, C, Dv], what each token wrote
+    starts: Tensor  # [n + 1, B, HV, Dk, Dv], state before each chunk, and after the last
+    u: Tensor  # [n, B, HV, C, Dv], what each token wrote
     k: Tensor  # [B, T, H, Dk]
     g: Tensor | None  # [B, T, HV]
 
     @without_autocast
     def at(self, positions: Tensor) -> Tensor:
         """State after the token at `positions` [B, P] long (-1: the initial state) -> [B, P, HV, Dk, Dv], differentiable."""
-        B, HV, n, C, _ = self.u.shape
+        n, B, HV, C, _ = self.u.shape
         T, group = self.k.shape[1], HV // self.k.shape[2]
         consumed = positions + 1
         chunk, r = consumed // C, consumed % C
         rows = torch.arange(B, device=positions.device)[:, None]
-        start = self.starts[rows, :, chunk]  # [B, P, HV, Dk, Dv]
+        start = self.starts[chunk, rows]  # [B, P, HV, Dk, Dv]
         if not bool(r.any()):
             return start
         tokens = chunk[..., None] * C + torch.arange(C, device=positions.device)  # [B, P, C]
         inside = torch.arange(C, device=positions.device) < r[..., None]
         tokens = tokens.clamp(max=T - 1)
         k = self.k[rows[..., None], tokens].to(start.dtype).repeat_interleave(group, 3)  # [B, P, C, HV, Dk]
-        u = self.u[rows, :, chunk.clamp(max=n - 1)]  # [B, P, HV, C, Dv]
+        u = self.u[chunk.clamp(max=n - 1), rows]  # [B, P, HV, C, Dv]
         if self.g is None:
             k = k.masked_fill(~inside[..., None, None], 0.0)
         else:
@@ -110,19 +110,21 @@ def delta_rule(
     if initial_state is not None:
         initial_state = initial_state.to(dtype)
     o, starts, u = _ChunkedDeltaRule.apply(*chunks, *gates, initial_state)
-    o = o.flatten(2, 3)[:, :, :T].transpose(1, 2)
+    o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
     return o, DeltaStates(starts, u, k, g)
 
 
 def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, D] -> [B, HV, n, C, D] contiguous, zeros behind the last token."""
+    """[B, T, H, D] -> [n, B, HV, C, D] contiguous, zeros behind the last token.
+
+    Chunks come first so that the loop over them works on contiguous batches of matrices.
+    """
     B, T, H, D = x.shape
-    x = x.transpose(1, 2)
     if T % C:
-        x = torch.nn.functional.pad(x, (0, 0, 0, -T % C))
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % C))
     if HV != H:
-        x = x.repeat_interleave(HV // H, 1)
-    return x.reshape(B, HV, -1, C, D).contiguous().to(dtype)
+        x = x.repeat_interleave(HV // H, 2)
+    return x.reshape(B, -1, C, HV, D).permute(1, 0, 3, 2, 4).to(dtype).contiguous()
 
 
 def _inverse_unit_lower(A: Tensor) -> Tensor:
@@ -155,11 +157,11 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 class _ChunkedDeltaRule(torch.autograd.Function):
-    """q, k, v [B, HV, n, C, D], beta and g [B, HV, n, C], S0 -> o [B, HV, n, C, Dv], starts [B, HV, n+1, Dk, Dv], u."""
+    """q, k, v [n, B, HV, C, D], beta and g [n, B, HV, C], S0 -> o [n, B, HV, C, Dv], starts [n+1, B, HV, Dk, Dv], u."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None) -> Any:
-        B, HV, n, _, Dk = q.shape
+        n, B, HV, _, Dk = q.shape
         Dv, scale = v.shape[-1], Dk**-0.5
         decay, b = _decay(g), beta[..., None]
         kb = k * b
@@ -168,94 +170,97 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         u = X @ (v * b)
         w = X @ _times(kb, decay.from_start)
         k_end = _times(k, decay.to_end)
-        starts = q.new_empty(B, HV, n + 1, Dk, Dv)
-        starts[:, :, 0] = 0.0 if S0 is None else S0
-        flat_starts, flat_u, flat_w, flat_k = (x.flatten(0, 1) for x in (starts, u, w, k_end))
-        whole = None if decay.whole is None else decay.whole.flatten(0, 1)
-        for c in range(n):
-            S = flat_starts[:, c]
-            flat_u[:, c].baddbmm_(flat_w[:, c], S, alpha=-1.0)
-            kept = S if whole is None else S * whole[:, c]
-            torch.baddbmm(kept, flat_k[:, c].mT, flat_u[:, c], out=flat_starts[:, c + 1])
+        starts = q.new_empty(n + 1, B, HV, Dk, Dv)
+        starts[0] = 0.0 if S0 is None else S0
+        heads = [x.flatten(1, 2) for x in (starts, u, w, k_end)]
+        for c, (S, u_c, w_c, k_c) in enumerate(zip(*heads, strict=False)):
+            u_c.baddbmm_(w_c, S, alpha=-1.0)
+            kept = S if decay.whole is None else S * decay.whole[c].flatten(0, 1)
+            torch.baddbmm(kept, k_c.mT, u_c, out=heads[0][c + 1])
         P = _times(q @ k.mT, decay.pair).tril_()
         o = P @ u
-        o += _times(q, decay.from_start) @ starts[:, :, :-1]
+        o += _times(q, decay.from_start) @ starts[:-1]
         o *= scale
-        ctx.save_for_backward(q, k, v, beta, g, X, w, u, starts)
+        ctx.save_for_backward(q, k, v, beta, g, X, w, u, starts, P, None if g is None else A)
         ctx.set_materialize_grads(False)
         ctx.has_initial = S0 is not None
         return o, starts, u
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Any:
-        q, k, v, beta, g, X, w, u, starts = ctx.saved_tensors
+        q, k, v, beta, g, X, w, u, starts, P, A = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
-        decay, b, S = _decay(g), beta[..., None], starts[:, :, :-1]
+        decay, b, S = _decay(g), beta[..., None], starts[:-1]
         do = torch.zeros_like(v) if do is None else do * scale
-        P = _times(q @ k.mT, decay.pair).tril_()
         du = P.mT @ do
         if du_out is not None:
             du += du_out
         q_start, k_end = _times(q, decay.from_start), _times(k, decay.to_end)
         dS = starts.new_zeros(starts.shape) if dstarts is None else dstarts.clone()
-        dS[:, :, :-1] += q_start.mT @ do
+        dS[:-1] += q_start.mT @ do
         _backward_through_chunks(dS, du, w, k_end, decay.whole)
 
         dv_b = X.mT @ du  # gradient of beta * v
-        dA = -(dv_b @ u.mT).tril_(-1)
-        dkw = -(dv_b @ S.mT)  # gradient of beta * exp(b) * k
-        dk_end = u @ dS[:, :, 1:].mT
+        dA = torch.bmm(*_flat(dv_b, u.mT)).neg_().view_as(X).tril_(-1)
+        dkw = torch.bmm(*_flat(dv_b, S.mT)).neg_().view_as(k)  # gradient of beta * exp(b) * k
+        dk_end = u @ dS[1:].mT
         dP = (do @ u.mT).tril_()
-        dq_start = do @ S.mT
-        dg = (
-            None
-            if g is None
-            else _gate_gradient(
-                decay,
-                A_grad=dA,
-                P=P,
-                dP=dP,
-                kb=k * b,
-                k=k,
-                dkw=dkw,
-                k_end=k_end,
-                dk_end=dk_end,
-                q_start=q_start,
-                dq_start=dq_start,
-                S=S,
-                dS=dS,
-            )
-        )
-        dA, dP = _times(dA, decay.pair), _times(dP, decay.pair)
-        dkb = _times(dkw, decay.from_start) + dA @ k
-        dq = _times(dq_start, decay.from_start) + dP @ k
-        dk = _times(dk_end, decay.to_end) + dA.mT @ (k * b)
-        dk += dP.mT @ q
-        dk += dkb * b
-        dbeta = (dkb * k).sum(-1) + (dv_b * v).sum(-1)
-        return dq, dk, dv_b * b, dbeta, dg, dS[:, :, 0] if ctx.has_initial else None
+        dq = do @ S.mT
+        kb, dg = k * b, None
+        if g is not None:
+            db = _pair_gradient(dA, A, dP, P)
+            db += _end_gradients(decay, dkw, kb, dq, q_start, dk_end, k_end, S, dS)
+            dg = db.flip(-1).cumsum(-1).flip(-1)
+            for x, factor in (
+                (dA, decay.pair),
+                (dP, decay.pair),
+                (dkw, decay.from_start),
+                (dk_end, decay.to_end),
+                (dq, decay.from_start),
+            ):
+                x *= factor
+        dq = torch.baddbmm(*_flat(dq, dP, k)).view_as(q)
+        dkb = torch.baddbmm(*_flat(dkw, dA, k)).view_as(k)
+        dk = torch.baddbmm(*_flat(dk_end, dA.mT, kb))
+        dk.baddbmm_(*_flat(dP.mT, q))
+        dk = dk.view_as(k).addcmul_(dkb, b)
+        dbeta = torch.linalg.vecdot(dkb, k) + torch.linalg.vecdot(dv_b, v)
+        return dq, dk, dv_b.mul_(b), dbeta, dg, dS[0] if ctx.has_initial else None
+
+
+def _flat(*matrices: Tensor) -> list[Tensor]:
+    """[n, B, HV, a, b] -> [n * B * HV, a, b], for batched products that add to what is there."""
+    return [x.flatten(0, 2) for x in matrices]
 
 
 def _backward_through_chunks(dS: Tensor, du: Tensor, w: Tensor, k_end: Tensor, whole: Tensor | None) -> None:
-    """In place: dS [.., n+1, Dk, Dv] and du [.., n, C, Dv] gain what flows back through the states."""
-    dS, du, w, k_end = (x.flatten(0, 1) for x in (dS, du, w, k_end))
-    for c in range(du.shape[1] - 1, -1, -1):
-        after = dS[:, c + 1]
-        du[:, c].baddbmm_(k_end[:, c], after)
-        dS[:, c].baddbmm_(w[:, c].mT, du[:, c], alpha=-1.0)
-        dS[:, c] += after if whole is None else after * whole.flatten(0, 1)[:, c]
+    """In place: dS [n+1, .., Dk, Dv] and du [n, .., C, Dv] gain what flows back through the states."""
+    dS, du, w, k_end = (x.flatten(1, 2) for x in (dS, du, w, k_end))
+    for c in range(du.shape[0] - 1, -1, -1):
+        after = dS[c + 1]
+        du[c].baddbmm_(k_end[c], after)
+        dS[c].baddbmm_(w[c].mT, du[c], alpha=-1.0)
+        dS[c] += after if whole is None else after * whole[c].flatten(0, 1)
 
 
-def _gate_gradient(
-    decay: _Decay, *, A_grad: Tensor, P: Tensor, dP: Tensor, kb: Tensor, k: Tensor, dkw: Tensor, k_end: Tensor,
-    dk_end: Tensor, q_start: Tensor, dq_start: Tensor, S: Tensor, dS: Tensor,
+# Every decay is exp(b_i - b_j) of running sums b of g: a gradient with respect to the decayed thing, times that thing, lands on b_i and,
+# negatively, on b_j.
+
+
+def _pair_gradient(dA: Tensor, A: Tensor, dP: Tensor, P: Tensor) -> Tensor:
+    """Gradient of b [n, .., C] through the two C x C matrices."""
+    pairs = torch.addcmul(dA * A, dP, P)
+    return pairs.sum(-1) - pairs.sum(-2)
+
+
+def _end_gradients(
+    decay: _Decay, dkw: Tensor, kb: Tensor, dq_start: Tensor, q_start: Tensor, dk_end: Tensor, k_end: Tensor, S: Tensor, dS: Tensor
 ) -> Tensor:  # fmt: skip
-    """Gradient of g [.., n, C]: every decay is exp of a difference of running sums b, so each term lands on its two ends."""
-    assert decay.pair is not None and decay.from_start is not None and decay.whole is not None
-    pairs = (kb @ k.mT) * decay.pair * A_grad + P * dP
-    db = pairs.sum(-1) - pairs.sum(-2)
-    db += (dkw * kb * decay.from_start).sum(-1) + (dq_start * q_start).sum(-1)
-    end = (dk_end * k_end).sum(-1)
+    """Gradient of b [n, .., C] through what is decayed from a chunk's start or to its end."""
+    assert decay.from_start is not None and decay.whole is not None
+    vecdot = torch.linalg.vecdot
+    db = vecdot(dkw, kb) * decay.from_start[..., 0] + vecdot(dq_start, q_start)
+    end = vecdot(dk_end, k_end)
     db -= end
-    db[..., -1] += end.sum(-1) + (S * dS[:, :, 1:]).sum((-1, -2)) * decay.whole[..., 0, 0]
-    return db.flip(-1).cumsum(-1).flip(-1)
+    db[..., -1] += end.sum(-1) + vecdot(S.flatten(-2), dS[1:].flatten(-2)) * decay.whole[..., 0, 0]
+    return db

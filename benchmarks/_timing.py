@@ -1,0 +1,64 @@
+"""Timing on a noisy machine: candidates take turns in one run, and ratios of medians are what is reported."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+
+def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each candidate, taken in turn `rounds` times after `warm_up` uncounted rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds + warm_up):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if i >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """median(a/b) pair by pair, with the least and greatest pair."""
+    pairs = sorted(x / y for x, y in zip(a, b, strict=True))
+    return f"{statistics.median(pairs):.2f} ({pairs[0]:.2f}-{pairs[-1]:.2f})"
+
+
+def matmul_peak(threads: int, size: int = 1536, rounds: int = 7) -> float:
+    """Best float32 matrix-product rate of this machine, FLOP/s."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = alternate({"mm": lambda: a @ b}, rounds)["mm"]
+    return 2 * size**3 / min(times)
+
+
+def delta_net_12m():
+    """The model of these benchmarks: DeltaNet, 12.2 M parameters (6 layers of 384, 6 heads of 64, vocabulary 4096, tied)."""
+    from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
+
+    torch.manual_seed(0)
+    return DeltaNetForCausalLM(DeltaNetConfig(**SIZES, num_heads=6)).train()
+
+
+SIZES = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1024, vocab_size=4096, tie_word_embeddings=True)
+
+
+def model_of(family: str):
+    """About 12 M parameters of each family."""
+    from refine_nsp.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
+
+    if family == "delta_net":
+        return delta_net_12m()
+    torch.manual_seed(0)
+    if family == "gated_deltanet":
+        config = GatedDeltaNetConfig(**SIZES, num_heads=6, head_dim=64, expand_v=1.0)
+        return GatedDeltaNetForCausalLM(config).train()
+    config = LaCTConfig(**SIZES, num_attn_heads=6, num_lact_heads=2, lact_chunk_size=512, window_size=512, w0_w2_low_rank=32)
+    return LaCTForCausalLM(config).train()

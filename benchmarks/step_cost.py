@@ -1,0 +1,89 @@
+"""Wall time and peak memory of a ReFINE step in its three schedules, relative to a plain NTP step of the same model, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+
+from _timing import alternate, model_of, ratio
+from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.prefix import Batch, next_token_loss
+from refine_nsp.nsp.step import ReFINEStep
+
+SCHEDULES = ("fused", "snapshot", "reprefill")
+
+
+def ntp_step(model, ids: torch.Tensor) -> None:
+    batch = Batch(ids, torch.tensor([ids.shape[1]]))
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    next_token_loss(model, hidden, batch, batch.num_targets)[0].backward()
+    model.zero_grad()
+
+
+def refine_step(model, ids: torch.Tensor, schedule: str, N: int, selection: str) -> None:
+    config = NSPConfig(num_generations=N, schedule=schedule, reward="hybrid", selection=selection)
+    ReFINEStep(model, config)(ids, generator=torch.Generator().manual_seed(0)).loss.backward()
+    model.zero_grad()
+
+
+def run_of(model, ids: torch.Tensor, schedule: str, N: int, selection: str):
+    if schedule == "ntp":
+        return lambda: ntp_step(model, ids)
+    return lambda: refine_step(model, ids, schedule, N, selection)
+
+
+def peak_megabytes(family: str, T: int, schedule: str, N: int, selection: str) -> float:
+    """Peak resident memory of a fresh process that makes two steps, less that of one that only builds the model."""
+    command = [sys.executable, __file__, "--child", family, str(T), schedule, str(N), selection]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def child(family: str, T: int, schedule: str, N: int, selection: str) -> None:
+    torch.set_num_threads(1)
+    model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        run_of(model, ids, schedule, N, selection)()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def measure(family: str, T: int, generations: list[int], rounds: int, selection: str, schedules: list[str]) -> None:
+    model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
+    wanted = [(s, n) for s in schedules for n in generations if s != "reprefill" or n == 1]
+    candidates = {"ntp": run_of(model, ids, "ntp", 1, selection)}
+    candidates |= {f"{s} N={n}": run_of(model, ids, s, n, selection) for s, n in wanted}
+    seconds = alternate(candidates, rounds)
+    base = peak_megabytes(family, T, "ntp", 1, selection)
+    print(f"{family}  T {T}  NTP step {min(seconds['ntp']):.2f} s, {base:.0f} MB")
+    for s, n in wanted:
+        memory = peak_megabytes(family, T, s, n, selection) / base
+        print(f"    {s:9s} N={n}  time {ratio(seconds[f'{s} N={n}'], seconds['ntp'])}  peak memory {memory:.2f}")
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        family, T, schedule, N, selection = sys.argv[sys.argv.index("--child") + 1 :]
+        child(family, int(T), schedule, int(N), selection)
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["delta_net", "gated_deltanet", "lact"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096])
+    parser.add_argument("--generations", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
+    parser.add_argument("--selection", default="entropy")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"P=8, K=5, {args.threads} thread(s), float32; time and memory relative to NTP: median (min-max) of pairs")
+    for family in args.models:
+        for T in args.lengths:
+            measure(family, T, args.generations, args.rounds, args.selection, args.schedules)
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,7 @@ def delta_net_12m():
     return DeltaNetForCausalLM(DeltaNetConfig(**SIZES, num_heads=6)).train()
 
 
-SIZES = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1024, vocab_size=4096, tie_word_embeddings=True)
+SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024, "vocab_size": 4096, "tie_word_embeddings": True}
 
 
 def model_of(family: str):

@@ -30,7 +30,8 @@ def measure(family: str, contexts: list[int], tokens: int, block: int) -> None:
         median = statistics.median(seconds)
         base = base or median
         print(
-            f"{family:15s} context {context:6d}  {median * 1e3:6.2f} ms/token ({median / base:.2f}x)  state {cache.nbytes / 2**20:.2f} MiB"
+            f"{family:15s} context {context:6d}  {median * 1e3:6.2f} ms/token ({median / base:.2f}x)  "
+            f"state {cache.nbytes / 2**20:.2f} MiB"
         )
 
 

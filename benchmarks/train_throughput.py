@@ -51,7 +51,8 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, T {args.length}, float32, {args.threads} threads"
     )
     print(
-        f"step {median:.2f} s ({min(seconds):.2f}-{max(seconds):.2f}), {args.length / median:,.0f} tokens/s, {flops / 1e9:.0f} GFLOP in matrix products"
+        f"step {median:.2f} s ({min(seconds):.2f}-{max(seconds):.2f}), {args.length / median:,.0f} tokens/s, "
+        f"{flops / 1e9:.0f} GFLOP in matrix products"
     )
     print(f"{flops / median / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s: {flops / median / peak:.0%} of the matmul peak")
     with profile(activities=[ProfilerActivity.CPU]) as record:

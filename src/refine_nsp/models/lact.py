@@ -335,7 +335,8 @@ class LaCTMixer(nn.Module):
         return opened, Tokens.from_named(joined)
 
     def _initial_weights(self, rows: int) -> Triple:
-        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in (self.w0, self.w2))
+        initial: tuple[Any, Any] = (self.w0, self.w2)
+        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in initial)
         wide = torch.promote_types(self.w1.dtype, torch.float32)
         return Triple(*(w.to(wide).expand(rows, -1, -1, -1) for w in (w0, self.w1, w2)))
 

@@ -71,7 +71,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(where)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise RefineError(
-            f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy one there, or name another with --tokenizer"
+            f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy one there, or name another (midtrain: --tokenizer_name)"
         )
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)

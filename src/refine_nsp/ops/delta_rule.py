@@ -211,14 +211,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             db = _pair_gradient(dA, A, dP, P)
             db += _end_gradients(decay, dkw, kb, dq, q_start, dk_end, k_end, S, dS)
             dg = db.flip(-1).cumsum(-1).flip(-1)
-            for x, factor in (
-                (dA, decay.pair),
-                (dP, decay.pair),
-                (dkw, decay.from_start),
-                (dk_end, decay.to_end),
-                (dq, decay.from_start),
-            ):
-                x *= factor
+        dA, dP = _times(dA, decay.pair), _times(dP, decay.pair)
+        dkw, dk_end, dq = _times(dkw, decay.from_start), _times(dk_end, decay.to_end), _times(dq, decay.from_start)
         dq = torch.baddbmm(*_flat(dq, dP, k)).view_as(q)
         dkb = torch.baddbmm(*_flat(dkw, dA, k)).view_as(k)
         dk = torch.baddbmm(*_flat(dk_end, dA.mT, kb))

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from refine_nsp.config import PRESETS, NSPConfig
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.nsp.rewards import resolve_reward
 
 _RENAMED = {"reward": "reward_funcs"}  # TRL's name
 _NSP_FIELDS = {f.name: _RENAMED.get(f.name, f.name) for f in fields(NSPConfig)}
@@ -80,6 +81,8 @@ class ReFINEConfig(TrainingArguments):
         if self.steps_per_generation < 1:
             raise RefineError(f"steps_per_generation must be at least 1, got {self.steps_per_generation}")
         nsp = self.nsp()
+        for reward in nsp.rewards:
+            resolve_reward(reward)
         if self.steps_per_generation > 1 and nsp.schedule == "fused" and self.objective == "refine":
             raise RefineError(
                 f"schedule='fused' samples and learns in one pass, so steps_per_generation={self.steps_per_generation} cannot "

@@ -1,0 +1,191 @@
+"""The command as a user meets it: help, configuration, each command end to end on tiny jobs, and one clear line for what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from refine_nsp.cli import main
+from refine_nsp.models.load import SHIPPED
+from tests.models.families import build
+
+BASE = "refine-nsp/tiny-delta-net"
+TEXT = "\n".join(f"def function_{i}(argument):\n    return argument + {i}\n" for i in range(400))
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def tiny(tmp_path, text, *more: str) -> list[str]:
+    return ["midtrain", "--dataset_name", str(text), "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--max_length", "128",
+            "--per_device_train_batch_size", "2", "--positions_per_sequence", "2", "--report_to", "none", "--use_cpu", *more]  # fmt: skip
+
+
+def fails(capsys, argv: list[str], words: str, code: int = 1) -> None:
+    """Exit code, exactly one line on stderr, naming what is wrong; no traceback."""
+    capsys.readouterr()
+    assert main(argv) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and words in err, err
+    assert len([line for line in err.strip().splitlines() if line.startswith("refine-nsp:")]) == 1
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("quickstart", "pretrain", "midtrain", "generate", "inspect", "report"))
+
+
+@pytest.mark.parametrize("command", ["quickstart", "pretrain", "midtrain", "generate", "inspect", "report"])
+def test_every_command_explains_itself(capsys, command):
+    assert main([command, "--help"]) == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_midtrain_end_to_end_then_report_and_generate(tmp_path, text, capsys):
+    assert (
+        main(tiny(tmp_path, text, "--log_completions", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1"))
+        == 0
+    )
+    run = tmp_path / "run"
+    for name in ("model.safetensors", "config.yaml", "environment.json", "metrics.jsonl", "completions.jsonl", "report.html"):
+        assert (run / name).exists(), name
+    page = (run / "report.html").read_text()
+    assert "<svg" in page and "<script" not in page and "src=" not in page and "@import" not in page
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["max_steps"] == 2 and config["dataset_name"] == str(text)
+    # The saved configuration gives the same run again.
+    first = (run / "model.safetensors").read_bytes()
+    assert main(["midtrain", "--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
+    assert main(["report", str(run), str(tmp_path / "again"), "--output", str(tmp_path / "both.html")]) == 0
+    assert "again" in (tmp_path / "both.html").read_text()
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt", "def f(", "--max_new_tokens", "5", "--greedy"]) == 0
+    assert capsys.readouterr().out.startswith("def f(")
+
+
+def test_flags_win_over_the_file_and_dry_run_touches_nothing(tmp_path, text, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"max_steps": 77, "learning_rate": "3e-5", "preset": "context"}))
+    assert main([*tiny(tmp_path, text, "--config", str(config), "--dry_run")]) == 0
+    out = capsys.readouterr().out
+    assert "context" in out and "77" not in out and "3e-05" in out and "parameters" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_inspect_writes_a_picture(tmp_path, text, capsys):
+    page = tmp_path / "page.html"
+    assert main(["inspect", BASE, str(text), "--output", str(page), "--max_tokens", "400", "--num_generations", "2"]) == 0
+    content = page.read_text()
+    assert "<svg" in content and "Rollouts against the truth" in content
+    assert "1,122,688" in capsys.readouterr().out
+
+
+def test_bad_words_are_answered_with_the_nearest(tmp_path, text, capsys):
+    fails(capsys, ["midtran"], "did you mean 'midtrain'")
+    fails(capsys, tiny(tmp_path, text, "--learnin_rate", "1"), "did you mean 'learning_rate'")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("lerning_rate: 1\n")
+    fails(capsys, tiny(tmp_path, text, "--config", str(bad)), "did you mean 'learning_rate'")
+    bad.write_text("- a\n- b\n")
+    fails(capsys, tiny(tmp_path, text, "--config", str(bad)), "key: value")
+    fails(capsys, tiny(tmp_path, text, "--config", str(tmp_path / "none.yaml")), "no configuration file")
+    fails(capsys, ["pretrain", "--config", str(bad)], "key: value")
+
+
+def test_bad_data_and_settings(tmp_path, text, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    fails(capsys, tiny(tmp_path, tmp_path / "missing.txt"), "no file or folder")
+    fails(capsys, tiny(tmp_path, tmp_path / "empty.txt"), "is empty")
+    fails(capsys, tiny(tmp_path, tmp_path / "bytes.txt"), "not UTF-8")
+    fails(capsys, tiny(tmp_path, text, "--text_column", "txt"), "did you mean 'text'")
+    fails(capsys, tiny(tmp_path, text, "--rollout_length", "0"), "rollout_length must be at least 1")
+    fails(capsys, tiny(tmp_path, text, "--positions_per_sequence", "0"), "positions_per_sequence must be at least 1")
+    fails(capsys, tiny(tmp_path, text, "--positions_per_sequence", "100"), "too many for max_length")
+    fails(capsys, tiny(tmp_path, text, "--reward_funcs", "cosin"), "did you mean 'cosine'")
+    fails(capsys, ["inspect", BASE, str(tmp_path / "empty.txt")], "is empty")
+    fails(capsys, ["report", str(tmp_path / "nothing")], "no run folder")
+    fails(capsys, ["report", str(tmp_path)], "no metrics.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_models(tmp_path, text, capsys):
+    def model(name: str) -> list[str]:
+        return tiny(tmp_path, text, "--model_name_or_path", name)
+
+    fails(capsys, model("refine-nsp/tiny-deltanet"), "did you mean 'refine-nsp/tiny-delta-net'")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(capsys, model(str(empty)), "no config.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (other / "model.safetensors").write_bytes(b"")
+    (other / "tokenizer.json").write_bytes((SHIPPED[BASE] / "tokenizer.json").read_bytes())
+    fails(capsys, model(str(other)), "has no fast weights handled here")
+    pickled = tmp_path / "pickled"
+    build("delta_net").save_pretrained(pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "tokenizer.json").write_bytes((SHIPPED[BASE] / "tokenizer.json").read_bytes())
+    fails(capsys, model(str(pickled)), "pickled weights")
+    bare = tmp_path / "bare"
+    build("delta_net").save_pretrained(bare)
+    fails(capsys, model(str(bare)), "has no tokenizer")
+    fails(
+        capsys,
+        tiny(tmp_path, text, "--model_name_or_path", str(bare), "--tokenizer_name", BASE),
+        "the tokenizer has 2048 tokens but",
+    )
+
+
+def test_broken_weights_end_in_one_line(tmp_path, text, capsys):
+    import refine_nsp
+
+    model, tokenizer = refine_nsp.load(BASE)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    argv = tiny(tmp_path, text, "--model_name_or_path", str(tmp_path / "nan"), "--max_skipped_steps", "2")
+    fails(capsys, [*argv[:6], "9", *argv[7:]], "not finite in 2 steps in a row")
+
+
+def test_a_full_disk_and_ctrl_c_end_in_one_line(tmp_path, text, capsys, monkeypatch):
+    from refine_nsp.training import ReFINETrainer
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReFINETrainer, "save_model", full)
+        fails(capsys, tiny(tmp_path, text, "--save_strategy", "no"), "No space left on device")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReFINETrainer, "training_step", pressed)
+    assert main(tiny(tmp_path, text)) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path, text):
+    with pytest.raises(ValueError, match="no file or folder"):
+        main([*tiny(tmp_path, tmp_path / "missing.txt"), "--debug"])
+
+
+def test_recipes_are_understood(tmp_path, text, capsys):
+    recipes = Path(__file__).resolve().parents[1] / "recipes"
+    common = ["--dataset_name", str(text), "--use_cpu", "--bf16", "False", "--dry_run"]
+    for recipe in sorted(recipes.glob("midtrain_*.yaml")):
+        assert main(["midtrain", "--config", str(recipe), *common]) == 0, recipe
+    assert main(["pretrain", "--config", str(recipes / "pretrain_tiny.yaml"), "--dry_run"]) == 0

@@ -1,0 +1,60 @@
+"""The quickstart on a job of seconds: all arms on the same rows, a table, a page; interrupted and run again it repeats nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from refine_nsp import quickstart as q
+
+TINY = replace(
+    q.Settings(), seeds=2, steps=1, sequences_per_step=2, max_length=160, probes=((128, 2),), probes_per_kind=4, text_windows=2
+)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    texts = q.standard_library(held_out=True)
+    monkeypatch.setattr(q, "standard_library", lambda held_out: texts[:1] if held_out else texts[1:3])
+
+
+def test_quickstart(tmp_path, library, monkeypatch, capsys):
+    q.quickstart(TINY, str(tmp_path), "refine-nsp/tiny-delta-net", None, "text")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["figures"]) == {"base", *q.ARMS}
+    assert all(len(f) == (1 if arm == "base" else 2) for arm, f in found["figures"].items())
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert "Exceeding the spread" in " ".join(capsys.readouterr().out.split())
+
+    def never(*args, **kwargs):
+        raise AssertionError("a finished arm was trained again")
+
+    monkeypatch.setattr(q, "ReFINETrainer", never)
+    q.quickstart(TINY, str(tmp_path), "refine-nsp/tiny-delta-net", None, "text")
+    with pytest.raises(AssertionError, match="trained again"):
+        q.quickstart(replace(TINY, learning_rate=1e-5), str(tmp_path), "refine-nsp/tiny-delta-net", None, "text")
+
+
+def test_all_arms_see_the_same_rows(library):
+    _, tokenizer = q.load("refine-nsp/tiny-delta-net")
+    stream = q.encode_texts(tokenizer, q.standard_library(held_out=False))
+    rows = [q.training_rows(TINY, 0, tokenizer, stream)["input_ids"] for _ in range(2)]
+    assert rows[0] == rows[1] != q.training_rows(TINY, 1, tokenizer, stream)["input_ids"]
+
+
+def test_differences_are_paired_and_marked_only_beyond_their_interval():
+    keys = dict.fromkeys(q.FIGURES, 0.0)
+    results = {arm: [dict(keys, seconds=1.0) for _ in range(3)] for arm in ("base", *q.ARMS)}
+    arm = "ReFINE, paper preset"
+    for i, (clear, noisy) in enumerate([(1.0, 1.0), (1.1, -2.0), (0.9, 3.0)]):
+        results[arm][i] |= {"text_loss": clear, "recall_greedy": noisy}
+    d, half = q.paired(results, arm, "text_loss")
+    assert d == pytest.approx(1.0) and half == pytest.approx(4.303 * 0.1 / 3**0.5)
+    cells = {row[0]: row[1] for row in q.differences_table(results).rows}
+    assert cells["text: NTP loss"].endswith("*") and not cells["recall: greedy EM"].endswith("*")
+
+
+def test_too_little_text_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("def f(): pass\n" * 50)
+    with pytest.raises(ValueError, match="too little text"):
+        q.quickstart(TINY, str(tmp_path / "out"), "refine-nsp/tiny-delta-net", str(tmp_path / "short.txt"), "text")

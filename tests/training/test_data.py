@@ -1,0 +1,125 @@
+"""From files to windows: every format, the cutting rule, packing without leaks, a fixed split; and every kind of bad input by name."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+import refine_nsp
+from refine_nsp.training.data import DataArguments, collate, cut_windows, load_text, pack, prepare_data, split_documents
+from tests.models.families import FAMILY_NAMES, build
+
+TEXTS = [f"document {i}: " + "alpha beta gamma delta " * (20 + 5 * i) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return refine_nsp.load("refine-nsp/tiny-delta-net")[1]
+
+
+def write(folder, kind: str):
+    path = folder / f"texts.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
+    elif kind == "parquet":
+        Dataset.from_dict({"text": TEXTS}).to_parquet(path)
+    elif kind == "arrow":
+        Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
+    elif kind == "folder":
+        path.mkdir()
+        for i, t in enumerate(TEXTS):
+            (path / f"{i:02d}.txt").write_text(t)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "folder"])
+def test_every_format_gives_the_same_documents(tmp_path, kind):
+    assert load_text(str(write(tmp_path, kind)), DataArguments())["text"][:] == TEXTS
+
+
+def test_globs_and_another_column(tmp_path):
+    write(tmp_path, "folder")
+    assert len(load_text(str(tmp_path / "texts.folder" / "0*.txt"), DataArguments())) == 10
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "hello"}))
+    assert load_text(str(tmp_path / "a.jsonl"), DataArguments(text_column="body"))["body"][:] == ["hello"]
+
+
+def test_windows():
+    ids = list(range(25))
+    assert cut_windows(ids, 10, 4) == [ids[:10], ids[10:20], ids[20:]]
+    assert cut_windows(ids, 10, 6) == [ids[:10], ids[10:20]]
+    assert cut_windows(ids[:3], 10, 4) == []
+
+
+def test_prepared_data_is_cut_split_and_cached(tmp_path, tokenizer):
+    arguments = DataArguments(dataset_name=str(write(tmp_path, "jsonl")), validation_fraction=0.25)
+    train, held = prepare_data(arguments, tokenizer, 64, 26)
+    assert all(26 <= len(x) <= 64 for x in [*train["input_ids"], *held["input_ids"]])
+    again, held_again = prepare_data(arguments, tokenizer, 64, 26)
+    assert again["input_ids"] == train["input_ids"] and held_again["input_ids"] == held["input_ids"]
+    data = load_text(arguments.dataset_name, arguments)
+    a, b = split_documents(data, 0.25, 0)
+    assert len(b) == 3 and not set(a["text"]) & set(b["text"])
+    whole = sum(len(tokenizer(t)["input_ids"]) for t in a["text"])
+    assert sum(map(len, train["input_ids"])) > 0.8 * whole
+
+
+def test_streaming_gives_the_same_windows(tmp_path, tokenizer):
+    arguments = DataArguments(dataset_name=str(write(tmp_path, "jsonl")), validation_fraction=0.0)
+    plain, _ = prepare_data(arguments, tokenizer, 64, 26)
+    arguments.streaming = True
+    streamed, _ = prepare_data(arguments, tokenizer, 64, 26)
+    assert [row["input_ids"] for row in streamed] == plain["input_ids"][:]
+
+
+def test_packed_documents_stay_rows_of_their_own():
+    windows = [[1] * 7, [2] * 5, [3] * 4, [4] * 3, [5] * 10]
+    packed = pack(windows, 10)
+    assert sorted(sum(lengths) for lengths in packed["lengths"]) == [9, 10, 10]
+    batch = collate([{"input_ids": i, "lengths": n} for i, n in zip(packed["input_ids"], packed["lengths"], strict=True)])
+    assert sorted(batch["lengths"].tolist()) == [3, 4, 5, 7, 10]
+    for row, n in zip(batch["input_ids"], batch["lengths"], strict=True):
+        assert len(set(row[:n].tolist())) == 1
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_packing_does_not_change_the_loss(family):
+    from refine_nsp.nsp.prefix import Batch, run_pass
+
+    model = build(family)
+    g = torch.Generator().manual_seed(0)
+    windows = [torch.randint(1, 64, (n,), generator=g).tolist() for n in (30, 12, 45, 8)]
+    packed = pack(windows, 60)
+    batch = collate([{"input_ids": i, "lengths": n} for i, n in zip(packed["input_ids"], packed["lengths"], strict=True)])
+    with torch.no_grad():
+        together = run_pass(model, Batch(batch["input_ids"], batch["lengths"]), 1.0).loss_ntp
+        alone = sum(run_pass(model, Batch(torch.tensor([w]), torch.tensor([len(w)])), 1.0).loss_ntp for w in windows)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_bad_files_are_named(tmp_path, tokenizer):
+    def refused(name: str, words: str, **arguments) -> None:
+        with pytest.raises(refine_nsp.RefineError, match=words):
+            prepare_data(DataArguments(dataset_name=name, **arguments), tokenizer, 64, 26)
+
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    (tmp_path / "odd.docx").write_text("x")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    (tmp_path / "nothing").mkdir()
+    jsonl = str(write(tmp_path, "jsonl"))
+    refused(str(tmp_path / "missing.txt"), "no file or folder")
+    refused(str(tmp_path / "empty.txt"), "is empty")
+    refused(str(tmp_path / "latin.txt"), "not UTF-8: byte 0xe9 at offset 3")
+    refused(str(tmp_path / "odd.docx"), "unknown format .docx")
+    refused(str(tmp_path / "short.txt"), "no document has 26 tokens")
+    refused(str(tmp_path / "broken.jsonl"), "cannot read")
+    refused(str(tmp_path / "nothing"), "holds no file")
+    refused(str(tmp_path / "*.nope"), "no file matches")
+    refused(jsonl, "no column 'txt' \\(did you mean 'text'\\?\\)", text_column="txt")
+    with pytest.raises(refine_nsp.RefineError, match="max_length=20 is below 26"):
+        prepare_data(DataArguments(dataset_name=jsonl), tokenizer, 20, 26)
+    with pytest.raises(refine_nsp.RefineError, match="no data"):
+        prepare_data(DataArguments(), tokenizer, 64, 26)

@@ -1,0 +1,95 @@
+"""Recall documents and probes say what they claim, and the shipped base recalls."""
+
+import random
+
+import pytest
+import torch
+
+import refine_nsp
+from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
+from refine_nsp.training.corpus import HELD_OUT, standard_library
+from refine_nsp.training.pretrain import Phase, PretrainConfig, encode_texts, pretrain
+from refine_nsp.training.recall import NAMES, VALUES, RecallTokens, recall_document
+
+
+@pytest.fixture(scope="module")
+def base():
+    return refine_nsp.load("refine-nsp/tiny-delta-net")
+
+
+@pytest.fixture(scope="module")
+def filler(base):
+    return encode_texts(base[1], standard_library(held_out=True)[:2]).tolist()
+
+
+def test_every_word_of_a_fact_is_one_token(base):
+    tokens = RecallTokens.of(base[1])
+    assert all(len(t) == 1 for t in [*tokens.names, *tokens.values, tokens.equals, tokens.end])
+    assert len(set(NAMES)) == len(NAMES) and len(set(VALUES)) == len(VALUES)
+
+
+def test_masked_answers_were_stated_before(base, filler):
+    tokenizer, tokens = base[1], RecallTokens.of(base[1])
+    for seed in range(20):
+        ids, mask = recall_document(random.Random(seed), tokens, filler, 256, 0.8)
+        assert len(ids) == len(mask) == 256 and any(mask)
+        first = mask.index(True)
+        name = tokenizer.decode(ids[first - 2 : first])
+        assert name + tokenizer.decode(ids[first : first + 2]) in tokenizer.decode(ids[: first - 2])
+
+
+def test_probes_have_the_exact_length_and_hold_the_answer(base, filler):
+    for probes in make_probes(base[1], filler, [(128, 4), (256, 16)], 5, seed=0):
+        for prompt, answer in zip(probes.prompts, probes.answers, strict=True):
+            assert len(prompt) == probes.length
+            asked = base[1].decode(prompt[-2:])
+            text = base[1].decode(prompt)
+            assert asked + base[1].decode(answer) + ";" in text
+
+
+def test_probe_scores_equal_generation(base, filler):
+    model = base[0]
+    probes = make_probes(base[1], filler, [(200, 4)], 12, seed=3)[0]
+    right = 0
+    for prompt, answer in zip(probes.prompts, probes.answers, strict=True):
+        made = model.generate(torch.tensor([prompt]), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+        right += made[0, -2:].tolist() == answer
+    assert score_probes(model, probes).greedy == right / 12
+
+
+def test_the_shipped_base_recalls_far_above_chance_and_models_text(base, filler):
+    model, tokenizer = base
+    near, far = make_probes(tokenizer, filler, [(256, 4), (256, 16)], 40, seed=9)
+    assert score_probes(model, near).greedy > 0.7
+    assert score_probes(model, far).greedy > 0.4
+    assert score_text(model, torch.tensor(filler[: 8 * 512]).view(8, 512)).loss < 3.5
+
+
+def test_held_out_modules_are_not_trained_on():
+    train, held = standard_library(held_out=False), standard_library(held_out=True)
+    assert len(held) >= len(HELD_OUT) and not set(train) & set(held)
+
+
+def test_pretraining_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    texts = standard_library(held_out=True)
+    monkeypatch.setattr("refine_nsp.training.pretrain.standard_library", lambda held_out: texts[:1] if held_out else texts[1:3])
+    sizes = dict(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, tokens_per_step=512,
+                 save_steps=2, log_steps=10, phases=[Phase(4, 64, 0.5, 1.0, 2.0)])  # fmt: skip
+    whole = refine_nsp.load(pretrain(PretrainConfig(output_dir=str(tmp_path / "a"), **sizes)))[0]
+    import refine_nsp.training.pretrain as module
+
+    real, steps = module.train_step, []
+
+    def cut_off(*args):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "train_step", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainConfig(output_dir=str(tmp_path / "b"), **sizes))
+    monkeypatch.setattr(module, "train_step", real)
+    again = refine_nsp.load(pretrain(PretrainConfig(output_dir=str(tmp_path / "b"), **sizes)))[0]
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -55,13 +55,13 @@ class Settings:
     """Sizes of the job. Probes are (prompt tokens, needles); the base was trained on rows of up to 512 tokens."""
 
     seeds: int = 3
-    steps: int = 30
+    steps: int = 40
     sequences_per_step: int = 4
     max_length: int = 512
     learning_rate: float = 3e-4
     recall_share: float = 0.5
-    probes: tuple[tuple[int, int], ...] = ((256, 4), (512, 8), (512, 16), (1024, 16))
-    probes_per_kind: int = 64
+    probes: tuple[tuple[int, int], ...] = ((512, 16), (1024, 16), (1024, 32), (2048, 32))
+    probes_per_kind: int = 48
     text_windows: int = 48
 
 

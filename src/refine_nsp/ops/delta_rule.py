@@ -15,7 +15,7 @@ by hand: with dXv = X' dU (the gradient of beta V), that of A is -tril(dXv U', -
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,8 +133,7 @@ def _inverse_unit_lower(A: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
 
 
-@dataclass
-class _Decay:
+class _Decay(NamedTuple):
     """Decays inside chunks; all None for the plain rule, whose work they would double."""
 
     pair: Tensor | None  # [..., n, C, C] exp(b_i - b_j), lower triangle with diagonal
@@ -156,6 +155,17 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
+def _scale(x: Tensor, factor: Tensor | None) -> Tensor:
+    """`_times` in place."""
+    return x if factor is None else x.mul_(factor)
+
+
+def _minus_product(a: Tensor, b: Tensor) -> Tensor:
+    """-(a @ b) in one pass."""
+    zero = a.new_zeros(1, 1, 1)
+    return torch.baddbmm(zero, *_flat(a, b), beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
+
+
 class _ChunkedDeltaRule(torch.autograd.Function):
     """q, k, v [n, B, HV, C, D], beta and g [n, B, HV, C], S0 -> o [n, B, HV, C, Dv], starts [n+1, B, HV, Dk, Dv], u."""
 
@@ -165,7 +175,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         Dv, scale = v.shape[-1], Dk**-0.5
         decay, b = _decay(g), beta[..., None]
         kb = k * b
-        A = _times(kb @ k.mT, decay.pair).tril_(-1)
+        A = _scale(kb @ k.mT, decay.pair).tril_(-1)
         X = _inverse_unit_lower(A)
         u = X @ (v * b)
         w = X @ _times(kb, decay.from_start)
@@ -177,20 +187,21 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             u_c.baddbmm_(w_c, S, alpha=-1.0)
             kept = S if decay.whole is None else S * decay.whole[c].flatten(0, 1)
             torch.baddbmm(kept, k_c.mT, u_c, out=heads[0][c + 1])
-        P = _times(q @ k.mT, decay.pair).tril_()
+        P = q @ k.mT
+        P = P.tril_() if decay.pair is None else P.mul_(decay.pair)
         o = P @ u
         o += _times(q, decay.from_start) @ starts[:-1]
         o *= scale
-        ctx.save_for_backward(q, k, v, beta, g, X, w, u, starts, P, None if g is None else A)
+        ctx.save_for_backward(q, k, v, beta, X, w, u, starts, P, None if g is None else A, *decay)
         ctx.set_materialize_grads(False)
         ctx.has_initial = S0 is not None
         return o, starts, u
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Any:
-        q, k, v, beta, g, X, w, u, starts, P, A = ctx.saved_tensors
+        q, k, v, beta, X, w, u, starts, P, A, *decays = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
-        decay, b, S = _decay(g), beta[..., None], starts[:-1]
+        decay, b, S = _Decay(*decays), beta[..., None], starts[:-1]
         do = torch.zeros_like(v) if do is None else do * scale
         du = P.mT @ do
         if du_out is not None:
@@ -201,18 +212,18 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         _backward_through_chunks(dS, du, w, k_end, decay.whole)
 
         dv_b = X.mT @ du  # gradient of beta * v
-        dA = torch.bmm(*_flat(dv_b, u.mT)).neg_().view_as(X).tril_(-1)
-        dkw = torch.bmm(*_flat(dv_b, S.mT)).neg_().view_as(k)  # gradient of beta * exp(b) * k
+        dA = _minus_product(dv_b, u.mT).tril_(-1)
+        dkw = _minus_product(dv_b, S.mT)  # gradient of beta * exp(b) * k
         dk_end = u @ dS[1:].mT
-        dP = (do @ u.mT).tril_()
+        dP = do @ u.mT
         dq = do @ S.mT
         kb, dg = k * b, None
-        if g is not None:
+        if A is not None:
             db = _pair_gradient(dA, A, dP, P)
             db += _end_gradients(decay, dkw, kb, dq, q_start, dk_end, k_end, S, dS)
             dg = db.flip(-1).cumsum(-1).flip(-1)
-        dA, dP = _times(dA, decay.pair), _times(dP, decay.pair)
-        dkw, dk_end, dq = _times(dkw, decay.from_start), _times(dk_end, decay.to_end), _times(dq, decay.from_start)
+        dA, dP = _scale(dA, decay.pair), dP.tril_() if decay.pair is None else dP.mul_(decay.pair)
+        dkw, dk_end, dq = _scale(dkw, decay.from_start), _scale(dk_end, decay.to_end), _scale(dq, decay.from_start)
         dq = torch.baddbmm(*_flat(dq, dP, k)).view_as(q)
         dkb = torch.baddbmm(*_flat(dkw, dA, k)).view_as(k)
         dk = torch.baddbmm(*_flat(dk_end, dA.mT, kb))

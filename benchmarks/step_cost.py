@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,13 +44,21 @@ def peak_megabytes(family: str, T: int, schedule: str, N: int, selection: str) -
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+def high_water_kilobytes() -> int:
+    """Peak resident memory of this process. `ru_maxrss` would do elsewhere, but on Linux a child inherits its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+
+
 def child(family: str, T: int, schedule: str, N: int, selection: str) -> None:
     torch.set_num_threads(1)
     model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_kilobytes()
     for _ in range(2):
         run_of(model, ids, schedule, N, selection)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((high_water_kilobytes() - before) / 1024)
 
 
 def measure(family: str, T: int, generations: list[int], rounds: int, selection: str, schedules: list[str]) -> None:

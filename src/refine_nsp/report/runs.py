@@ -25,6 +25,7 @@ CURVES = (
     ("tokens_per_second", "tokens per second", ""),
 )
 SHOWN_COMPLETIONS = 24
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def curve_plots(runs: list[Run]) -> str:
     drawn = []
     for key, title, unit in wanted:
         curves = {r.name: r.curve(key) for r in runs if len(r.curve(key)[1]) > 1}
+        if key == "loss_policy" and all(abs(y) < ROUNDING for _, ys in curves.values() for y in ys):
+            continue  # advantages sum to 0, so on-policy the loss is rounding; its gradient is what counts
         if curves:
             drawn.append(plots.line_plot(curves, title, y_label=unit))
     return html.plots(*drawn) if drawn else "<p class='note'>Fewer than two logged steps: no curves.</p>"

@@ -11,6 +11,9 @@ from rich.table import Table as RichTable
 Cell = str | float | int | None
 
 
+TEXT_LENGTH = 24  # a column with a longer cell is prose, and reads from the left
+
+
 def show(cell: Cell) -> str:
     """A cell as text: floats with four significant digits, nothing for None."""
     if cell is None:
@@ -27,22 +30,31 @@ class Table:
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
 
+    def prose(self) -> list[bool]:
+        """Which columns hold text rather than figures."""
+        return [
+            i == 0 or any(isinstance(row[i], str) and len(str(row[i])) > TEXT_LENGTH for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
     def markdown(self) -> str:
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
         lines += ["| " + " | ".join(show(c).replace("|", "\\|") for c in row) + " |" for row in self.rows]
         return "\n".join([*lines, "", *self.notes]).rstrip() + "\n"
 
     def html(self) -> str:
-        head = "".join(f"<th>{escape(c)}</th>" for c in self.columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(show(c))}</td>" for c in row) + "</tr>" for row in self.rows)
+        kinds = [" class='prose'" if prose else "" for prose in self.prose()]
+        head = "".join(f"<th{k}>{escape(c)}</th>" for k, c in zip(kinds, self.columns, strict=True))
+        cells = ["".join(f"<td{k}>{escape(show(c))}</td>" for k, c in zip(kinds, row, strict=True)) for row in self.rows]
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
         notes = "".join(f"<p class='note'>{escape(n)}</p>" for n in self.notes)
         caption = f"<caption>{escape(self.title)}</caption>"
         return f"<div class='scroll'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
-        for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i == 0 else "right")
+        for name, prose in zip(self.columns, self.prose(), strict=True):
+            table.add_column(name, justify="left" if prose else "right")
         for row in self.rows:
             table.add_row(*(show(c) for c in row))
         return table

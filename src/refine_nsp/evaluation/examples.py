@@ -1,0 +1,102 @@
+"""Examples to be answered, and ready-made prompt files: one record for RULER, LongBench and a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from refine_nsp.errors import RefineError
+from refine_nsp.training.data import DataArguments, load_text
+
+PROMPT_COLUMNS = ("prompt", "input")
+ANSWER_COLUMNS = ("answers", "answer", "outputs", "output")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its references (any is right, or all are asked for: the task's metric decides).
+
+    budget: tokens that may be generated. meta: what a table or a plot may group by (length, depth, ...).
+    """
+
+    id: str
+    prompt: str
+    references: list[str]
+    budget: int
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(name: str, column: str, split: str = "train") -> Dataset:
+    """Rows of a local file, folder or glob, or of a hub dataset, with at least `column`."""
+    data = load_text(name, DataArguments(text_column=column, dataset_split=split))
+    assert isinstance(data, Dataset)
+    return data
+
+
+def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[str, list[Example]]:
+    """Ready-made prompts from a file, by the `task` column (or the file's name).
+
+    Columns: prompt; answers (or answer, outputs) as a string or a list; optional id or index, task, max_gen_tokens, max_seq_length.
+
+    Raises:
+        RefineError: no prompt or answer column, an empty prompt, a row without answers.
+    """
+    probe = read_any(name, PROMPT_COLUMNS, split)
+    prompt_column = next(c for c in PROMPT_COLUMNS if c in probe.column_names)
+    answer_column = next((c for c in ANSWER_COLUMNS if c in probe.column_names), None)
+    if answer_column is None:
+        raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {probe.column_names}")
+    found: dict[str, list[Example]] = {}
+    for i, row in enumerate(probe):
+        references = as_answers(row[answer_column], f"{name}, row {i}")
+        if not str(row[prompt_column]).strip():
+            raise RefineError(f"{name}, row {i}: the prompt is empty")
+        task = str(row.get("task") or Path(name).stem)
+        meta = {k: row[k] for k in ("max_seq_length", "prompt_length") if row.get(k) is not None}
+        if "max_seq_length" in meta:
+            meta["length"] = meta.pop("max_seq_length")
+        rows = found.setdefault(task, [])
+        name_of_row = row.get("id", row.get("_id", row.get("index", i)))
+        budget = int(row.get("max_gen_tokens") or default_budget)
+        rows.append(Example(f"{task}/{name_of_row}", str(row[prompt_column]), references, budget, meta))
+    for task, rows in found.items():
+        check_unique(task, rows)
+    return found
+
+
+def read_any(name: str, columns: Sequence[str], split: str) -> Dataset:
+    """As `read_rows`, with the first of `columns` that is there."""
+    problem: RefineError | None = None
+    for column in columns:
+        try:
+            return read_rows(name, column, split)
+        except RefineError as error:
+            if "has no column" not in str(error):
+                raise
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def as_answers(value: Any, where: str) -> list[str]:
+    """A string, a list of strings, or SQuAD's {"text": [...]} as a list without repeats; RefineError when nothing is in it."""
+    if isinstance(value, Mapping):
+        value = value.get("text", [])
+    answers = [value] if isinstance(value, str) else [str(a["text"] if isinstance(a, Mapping) else a) for a in value or []]
+    kept = list(dict.fromkeys(a for a in answers if a.strip()))
+    if not kept:
+        raise RefineError(f"{where}: no answer; every example needs at least one that is not empty")
+    return kept
+
+
+def check_unique(task: str, examples: Sequence[Example]) -> None:
+    """RefineError when two examples share an id: results are resumed and compared by it."""
+    seen: set[str] = set()
+    for e in examples:
+        if e.id in seen:
+            raise RefineError(f"{task}: two examples are called {e.id!r}; ids must differ")
+        seen.add(e.id)

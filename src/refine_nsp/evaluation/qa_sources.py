@@ -1,0 +1,103 @@
+"""Questions on documents: SQuAD and HotpotQA as published (json), as rows (jsonl, parquet), or from the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.examples import as_answers, read_rows
+
+
+@dataclass(frozen=True)
+class Question:
+    """documents: indices of those that answer it. same_article: others of the same article, the hardest to tell apart."""
+
+    id: str
+    text: str
+    answers: list[str]
+    documents: tuple[int, ...]
+    same_article: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class QASource:
+    """questions, and the documents they point to (no repeats)."""
+
+    questions: list[Question]
+    documents: list[str]
+
+
+Raw = tuple[str, str, list[str], list[str], str]  # id, question, answers, documents, article
+
+
+def read_qa(name: str, split: str = "validation") -> QASource:
+    """Read questions from a file (json as published; jsonl, parquet rows) or a hub dataset.
+
+    Rows have question, answers (or answer), and `context` (a paragraph; with `title` as its article), `paragraphs` (title, text) or
+    HotpotQA's `context` (titles and sentences).
+
+    Raises:
+        RefineError: a file that is none of these, or a question without an answer.
+    """
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RefineError(f"{path} is not valid JSON: {error}") from error
+        raw = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
+    else:
+        raw = list(_rows(read_rows(name, "question", split), name))
+    if not raw:
+        raise RefineError(f"{name} holds no question that can be answered")
+    index: dict[str, int] = {}
+    articles: dict[str, dict[int, None]] = {}
+    for _, _, _, documents, article in raw:
+        for d in documents:
+            at = index.setdefault(d, len(index))
+            if article:
+                articles.setdefault(article, {})[at] = None
+    questions = []
+    for key, text, answers, documents, article in raw:
+        own = tuple(dict.fromkeys(index[d] for d in documents))
+        near = tuple(i for i in articles.get(article, {}) if i not in own)
+        questions.append(Question(key, text, answers, own, near))
+    return QASource(questions, list(index))
+
+
+def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw]:
+    """SQuAD's own files, 1.1 and 2.0 (impossible questions are left out)."""
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            for q in paragraph["qas"]:
+                if not q.get("is_impossible", False):
+                    answers = as_answers(q["answers"], f"question {q['id']}")
+                    yield str(q["id"]), q["question"], answers, [paragraph["context"]], article.get("title", "")
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw]:
+    for i, row in enumerate(rows):
+        if "question" not in row:
+            raise RefineError(f"{name}, row {i}: no question; it has {', '.join(row)}")
+        answers = as_answers(row.get("answers", row.get("answer")), f"{name}, row {i}")
+        documents = _documents_of(row, f"{name}, row {i}")
+        # One paragraph a question, as in SQuAD: others with the same title are its neighbours.
+        article = str(row.get("title") or "") if len(documents) == 1 else ""
+        yield str(row.get("id", row.get("_id", i))), row["question"], answers, documents, article
+
+
+def _documents_of(row: Mapping[str, Any], where: str) -> list[str]:
+    if row.get("paragraphs"):
+        return [f"{p['title']}\n{p['text']}" for p in row["paragraphs"]]
+    context = row.get("context")
+    if isinstance(context, str) and context.strip():
+        return [context]
+    if isinstance(context, Mapping):  # the hub's HotpotQA
+        return [f"{t}\n{''.join(s)}" for t, s in zip(context["title"], context["sentences"], strict=True)]
+    if isinstance(context, list) and context:  # HotpotQA's own file
+        return [f"{title}\n{''.join(sentences)}" for title, sentences in context]
+    raise RefineError(f"{where}: no document; expected a column `context` or `paragraphs`, got {', '.join(row)}")

@@ -1,0 +1,403 @@
+"""RULER (Hsieh et al., 2024, arXiv 2404.06654): its 13 tasks, generated to the published definitions for any tokenizer and length.
+
+Prompts, answer prefixes, budgets and metrics are the benchmark's (NVIDIA/RULER, `synthetic.yaml`). Each example is filled by itself
+with as many whole units of its haystack as fit (words of essays, sentences, needles, list words, documents), so that prompt and
+budget together reach the length without passing it; the benchmark searches one size for all. Every example has its own seed, so
+any number of processes builds the same set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation.examples import Example, read_rows
+from refine_nsp.evaluation.qa_sources import QASource
+
+Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
+Build = Callable[[int], Draft]  # with so many units of haystack; the same draws for every size
+
+
+@dataclass(frozen=True)
+class Needles:
+    """One of the needle tasks: what the haystack is, what keys and values are, and how many."""
+
+    haystack: str
+    keys: str = "words"
+    values: str = "numbers"
+    num_keys: int = 1
+    num_values: int = 1
+    num_queries: int = 1
+
+
+NEEDLES = {
+    "niah_single_1": Needles("noise"),
+    "niah_single_2": Needles("essay"),
+    "niah_single_3": Needles("essay", values="uuids"),
+    "niah_multikey_1": Needles("essay", num_keys=4),
+    "niah_multikey_2": Needles("needle"),
+    "niah_multikey_3": Needles("needle", keys="uuids", values="uuids"),
+    "niah_multivalue": Needles("essay", num_values=4),
+    "niah_multiquery": Needles("essay", num_keys=4, num_queries=4),
+}
+BUDGETS = {**dict.fromkeys(NEEDLES, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
+TASKS = tuple(BUDGETS)
+QA_TASKS = {"qa_1": "squad", "qa_2": "hotpotqa"}
+SHORT_LENGTH = 4096  # below it cwe uses fewer repeats, as the benchmark does
+NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Texts the tasks draw from. essays: words of the haystack. qa: by task, for qa_1 and qa_2."""
+
+    essays: Sequence[str]
+    qa: dict[str, QASource] = field(default_factory=dict)
+
+
+def build_ruler(
+    tasks: Sequence[str], lengths: Sequence[int], samples: int, tokenizer: Any, sources: Sources, seed: int = 42,
+    depths: Sequence[float] | None = None, num_proc: int | None = None,
+) -> dict[str, list[Example]]:  # fmt: skip
+    """`samples` examples of every task and length (and depth, for needle tasks, when `depths` are given: shares 0..1).
+
+    Args:
+        lengths: prompt and generation budget together, in tokens of `tokenizer` (its special tokens counted).
+        num_proc: processes that build them; the result does not depend on it.
+
+    Raises:
+        RefineError: an unknown task, no source for a QA task, a length that cannot hold the task at all, a depth outside 0..1.
+    """
+    jobs: list[dict[str, Any]] = []
+    for task in tasks:
+        if task not in BUDGETS:
+            raise RefineError(f"no RULER task {task!r}{closest(task, TASKS)}; there are {', '.join(TASKS)}")
+        if task in QA_TASKS and task not in sources.qa:
+            raise RefineError(f"{task} needs {QA_TASKS[task]} questions: name a file or hub dataset with --{QA_TASKS[task]}")
+        where = depths if depths and task in NEEDLES else [None]
+        jobs += [{"task": task, "length": n, "index": i, "depth": d} for n in lengths for d in where for i in range(samples)]
+    if depths and not all(0 <= d <= 1 for d in depths):
+        raise RefineError(f"depths must be between 0 and 1, got {list(depths)}")
+    one = partial(_build_one, tokenizer=tokenizer, sources=sources, seed=seed)
+    if num_proc is None or num_proc <= 1 or len(jobs) < 2:
+        from rich.progress import track
+
+        rows = [one(job) for job in track(jobs, "RULER prompts", transient=True)]
+    else:
+        table = {key: [job[key] for job in jobs] for key in jobs[0]}
+        rows = list(Dataset.from_dict(table).map(one, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
+    found: dict[str, list[Example]] = {task: [] for task in tasks}
+    for row in rows:
+        meta = json.loads(row["meta"])
+        found[row["task"]].append(Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta))
+    return found
+
+
+def _build_one(job: dict[str, Any], tokenizer: Any, sources: Sources, seed: int) -> dict[str, Any]:
+    task, length, index, depth = job["task"], job["length"], job["index"], job["depth"]
+    budget = BUDGETS[task]
+    name = f"{task}-{length}-{index}" + (f"-{depth:g}" if depth is not None else "")
+    builder = _builder(task, length, index, depth, sources, f"{seed}-{name}", budget, tokenizer)
+
+    def tokens(draft: Draft) -> int:
+        return len(tokenizer(draft[0])["input_ids"])
+
+    prompt, references, meta = fit(builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}")
+    meta = {"length": length, "index": index, **meta}
+    return {"task": task, "id": name, "prompt": prompt, "references": references, "budget": budget, "meta": json.dumps(meta)}
+
+
+@dataclass(frozen=True)
+class _Builder:
+    build: Build
+    smallest: int
+    largest: int | None = None
+
+
+def _builder(
+    task: str, length: int, index: int, depth: float | None, sources: Sources, seed: str, budget: int, tokenizer: Any
+) -> _Builder:
+    if task in NEEDLES:
+        needles = NEEDLES[task]
+        smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
+        return _Builder(partial(_needles, needles, sources.essays, depth, seed), smallest)
+    if task == "vt":
+        return _Builder(partial(_variables, seed, length), VARIABLE_HOPS + 1)
+    if task == "cwe":
+        return _Builder(partial(_common_words, seed, length), COMMON_WORDS + 1)
+    if task == "fwe":
+        return _Builder(partial(_frequent_words, seed, length - budget), 32)
+    source = sources.qa[task]
+    question = source.questions[index % len(source.questions)]
+    if index >= len(source.questions):
+        raise RefineError(f"{task} has {len(source.questions)} questions, so no sample {index}; lower --samples")
+    return _Builder(partial(_documents, source, question, seed), len(question.documents), len(source.documents))
+
+
+def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int, largest: int | None, what: str) -> Draft:
+    """The draft with the most units whose tokens stay within `limit`.
+
+    Raises:
+        RefineError: not even `smallest` units fit.
+    """
+    draft = build(smallest)
+    used = tokens(draft)
+    if used > limit:
+        raise RefineError(f"{what} tokens: its smallest prompt takes {used} tokens, {limit} are left beside the answer; raise --lengths")
+    low, low_tokens, best = smallest, used, draft
+    high: int | None = None if largest is None else largest + 1
+    step = max(1, smallest)
+    while high is None or high - low > 1:
+        guess = low + step
+        if high is not None:
+            guess = min(max(guess, low + 1), high - 1)
+        draft = build(guess)
+        used = tokens(draft)
+        if used > limit:
+            high = guess
+            step = max(1, (high - low) // 2)
+        else:
+            # Where the limit would be reached at the rate of the last stretch; haystacks are nearly linear in tokens.
+            rate = max((used - low_tokens) / (guess - low), 1e-3)
+            low, low_tokens, best = guess, used, draft
+            step = max(1, int((limit - used) / rate))
+    return best
+
+
+# --- needles in a haystack --------------------------------------------------------------------------------------------
+
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+NEEDLE_QUESTION = (
+    "{some} special magic {kind} {are} hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} "
+    "afterwards.\n{context}\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text? "
+    "The special magic {kind} for {query} mentioned in the provided text {are}"
+)
+
+
+def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: str, units: int) -> Draft:
+    rng = random.Random(seed)
+    keys = _distinct(rng, task.keys, task.num_keys)
+    values = [[_draw(rng, task.values) for _ in range(task.num_values)] for _ in keys]
+    asked = rng.sample(range(len(keys)), task.num_queries)
+    single = task.num_queries * task.num_values == 1
+    kind = task.values
+    sentences = [
+        (i in asked, NEEDLE.format(kind=kind, key=key, value=v)) for i, (key, row) in enumerate(zip(keys, values, strict=True)) for v in row
+    ]
+    rng.shuffle(sentences)
+    # Depths of the needles: all at random, or those asked for at `depth`.
+    at = [depth if depth is not None and wanted else rng.random() for wanted, _ in sentences]
+    order = sorted(range(len(sentences)), key=lambda i: at[i])
+    placed = [(at[i], sentences[i][1]) for i in order]
+    context = _haystack(task, essays, placed, rng, units)
+    query = ", ".join(keys[i] for i in asked[:-1]) + (", and " if len(asked) > 1 else "") + keys[asked[-1]]
+    singular = {"some": "A", "are": "is", "are_all": "is", "kind": kind[:-1]}
+    plural = {"some": "Some", "are": "are", "are_all": "are all", "kind": kind}
+    prompt = NEEDLE_QUESTION.format(context=context, query=query, **(singular if single else plural))
+    references = [v for i in asked for v in values[i]]
+    return prompt, references, {"depth": round(context.find(references[0]) / max(1, len(context)), 4)}
+
+
+def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, str]], rng: random.Random, units: int) -> str:
+    """The text with its needles, `placed` by depth: `units` words of essays, sentences of noise, or other needles."""
+    if task.haystack == "essay":
+        words = [essays[i % len(essays)] for i in range(units)]
+        pieces, glue = re.split(r"(?<=[.!?]) ", " ".join(words)), " "
+    elif task.haystack == "noise":
+        pieces, glue = [NOISE[i % len(NOISE)] for i in range(units)], " "
+    else:
+        pieces = [
+            NEEDLE.format(kind=task.values, key=_draw(rng, task.keys), value=_draw(rng, task.values)) for _ in range(units)
+        ]
+        glue = "\n"
+    slots: dict[int, list[str]] = {}
+    for depth, needle in placed:
+        slots.setdefault(round(depth * len(pieces)), []).append(needle)
+    if task.haystack == "noise":
+        return _noise_lines(pieces, slots)
+    parts: list[str] = []
+    for i in range(len(pieces) + 1):
+        parts += slots.get(i, [])
+        parts += pieces[i : i + 1]
+    return glue.join(parts)
+
+
+def _noise_lines(sentences: list[str], slots: dict[int, list[str]]) -> str:
+    """Noise comes in lines of its five sentences; a needle stands on a line of its own, between lines."""
+    lines: list[str] = []
+    for start in range(0, len(sentences) + 1, len(NOISE)):
+        for i in range(start, start + len(NOISE)):
+            lines += slots.get(i, [])
+        if line := " ".join(sentences[start : start + len(NOISE)]):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _draw(rng: random.Random, kind: str) -> str:
+    if kind == "numbers":
+        return str(rng.randint(10**6, 10**7 - 1))
+    if kind == "uuids":
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    nouns, adjectives, _ = word_lists()
+    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
+
+
+def _distinct(rng: random.Random, kind: str, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_draw(rng, kind)] = None
+    return list(found)
+
+
+@lru_cache(maxsize=1)
+def word_lists() -> tuple[list[str], list[str], list[str]]:
+    """Nouns, adjectives and verbs of the `wonderwords` package, which the benchmark draws its keys from."""
+    try:
+        folder = resources.files("wonderwords.assets")
+    except ImportError as error:
+        raise RefineError("RULER's words come from `wonderwords`: pip install 'refine-nsp[eval]'") from error
+    files = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
+    nouns, adjectives, verbs = (sorted({w.strip() for w in (folder / f).read_text("utf-8").splitlines() if w.strip()}) for f in files)
+    return nouns, adjectives, verbs
+
+
+# --- variable tracking ------------------------------------------------------------------------------------------------
+
+VARIABLE_HOPS = 4
+VARIABLE_PROMPT = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all variables "
+    "that are assigned the value {value} in the text above. Answer: According to the chain(s) of variable assignment in the text "
+    "above, {count} variables are assigned the value {value}, they are: "
+)
+EXAMPLE_LINES = 10  # of noise in the worked example: with its own chain about 500 tokens, as in the benchmark
+
+
+def _variables(seed: str, length: int, lines: int) -> Draft:
+    rng = random.Random(seed)
+    # The benchmark's worked example takes 500 tokens; in short prompts it is cut to keep its share.
+    example_lines = max(VARIABLE_HOPS + 1, min(EXAMPLE_LINES, EXAMPLE_LINES * length // 2048))
+    example, answer = _variable_text(random.Random(f"{seed}-example"), example_lines, 3)
+    prompt, variables = _variable_text(rng, lines, 5)
+    return f"{example} {' '.join(answer)}\n\n{prompt}", variables, {}
+
+
+def _variable_text(rng: random.Random, lines: int, name_length: int) -> tuple[str, list[str]]:
+    names: dict[str, None] = {}
+    while len(names) < VARIABLE_HOPS + 1:
+        names["".join(rng.choices(string.ascii_uppercase, k=name_length))] = None
+    chain, value = list(names), str(rng.randint(10000, 99999))
+    statements = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in zip(chain, chain[1:], strict=False)]
+    text = [" ".join(NOISE)] * lines
+    where = sorted(rng.sample(range(lines), len(statements)))
+    for shift, (at, statement) in enumerate(zip(where, statements, strict=True)):
+        text.insert(at + shift, statement)
+    return VARIABLE_PROMPT.format(context="\n".join(text), value=value, count=len(chain)), chain
+
+
+# --- common and frequent words ----------------------------------------------------------------------------------------
+
+COMMON_WORDS = 10
+COMMON_PROMPT = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    "{context}\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 words that appear most often in the "
+    "list are:"
+)
+
+
+def _common_words(seed: str, length: int, words: int) -> Draft:
+    rng = random.Random(seed)
+    short = length < SHORT_LENGTH
+    example, answer = _word_list(random.Random(f"{seed}-example"), *((20, 3, 1) if short else (40, 10, 3)))
+    context, common = _word_list(rng, words, *((6, 1) if short else (30, 3)))
+    shown = " ".join(f"{i}. {w}" for i, w in enumerate(answer, 1))
+    return f"{COMMON_PROMPT.format(context=example)} {shown}\n{COMMON_PROMPT.format(context=context)}", common, {}
+
+
+def _word_list(rng: random.Random, words: int, repeats: int, other_repeats: int) -> tuple[str, list[str]]:
+    """A numbered list in which ten words stand `repeats` times and the others `other_repeats` times; and the ten."""
+    nouns, adjectives, verbs = word_lists()
+    known = sorted({*nouns, *adjectives, *verbs})
+    # Past the word list (beyond some 100 k tokens) adjective-noun pairs go on; the benchmark has a second list there.
+    chosen = rng.sample(known, min(words, len(known)))
+    more: dict[str, None] = {}
+    while len(chosen) + len(more) < words:
+        more[_draw(rng, "words")] = None
+    chosen += list(more)
+    listed = chosen[:COMMON_WORDS] * repeats + chosen[COMMON_WORDS:] * other_repeats
+    rng.shuffle(listed)
+    return " ".join(f"{i}. {w}" for i, w in enumerate(listed, 1)), chosen[:COMMON_WORDS]
+
+
+FREQUENT_PROMPT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
+    "{context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared "
+    "words in the above coded text? Answer: According to the coded text above, the three most frequently appeared words are:"
+)
+ZETA_2 = math.pi**2 / 6
+
+
+def _frequent_words(seed: str, max_tokens: int, count: int) -> Draft:
+    """Word of rank k stands count * k^-2 / zeta(2) times; the most frequent is noise."""
+    rng = random.Random(seed)
+    vocabulary: dict[str, None] = {}
+    while len(vocabulary) < max(5, max_tokens // 50):
+        vocabulary["".join(rng.choices(string.ascii_lowercase, k=6))] = None
+    words = ["...", *list(vocabulary)[1:]]
+    text = [w for k, w in enumerate(words, 1) for _ in range(int(count / k**2 / ZETA_2))]
+    rng.shuffle(text)
+    return FREQUENT_PROMPT.format(context=" ".join(text)), words[1:4], {}
+
+
+# --- questions on documents -------------------------------------------------------------------------------------------
+
+QA_PROMPT = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe following are "
+    "given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me the answer and do not output any "
+    "other words.\n\nQuestion: {question} Answer:"
+)
+
+
+def _documents(source: QASource, question: Any, seed: str, count: int) -> Draft:
+    """The question's own documents first, then others of the same article, then any; shuffled."""
+    rng = random.Random(seed)
+    own, near = list(question.documents), list(question.same_article)
+    rng.shuffle(near)
+    taken = set(own) | set(near)
+    far = [i for i in range(len(source.documents)) if i not in taken]
+    rng.shuffle(far)
+    chosen = (own + near + far)[:count]
+    random.Random(f"{seed}-order").shuffle(chosen)
+    context = "\n\n".join(f"Document {i}:\n{source.documents[d]}" for i, d in enumerate(chosen, 1))
+    return QA_PROMPT.format(context=context, question=question.text), question.answers, {"documents": count}
+
+
+# --- essays -----------------------------------------------------------------------------------------------------------
+
+
+def essay_words(name: str | None, text_column: str = "text") -> list[str]:
+    """Words of the user's essays (a text, jsonl or parquet file, folder or hub name), or of Python's own reference documentation.
+
+    That default, the language reference which `help()` shows, is on every machine, English prose, and no part of the training text of
+    the shipped base.
+    """
+    if name is None:
+        from pydoc_data.topics import topics
+
+        return " ".join(topics[k] for k in sorted(topics)).split()
+    words = " ".join(read_rows(name, text_column)[text_column]).split()
+    if not words:
+        raise RefineError(f"{Path(name)} holds no words")
+    return words

@@ -44,11 +44,11 @@ class StepProgress:
 
 
 @contextmanager
-def step_progress(total: int, done: int = 0, title: str = "train") -> Iterator[StepProgress]:
-    """A progress display for `total` steps of which `done` are behind us."""
+def step_progress(total: int, done: int = 0, title: str = "train", quiet: bool = False) -> Iterator[StepProgress]:
+    """A progress display for `total` steps of which `done` are behind us; `quiet`: lines now and then, no bar."""
     progress = StepProgress(total, done, title)
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if quiet or not console.is_terminal:
         yield progress
         return
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]

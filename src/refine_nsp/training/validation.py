@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.prefix import Batch, gather_positions, run_pass
+from refine_nsp.nsp.prefix import Batch, Pass, gather_positions, run_pass
 from refine_nsp.nsp.records import uniforms
 from refine_nsp.nsp.rewards import cosine
 from refine_nsp.nsp.selection import select_positions
@@ -31,29 +32,26 @@ def validate(model: Any, batches: Iterable[dict[str, Tensor]], config: NSPConfig
         sums["correct"] += float((whole.stats.argmax == targets)[mask].sum())
         sums["entropy"] += float(whole.stats.entropy[mask].double().sum())
         sums["targets"] += int(mask.sum())
-        match, similarity, places = greedy_match(model, batch, whole, config, generator)
+        u, _ = uniforms(len(batch.lengths), config.positions_per_sequence, 1, config.rollout_length, generator)
+        flat = torch.zeros_like(batch.input_ids, dtype=torch.float32)
+        positions = select_positions(flat, batch.lengths, u, replace(config, selection="uniform"))
+        match, similarity, places = greedy_match(model, batch, whole, positions, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity
         sums["places"] += places
     return sums
 
 
-def greedy_match(model: Any, batch: Batch, whole: Any, config: NSPConfig, generator: torch.Generator) -> tuple[float, float, int]:
-    """Sums over K-token greedy continuations at uniform positions: share of tokens equal, mean cosine; and how many."""
-    from dataclasses import replace
-
-    uniform = replace(config, selection="uniform")
-    u, _ = uniforms(len(batch.lengths), config.positions_per_sequence, 1, config.rollout_length, generator)
-    positions = select_positions(torch.zeros_like(batch.input_ids, dtype=torch.float32), batch.lengths, u, uniform)
+def greedy_match(model: Any, batch: Batch, whole: Pass, positions: Tensor, K: int) -> tuple[float, float, int]:
+    """Sums over K-token greedy continuations at positions [B, P] (-1: none): share of tokens equal, mean cosine; and how many."""
     valid = positions.flatten() >= 0
     cache = whole.snapshots(positions)
     hidden, match, similarity = gather_positions(whole.hidden, positions).flatten(0, 1), 0.0, 0.0
-    for j in range(1, config.rollout_length + 1):
+    for j in range(1, K + 1):
         token = model.lm_head(hidden).argmax(-1)
         hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
         ahead = (positions.clamp(min=0) + j).clamp(max=batch.input_ids.shape[1] - 1)
         truth, true_hidden = batch.input_ids.gather(1, ahead).flatten(), gather_positions(whole.hidden, ahead).flatten(0, 1)
         match += float((token == truth)[valid].sum())
         similarity += float(cosine(hidden=hidden, truth_hidden=true_hidden)[valid].sum())
-    K = config.rollout_length
     return match / K, similarity / K, int(valid.sum())

@@ -1,0 +1,111 @@
+"""Next-token figures on documents (the paper's Booksum figure), and how well K greedy tokens match the text (the NSP measure).
+
+`sampled accuracy` is what one token sampled at every position would score on average, the mean p of the true token: the paper's
+figure draws that sample, which rewards a sharper distribution, so it stands beside the argmax accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.prefix import Batch, run_pass
+from refine_nsp.nsp.records import uniforms
+from refine_nsp.nsp.selection import select_positions, smooth_entropy
+from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
+from refine_nsp.training.validation import greedy_match
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """Means over the targets of a document (nats; accuracies 0..1), and the same by bucket: first position -> figures."""
+
+    figures: dict[str, float]
+    targets: int
+    buckets: dict[int, dict[str, float]]
+
+
+BLOCK = 1024
+FIGURES = ("loss", "entropy", "accuracy", "sampled_accuracy")
+
+
+@torch.no_grad()
+def score_document(
+    model: Any, ids: Sequence[int], window: int | None, bucket: int, on_tokens: Callable[[int], None] | None = None
+) -> DocumentScore:
+    """Figures of one document.
+
+    Args:
+        ids: its tokens, at least 2.
+        window: None: from its first token to its last, the state carried from block to block; else windows of so many tokens, each
+            from a fresh state, whose first half is context only (but in the first window), so every token is scored once.
+        bucket: positions are grouped by so many tokens.
+    """
+    sums: dict[int, Tensor] = {}
+    tokens = torch.as_tensor(list(ids), device=model.device)
+    for first, last, skip in spans(len(ids), window):
+        cache = FastWeightCache()
+        for start in range(first, last - 1, BLOCK):
+            end = min(start + BLOCK, last - 1)
+            out = model.model(tokens[None, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            figures = _token_figures(model, out.last_hidden_state[0], tokens[start + 1 : end + 1])
+            positions = torch.arange(start + 1, end + 1)
+            for at in range(max(start + 1, first + 1 + skip) // bucket * bucket, end + 1, bucket):
+                inside = (positions >= max(at, first + 1 + skip)) & (positions < at + bucket)
+                if bool(inside.any()):
+                    total = torch.cat([figures[inside].sum(0), inside.sum()[None].double()])
+                    sums[at] = sums[at] + total if at in sums else total
+            if on_tokens is not None:
+                on_tokens(end - start)
+    whole = torch.stack(list(sums.values())).sum(0)
+    return DocumentScore(_means(whole), int(whole[-1]), {at: _means(x) for at, x in sorted(sums.items())})
+
+
+def spans(length: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first, last, skip): run tokens first..last, score the targets after the first `skip` of them."""
+    if window is None or window >= length:
+        return [(0, length, 0)]
+    found, half = [(0, window, 0)], window // 2
+    while found[-1][1] < length:
+        last = min(found[-1][1] + half, length)
+        found.append((last - window, last, window - 1 - (last - found[-1][1])))
+    return found
+
+
+def _means(total: Tensor) -> dict[str, float]:
+    return {name: float(x / total[-1]) for name, x in zip(FIGURES, total, strict=False)}
+
+
+def _token_figures(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """[T, 4] double on the CPU: nll, entropy, argmax right, p of the target."""
+    _, stats = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.ones(len(targets), device=hidden.device))
+    columns = [stats.nll, stats.entropy, stats.argmax == targets, (-stats.nll).exp()]
+    return torch.stack([c.double().cpu() for c in columns], -1)
+
+
+@torch.no_grad()
+def continuation_match(model: Any, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
+    """Share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions of one window."""
+    batch = Batch(torch.as_tensor(list(ids), device=model.device)[None], torch.tensor([len(ids)], device=model.device))
+    whole = run_pass(model, batch, 1.0)
+    u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))
+    scores = smooth_entropy(whole.stats.entropy.view(1, -1), batch.lengths, config)
+    found: dict[str, float] = {}
+    for name, selection in (("random", "uniform"), ("high_entropy", "argmax")):
+        positions = select_positions(scores, batch.lengths, u, replace(config, selection=selection))
+        match, similarity, places = greedy_match(model, batch, whole, positions, config.rollout_length)
+        found[f"match_{name}"], found[f"cosine_{name}"] = match / max(1, places), similarity / max(1, places)
+    return found
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,195 @@
+"""Answers for many prompts: batched by length, memory bounded, and a prefix that several prompts share is prefilled once.
+
+States are exact and of one size, so a prompt is read in blocks of tokens (activations of one block, never of the prompt), and a shared
+prefix is a state that is copied for each of its continuations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.state import FastWeightCache
+
+PREFILL_BLOCK = 1024  # tokens of a row per forward pass
+SHARED_TOKENS = 128  # a shorter common prefix is not worth a pass of its own
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: greedy, or sampled at `temperature` among the `top_k` likeliest (0: all)."""
+
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """key: its place among the requests. ids: the prompt's tokens. budget: tokens to generate at the most."""
+
+    key: int
+    ids: list[int]
+    budget: int
+
+
+@torch.no_grad()
+def prefill(model: Any, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None) -> tuple[Tensor, FastWeightCache]:
+    """Read rows of tokens, of any lengths >= 1, on from `cache`: the hidden state after each row's last token [B, D], and the states."""
+    device = model.device
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r, dtype=torch.long) for r in rows], batch_first=True).to(device)
+    last = None
+    state = FastWeightCache() if cache is None else cache.copy()
+    for start in range(0, ids.shape[1], PREFILL_BLOCK):
+        block = ids[:, start : start + PREFILL_BLOCK]
+        inside = (lengths - start).clamp(0, block.shape[1])
+        out = model.model(block, lengths=inside, past_key_values=state, use_cache=True)
+        h = out.last_hidden_state
+        ends = h[torch.arange(len(rows), device=device), (inside - 1).clamp(min=0)]
+        last = ends if last is None else torch.where((inside > 0)[:, None], ends, last)
+        state = out.past_key_values
+    assert last is not None
+    return last, state
+
+
+@torch.no_grad()
+def decode(
+    model: Any, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding
+) -> list[list[int]]:
+    """Continue each row until an end token or its budget; finished rows leave the batch. Sampling is seeded by request, so an answer
+    does not depend on what it was batched with."""
+    outputs: list[list[int]] = [[] for _ in requests]
+    generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + r.key) for r in requests]
+    rows = [i for i, r in enumerate(requests) if r.budget > 0]
+    hidden, cache = _keep(hidden, cache, rows, len(requests))
+    while rows:
+        tokens = choose(model.lm_head(hidden).float(), [generators[i] for i in rows], decoding)
+        for i, token in zip(rows, tokens, strict=True):
+            outputs[i].append(token)
+        going = [j for j, i in enumerate(rows) if tokens[j] not in eos and len(outputs[i]) < requests[i].budget]
+        if not going:
+            break
+        hidden, cache = _keep(hidden, cache, going, len(rows))
+        rows = [rows[j] for j in going]
+        step = torch.tensor([[outputs[i][-1]] for i in rows], device=hidden.device)
+        out = model.model(step, past_key_values=cache, use_cache=True)
+        hidden, cache = out.last_hidden_state[:, 0], out.past_key_values
+    return [o[:-1] if o and o[-1] in eos else o for o in outputs]
+
+
+def _keep(hidden: Tensor, cache: FastWeightCache, rows: list[int], n_rows: int) -> tuple[Tensor, FastWeightCache]:
+    if len(rows) == n_rows or not rows:
+        return hidden, cache
+    index = torch.tensor(rows, device=hidden.device)
+    return hidden[index], cache.index(index)
+
+
+def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Decoding) -> list[int]:
+    """One token a row from logits [B, V]."""
+    if decoding.greedy:
+        return logits.argmax(-1).tolist()
+    logits = logits / decoding.temperature
+    if 0 < decoding.top_k < logits.shape[-1]:
+        least = logits.topk(decoding.top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    p = logits.softmax(-1).cpu()
+    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def shared_groups(requests: Sequence[Request]) -> list[tuple[int, list[Request]]]:
+    """Requests that begin alike, with the number of tokens they share (0 for one alone). Each keeps at least one token of its own."""
+    ordered = sorted(requests, key=lambda r: r.ids)
+    groups: list[tuple[int, list[Request]]] = []
+    for request in ordered:
+        if groups:
+            shared, members = groups[-1]
+            first = members[0]
+            common = _common(first.ids, request.ids, min(len(request.ids), *(len(m.ids) for m in members)) - 1)
+            common = common if len(members) == 1 else min(common, shared)
+            if common >= SHARED_TOKENS and 2 * common >= len(request.ids):
+                groups[-1] = (common, [*members, request])
+                continue
+        groups.append((0, [request]))
+    return groups
+
+
+def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    n = 0
+    while n < most and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def answer_all(
+    model: Any, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
+    on_prefill: Callable[[int], None] | None = None,
+) -> Iterator[list[tuple[Request, list[int]]]]:  # fmt: skip
+    """Batches of (request, generated tokens without the end token), longest prompts first.
+
+    Args:
+        batch_tokens: a batch holds at most so many prompt tokens (one prompt may be longer).
+        on_prefill: told how many prompt tokens were read.
+
+    Raises:
+        RefineError: an empty prompt.
+    """
+    for r in requests:
+        if not r.ids:
+            raise RefineError(f"prompt {r.key} has no tokens")
+    groups = shared_groups(requests)
+    alone = sorted((m[0] for n, m in groups if n == 0), key=lambda r: -len(r.ids))
+    for batch in _by_size(alone, batch_tokens):
+        hidden, cache = prefill(model, [r.ids for r in batch])
+        _tell(on_prefill, sum(len(r.ids) for r in batch))
+        yield list(zip(batch, decode(model, hidden, cache, batch, eos, decoding), strict=True))
+    for shared, members in groups:
+        if shared == 0:
+            continue
+        _, prefix = prefill(model, [members[0].ids[:shared]])
+        _tell(on_prefill, shared)
+        tails = sorted(members, key=lambda r: -len(r.ids))
+        for batch in _by_size(tails, batch_tokens, skip=shared):
+            hidden, cache = prefill(model, [r.ids[shared:] for r in batch], prefix.expand(len(batch)))
+            _tell(on_prefill, sum(len(r.ids) - shared for r in batch))
+            yield list(zip(batch, decode(model, hidden, cache, batch, eos, decoding), strict=True))
+
+
+def _tell(listener: Callable[[int], None] | None, tokens: int) -> None:
+    if listener is not None:
+        listener(tokens)
+
+
+def _by_size(requests: Sequence[Request], batch_tokens: int, skip: int = 0) -> Iterator[list[Request]]:
+    """Consecutive requests (longest first) whose padded size stays within batch_tokens."""
+    batch: list[Request] = []
+    for r in requests:
+        if batch and (len(batch) + 1) * (len(batch[0].ids) - skip + batch[0].budget) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(r)
+    if batch:
+        yield batch
+
+
+def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
+    """At most `limit` tokens: the first half and the last, as LongBench cuts prompts; the end keeps at least `tail` tokens.
+
+    Raises:
+        RefineError: `tail` alone is longer.
+    """
+    if len(ids) <= limit:
+        return list(ids)
+    if limit < 2 or tail > limit:
+        raise RefineError(f"a prompt of {len(ids)} tokens cannot be cut to {limit}: its end alone, which is kept, has {tail}")
+    end = max(limit // 2, tail)
+    return [*ids[: limit - end], *ids[len(ids) - end :]]

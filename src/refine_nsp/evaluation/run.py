@@ -1,0 +1,147 @@
+"""Run tasks on a model: rows to disk as they come, resumable by example, then estimates with their uncertainty.
+
+A run folder holds `settings.json`, `examples/TASK.jsonl` (one line an example) and `results.json`. Under `accelerate launch` every
+process answers its share and writes a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.statistics import Estimate, estimate
+from refine_nsp.evaluation.tasks import Context, Row, Task
+from refine_nsp.report.html import write_whole
+from refine_nsp.training.progress import step_progress
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """rows: all examples, in the task's order. estimates: by figure, main one first, as fractions of 1 (or nats)."""
+
+    name: str
+    percent: bool
+    rows: list[Row]
+    estimates: dict[str, Estimate]
+
+
+def evaluate(tasks: Sequence[Task], context: Context, out: Path, settings: dict[str, Any], quiet: bool = False) -> list[TaskResult]:
+    """Answer what is not answered yet, then summarise.
+
+    Args:
+        settings: what the answers depend on; a folder with other settings is refused, so that no answers of two kinds are mixed.
+
+    Raises:
+        RefineError: the folder belongs to another evaluation.
+    """
+    claim_folder(out, settings)
+    state = PartialState()
+    started = time.monotonic()
+    for task in tasks:
+        answer_missing(task, context, out, state, quiet)
+    state.wait_for_everyone()
+    results = [summarise(task.name, task.percent, [rows[i] for i in task.ids()]) for task in tasks for rows in [read_rows(out, task.name)]]
+    if state.is_main_process:
+        seconds = time.monotonic() - started
+        write_whole(out / "results.json", json.dumps({"seconds": seconds, "tasks": [as_json(r) for r in results]}, indent=1) + "\n")
+    return results
+
+
+def claim_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings, or check that they are those of the run to be resumed."""
+    path, wanted = out / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        write_whole(path, json.dumps(wanted, indent=1) + "\n")
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k))
+    if changed:
+        shown = "; ".join(f"{k} was {known.get(k)!r}, now {wanted.get(k)!r}" for k in changed[:3])
+        raise RefineError(f"{out} holds an evaluation with other settings ({shown}); choose another --output_dir, or remove it")
+
+
+def answer_missing(task: Task, context: Context, out: Path, state: Any, quiet: bool) -> None:
+    """Rows of this process' share of the examples without one, appended as they come."""
+    known = read_rows(out, task.name)
+    missing = [i for i in task.ids() if i not in known]
+    mine = missing[state.process_index :: state.num_processes]
+    if not mine:
+        return
+    path = rows_path(out, task.name, state.process_index if state.num_processes > 1 else None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens = 0
+
+    def count(n: int) -> None:
+        nonlocal tokens
+        tokens += n
+
+    context.on_tokens = count
+    with path.open("a", encoding="utf-8") as file, step_progress(len(mine), 0, task.name, quiet) as progress:
+        for row in task.rows(mine, context):
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+            file.flush()
+            progress.advance(tokens)
+            tokens = 0
+
+
+def rows_path(out: Path, task: str, rank: int | None) -> Path:
+    safe = task.replace("/", "_").replace(":", "_")
+    return out / "examples" / (f"{safe}.jsonl" if rank is None else f"{safe}.rank{rank}.jsonl")
+
+
+def read_rows(out: Path, task: str) -> dict[str, Row]:
+    """All rows of a task by id, of every process. A line cut off by an interruption is removed from its file."""
+    found: dict[str, Row] = {}
+    first = rows_path(out, task, None)
+    for path in [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]:
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_whole(path, whole)
+        for line in whole.splitlines():
+            row = Row(**json.loads(line))
+            found.setdefault(row.id, row)
+    return found
+
+
+def summarise(name: str, percent: bool, rows: Sequence[Row]) -> TaskResult:
+    """Mean, standard error and interval of every figure."""
+    weights = [r.weight for r in rows]
+    figures = list(rows[0].scores) if rows else []
+    return TaskResult(name, percent, list(rows), {f: estimate([r.scores[f] for r in rows], weights) for f in figures})
+
+
+def as_json(result: TaskResult) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "percent": result.percent,
+        "n": len(result.rows),
+        "estimates": {f: asdict(e) for f, e in result.estimates.items()},
+    }
+
+
+def read_results(out: Path) -> list[TaskResult]:
+    """A finished evaluation. RefineError when the folder holds none."""
+    path = out / "results.json"
+    if not path.exists():
+        raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
+    found = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return [summarise(t["name"], t["percent"], list(read_rows(out, t["name"]).values())) for t in found]
+
+
+def grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:
+    """Rows by a value of their meta, in order; rows without it are left out."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        if key in row.meta:
+            found.setdefault(row.meta[key], []).append(row)
+    return dict(sorted(found.items()))

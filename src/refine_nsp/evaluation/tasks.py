@@ -1,0 +1,334 @@
+"""What can be evaluated, by name, from which sources; each task yields one row per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation import likelihood, longbench, ruler
+from refine_nsp.evaluation.documents import continuation_match, score_document
+from refine_nsp.evaluation.examples import Example, read_any, read_prompts
+from refine_nsp.evaluation.generation import Decoding, Request, answer_all, truncate_middle
+from refine_nsp.evaluation.qa_sources import read_qa
+from refine_nsp.evaluation.text_metrics import any_match, exact_match, fraction_match, qa_f1
+
+GROUPS = {
+    "ruler": ruler.TASKS,
+    "niah": tuple(ruler.NEEDLES),
+    "longbench": longbench.PAPER_TASKS,
+    "longbench_14": tuple(longbench.TASKS),
+    "short_context": tuple(likelihood.TASKS),
+    "documents": ("ntp", "continuation"),
+}
+NAMES = (*ruler.TASKS, *longbench.TASKS, *likelihood.TASKS, *GROUPS["documents"], "prompts")
+PROTOCOLS = ("standard", "published")
+PUBLISHED_BUDGET = 32
+PUBLISHED_DECODING = Decoding(greedy=False, temperature=1.0, top_k=50)
+Scores = dict[str, float]
+Adapt = Callable[[Sequence[int]], AbstractContextManager[Any]]
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate on, and how.
+
+    Attributes:
+        tasks: names or groups (`ruler`, `niah`, `longbench`, `longbench_14`, `short_context`, `documents`, `prompts`), or
+            `lm_eval:NAME` for any task of lm-eval.
+        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (sampled at temperature 1 among the
+            50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
+        lengths: RULER: prompt and answer together, in tokens.
+        samples: RULER: examples per task and length.
+        depths: RULER: fixed depths (0..1) of the needle asked for, each with `samples` examples; default: random.
+        essays: RULER: haystack text (file, folder, hub name); default: Python's reference documentation.
+        squad, hotpotqa: RULER qa_1 and qa_2: questions on documents (json as published, jsonl, parquet, hub name).
+        longbench: folder with LongBench's files; default: the hub.
+        prompts: a file of ready-made prompts and answers.
+        prompts_metric: `any_match`, `fraction_match`, `f1` or `exact_match`, the main figure of ready-made prompts.
+        prompts_budget: tokens to generate where the file does not say.
+        documents: text for `ntp` and `continuation` (file, folder, glob, hub name).
+        text_column: its column.
+        document_tokens: tokens taken from each document (0: all).
+        window: `ntp`: windows of so many tokens, half of each only read (0: the whole document, state carried on).
+        bucket: `ntp`: figures by position, in so many tokens.
+        short_context: folder with piqa.jsonl, arc_easy.jsonl, ...
+        limit: at most so many examples per task (0: all).
+        max_prompt_tokens: longer prompts lose their middle (0: no limit).
+        batch_tokens: prompt tokens per batch: bounds the memory.
+        seed: of generated prompts and of sampling.
+        num_proc: processes that build RULER prompts.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    protocol: str = "standard"
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    samples: int = 100
+    depths: list[float] | None = None
+    essays: str | None = None
+    squad: str | None = None
+    hotpotqa: str | None = None
+    longbench: str | None = None
+    prompts: str | None = None
+    prompts_metric: str = "any_match"
+    prompts_budget: int = 32
+    documents: str | None = None
+    text_column: str = "text"
+    document_tokens: int = 0
+    window: int = 0
+    bucket: int = 1024
+    short_context: str | None = None
+    limit: int = 0
+    max_prompt_tokens: int = 0
+    batch_tokens: int = 16384
+    seed: int = 42
+    num_proc: int = 1
+
+    def check(self) -> None:
+        """RefineError for a value that cannot be meant."""
+        if not self.tasks:
+            raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
+        if self.protocol not in PROTOCOLS:
+            raise RefineError(f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}")
+        if self.prompts_metric not in MATCHES:
+            raise RefineError(f"prompts_metric={self.prompts_metric!r} is not one of {', '.join(MATCHES)}")
+        for name in ("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"):
+            if getattr(self, name) < 1:
+                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("limit", "max_prompt_tokens", "document_tokens", "window"):
+            if getattr(self, name) < 0:
+                raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def names(self) -> list[str]:
+        """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
+        found: dict[str, None] = {}
+        for name in self.tasks:
+            if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
+                raise RefineError(
+                    f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
+                )
+            found |= dict.fromkeys(GROUPS.get(name, (name,)))
+        return list(found)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example's outcome. scores: main figure first; weight: what it counts in a mean (targets of a document)."""
+
+    id: str
+    output: str
+    references: list[str]
+    scores: Scores
+    weight: float = 1.0
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a task works with. adapt: test-time training on a prompt, as a context manager; on_tokens: progress."""
+
+    model: Any
+    tokenizer: Any
+    batch_tokens: int
+    decoding: Decoding = field(default_factory=Decoding)
+    adapt: Adapt | None = None
+    on_tokens: Callable[[int], None] = lambda n: None
+
+
+class Task(Protocol):
+    """A name, the ids of all its examples, whether scores are shares of 1 (shown in percent), and rows for some of the ids."""
+
+    name: str
+    percent: bool
+
+    def ids(self) -> list[str]: ...
+
+    def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]: ...
+
+
+# --- tasks whose answers are generated --------------------------------------------------------------------------------
+
+MATCHES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "any_match": any_match,
+    "fraction_match": fraction_match,
+    "f1": qa_f1,
+    "exact_match": exact_match,
+}
+
+
+@dataclass
+class GenerationTask:
+    """Prompts to be answered; `score` gives the figures of one answer."""
+
+    name: str
+    examples: list[Example]
+    score: Callable[[str, Sequence[str]], Scores]
+    decoding: Decoding = field(default_factory=Decoding)
+    max_prompt_tokens: int = 0
+    percent: bool = True
+
+    def ids(self) -> list[str]:
+        return [e.id for e in self.examples]
+
+    def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
+        """Answer and score. With `context.adapt` one prompt at a time, each from the weights adapted to it."""
+        place = {e.id: i for i, e in enumerate(self.examples)}
+        requests = [self._request(place[i], context.tokenizer) for i in wanted]
+        eos = end_tokens(context.model, context.tokenizer)
+        groups = [[r] for r in requests] if context.adapt is not None else [requests]
+        for group in groups:
+            with context.adapt(group[0].ids) if context.adapt is not None else nullcontext():
+                for batch in answer_all(context.model, group, eos, self.decoding, context.batch_tokens, context.on_tokens):
+                    for request, tokens in batch:
+                        yield self._row(request, tokens, context.tokenizer)
+
+    def _request(self, key: int, tokenizer: Any) -> Request:
+        e = self.examples[key]
+        ids = tokenizer(e.prompt)["input_ids"]
+        if self.max_prompt_tokens:
+            ids = truncate_middle(ids, self.max_prompt_tokens)
+        return Request(key, ids, e.budget)
+
+    def _row(self, request: Request, tokens: list[int], tokenizer: Any) -> Row:
+        e = self.examples[request.key]
+        output = tokenizer.decode(tokens, skip_special_tokens=True)
+        meta = {**e.meta, "prompt_tokens": len(request.ids), "new_tokens": len(tokens)}
+        return Row(e.id, output, e.references, self.score(output, e.references), 1.0, meta)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
+    found = model.generation_config.eos_token_id
+    tokens = set(found) if isinstance(found, list) else {found}
+    return {int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None}
+
+
+def _ruler_scores(output: str, references: Sequence[str]) -> Scores:
+    return {"fraction_match": fraction_match(output, references), "any_match": any_match(output, references)}
+
+
+def _qa_scores(output: str, references: Sequence[str]) -> Scores:
+    return {"any_match": any_match(output, references), "fraction_match": fraction_match(output, references)}
+
+
+def _published_qa(output: str, references: Sequence[str]) -> Scores:
+    """The paper's code: the first line only, taken before stripping."""
+    return {"any_match": any_match(output.split("\n")[0].strip(), references)}
+
+
+def _prompt_scores(main: str) -> Callable[[str, Sequence[str]], Scores]:
+    order = [main, *(m for m in ("any_match", "fraction_match") if m != main)]
+    return lambda output, references: {m: MATCHES[m](output, references) for m in order}
+
+
+def _longbench_scores(name: str, published: bool) -> Callable[[str, Sequence[str]], Scores]:
+    metric, function = longbench.TASKS[name].metric_name, longbench.published_score if published else longbench.score
+    return lambda output, references: {metric: function(name, output, references)}
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ChoiceTask:
+    """Short contexts, scored by the likelihood of each choice."""
+
+    name: str
+    examples: list[likelihood.ChoiceExample]
+    percent: bool = True
+
+    def ids(self) -> list[str]:
+        return [e.id for e in self.examples]
+
+    def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
+        chosen = [e for e in self.examples if e.id in set(wanted)]
+        scored = likelihood.choice_scores(context.model, context.tokenizer, chosen, context.batch_tokens, context.on_tokens)
+        for e, scores, found in scored:
+            shown = " | ".join(f"{log_p:.3f}" for log_p, _ in found)
+            yield Row(e.id, shown, [e.choices[e.label]], scores)
+
+
+@dataclass
+class DocumentTask:
+    """`ntp` or `continuation` on documents."""
+
+    name: str
+    texts: list[str]
+    arguments: EvaluationArguments
+    percent: bool = False
+
+    def ids(self) -> list[str]:
+        return [f"{self.name}-{i}" for i in range(len(self.texts))]
+
+    def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
+        a = self.arguments
+        for key in wanted:
+            index = int(key.rsplit("-", 1)[1])
+            ids = context.tokenizer(self.texts[index])["input_ids"]
+            ids = ids[: a.document_tokens] if a.document_tokens else ids
+            if self.name == "ntp":
+                if len(ids) < 2:
+                    raise RefineError(f"document {index} has {len(ids)} tokens; next-token figures need 2")
+                found = score_document(context.model, ids, a.window or None, a.bucket, context.on_tokens)
+                yield Row(key, "", [], found.figures, found.targets, {"tokens": len(ids), "buckets": found.buckets})
+            else:
+                config = NSPConfig(positions_per_sequence=16)
+                ids = ids[: a.window or 4096]
+                if len(ids) < config.shortest:
+                    raise RefineError(f"document {index} has {len(ids)} tokens; a continuation needs {config.shortest}")
+                scores = continuation_match(context.model, ids, config, a.seed + index)
+                context.on_tokens(len(ids))
+                yield Row(key, "", [], scores, 1.0, {"tokens": len(ids)})
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+def build_tasks(arguments: EvaluationArguments, tokenizer: Any) -> list[Task]:
+    """The tasks asked for, with their examples. RefineError for anything missing or malformed, before any model runs."""
+    arguments.check()
+    names = arguments.names()
+    a, published = arguments, arguments.protocol == "published"
+    found: dict[str, Task] = {}
+
+    def generation(name: str, examples: list[Example], score: Callable[[str, Sequence[str]], Scores], as_paper: bool) -> None:
+        if as_paper:
+            examples = [Example(e.id, e.prompt, e.references, PUBLISHED_BUDGET, e.meta) for e in examples]
+        decoding = Decoding(False, 1.0, 50, a.seed) if as_paper else Decoding()
+        found[name] = GenerationTask(name, examples[: a.limit] if a.limit else examples, score, decoding, a.max_prompt_tokens)
+
+    wanted = [n for n in names if n in ruler.TASKS]
+    if wanted:
+        qa = {t: read_qa(source) for t, source in (("qa_1", a.squad), ("qa_2", a.hotpotqa)) if t in wanted and source is not None}
+        sources = ruler.Sources(ruler.essay_words(a.essays, a.text_column), qa)
+        built = ruler.build_ruler(wanted, a.lengths, a.samples, tokenizer, sources, a.seed, a.depths, a.num_proc)
+        for name, examples in built.items():
+            as_paper = published and name in ruler.QA_TASKS  # the paper's code has no needle tasks
+            qa_score = _published_qa if as_paper else _qa_scores
+            generation(name, examples, qa_score if name in ruler.QA_TASKS else _ruler_scores, as_paper)
+    wanted = [n for n in names if n in longbench.TASKS]
+    if wanted:
+        for name, examples in longbench.read_longbench(wanted, a.longbench).items():
+            generation(name, examples, _longbench_scores(name, published), published)
+    if "prompts" in names:
+        if a.prompts is None:
+            raise RefineError("the task `prompts` needs a file: --prompts")
+        for name, examples in read_prompts(a.prompts, a.prompts_budget).items():
+            generation(name, examples, _published_qa if published else _prompt_scores(a.prompts_metric), published)
+    for name in (n for n in names if n in likelihood.TASKS):
+        if a.short_context is None:
+            raise RefineError(f"{name} needs a folder with {name}.jsonl: --short_context (or `lm_eval:{name}` with the hub)")
+        choices = likelihood.read_choices(name, a.short_context)
+        found[name] = ChoiceTask(name, choices[: a.limit] if a.limit else choices)
+    documents = [n for n in names if n in GROUPS["documents"]]
+    if documents:
+        if a.documents is None:
+            raise RefineError(f"{documents[0]} needs text: --documents")
+        rows = read_any(a.documents, (a.text_column,), "test")
+        texts = list(rows[a.text_column])[: a.limit or None]
+        for name in documents:
+            found[name] = DocumentTask(name, texts, a)
+    return list(found.values())

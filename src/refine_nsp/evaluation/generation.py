@@ -61,34 +61,36 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], cache: FastWeightCache | 
 
 @torch.no_grad()
 def decode(
-    model: Any, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding
-) -> list[list[int]]:
-    """Continue each row until an end token or its budget; finished rows leave the batch. Sampling is seeded by request, so an answer
-    does not depend on what it was batched with."""
+    model: Any, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
+    keep_rows: bool = False,
+) -> list[list[int]]:  # fmt: skip
+    """Continue each row until an end token or its budget; returns the tokens without the end token.
+
+    Finished rows leave the batch, unless `keep_rows` (rows that have weights of their own must stay in place). Sampling is seeded by
+    request, so an answer does not depend on what it was batched with.
+    """
     outputs: list[list[int]] = [[] for _ in requests]
     generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + r.key) for r in requests]
-    rows = [i for i, r in enumerate(requests) if r.budget > 0]
-    hidden, cache = _keep(hidden, cache, rows, len(requests))
-    while rows:
+    rows = list(range(len(requests)))  # row of the batch -> request
+    while True:
         tokens = choose(model.lm_head(hidden).float(), [generators[i] for i in rows], decoding)
-        for i, token in zip(rows, tokens, strict=True):
-            outputs[i].append(token)
-        going = [j for j, i in enumerate(rows) if tokens[j] not in eos and len(outputs[i]) < requests[i].budget]
+        open_rows = [j for j, i in enumerate(rows) if _going(outputs[i], requests[i].budget, eos)]
+        for j in open_rows:
+            outputs[rows[j]].append(tokens[j])
+        going = [j for j in open_rows if _going(outputs[rows[j]], requests[rows[j]].budget, eos)]
         if not going:
             break
-        hidden, cache = _keep(hidden, cache, going, len(rows))
-        rows = [rows[j] for j in going]
-        step = torch.tensor([[outputs[i][-1]] for i in rows], device=hidden.device)
+        if len(going) < len(rows) and not keep_rows:
+            index = torch.tensor(going, device=hidden.device)
+            cache, tokens, rows = cache.index(index), [tokens[j] for j in going], [rows[j] for j in going]
+        step = torch.tensor(tokens, device=hidden.device)[:, None]
         out = model.model(step, past_key_values=cache, use_cache=True)
         hidden, cache = out.last_hidden_state[:, 0], out.past_key_values
     return [o[:-1] if o and o[-1] in eos else o for o in outputs]
 
 
-def _keep(hidden: Tensor, cache: FastWeightCache, rows: list[int], n_rows: int) -> tuple[Tensor, FastWeightCache]:
-    if len(rows) == n_rows or not rows:
-        return hidden, cache
-    index = torch.tensor(rows, device=hidden.device)
-    return hidden[index], cache.index(index)
+def _going(tokens: list[int], budget: int, eos: set[int]) -> bool:
+    return len(tokens) < budget and not (tokens and tokens[-1] in eos)
 
 
 def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Decoding) -> list[int]:

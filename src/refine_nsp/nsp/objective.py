@@ -26,7 +26,7 @@ def policy_loss(
     advantages: Tensor,
     valid: Tensor,
     config: NSPConfig,
-    normalizer: float,
+    normalizer: float | Tensor,
     entropy: Tensor | None = None,
     reference_log_probs: Tensor | None = None,
 ) -> PolicyLoss:
@@ -36,7 +36,7 @@ def policy_loss(
         log_probs: [B, P, N, K] under the current policy, with gradient. old_log_probs: the same when sampled.
         advantages: [B, P, N]. valid: [B, P] bool.
         config: clip_low, clip_high, dual_clip, kl_coef, entropy_coef.
-        normalizer: number of tokens the sum is divided by.
+        normalizer: number of tokens the sum is divided by, or [B] for each sequence's sum.
         entropy: [B, P, N, K] of the policy, needed with `entropy_coef`.
         reference_log_probs: [B, P, N, K] under the reference model, needed with `kl_coef` (estimator k3: r - 1 - log r).
     """
@@ -54,7 +54,7 @@ def policy_loss(
         per_token = per_token + config.kl_coef * kl
     if entropy is not None and config.entropy_coef:
         per_token = per_token - config.entropy_coef * entropy
-    loss = per_token.masked_fill(~mask, 0.0).sum() / normalizer
+    loss = (per_token.masked_fill(~mask, 0.0).sum((1, 2, 3)) / normalizer).sum()
 
     with torch.no_grad():
         n = mask.sum().clamp(min=1)

@@ -49,7 +49,7 @@ class Pass:
     snapshots: Callable[[Tensor], FastWeightCache]
 
 
-def run_pass(model: Any, batch: Batch, normalizer: float, positions: Tensor | None = None) -> Pass:
+def run_pass(model: Any, batch: Batch, normalizer: float | Tensor, positions: Tensor | None = None) -> Pass:
     """Run the sequences; keep what snapshots need, for `positions` only when those are known already."""
     out = model.model(
         batch.input_ids,
@@ -63,10 +63,11 @@ def run_pass(model: Any, batch: Batch, normalizer: float, positions: Tensor | No
     return Pass(out.last_hidden_state, loss, stats, take)
 
 
-def next_token_loss(model: Any, hidden: Tensor, batch: Batch, normalizer: float) -> tuple[Tensor, TokenStats]:
-    """Sum of cross-entropies over real targets / normalizer, and per-token statistics at every token."""
+def next_token_loss(model: Any, hidden: Tensor, batch: Batch, normalizer: float | Tensor) -> tuple[Tensor, TokenStats]:
+    """Sum of cross-entropies over real targets / normalizer (one for all, or [B]), and per-token statistics at every token."""
     targets = F.pad(batch.input_ids[:, 1:], (0, 1)).flatten()
-    weights = batch.target_mask.flatten() / normalizer
+    divisor = normalizer[:, None] if isinstance(normalizer, Tensor) else normalizer
+    weights = (batch.target_mask / divisor).flatten()
     return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, weights)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one each
+Normalizer = float | Tensor | None  # of a sum over a batch, or [B] of each sequence's; None: what was summed over
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,16 @@ class StepResult:
     num_rollout_tokens: int
 
 
-def uniforms(B: int, P: int, N: int, K: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Tensor, Tensor]:
     """All randomness of a step: one block, row b for sequence b, so that a batch equals its sequences one by one.
 
     Returns [B, P] for the positions and [B, P, N, K] for the tokens, float64 in [0, 1), on the CPU.
     """
-    block = torch.rand(B, P + P * N * K, dtype=torch.float64, generator=generator)
+    width = P + P * N * K
+    if isinstance(generator, Sequence):
+        block = torch.cat([torch.rand(1, width, dtype=torch.float64, generator=g) for g in generator])
+    else:
+        block = torch.rand(B, width, dtype=torch.float64, generator=generator)
     return block[:, :P], block[:, P:].reshape(B, P, N, K)
 
 

@@ -85,3 +85,11 @@ def _warn_once_about_short_sequences() -> None:
             "rollout_length after it): they get fewer positions",
             stacklevel=3,
         )
+
+
+def count_positions(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
+    """How many positions `select_positions` will choose in each sequence [B]: it depends on lengths alone."""
+    chunk = chunk_of_tokens(lengths, n_tokens, config.positions_per_sequence)
+    allowed = admissible(lengths, n_tokens, config)
+    ids = torch.arange(config.positions_per_sequence, device=lengths.device)
+    return (allowed[:, None] & (chunk[:, None] == ids[:, None])).any(-1).sum(-1)

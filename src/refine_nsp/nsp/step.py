@@ -26,7 +26,7 @@ from refine_nsp.nsp.prefix import (
     recomputed_states,
     run_pass,
 )
-from refine_nsp.nsp.records import Rollouts, StepResult, uniforms
+from refine_nsp.nsp.records import Generators, Normalizer, Rollouts, StepResult, uniforms
 from refine_nsp.nsp.rewards import compute_rewards, resolve_reward
 from refine_nsp.nsp.rollout import sample_rollouts
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
@@ -58,17 +58,18 @@ class ReFINEStep(nn.Module):
         self,
         input_ids: Tensor,
         lengths: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        ntp_normalizer: float | None = None,
-        policy_normalizer: float | None = None,
+        generator: Generators = None,
+        ntp_normalizer: Normalizer = None,
+        policy_normalizer: Normalizer = None,
     ) -> StepResult:
         """Select, roll out, score, and return the losses.
 
         Args:
             input_ids: [B, T] long, right-padded. lengths: [B] long, None: all T real.
-            generator: CPU generator of all the randomness (one block of uniforms, row b for sequence b).
+            generator: CPU generator of all the randomness (one block of uniforms, row b for sequence b), or one a sequence.
             ntp_normalizer, policy_normalizer: what the sums over targets and rollout tokens are divided by; default: their counts
-                in this batch. A trainer that accumulates gradients passes the counts of the whole accumulation.
+                in this batch. A trainer that accumulates gradients passes the counts of the whole accumulation; a tensor [B] divides
+                each sequence's sum by its own.
         """
         batch = make_batch(input_ids, lengths, self.config)
         step = _Step(self.config, batch, self.reference_model, ntp_normalizer, policy_normalizer)
@@ -78,7 +79,7 @@ class ReFINEStep(nn.Module):
         return self.model(step=lambda m: step.learn(m, rollouts))
 
     @torch.no_grad()
-    def rollout(self, input_ids: Tensor, lengths: Tensor | None = None, generator: torch.Generator | None = None) -> Rollouts:
+    def rollout(self, input_ids: Tensor, lengths: Tensor | None = None, generator: Generators = None) -> Rollouts:
         """Select, roll out and score with the current policy, without gradients: what several optimizer steps can learn from."""
         step = _Step(self.config, make_batch(input_ids, lengths, self.config), self.reference_model)
         return self.model(step=lambda m: step.observe(m, generator))
@@ -88,8 +89,8 @@ class ReFINEStep(nn.Module):
         input_ids: Tensor,
         rollouts: Rollouts,
         lengths: Tensor | None = None,
-        ntp_normalizer: float | None = None,
-        policy_normalizer: float | None = None,
+        ntp_normalizer: Normalizer = None,
+        policy_normalizer: Normalizer = None,
     ) -> StepResult:
         """Losses on rollouts that `rollout` returned, ratio to the policy that sampled them clipped."""
         batch = make_batch(input_ids, lengths, self.config)
@@ -150,8 +151,8 @@ class _Step:
         config: NSPConfig,
         batch: Batch,
         reference_model: Any = None,
-        ntp_normalizer: float | None = None,
-        policy_normalizer: float | None = None,
+        ntp_normalizer: Normalizer = None,
+        policy_normalizer: Normalizer = None,
     ) -> None:
         self.config = config
         self.batch = batch
@@ -160,14 +161,14 @@ class _Step:
         self.policy_normalizer = policy_normalizer
 
     # --- the paper's page ---------------------------------------------------------------------------------------------
-    def fused(self, model: Any, generator: torch.Generator | None) -> StepResult:
+    def fused(self, model: Any, generator: Generators) -> StepResult:
         """Everything from one gradient pass."""
         whole = run_pass(model, self.batch, self.ntp_normalizer)
         rollouts, states = self.explore(model, whole, generator)
         policy = self.policy_from(model, whole, states, rollouts)
         return self.result(model, whole, policy, rollouts)
 
-    def observe(self, model: Any, generator: torch.Generator | None) -> Rollouts:
+    def observe(self, model: Any, generator: Generators) -> Rollouts:
         """One pass without gradients, and the rollouts from it."""
         whole = run_pass(model, self.batch, self.ntp_normalizer)
         return self.explore(model, whole, generator)[0]
@@ -192,7 +193,7 @@ class _Step:
 
     # --- its parts ----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def explore(self, model: Any, whole: Pass, generator: torch.Generator | None) -> tuple[Rollouts, Any]:
+    def explore(self, model: Any, whole: Pass, generator: Generators) -> tuple[Rollouts, Any]:
         """Select, snapshot, sample, score. Also returns the (differentiable) snapshots, for those who have a graph."""
         c = self.config
         u_positions, u_tokens = uniforms(

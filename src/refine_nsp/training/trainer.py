@@ -25,7 +25,7 @@ from refine_nsp.models.load import check_vocabulary
 from refine_nsp.nsp.advantage import compute_advantages
 from refine_nsp.nsp.prefix import Batch, next_token_loss
 from refine_nsp.nsp.records import Rollouts
-from refine_nsp.nsp.selection import admissible, chunk_of_tokens
+from refine_nsp.nsp.selection import count_positions
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import InterruptCallback, NonFiniteGuard, ProgressCallback
@@ -126,7 +126,7 @@ class ReFINETrainer(Trainer):
         """Real targets and rollout tokens of this optimizer step, over all processes."""
         c = self.nsp
         targets = sum(int((b["lengths"] - 1).clamp(min=0).sum()) for b in batches)
-        tokens = sum(count_positions(b["lengths"], b["input_ids"].shape[1], c) for b in batches)
+        tokens = sum(int(count_positions(b["lengths"], b["input_ids"].shape[1], c).sum()) for b in batches)
         counts = torch.tensor([targets, tokens * c.num_generations * c.rollout_length], device=device, dtype=torch.float64)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum") / self.args.world_size  # DDP averages gradients
@@ -272,14 +272,6 @@ def _with_advantages(rollouts: Rollouts, advantages: Tensor) -> Rollouts:
     kept = rollouts.rows(slice(None))
     metrics = {**kept.metrics, "advantage_min": float(advantages.min()), "advantage_max": float(advantages.max())}
     return Rollouts(kept.positions, kept.tokens, kept.log_probs, None, kept.rewards, advantages, kept.entropy, metrics)
-
-
-def count_positions(lengths: Tensor, n_tokens: int, config: NSPConfig) -> int:
-    """How many positions `select_positions` will choose: it depends on lengths alone."""
-    chunk = chunk_of_tokens(lengths, n_tokens, config.positions_per_sequence)
-    allowed = admissible(lengths, n_tokens, config)
-    ids = torch.arange(config.positions_per_sequence, device=lengths.device)
-    return int((allowed[:, None] & (chunk[:, None] == ids[:, None])).any(-1).sum())
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,284 @@
+"""Test-time training (paper, section 3.5): adapt the weights on the prompt alone, answer, restore.
+
+Only what changes is copied, once, and copied back bit by bit, also after an exception or Ctrl-C. The published code never restores:
+later prompts are answered with weights trained on earlier ones (`scope="never"` does that).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.nsp.prefix import Batch, next_token_loss
+from refine_nsp.nsp.selection import count_positions
+from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.training.side_by_side import BatchLoRA
+
+METHODS = ("refine", "ntp")
+SCOPES = ("example", "batch", "never")
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+PARAMETERS = ("all", "fast_weights", "lora")
+# What writes to and reads from the fast weights, by family.
+FAST_WEIGHT_NAMES = (
+    "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias",
+    "qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TestTimeConfig:
+    """How a prompt is adapted to.
+
+    Attributes:
+        method: `refine`, or `ntp`: the cross-entropy on the prompt alone.
+        scope: restore after each `example`, after each `batch` (its prompts share one update), or `never`.
+        steps: optimizer steps on a prompt.
+        learning_rate, optimizer, weight_decay, max_grad_norm: of those steps (`adamw` or `sgd`).
+        parameters: `all`; `fast_weights`: only the projections that write and read the fast weights; `lora`: adapters on all linear
+            layers, by which several prompts are adapted side by side.
+        lora_r, lora_alpha: rank and scale of the adapters.
+        nsp: settings of ReFINE; the paper's test-time preset by default.
+        seed: of positions and rollouts; the same prompt is always adapted alike.
+
+    Raises:
+        RefineError: a value out of range, naming it.
+    """
+
+    __test__ = False  # not a test, whatever pytest makes of its name
+
+    method: str = "refine"
+    scope: str = "example"
+    steps: int = 1
+    learning_rate: float = 1e-6
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    parameters: str = "all"
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    nsp: NSPConfig = field(default_factory=lambda: NSPConfig.preset("test_time", schedule="fused"))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {"method": METHODS, "scope": SCOPES, "optimizer": tuple(OPTIMIZERS), "parameters": PARAMETERS}
+        for name, options in choices.items():
+            if (value := getattr(self, name)) not in options:
+                raise RefineError(f"{name}={value!r} is not one of {', '.join(options)}{closest(str(value), options)}")
+        for name in ("steps", "lora_r"):
+            if getattr(self, name) < 1:
+                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0 or not self.max_grad_norm > 0:
+            raise RefineError(f"learning_rate and max_grad_norm must be positive, got {self.learning_rate}, {self.max_grad_norm}")
+        if self.parameters == "lora" and self.scope == "never":
+            raise RefineError("adapters belong to their prompt, so parameters='lora' cannot go with scope='never'")
+
+
+@dataclass
+class Adaptation:
+    """What an adaptation cost: seconds, bytes kept beside the model (copies or adapters, and the optimizer's state), losses by step."""
+
+    seconds: float
+    extra_bytes: int
+    losses: list[float]
+
+
+class TestTimeTrainer:
+    """Adapts a model to prompts: `with ttt.adapt(ids): model.generate(...)`.
+
+    Args:
+        model: a causal model of this package, not wrapped.
+        config: see `TestTimeConfig`.
+
+    Attributes:
+        last: the `Adaptation` of the latest prompt.
+    """
+
+    __test__ = False
+
+    def __init__(self, model: Any, config: TestTimeConfig | None = None) -> None:
+        self.model = model
+        self.config = config if config is not None else TestTimeConfig()
+        self.last: Adaptation | None = None
+        self._kept_optimizer: torch.optim.Optimizer | None = None  # scope="never" goes on with it
+
+    def shortest(self) -> int:
+        """Tokens a prompt needs to be adapted to."""
+        return self.config.nsp.shortest if self.config.method == "refine" else 2
+
+    @contextmanager
+    def adapt(self, prompt: Any) -> Iterator[Any]:
+        """The model adapted to a prompt, or to several at once; restored at the end (but for scope "never").
+
+        Args:
+            prompt: token ids [T], or a list of such, as lists or tensors. Several prompts have an adapter each with
+                parameters="lora" (row b of what is run inside belongs to prompt b); with scope="batch" or "never" they share one
+                update; otherwise they must come one by one.
+
+        Raises:
+            RefineError: a prompt too short for a position, or several prompts where each would need weights of its own.
+        """
+        rows = as_rows(prompt)
+        c = self.config
+        for row in rows:
+            if len(row) < self.shortest():
+                raise RefineError(f"a prompt of {len(row)} tokens cannot be adapted to: {c.method} needs {self.shortest()}")
+        if len(rows) > 1 and c.scope == "example" and not self.side_by_side():
+            raise RefineError(
+                f"{len(rows)} prompts at once: with scope='example' and parameters={c.parameters!r} each needs weights of its own; "
+                "give them one by one, or use parameters='lora' (positions not by context, no global scale), or scope='batch'"
+            )
+        if c.parameters == "lora":
+            with self._adapters(rows):
+                yield self.model
+        else:
+            with self._own_weights(rows):
+                yield self.model
+
+    def side_by_side(self) -> bool:
+        """Whether several prompts can each have weights of their own: their losses must not touch each other."""
+        c = self.config
+        apart = not c.nsp.selection.startswith("context_") and c.nsp.advantage_scale != "global"
+        return c.parameters == "lora" and (c.method == "ntp" or apart)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _own_weights(self, rows: list[Tensor]) -> Iterator[None]:
+        chosen = chosen_parameters(self.model, self.config.parameters)
+        never = self.config.scope == "never"
+        saved = [] if never else [p.detach().clone() for p in chosen]
+        start = time.perf_counter()
+        try:
+            optimizer = self._optimizer(chosen)
+            losses = self._train(rows, chosen, optimizer, shared=True)
+            self.last = Adaptation(time.perf_counter() - start, nbytes(saved) + optimizer_bytes(optimizer), losses)
+            del optimizer
+            yield
+        finally:
+            with torch.no_grad():
+                for p, before in zip(chosen, saved, strict=False):
+                    p.copy_(before)
+
+    @contextmanager
+    def _adapters(self, rows: list[Tensor]) -> Iterator[None]:
+        c = self.config
+        apart = c.scope == "example"
+        adapters = BatchLoRA(linear_layers(self.model), len(rows) if apart else 1, c.lora_r, c.lora_alpha, c.seed)
+        start = time.perf_counter()
+        with adapters.attached():
+            optimizer = self._optimizer(adapters.parameters())
+            losses = self._train(rows, adapters.parameters(), optimizer, shared=not apart)
+            extra = nbytes(adapters.parameters()) + optimizer_bytes(optimizer)
+            self.last = Adaptation(time.perf_counter() - start, extra, losses)
+            del optimizer
+            yield
+
+    def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        c = self.config
+        if c.scope == "never" and self._kept_optimizer is not None:
+            return self._kept_optimizer
+        optimizer = OPTIMIZERS[c.optimizer](parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
+        if c.scope == "never":
+            self._kept_optimizer = optimizer
+        return optimizer
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+    def _train(
+        self, rows: list[Tensor], parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, shared: bool
+    ) -> list[float]:
+        """The optimizer steps. shared: one update for all rows, else each row's own (its loss and gradient norm are its alone)."""
+        model, c = self.model, self.config
+        device = model.device
+        lengths = torch.tensor([len(r) for r in rows], device=device)
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        generators = [torch.Generator().manual_seed(c.seed) for _ in rows]
+        wanted = {p: p.requires_grad for p in model.parameters()}
+        training = model.training
+        losses = []
+        try:
+            model.requires_grad_(False)
+            for p in parameters:
+                p.requires_grad_(True)
+            model.train()
+            for _ in range(c.steps):
+                optimizer.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    loss = self._loss(ids, lengths, generators, shared)
+                    loss.backward()
+                clip_gradients(parameters, c.max_grad_norm, shared)
+                optimizer.step()
+                losses.append(float(loss.detach()))
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            for p, flag in wanted.items():
+                p.requires_grad_(flag)
+            model.train(training)
+        return losses
+
+    def _loss(self, ids: Tensor, lengths: Tensor, generators: list[torch.Generator], shared: bool) -> Tensor:
+        c, nsp = self.config, self.config.nsp
+        targets = (lengths - 1).to(torch.float32)
+        if c.method == "ntp":
+            hidden = self.model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
+            return next_token_loss(self.model, hidden, Batch(ids, lengths), float(targets.sum()) if shared else targets)[0]
+        places = count_positions(lengths, ids.shape[1], nsp) * nsp.num_generations * nsp.rollout_length
+        own = {} if shared else {"ntp_normalizer": targets, "policy_normalizer": places.clamp(min=1).to(torch.float32)}
+        return ReFINEStep(self.model, nsp)(ids, lengths, generators, **own).loss
+
+
+def as_rows(prompt: Any) -> list[Tensor]:
+    """Token ids [T] (or [1, T]) or several of them as a list of long tensors; RefineError for anything else."""
+    if isinstance(prompt, Tensor):
+        rows = list(prompt) if prompt.ndim == 2 else [prompt]
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
+        rows = [torch.tensor(prompt)]
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        rows = [torch.as_tensor(r) for r in prompt]
+    else:
+        raise RefineError(f"a prompt is token ids (a list or a tensor), or a list of such; got {type(prompt).__name__}")
+    if not rows or any(r.ndim != 1 or r.is_floating_point() for r in rows):
+        raise RefineError("a prompt is a list or tensor of token ids [T], or several of them")
+    return [r.long() for r in rows]
+
+
+def chosen_parameters(model: nn.Module, which: str) -> list[nn.Parameter]:
+    """`all`, or those of the fast weights' projections. RefineError when there are none."""
+    found = [
+        p for name, p in model.named_parameters() if which == "all" or any(part in FAST_WEIGHT_NAMES for part in name.split("."))
+    ]
+    if not found:
+        raise RefineError(f"{type(model).__name__} has no parameter named {', '.join(FAST_WEIGHT_NAMES)}")
+    return found
+
+
+def linear_layers(model: Any) -> list[nn.Linear]:
+    """Linear layers of the blocks (not the head)."""
+    return [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, shared: bool) -> None:
+    """Clip the norm over all, or of each row b of adapters [B, ...] on its own."""
+    if shared:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # [B]
+    factor = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+
+def nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state."""
+    return nbytes([x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)])

@@ -21,7 +21,7 @@ from refine_nsp.models import (
 from refine_nsp.nsp.step import ReFINEStep
 
 if TYPE_CHECKING:
-    from refine_nsp.training import ReFINEConfig, ReFINETrainer
+    from refine_nsp.training import PostTrainer, PostTrainingConfig, ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrainer
 
 try:
     __version__ = version("refine-nsp")
@@ -37,17 +37,21 @@ __all__ = [
     "LaCTConfig",
     "LaCTForCausalLM",
     "NSPConfig",
+    "PostTrainer",
+    "PostTrainingConfig",
     "ReFINEConfig",
     "ReFINEStep",
     "ReFINETrainer",
     "RefineError",
+    "TestTimeConfig",
+    "TestTimeTrainer",
     "load",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # The Trainer pulls in accelerate and datasets; inference should not pay for them.
-    if name in ("ReFINEConfig", "ReFINETrainer"):
+    # The trainers pull in accelerate and datasets; inference should not pay for them.
+    if name in __all__:
         from refine_nsp import training
 
         return getattr(training, name)

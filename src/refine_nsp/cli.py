@@ -11,10 +11,15 @@ COMMANDS = {
     "quickstart": "mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline)",
     "pretrain": "make a tiny base model from the text on this machine",
     "midtrain": "train a pretrained model on long text with ReFINE (or --objective ntp)",
+    "posttrain": "train to answer prompts: SFT, or nested with an update on each batch's prompts first",
+    "ttt": "adapt to one prompt, answer it, restore the weights",
+    "evaluate": "RULER, LongBench, documents, short contexts, lm-eval's tasks",
+    "compare": "two evaluations, example by example, with significance",
     "generate": "continue a prompt, streaming",
     "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
     "report": "one HTML page comparing runs",
 }
+FROM_DATACLASSES = ("midtrain", "posttrain", "ttt", "evaluate")  # flags and YAML; the others have a few flags of their own
 FAILED, INTERRUPTED = 1, 130
 
 
@@ -26,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(words)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again (midtrain: with --resume_from_checkpoint last) to go on\n")
+        sys.stderr.write("interrupted; run the same command again (training: with --resume_from_checkpoint last) to go on\n")
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED
@@ -67,7 +72,7 @@ def dispatch(words: list[str]) -> int:
     name, rest = words[0], words[1:]
     module = importlib.import_module(f"refine_nsp.commands.{name}")
     quiet_libraries()
-    if name == "midtrain":  # hundreds of flags, from dataclasses
+    if name in FROM_DATACLASSES:
         module.run(rest)
         return 0
     own = argparse.ArgumentParser(prog=f"refine-nsp {name}", description=module.__doc__, allow_abbrev=False)

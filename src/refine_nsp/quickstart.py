@@ -22,16 +22,18 @@ from rich.console import Console
 from refine_nsp.commands.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import ProbeSet, make_probes, score_probes, score_text
+from refine_nsp.files import write_whole
 from refine_nsp.models.load import load, load_tokenizer
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import curve_plots as run_curves
 from refine_nsp.report.runs import read_run
 from refine_nsp.report.tables import Cell, Table
-from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer
-from refine_nsp.training.corpus import standard_library
-from refine_nsp.training.data import load_text, split_documents
+from refine_nsp.text.corpus import standard_library
+from refine_nsp.text.reading import read_documents
+from refine_nsp.text.recall import RecallTokens, recall_document
+from refine_nsp.training import ReFINEConfig, ReFINETrainer
+from refine_nsp.training.data import split_documents
 from refine_nsp.training.pretrain import encode_texts
-from refine_nsp.training.recall import RecallTokens, recall_document
 
 ARMS: dict[str, dict[str, Any]] = {
     "NTP only": {"objective": "ntp"},
@@ -96,7 +98,7 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     for table in tables:
         console.print(table.rich())
     found = {"settings": asdict(s), "figures": results, "tables": [t.as_json() for t in tables]}
-    html.write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
     console.print(f"report: {write_report(out, s, results, model_name, data)}")
     return tables[0]
 
@@ -109,7 +111,7 @@ def prepare(s: Settings, tokenizer: Any, data: str | None, text_column: str) -> 
     if data is None:
         train, held = standard_library(held_out=False), standard_library(held_out=True)
     else:
-        documents = load_text(data, DataArguments(text_column=text_column))
+        documents = read_documents(data, (text_column,))
         kept, out_of_sight = split_documents(documents, 0.1, seed=0)
         train = list(kept[text_column])
         if out_of_sight is None:  # one document: its last tenth
@@ -167,7 +169,7 @@ def run_arm(
     )
     runtime = trainer.train().metrics["train_runtime"]
     figures = {**measure(trainer.model.eval(), material), "seconds": runtime}
-    html.write_whole(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
@@ -176,7 +178,7 @@ def base_figures(out: Path, s: Settings, model_name: str, data: str | None, mate
     if (known := read_result(out / "base", key)) is not None:
         return known
     figures = {**measure(load(model_name)[0], material), "seconds": 0.0}
-    html.write_whole(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
+    write_whole(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
@@ -276,4 +278,4 @@ def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float
                      + html.preformatted("environment", json.dumps(environment(), indent=1))),
     ]  # fmt: skip
     lead = f"{model_name}, mid-trained on {data or 'the Python standard library and generated recall documents'}"
-    return html.write_whole(out / "report.html", html.page("Mid-training, with and without ReFINE", lead, sections))
+    return write_whole(out / "report.html", html.page("Mid-training, with and without ReFINE", lead, sections))

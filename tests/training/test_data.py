@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 
 import refine_nsp
-from refine_nsp.training.data import DataArguments, collate, cut_windows, load_text, pack, prepare_data, split_documents
+from refine_nsp.text.reading import read_documents
+from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, prepare_data, split_documents
 from tests.models.families import FAMILY_NAMES, build
 
 TEXTS = [f"document {i}: " + "alpha beta gamma delta " * (20 + 5 * i) for i in range(12)]
@@ -35,14 +36,14 @@ def write(folder, kind: str):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "folder"])
 def test_every_format_gives_the_same_documents(tmp_path, kind):
-    assert load_text(str(write(tmp_path, kind)), DataArguments())["text"][:] == TEXTS
+    assert read_documents(str(write(tmp_path, kind)))["text"][:] == TEXTS
 
 
 def test_globs_and_another_column(tmp_path):
     write(tmp_path, "folder")
-    assert len(load_text(str(tmp_path / "texts.folder" / "0*.txt"), DataArguments())) == 10
+    assert len(read_documents(str(tmp_path / "texts.folder" / "0*.txt"))) == 10
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "hello"}))
-    assert load_text(str(tmp_path / "a.jsonl"), DataArguments(text_column="body"))["body"][:] == ["hello"]
+    assert read_documents(str(tmp_path / "a.jsonl"), ("body",))["body"][:] == ["hello"]
 
 
 def test_windows():
@@ -58,7 +59,7 @@ def test_prepared_data_is_cut_split_and_cached(tmp_path, tokenizer):
     assert all(26 <= len(x) <= 64 for x in [*train["input_ids"], *held["input_ids"]])
     again, held_again = prepare_data(arguments, tokenizer, 64, 26)
     assert again["input_ids"] == train["input_ids"] and held_again["input_ids"] == held["input_ids"]
-    data = load_text(arguments.dataset_name, arguments)
+    data = read_documents(arguments.dataset_name)
     a, b = split_documents(data, 0.25, 0)
     assert len(b) == 3 and not set(a["text"]) & set(b["text"])
     whole = sum(len(tokenizer(t)["input_ids"]) for t in a["text"])

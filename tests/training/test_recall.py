@@ -7,9 +7,9 @@ import torch
 
 import refine_nsp
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
-from refine_nsp.training.corpus import HELD_OUT, standard_library
+from refine_nsp.text.corpus import HELD_OUT, standard_library
+from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
 from refine_nsp.training.pretrain import Phase, PretrainConfig, encode_texts, pretrain
-from refine_nsp.training.recall import NAMES, VALUES, RecallTokens, recall_document
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_bad_input_is_refused_by_name():
         pass
     with pytest.raises(RefineError, match="got str"), TestTimeTrainer(model, config()).adapt("text"):
         pass
-    with pytest.raises(RefineError, match="parameters='lor' is not one of .*did you mean"):
+    with pytest.raises(RefineError, match=r"parameters='lor' is not one of .*did you mean"):
         TestTimeConfig(parameters="lor")
     with pytest.raises(RefineError, match="steps must be at least 1"):
         TestTimeConfig(steps=0)

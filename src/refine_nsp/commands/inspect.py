@@ -34,9 +34,9 @@ def run(args: Any) -> None:
     from rich.console import Console
 
     from refine_nsp.config import NSPConfig
+    from refine_nsp.files import write_whole
     from refine_nsp.models.load import check_vocabulary, load
     from refine_nsp.nsp.step import ReFINEStep
-    from refine_nsp.report.html import write_whole
     from refine_nsp.report.picture import picture_page
 
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}

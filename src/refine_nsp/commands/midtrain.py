@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import yaml
 from rich.console import Console
 
 from refine_nsp.commands.environment import environment
+from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, resolved
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.files import write_whole
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
-from refine_nsp.report.html import write_whole
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
@@ -29,28 +29,6 @@ COMMON = (
 ).split()
 
 
-@dataclass
-class ModelArguments:
-    """Which model to train, and how.
-
-    Attributes:
-        model_name_or_path: a shipped model, a folder or a hub name.
-        tokenizer_name: another tokenizer than the model's.
-        dtype: of the weights (float32, bfloat16); default: the checkpoint's.
-        use_peft: train LoRA adapters only.
-        lora_r, lora_alpha: their rank and scale.
-        lora_target_modules: linear layers to adapt.
-    """
-
-    model_name_or_path: str = "refine-nsp/tiny-delta-net"
-    tokenizer_name: str | None = None
-    dtype: str | None = None
-    use_peft: bool = False
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_target_modules: list[str] | None = None
-
-
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
     summary = "Mid-train a fast-weight model on next-sequence prediction (ReFINE), or by next-token prediction: --objective ntp."
@@ -58,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     model_args, data_args, args, dry_run = options.parse(argv)
     config = resolved(model_args, data_args, args)
     model = build_model(model_args)
-    tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     nsp = args.nsp()
     train, held = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest)
@@ -72,11 +50,8 @@ def run(argv: Sequence[str]) -> None:
         reference_model=load_model(model_args.model_name_or_path) if nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
-    if trainer.is_world_process_zero():
-        write_whole(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
-        write_whole(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
-    resume: Any = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true", "last") else resume)
+    start_run(trainer, out, config)
+    trainer.train(resume_from_checkpoint=resume_from(args))
     if held is not None:
         trainer.evaluate()
     save(trainer, out)
@@ -84,17 +59,17 @@ def run(argv: Sequence[str]) -> None:
         Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
 
 
-def build_model(arguments: ModelArguments) -> Any:
-    """The model, with LoRA adapters when asked for."""
-    model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
-    if not arguments.use_peft:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise RefineError("use_peft needs PEFT: pip install 'refine-nsp[lora]'") from error
-    targets = arguments.lora_target_modules or ("all-linear")
-    return get_peft_model(model, LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets))
+def start_run(trainer: ReFINETrainer, out: Path, config: dict[str, Any]) -> None:
+    """Settings and environment into the run's folder."""
+    if trainer.is_world_process_zero():
+        write_whole(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
+        write_whole(out / "environment.json", json.dumps(environment(trainer.args.seed), indent=1) + "\n")
+
+
+def resume_from(args: ReFINEConfig) -> Any:
+    """What --resume_from_checkpoint means: a folder, or the last checkpoint."""
+    given: Any = args.resume_from_checkpoint
+    return True if given in ("True", "true", "last") else given
 
 
 def save(trainer: ReFINETrainer, out: Path) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.continuation import greedy_match
 from refine_nsp.nsp.prefix import Batch, run_pass
 from refine_nsp.nsp.records import uniforms
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.training.validation import greedy_match
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from refine_nsp.errors import RefineError
-from refine_nsp.training.data import DataArguments, load_text
+from refine_nsp.text.reading import read_documents
 
 PROMPT_COLUMNS = ("prompt", "input")
 ANSWER_COLUMNS = ("answers", "answer", "outputs", "output")
@@ -30,13 +28,6 @@ class Example:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def read_rows(name: str, column: str, split: str = "train") -> Dataset:
-    """Rows of a local file, folder or glob, or of a hub dataset, with at least `column`."""
-    data = load_text(name, DataArguments(text_column=column, dataset_split=split))
-    assert isinstance(data, Dataset)
-    return data
-
-
 def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[str, list[Example]]:
     """Ready-made prompts from a file, by the `task` column (or the file's name).
 
@@ -45,13 +36,13 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
     Raises:
         RefineError: no prompt or answer column, an empty prompt, a row without answers.
     """
-    probe = read_any(name, PROMPT_COLUMNS, split)
-    prompt_column = next(c for c in PROMPT_COLUMNS if c in probe.column_names)
-    answer_column = next((c for c in ANSWER_COLUMNS if c in probe.column_names), None)
+    data = read_documents(name, PROMPT_COLUMNS, split=split)
+    prompt_column = next(c for c in PROMPT_COLUMNS if c in data.column_names)
+    answer_column = next((c for c in ANSWER_COLUMNS if c in data.column_names), None)
     if answer_column is None:
-        raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {probe.column_names}")
+        raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {data.column_names}")
     found: dict[str, list[Example]] = {}
-    for i, row in enumerate(probe):
+    for i, row in enumerate(data):
         references = as_answers(row[answer_column], f"{name}, row {i}")
         if not str(row[prompt_column]).strip():
             raise RefineError(f"{name}, row {i}: the prompt is empty")
@@ -66,20 +57,6 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
     for task, rows in found.items():
         check_unique(task, rows)
     return found
-
-
-def read_any(name: str, columns: Sequence[str], split: str) -> Dataset:
-    """As `read_rows`, with the first of `columns` that is there."""
-    problem: RefineError | None = None
-    for column in columns:
-        try:
-            return read_rows(name, column, split)
-        except RefineError as error:
-            if "has no column" not in str(error):
-                raise
-            problem = problem or error
-    assert problem is not None
-    raise problem
 
 
 def as_answers(value: Any, where: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.examples import read_any
+from refine_nsp.text.reading import read_documents
 
 Pair = tuple[list[int], list[int]]  # context ids (at least one), continuation ids (at least one)
 
@@ -117,7 +117,7 @@ def read_choices(name: str, folder: str) -> list[ChoiceExample]:
     files = [path] if path.is_file() else sorted(p for p in path.glob(f"{name}.*") if p.suffix in (".jsonl", ".json", ".parquet"))
     if not files:
         raise RefineError(f"{folder} has no file {name}.jsonl or {name}.parquet")
-    rows = read_any(str(files[0]), columns[:1], "test")
+    rows = read_documents(str(files[0]), columns[:1], split="test")
     if missing := [c for c in columns if c not in rows.column_names]:
         raise RefineError(f"{files[0]} has no column {', '.join(missing)}; {name} needs {', '.join(columns)}")
     found = []

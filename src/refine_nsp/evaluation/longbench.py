@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.evaluation.examples import Example, as_answers, check_unique, read_any
+from refine_nsp.evaluation.examples import Example, as_answers, check_unique
 from refine_nsp.evaluation.text_metrics import (
     TREC_CLASSES,
     Metric,
@@ -22,6 +22,7 @@ from refine_nsp.evaluation.text_metrics import (
     qa_f1,
     rouge_l,
 )
+from refine_nsp.text.reading import read_documents
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
 _MULTI_DOCUMENT = f"{_PASSAGES}\n\nThe following are given passages.\n{{context}}\n\n{_PASSAGES}\n\nQuestion: {{input}}\nAnswer:"
@@ -115,7 +116,7 @@ def read_longbench(tasks: Sequence[str], source: str | None) -> dict[str, list[E
         if source is None:
             rows: Any = _from_hub(name)
         else:
-            rows = read_any(str(_file_of(name, Path(source))), ("prompt", "context"), "test")
+            rows = read_documents(str(_file_of(name, Path(source))), ("prompt", "context"), split="test")
         found[name] = [_example(name, i, row) for i, row in enumerate(rows)]
         check_unique(name, found[name])
     return found
@@ -128,7 +129,9 @@ def _from_hub(name: str) -> Any:
         return load_dataset("THUDM/LongBench", name, split="test")
     except Exception as error:  # network, or a repository that has only a script, which is never run
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RefineError(f"the hub did not give LongBench's {name} ({first}); name a folder of its files with --longbench") from error
+        raise RefineError(
+            f"the hub did not give LongBench's {name} ({first}); name a folder of its files with --longbench"
+        ) from error
 
 
 def _file_of(name: str, folder: Path) -> Path:
@@ -147,7 +150,9 @@ def _example(name: str, index: int, row: Mapping[str, Any]) -> Example:
     task, where = TASKS[name], f"{name}, row {index}"
     prompt = row.get("prompt") or task.prompt.format(context=row["context"], input=row.get("input", ""))
     key = row.get("_id", row.get("id", index))
-    return Example(f"{name}-{key}", prompt, as_answers(row.get("answers", row.get("answer")), where), task.budget, {"index": index})
+    return Example(
+        f"{name}-{key}", prompt, as_answers(row.get("answers", row.get("answer")), where), task.budget, {"index": index}
+    )
 
 
 def score(name: str, output: str, references: Sequence[str]) -> float:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.examples import as_answers, read_rows
+from refine_nsp.evaluation.examples import as_answers
+from refine_nsp.text.reading import read_documents
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
         raw = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
     else:
-        raw = list(_rows(read_rows(name, "question", split), name))
+        raw = list(_rows(read_documents(name, ("question",), split=split), name))
     if not raw:
         raise RefineError(f"{name} holds no question that can be answered")
     index: dict[str, int] = {}

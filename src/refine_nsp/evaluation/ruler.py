@@ -18,14 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.evaluation.examples import Example, read_rows
+from refine_nsp.evaluation.examples import Example
 from refine_nsp.evaluation.qa_sources import QASource
+from refine_nsp.text.reading import read_documents
 
 Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
 Build = Callable[[int], Draft]  # with so many units of haystack; the same draws for every size
@@ -115,7 +117,9 @@ def _build_one(job: dict[str, Any], tokenizer: Any, sources: Sources, seed: int)
     def tokens(draft: Draft) -> int:
         return len(tokenizer(draft[0])["input_ids"])
 
-    prompt, references, meta = fit(builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}")
+    prompt, references, meta = fit(
+        builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
+    )
     meta = {"length": length, "index": index, **meta}
     return {"task": task, "id": name, "prompt": prompt, "references": references, "budget": budget, "meta": json.dumps(meta)}
 
@@ -156,7 +160,9 @@ def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int,
     draft = build(smallest)
     used = tokens(draft)
     if used > limit:
-        raise RefineError(f"{what} tokens: its smallest prompt takes {used} tokens, {limit} are left beside the answer; raise --lengths")
+        raise RefineError(
+            f"{what} tokens: its smallest prompt takes {used} tokens, {limit} are left beside the answer; raise --lengths"
+        )
     low, low_tokens, best = smallest, used, draft
     high: int | None = None if largest is None else largest + 1
     step = max(1, smallest)
@@ -195,7 +201,9 @@ def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: st
     single = task.num_queries * task.num_values == 1
     kind = task.values
     sentences = [
-        (i in asked, NEEDLE.format(kind=kind, key=key, value=v)) for i, (key, row) in enumerate(zip(keys, values, strict=True)) for v in row
+        (i in asked, NEEDLE.format(kind=kind, key=key, value=v))
+        for i, (key, row) in enumerate(zip(keys, values, strict=True))
+        for v in row
     ]
     rng.shuffle(sentences)
     # Depths of the needles: all at random, or those asked for at `depth`.
@@ -219,9 +227,7 @@ def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, st
     elif task.haystack == "noise":
         pieces, glue = [NOISE[i % len(NOISE)] for i in range(units)], " "
     else:
-        pieces = [
-            NEEDLE.format(kind=task.values, key=_draw(rng, task.keys), value=_draw(rng, task.values)) for _ in range(units)
-        ]
+        pieces = [NEEDLE.format(kind=task.values, key=_draw(rng, task.keys), value=_draw(rng, task.values)) for _ in range(units)]
         glue = "\n"
     slots: dict[int, list[str]] = {}
     for depth, needle in placed:
@@ -270,7 +276,9 @@ def word_lists() -> tuple[list[str], list[str], list[str]]:
     except ImportError as error:
         raise RefineError("RULER's words come from `wonderwords`: pip install 'refine-nsp[eval]'") from error
     files = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-    nouns, adjectives, verbs = (sorted({w.strip() for w in (folder / f).read_text("utf-8").splitlines() if w.strip()}) for f in files)
+    nouns, adjectives, verbs = (
+        sorted({w.strip() for w in (folder / f).read_text("utf-8").splitlines() if w.strip()}) for f in files
+    )
     return nouns, adjectives, verbs
 
 
@@ -299,7 +307,7 @@ def _variable_text(rng: random.Random, lines: int, name_length: int) -> tuple[st
     while len(names) < VARIABLE_HOPS + 1:
         names["".join(rng.choices(string.ascii_uppercase, k=name_length))] = None
     chain, value = list(names), str(rng.randint(10000, 99999))
-    statements = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in zip(chain, chain[1:], strict=False)]
+    statements = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in pairwise(chain)]
     text = [" ".join(NOISE)] * lines
     where = sorted(rng.sample(range(lines), len(statements)))
     for shift, (at, statement) in enumerate(zip(where, statements, strict=True)):
@@ -397,7 +405,7 @@ def essay_words(name: str | None, text_column: str = "text") -> list[str]:
         from pydoc_data.topics import topics
 
         return " ".join(topics[k] for k in sorted(topics)).split()
-    words = " ".join(read_rows(name, text_column)[text_column]).split()
+    words = " ".join(read_documents(name, (text_column,))[text_column]).split()
     if not words:
         raise RefineError(f"{Path(name)} holds no words")
     return words

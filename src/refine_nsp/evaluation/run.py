@@ -18,8 +18,8 @@ from accelerate import PartialState
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Estimate, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
-from refine_nsp.report.html import write_whole
-from refine_nsp.training.progress import step_progress
+from refine_nsp.files import write_whole
+from refine_nsp.progress import step_progress
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class TaskResult:
     """rows: all examples, in the task's order. estimates: by figure, main one first, as fractions of 1 (or nats)."""
 
     name: str
-    percent: bool
     rows: list[Row]
     estimates: dict[str, Estimate]
 
 
-def evaluate(tasks: Sequence[Task], context: Context, out: Path, settings: dict[str, Any], quiet: bool = False) -> list[TaskResult]:
+def evaluate(
+    tasks: Sequence[Task], context: Context, out: Path, settings: dict[str, Any], quiet: bool = False
+) -> list[TaskResult]:
     """Answer what is not answered yet, then summarise.
 
     Args:
@@ -47,10 +48,12 @@ def evaluate(tasks: Sequence[Task], context: Context, out: Path, settings: dict[
     for task in tasks:
         answer_missing(task, context, out, state, quiet)
     state.wait_for_everyone()
-    results = [summarise(task.name, task.percent, [rows[i] for i in task.ids()]) for task in tasks for rows in [read_rows(out, task.name)]]
+    results = [summarise(task.name, [rows[i] for i in task.ids()]) for task in tasks for rows in [read_rows(out, task.name)]]
     if state.is_main_process:
         seconds = time.monotonic() - started
-        write_whole(out / "results.json", json.dumps({"seconds": seconds, "tasks": [as_json(r) for r in results]}, indent=1) + "\n")
+        write_whole(
+            out / "results.json", json.dumps({"seconds": seconds, "tasks": [as_json(r) for r in results]}, indent=1) + "\n"
+        )
     return results
 
 
@@ -113,17 +116,16 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
     return found
 
 
-def summarise(name: str, percent: bool, rows: Sequence[Row]) -> TaskResult:
+def summarise(name: str, rows: Sequence[Row]) -> TaskResult:
     """Mean, standard error and interval of every figure."""
     weights = [r.weight for r in rows]
     figures = list(rows[0].scores) if rows else []
-    return TaskResult(name, percent, list(rows), {f: estimate([r.scores[f] for r in rows], weights) for f in figures})
+    return TaskResult(name, list(rows), {f: estimate([r.scores[f] for r in rows], weights) for f in figures})
 
 
 def as_json(result: TaskResult) -> dict[str, Any]:
     return {
         "name": result.name,
-        "percent": result.percent,
         "n": len(result.rows),
         "estimates": {f: asdict(e) for f, e in result.estimates.items()},
     }
@@ -135,7 +137,7 @@ def read_results(out: Path) -> list[TaskResult]:
     if not path.exists():
         raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
     found = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-    return [summarise(t["name"], t["percent"], list(read_rows(out, t["name"]).values())) for t in found]
+    return [summarise(t["name"], list(read_rows(out, t["name"]).values())) for t in found]
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,10 +11,11 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import likelihood, longbench, ruler
 from refine_nsp.evaluation.documents import continuation_match, score_document
-from refine_nsp.evaluation.examples import Example, read_any, read_prompts
-from refine_nsp.evaluation.generation import Decoding, Request, answer_all, truncate_middle
+from refine_nsp.evaluation.examples import Example, read_prompts
 from refine_nsp.evaluation.qa_sources import read_qa
-from refine_nsp.evaluation.text_metrics import any_match, exact_match, fraction_match, qa_f1
+from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match
+from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill, truncate_middle
+from refine_nsp.text.reading import read_documents
 
 GROUPS = {
     "ruler": ruler.TASKS,
@@ -29,7 +30,12 @@ PROTOCOLS = ("standard", "published")
 PUBLISHED_BUDGET = 32
 PUBLISHED_DECODING = Decoding(greedy=False, temperature=1.0, top_k=50)
 Scores = dict[str, float]
-Adapt = Callable[[Sequence[int]], AbstractContextManager[Any]]
+
+
+class Adapter(Protocol):
+    """Test-time training: a context in which the model is adapted to prompts (each a list of tokens)."""
+
+    def adapt(self, prompt: Sequence[Sequence[int]]) -> AbstractContextManager[Any]: ...
 
 
 @dataclass
@@ -92,7 +98,9 @@ class EvaluationArguments:
         if not self.tasks:
             raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
         if self.protocol not in PROTOCOLS:
-            raise RefineError(f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}")
+            raise RefineError(
+                f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}"
+            )
         if self.prompts_metric not in MATCHES:
             raise RefineError(f"prompts_metric={self.prompts_metric!r} is not one of {', '.join(MATCHES)}")
         for name in ("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"):
@@ -128,21 +136,20 @@ class Row:
 
 @dataclass
 class Context:
-    """What a task works with. adapt: test-time training on a prompt, as a context manager; on_tokens: progress."""
+    """What a task works with. adapter: test-time training before each answer, `adapt_together` prompts at a time; on_tokens: progress."""
 
     model: Any
     tokenizer: Any
     batch_tokens: int
-    decoding: Decoding = field(default_factory=Decoding)
-    adapt: Adapt | None = None
+    adapter: Adapter | None = None
+    adapt_together: int = 1
     on_tokens: Callable[[int], None] = lambda n: None
 
 
 class Task(Protocol):
-    """A name, the ids of all its examples, whether scores are shares of 1 (shown in percent), and rows for some of the ids."""
+    """A name, the ids of all its examples, and rows for some of the ids."""
 
     name: str
-    percent: bool
 
     def ids(self) -> list[str]: ...
 
@@ -150,13 +157,6 @@ class Task(Protocol):
 
 
 # --- tasks whose answers are generated --------------------------------------------------------------------------------
-
-MATCHES: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "any_match": any_match,
-    "fraction_match": fraction_match,
-    "f1": qa_f1,
-    "exact_match": exact_match,
-}
 
 
 @dataclass
@@ -168,22 +168,36 @@ class GenerationTask:
     score: Callable[[str, Sequence[str]], Scores]
     decoding: Decoding = field(default_factory=Decoding)
     max_prompt_tokens: int = 0
-    percent: bool = True
 
     def ids(self) -> list[str]:
         return [e.id for e in self.examples]
 
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
-        """Answer and score. With `context.adapt` one prompt at a time, each from the weights adapted to it."""
+        """Answer and score; with `context.adapter` each prompt from the weights adapted to it."""
         place = {e.id: i for i, e in enumerate(self.examples)}
         requests = [self._request(place[i], context.tokenizer) for i in wanted]
         eos = end_tokens(context.model, context.tokenizer)
-        groups = [[r] for r in requests] if context.adapt is not None else [requests]
-        for group in groups:
-            with context.adapt(group[0].ids) if context.adapt is not None else nullcontext():
-                for batch in answer_all(context.model, group, eos, self.decoding, context.batch_tokens, context.on_tokens):
-                    for request, tokens in batch:
-                        yield self._row(request, tokens, context.tokenizer)
+        if context.adapter is None:
+            batches = answer_all(context.model, requests, eos, self.decoding, context.batch_tokens, context.on_tokens)
+        else:
+            batches = self._answer_adapted(requests, eos, context)
+        for batch in batches:
+            for request, tokens in batch:
+                yield self._row(request, tokens, context.tokenizer)
+
+    def _answer_adapted(
+        self, requests: Sequence[Request], eos: set[int], context: Context
+    ) -> Iterator[list[tuple[Request, list[int]]]]:
+        assert context.adapter is not None
+        size = context.adapt_together
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            rows = [r.ids for r in batch]
+            with context.adapter.adapt(rows):
+                hidden, cache = prefill(context.model, rows)
+                tokens = decode(context.model, hidden, cache, batch, eos, self.decoding, keep_rows=True)
+            context.on_tokens(sum(map(len, rows)))
+            yield list(zip(batch, tokens, strict=True))
 
     def _request(self, key: int, tokenizer: Any) -> Request:
         e = self.examples[key]
@@ -197,13 +211,6 @@ class GenerationTask:
         output = tokenizer.decode(tokens, skip_special_tokens=True)
         meta = {**e.meta, "prompt_tokens": len(request.ids), "new_tokens": len(tokens)}
         return Row(e.id, output, e.references, self.score(output, e.references), 1.0, meta)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
-    found = model.generation_config.eos_token_id
-    tokens = set(found) if isinstance(found, list) else {found}
-    return {int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None}
 
 
 def _ruler_scores(output: str, references: Sequence[str]) -> Scores:
@@ -238,7 +245,6 @@ class ChoiceTask:
 
     name: str
     examples: list[likelihood.ChoiceExample]
-    percent: bool = True
 
     def ids(self) -> list[str]:
         return [e.id for e in self.examples]
@@ -258,7 +264,6 @@ class DocumentTask:
     name: str
     texts: list[str]
     arguments: EvaluationArguments
-    percent: bool = False
 
     def ids(self) -> list[str]:
         return [f"{self.name}-{i}" for i in range(len(self.texts))]
@@ -327,7 +332,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: Any) -> list[Task]:
     if documents:
         if a.documents is None:
             raise RefineError(f"{documents[0]} needs text: --documents")
-        rows = read_any(a.documents, (a.text_column,), "test")
+        rows = read_documents(a.documents, (a.text_column,), split="test")
         texts = list(rows[a.text_column])[: a.limit or None]
         for name in documents:
             found[name] = DocumentTask(name, texts, a)

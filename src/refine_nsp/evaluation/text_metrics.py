@@ -118,3 +118,6 @@ def code_similarity(output: str, references: Sequence[str]) -> float:
     line = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")
     # fuzzywuzzy, which upstream calls, rounds to a whole percent and gives 0 for an empty string.
     return max((round(ratio(line, r)) / 100 if line and r else 0.0 for r in references), default=0.0)
+
+
+MATCHES: dict[str, Metric] = {"any_match": any_match, "fraction_match": fraction_match, "f1": qa_f1, "exact_match": exact_match}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 STYLE = """
 :root { color-scheme: light dark; --ink:#1c1f23; --paper:#ffffff; --line:#d9dde2; --soft:#f4f6f8; --dim:#5c6670; --link:#0072B2; }
@@ -57,12 +55,3 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
         f"<meta name='viewport' content='width=device-width,initial-scale=1'><style>{STYLE}</style></head>"
         f"<body><h1>{escape(title)}</h1><p class='note'>{escape(lead)}</p>{body}</body></html>\n"
     )
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file under a temporary name, then rename: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

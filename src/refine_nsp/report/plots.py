@@ -66,3 +66,23 @@ def point_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Sequ
 
 def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]], columns: Sequence[str], rows: Sequence[str], title: str, x_label: str, y_label: str
+) -> str:
+    """A value (0..100, or None) in each cell, written in it."""
+    fig, axis = figure(max(3.6, 1.6 + 0.9 * len(columns)), 0.8 + 0.42 * len(rows))
+    grid = [[float("nan") if v is None else v for v in row] for row in values]
+    axis.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    axis.grid(visible=False)
+    for i, row in enumerate(values):
+        for j, v in enumerate(row):
+            if v is not None:
+                axis.text(j, i, f"{v:.0f}", ha="center", va="center", fontsize=8, color="white" if v < 60 else "black")
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.set_ylabel(y_label, fontsize=8)
+    return to_svg(fig)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError
+from refine_nsp.files import write_whole
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
@@ -84,7 +85,7 @@ def report(folders: list[Path], output: Path) -> Path:
         if text and text != "{}"
     )
     sections.append(html.Section("Settings", settings or "<p class='note'>No config.yaml in these folders.</p>"))
-    return html.write_whole(output, html.page("refine-nsp report", ", ".join(r.name for r in runs), sections))
+    return write_whole(output, html.page("refine-nsp report", ", ".join(r.name for r in runs), sections))
 
 
 def summary_table(runs: list[Run]) -> Table:

@@ -1,7 +1,21 @@
-"""Training: data, the trainer, and pretraining of the tiny base."""
+"""Training: data, the trainers of all three phases, and pretraining of the tiny base."""
 
+from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.data import DataArguments, prepare_data
+from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
+from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 from refine_nsp.training.trainer import ReFINETrainer
 
-__all__ = ["DataArguments", "ReFINEConfig", "ReFINETrainer", "prepare_data"]
+__all__ = [
+    "AnswerArguments",
+    "DataArguments",
+    "PostTrainer",
+    "PostTrainingConfig",
+    "ReFINEConfig",
+    "ReFINETrainer",
+    "TestTimeConfig",
+    "TestTimeTrainer",
+    "prepare_answers",
+    "prepare_data",
+]

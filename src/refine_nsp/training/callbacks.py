@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from refine_nsp.errors import RefineError
-from refine_nsp.training.progress import StepProgress, step_progress
+from refine_nsp.progress import StepProgress, step_progress
 
 
 class ProgressCallback(TrainerCallback):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
-from refine_nsp.errors import RefineError, closest
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py")
+from refine_nsp.errors import RefineError
+from refine_nsp.text.reading import read_documents
 
 
 @dataclass
@@ -46,94 +42,6 @@ class DataArguments:
     packing: bool = False
     streaming: bool = False
     split_seed: int = 0
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def load_text(name: str, arguments: DataArguments) -> Dataset | IterableDataset:
-    """Documents, one a row, in column `arguments.text_column`.
-
-    Raises:
-        RefineError: nothing there, an empty or undecodable file, an unknown format, no such column, or an unreachable hub.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        loaded = load_from_disk(str(path))
-        data = loaded[arguments.dataset_split] if isinstance(loaded, DatasetDict) else loaded
-    elif files := _files(name, path):
-        data = _load_files(files, arguments)
-    else:
-        data = _load_hub(name, arguments)
-    columns = data.column_names or []
-    if arguments.text_column not in columns:
-        raise RefineError(
-            f"{name} has no column {arguments.text_column!r}{closest(arguments.text_column, columns)}; "
-            f"it has {', '.join(columns) or 'none'}. Name one with --text_column"
-        )
-    return data
-
-
-def _files(name: str, path: Path) -> list[Path]:
-    """The files meant by a path, folder or glob; empty when it can only be a hub name."""
-    known = (*FORMATS, *TEXT_ENDINGS)
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in known and not p.name.startswith("."))
-        if not found:
-            raise RefineError(f"{path} holds no file to train on; expected {', '.join(known)}")
-    elif glob.has_magic(name):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
-            raise RefineError(f"no file matches {name!r}")
-    else:
-        if path.suffix in known or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise RefineError(f"no file or folder {name!r}")
-        return []
-    for file in found:
-        _check_file(file)
-    return found
-
-
-def _check_file(file: Path) -> None:
-    if file.stat().st_size == 0:
-        raise RefineError(f"{file} is empty")
-    if file.suffix not in FORMATS and file.suffix not in TEXT_ENDINGS:
-        raise RefineError(
-            f"{file}: unknown format {file.suffix or '(no ending)'}; expected {', '.join((*FORMATS, *TEXT_ENDINGS))}"
-        )
-    if file.suffix in TEXT_ENDINGS or FORMATS[file.suffix] == "json":
-        try:
-            file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RefineError(
-                f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it first"
-            ) from error
-
-
-def _load_files(files: Sequence[Path], arguments: DataArguments) -> Dataset | IterableDataset:
-    kinds = {FORMATS.get(f.suffix, "text") for f in files}
-    if len(kinds) > 1:
-        raise RefineError(f"files of several formats together ({', '.join(sorted(kinds))}); name one kind, for example by a glob")
-    kind = kinds.pop()
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        return load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=arguments.streaming, **options)
-    except Exception as error:  # datasets wraps every parser's own errors
-        cause = error.__cause__ or error
-        raise RefineError(f"cannot read {files[0]} as {kind}: {_first_line(cause)}") from error
-
-
-def _load_hub(name: str, arguments: DataArguments) -> Dataset | IterableDataset:
-    try:
-        return load_dataset(name, arguments.dataset_config, split=arguments.dataset_split, streaming=arguments.streaming)
-    except Exception as error:  # many kinds: network, missing name, configuration
-        raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------
@@ -218,10 +126,14 @@ def prepare_data(
         raise RefineError(
             f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
         )
-    data = load_text(arguments.dataset_name, arguments)
+    a = arguments
+    source: dict[str, Any] = {
+        "columns": (a.text_column,), "config": a.dataset_config, "split": a.dataset_split, "streaming": a.streaming,
+    }  # fmt: skip
+    data = read_documents(arguments.dataset_name, **source)
     held: Dataset | IterableDataset | None = None
     if arguments.validation_dataset is not None:
-        held = load_text(arguments.validation_dataset, arguments)
+        held = read_documents(arguments.validation_dataset, **source)
     elif isinstance(data, Dataset):
         data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
     cut: dict[str, Any] = {"column": arguments.text_column, "max_length": max_length, "min_length": min_length}

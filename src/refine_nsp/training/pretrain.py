@@ -24,9 +24,9 @@ from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
 from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.training.corpus import standard_library
-from refine_nsp.training.progress import step_progress
-from refine_nsp.training.recall import NAMES, VALUES, RecallTokens, recall_document
+from refine_nsp.progress import step_progress
+from refine_nsp.text.corpus import standard_library
+from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.prefix import Batch, Pass, gather_positions, run_pass
+from refine_nsp.nsp.continuation import greedy_match
+from refine_nsp.nsp.prefix import Batch, run_pass
 from refine_nsp.nsp.records import uniforms
-from refine_nsp.nsp.rewards import cosine
 from refine_nsp.nsp.selection import select_positions
 
 SEED = 0
@@ -40,18 +40,3 @@ def validate(model: Any, batches: Iterable[dict[str, Tensor]], config: NSPConfig
         sums["cosine"] += similarity
         sums["places"] += places
     return sums
-
-
-def greedy_match(model: Any, batch: Batch, whole: Pass, positions: Tensor, K: int) -> tuple[float, float, int]:
-    """Sums over K-token greedy continuations at positions [B, P] (-1: none): share of tokens equal, mean cosine; and how many."""
-    valid = positions.flatten() >= 0
-    cache = whole.snapshots(positions)
-    hidden, match, similarity = gather_positions(whole.hidden, positions).flatten(0, 1), 0.0, 0.0
-    for j in range(1, K + 1):
-        token = model.lm_head(hidden).argmax(-1)
-        hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
-        ahead = (positions.clamp(min=0) + j).clamp(max=batch.input_ids.shape[1] - 1)
-        truth, true_hidden = batch.input_ids.gather(1, ahead).flatten(), gather_positions(whole.hidden, ahead).flatten(0, 1)
-        match += float((token == truth)[valid].sum())
-        similarity += float(cosine(hidden=hidden, truth_hidden=true_hidden)[valid].sum())
-    return match / K, similarity / K, int(valid.sum())

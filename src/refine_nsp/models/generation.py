@@ -105,6 +105,13 @@ def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Deco
     return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]
 
 
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
+    found = model.generation_config.eos_token_id
+    tokens = set(found) if isinstance(found, list) else {found}
+    return {int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None}
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,110 @@
+"""`refine-nsp evaluate`: RULER, LongBench, documents, short contexts and lm-eval's tasks, resumable, with their uncertainty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from refine_nsp.commands.environment import environment
+from refine_nsp.commands.model_options import DEFAULT_MODEL, TestTimeArguments, positional_model
+from refine_nsp.commands.options import Options, resolved
+from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
+from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
+from refine_nsp.files import write_whole
+from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.report.evaluation import results_table, write_evaluation
+from refine_nsp.report.tables import Table
+
+COMMON = (
+    "model_name_or_path tasks output_dir protocol lengths samples depths essays squad hotpotqa longbench prompts prompts_metric documents "
+    "short_context limit max_prompt_tokens batch_tokens num_proc seed ttt ttt_steps ttt_learning_rate ttt_parameters ttt_scope"
+).split()
+# What answers do not depend on: may differ when a run is resumed.
+FREE = ("tasks", "batch_tokens", "num_proc", "output_dir")
+
+
+@dataclass
+class RunArguments:
+    """Which model, and where results go.
+
+    Attributes:
+        model_name_or_path: a shipped model, a folder or a hub name (also as the first word).
+        tokenizer_name: another tokenizer than the model's.
+        dtype: of the weights (float32, bfloat16); default: the checkpoint's.
+        output_dir: the run's folder; a second call with the same settings resumes it.
+    """
+
+    model_name_or_path: str = DEFAULT_MODEL
+    tokenizer_name: str | None = None
+    dtype: str | None = None
+    output_dir: str = "runs/evaluation"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, build the prompts, answer what is missing, report."""
+    summary = "Evaluate a model: refine-nsp evaluate MODEL --tasks ruler longbench ... --output_dir FOLDER"
+    options = Options("evaluate", summary, (RunArguments, EvaluationArguments, TestTimeArguments), COMMON)
+    run_args, arguments, ttt, dry_run = options.parse(positional_model(argv))
+    arguments.check()
+    if ttt.ttt is not None:
+        ttt.config(ttt.ttt)  # refuse bad settings before anything is built
+    model = load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval()
+    tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
+    check_vocabulary(model, tokenizer)
+    tasks = build_tasks(arguments, tokenizer)
+    if dry_run:
+        Console().print(plan(tasks, arguments).rich())
+        return
+    out = Path(run_args.output_dir)
+    adapter, together = ttt.trainer(model)
+    context = Context(model, tokenizer, arguments.batch_tokens, adapter, together)
+    settings = {k: v for part in (run_args, arguments, ttt) for k, v in asdict(part).items() if k not in FREE}
+    settings["weights"] = float(sum(p.detach().double().sum() for p in model.parameters()))
+    results = evaluate(tasks, context, out, settings)
+    results += [r for name in harness_names(arguments) for r in harness_results(name, model, tokenizer, arguments, out)]
+    config = yaml.safe_dump(resolved(run_args, arguments, ttt), sort_keys=True)
+    write_whole(out / "config.yaml", config)
+    console = Console()
+    console.print(results_table(results).rich())
+    page = write_evaluation(out, results, config, json.dumps(environment(arguments.seed), indent=1))
+    console.print(f"tables: {out / 'results.md'}   report: {page}")
+
+
+def harness_names(arguments: EvaluationArguments) -> list[str]:
+    return [n.partition(":")[2] for n in arguments.names() if n.startswith("lm_eval:")]
+
+
+def harness_results(name: str, model: Any, tokenizer: Any, arguments: EvaluationArguments, out: Path) -> list[TaskResult]:
+    """Rows of an lm-eval task (or of each in a group), kept like our own; lm-eval's own aggregates stand beside them."""
+    aggregates = out / "lm_eval" / f"{name}.json"
+    if not aggregates.exists():
+        from refine_nsp.evaluation.harness import run_harness
+
+        found = run_harness(model, tokenizer, name, arguments.limit, arguments.batch_tokens, arguments.seed)
+        for task, samples in found["samples"].items():
+            lines = [json.dumps(asdict(harness_row(s)), ensure_ascii=False) for s in samples]
+            write_whole(rows_path(out, f"lm_eval:{task}", None), "\n".join(lines) + "\n")
+        kept = {"tasks": sorted(found["samples"]), "results": found["results"]}
+        write_whole(aggregates, json.dumps(kept, indent=1, default=str) + "\n")
+    names = json.loads(aggregates.read_text(encoding="utf-8"))["tasks"]
+    tasks = [f"lm_eval:{task}" for task in names]
+    return [summarise(task, list(read_rows(out, task).values())) for task in tasks]
+
+
+def harness_row(sample: dict[str, Any]) -> Row:
+    """One sample of lm-eval; figures that are no numbers (perplexity's sums) stay in its aggregates."""
+    scores = {m: float(sample[m]) for m in sample.get("metrics", []) if isinstance(sample.get(m), int | float)}
+    return Row(str(sample["doc_id"]), str(sample.get("filtered_resps", "")), [str(sample.get("target", ""))], scores)
+
+
+def plan(tasks: Sequence[Task], arguments: EvaluationArguments) -> Table:
+    """What a dry run shows."""
+    rows: list[list[Any]] = [[t.name, len(t.ids())] for t in tasks]
+    rows += [[f"lm_eval:{n}", "as lm-eval has"] for n in harness_names(arguments)]
+    return Table("Dry run: nothing was answered or written", ["task", "examples"], rows)

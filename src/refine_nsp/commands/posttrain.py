@@ -1,0 +1,74 @@
+"""`refine-nsp posttrain`: train a model to answer, each batch's prompts trained on first (nested), or by SFT alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from refine_nsp.commands.midtrain import resume_from, save, start_run
+from refine_nsp.commands.model_options import ModelArguments, build_model
+from refine_nsp.commands.options import Options, resolved
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.report.runs import report
+from refine_nsp.report.tables import Table
+from refine_nsp.training.answers import AnswerArguments, prepare_answers
+from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
+
+COMMON = (
+    "model_name_or_path dataset_name question_column output_dir inner inner_steps reference answer_metric max_length max_answer_tokens "
+    "max_new_tokens max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "positions_per_sequence rollout_length num_generations selection reward_funcs lambda_rl validation_dataset eval_strategy eval_steps "
+    "logging_steps save_steps resume_from_checkpoint apply_chat_template bf16 use_peft seed"
+).split()
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, train, save, report."""
+    summary = (
+        "Post-train a model on prompts and answers. --inner refine (Nested ReFINE), ntp (Nested SFT) or none (SFT): what a batch's "
+        "prompts are trained on before its answers."
+    )
+    options = Options("posttrain", summary, (ModelArguments, AnswerArguments, PostTrainingConfig), COMMON, (NSPConfig,))
+    model_args, data_args, args, dry_run = options.parse(argv)
+    config = resolved(model_args, data_args, args)
+    model = build_model(model_args)
+    tokenizer = load_tokenizer(model_args.tokenizer)
+    check_vocabulary(model, tokenizer)
+    train, held = prepare_answers(data_args, tokenizer, args.max_length)
+    shortest = min(len(ids) for ids in train["prompt_ids"])
+    if args.inner == "refine" and shortest < args.nsp().shortest:
+        raise RefineError(f"the shortest prompt has {shortest} tokens; --inner refine needs {args.nsp().shortest}")
+    if dry_run:
+        Console().print(plan(train, held, config).rich())
+        return
+    if held is None and args.eval_strategy != "no":
+        raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
+    trainer = PostTrainer(
+        model=model, args=args, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
+        reference_model=load_model(model_args.model_name_or_path) if args.nsp().kl_coef > 0 else None,
+    )  # fmt: skip
+    out = Path(args.output_dir)
+    start_run(trainer, out, config)
+    trainer.train(resume_from_checkpoint=resume_from(args))
+    if held is not None:
+        trainer.evaluate()
+    save(trainer, out)
+    if trainer.is_world_process_zero():
+        Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
+
+
+def plan(train: Any, held: Any, config: dict[str, Any]) -> Table:
+    """What a dry run shows."""
+    prompts = [len(x) for x in train["prompt_ids"]]
+    rows: list[list[Any]] = [
+        ["training prompts", f"{len(train):,}"],
+        ["prompt tokens", f"{min(prompts):,} to {max(prompts):,}"],
+        ["validation prompts", f"{len(held):,}" if held is not None else "none"],
+    ]
+    rows += [[f"config: {k}", str(v)] for k, v in sorted(config.items())]
+    return Table("Dry run: nothing was trained or written", ["what", "value"], rows)

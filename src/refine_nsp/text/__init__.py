@@ -1,0 +1,1 @@
+"""Text: reading it from files, the default corpus, and generated recall documents."""

@@ -1,0 +1,106 @@
+"""Documents from text, jsonl, parquet or arrow files, folders, globs, folders saved by `datasets`, or the hub."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from refine_nsp.errors import RefineError, closest
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py")
+
+
+def read_documents(
+    name: str, columns: Sequence[str] = ("text",), config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Rows of a file, folder, glob, folder saved by `datasets`, or hub dataset that has at least one of `columns`.
+
+    Args:
+        config, split: of a hub dataset (split also of a saved folder). streaming: read as rows are asked for.
+
+    Raises:
+        RefineError: nothing there, an empty or undecodable file, an unknown format, no such column, or an unreachable hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        loaded = load_from_disk(str(path))
+        data = loaded[split] if isinstance(loaded, DatasetDict) else loaded
+    elif files := _files(name, path):
+        data = _load_files(files, streaming)
+    else:
+        data = _load_hub(name, config, split, streaming)
+    there = data.column_names or []
+    if not set(columns) & set(there):
+        wanted = " or ".join(repr(c) for c in columns)
+        raise RefineError(
+            f"{name} has no column {wanted}{closest(columns[0], there)}; it has {', '.join(there) or 'none'}. "
+            "Name one with --text_column, or rename it"
+        )
+    return data
+
+
+def _files(name: str, path: Path) -> list[Path]:
+    """The files meant by a path, folder or glob; empty when it can only be a hub name."""
+    known = (*FORMATS, *TEXT_ENDINGS)
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in known and not p.name.startswith("."))
+        if not found:
+            raise RefineError(f"{path} holds no file to train on; expected {', '.join(known)}")
+    elif glob.has_magic(name):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not found:
+            raise RefineError(f"no file matches {name!r}")
+    else:
+        if path.suffix in known or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise RefineError(f"no file or folder {name!r}")
+        return []
+    for file in found:
+        _check_file(file)
+    return found
+
+
+def _check_file(file: Path) -> None:
+    if file.stat().st_size == 0:
+        raise RefineError(f"{file} is empty")
+    if file.suffix not in FORMATS and file.suffix not in TEXT_ENDINGS:
+        raise RefineError(
+            f"{file}: unknown format {file.suffix or '(no ending)'}; expected {', '.join((*FORMATS, *TEXT_ENDINGS))}"
+        )
+    if file.suffix in TEXT_ENDINGS or FORMATS[file.suffix] == "json":
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RefineError(
+                f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it first"
+            ) from error
+
+
+def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:
+    kinds = {FORMATS.get(f.suffix, "text") for f in files}
+    if len(kinds) > 1:
+        raise RefineError(f"files of several formats together ({', '.join(sorted(kinds))}); name one kind, for example by a glob")
+    kind = kinds.pop()
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        return load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
+    except Exception as error:  # datasets wraps every parser's own errors
+        cause = error.__cause__ or error
+        raise RefineError(f"cannot read {files[0]} as {kind}: {_first_line(cause)}") from error
+
+
+def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+    try:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # many kinds: network, missing name, configuration
+        raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,141 @@
+"""Prompts with answers, for post-training: from rows to tokens, with truncation that never cuts the question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.examples import ANSWER_COLUMNS, PROMPT_COLUMNS, as_answers
+from refine_nsp.evaluation.likelihood import encode_pair
+from refine_nsp.models.generation import truncate_middle
+from refine_nsp.text.reading import read_documents
+from refine_nsp.training.data import split_documents
+
+
+@dataclass
+class AnswerArguments:
+    """Which prompts and answers to train on.
+
+    Attributes:
+        dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` and a column
+            `answers` (or `answer`, `outputs`): a string or a list of strings of which any is right.
+        dataset_split: split of a hub dataset.
+        question_column: column with the question; its tokens at the prompt's end are kept whatever is cut. Default: the last half of
+            what fits is kept.
+        validation_dataset: the same for validation; None: a fixed, seeded share is kept back.
+        validation_fraction: that share; 0: no validation.
+        validation_examples: at most so many are generated for.
+        split_seed: of the validation split.
+        max_answer_tokens: longer answers are cut (and get no EOS).
+        apply_chat_template: wrap prompts by the tokenizer's chat template.
+    """
+
+    dataset_name: str | None = None
+    dataset_split: str = "train"
+    question_column: str | None = None
+    validation_dataset: str | None = None
+    validation_fraction: float = 0.05
+    validation_examples: int = 64
+    split_seed: int = 0
+    max_answer_tokens: int = 64
+    apply_chat_template: bool = False
+
+
+def prepare_answers(arguments: AnswerArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, Dataset | None]:
+    """Training and validation rows of `prompt_ids`, `answers_ids` (one list a reference, ending with EOS) and `references`.
+
+    Raises:
+        RefineError: no data, no such column, an empty prompt or answer, a tokenizer without EOS, a question longer than what fits.
+    """
+    if arguments.dataset_name is None:
+        raise RefineError("no data: name prompts and answers with --dataset_name")
+    if tokenizer.eos_token_id is None:
+        raise RefineError(
+            "the tokenizer has no EOS token, so a model could not learn where an answer ends; set tokenizer.eos_token"
+        )
+    if arguments.apply_chat_template and not tokenizer.chat_template:
+        raise RefineError("apply_chat_template: the tokenizer has no chat template")
+    if arguments.max_answer_tokens < 1 or max_length <= arguments.max_answer_tokens:
+        raise RefineError(
+            f"max_length={max_length} must leave room for a prompt beside max_answer_tokens={arguments.max_answer_tokens}"
+        )
+    data = read_documents(arguments.dataset_name, PROMPT_COLUMNS, split=arguments.dataset_split)
+    held: Dataset | None = None
+    if arguments.validation_dataset is not None:
+        held = read_documents(arguments.validation_dataset, PROMPT_COLUMNS, split=arguments.dataset_split)
+    else:
+        data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
+    if held is not None:
+        held = held.select(range(min(len(held), arguments.validation_examples)))
+        held = Dataset.from_list(encode_rows(held, arguments, tokenizer, max_length))
+    return Dataset.from_list(encode_rows(data, arguments, tokenizer, max_length)), held
+
+
+def encode_rows(
+    rows: Iterable[Mapping[str, Any]], arguments: AnswerArguments, tokenizer: Any, max_length: int
+) -> list[dict[str, Any]]:
+    """One dictionary of tokens a row. See `prepare_answers`."""
+    found = []
+    for i, row in enumerate(rows):
+        where = f"{arguments.dataset_name}, row {i}"
+        prompt = next((str(row[c]) for c in PROMPT_COLUMNS if row.get(c)), "")
+        if not prompt.strip():
+            raise RefineError(f"{where}: the prompt is empty")
+        answers = as_answers(next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None), where)
+        found.append({**encode_row(prompt, answers, row, arguments, tokenizer, max_length, where), "references": answers})
+    return found
+
+
+def encode_row(
+    prompt: str, answers: Sequence[str], row: Mapping[str, Any], arguments: AnswerArguments, tokenizer: Any, max_length: int, where: str
+) -> dict[str, Any]:  # fmt: skip
+    """prompt_ids, cut in the middle to leave max_answer_tokens free, and answers_ids, each with EOS."""
+    if arguments.apply_chat_template:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    glue = "" if prompt[-1:].isspace() or arguments.apply_chat_template else " "
+    prompt_ids: list[int] = []
+    answers_ids: list[list[int]] = []
+    for answer in answers:
+        prompt_ids, ids = encode_pair(tokenizer, prompt, f"{glue}{answer.strip()}")
+        ids = [*ids, tokenizer.eos_token_id]
+        answers_ids.append(ids[: arguments.max_answer_tokens])
+    tail = 0
+    if arguments.question_column is not None:
+        if arguments.question_column not in row:
+            raise RefineError(f"{where}: no column {arguments.question_column!r}; it has {', '.join(row)}")
+        tail = tail_tokens(tokenizer, prompt, str(row[arguments.question_column]), where)
+    limit = max_length - arguments.max_answer_tokens
+    try:
+        return {"prompt_ids": truncate_middle(prompt_ids, limit, tail), "answers_ids": answers_ids}
+    except RefineError as error:
+        raise RefineError(f"{where}: {error}; raise --max_length") from error
+
+
+def tail_tokens(tokenizer: Any, prompt: str, question: str, where: str) -> int:
+    """Tokens from the question's last mention to the prompt's end."""
+    at = prompt.rfind(question)
+    if at < 0 or not question:
+        raise RefineError(f"{where}: the question {question!r} does not stand in the prompt")
+    return len(tokenizer(prompt[at:], add_special_tokens=False)["input_ids"]) + 1  # its first token may be merged with a space
+
+
+def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings. Padded when a reference is chosen."""
+    rows = list(examples)
+    return {
+        "prompts": [torch.as_tensor(r["prompt_ids"]) for r in rows],
+        "answers": [[torch.as_tensor(a) for a in r["answers_ids"]] for r in rows],
+        "references": [list(r["references"]) for r in rows],
+    }
+
+
+def pad(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[B, T] right-padded with 0, and lengths [B]."""
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device), lengths

@@ -72,6 +72,7 @@ def decode(
     outputs: list[list[int]] = [[] for _ in requests]
     generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + r.key) for r in requests]
     rows = list(range(len(requests)))  # row of the batch -> request
+    cache = cache.copy()  # the caller's stays as it is
     while True:
         tokens = choose(model.lm_head(hidden).float(), [generators[i] for i in rows], decoding)
         open_rows = [j for j, i in enumerate(rows) if _going(outputs[i], requests[i].budget, eos)]

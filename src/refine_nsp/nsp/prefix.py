@@ -67,7 +67,7 @@ def next_token_loss(model: Any, hidden: Tensor, batch: Batch, normalizer: float 
     """Sum of cross-entropies over real targets / normalizer (one for all, or [B]), and per-token statistics at every token."""
     targets = F.pad(batch.input_ids[:, 1:], (0, 1)).flatten()
     divisor = normalizer[:, None] if isinstance(normalizer, Tensor) else normalizer
-    weights = (batch.target_mask / divisor).flatten()
+    weights = (batch.target_mask.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten()
     return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, weights)
 
 

@@ -226,4 +226,5 @@ def answer_loss(model: Any, ids: Tensor, lengths: Tensor, answer_lengths: Tensor
     at = torch.arange(ids.shape[1], device=ids.device)
     mask = (at < lengths[:, None] - 1) & (at >= (lengths - answer_lengths)[:, None] - 1)
     targets = nn.functional.pad(ids[:, 1:], (0, 1)).flatten()
-    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, (mask / normalizer).flatten())[0]
+    weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer
+    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, weights)[0]

@@ -107,8 +107,11 @@ class ReFINETrainer(Trainer):
         return batches
 
     def _generator(self) -> torch.Generator:
-        seed = hash((self.args.seed, self.state.global_step, self.args.process_index)) % 2**63
-        return torch.Generator().manual_seed(seed)
+        return self._generator_of(self.state.global_step)
+
+    def _generator_of(self, step: int) -> torch.Generator:
+        """All randomness of an optimizer step, so that a resumed run goes on alike."""
+        return torch.Generator().manual_seed(hash((self.args.seed, step, self.args.process_index)) % 2**63)
 
     def _roll_out(self, batches: list[dict[str, Any]]) -> None:
         """Make rollouts for all batches with the current policy; advantages are formed over all of them together."""

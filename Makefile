@@ -2,31 +2,40 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+CORE := $(VENV)/.installed
+ALL := $(VENV)/.installed-all
 
-.PHONY: quickstart test test-all lint bench clean
+.PHONY: quickstart install test test-all lint bench clean
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lora]'
-	touch $(STAMP)
+# The package alone.
+$(CORE): pyproject.toml constraints.txt
+	$(INSTALL) .
+	touch $(CORE)
 
-quickstart: $(STAMP)
+# With everything optional (evaluation, LoRA) and the tools of development.
+$(ALL): pyproject.toml constraints.txt
+	$(INSTALL) '.[dev,eval,lora]'
+	touch $(CORE) $(ALL)
+
+install: $(ALL)
+
+quickstart: $(CORE)
 	$(BIN)/refine-nsp quickstart --output_dir runs/quickstart
 
 # One thread: the models are tiny, and a second OpenMP thread beside another process costs more than it gives.
-test: $(STAMP)
+test: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --durations=10
 
-test-all: $(STAMP)
+test-all: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
 
-lint: $(STAMP)
+lint: $(ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(ALL)
 	$(BIN)/python benchmarks/delta_rule.py
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/train_throughput.py

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
-from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
+from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.text.corpus import standard_library
@@ -44,15 +44,23 @@ class Phase:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides the base model. `recipes/pretrain_tiny.yaml` is the shipped one."""
+    """Everything that decides the base model. `recipes/pretrain_tiny.yaml` is the shipped one.
+
+    Attributes:
+        model_type: `delta_net` or `lact_swiglu`.
+        num_heads: of the delta rule, or of LaCT's attention and fast weights.
+        window: LaCT's attention window and chunk, in tokens; short, so that what is further away must be in the fast weights.
+    """
 
     output_dir: str = "runs/pretrain"
     seed: int = 0
+    model_type: str = "delta_net"
     vocab_size: int = 2048
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_heads: int = 2
     intermediate_size: int = 384
+    window: int = 64
     tokens_per_step: int = 4096
     learning_rate: float = 3e-3
     warmup_steps: int = 50
@@ -81,6 +89,8 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     """
     if config.total_steps < 1 or any(p.length > config.tokens_per_step for p in config.phases):
         raise RefineError("pretrain needs phases with at least one step, each row no longer than tokens_per_step")
+    if config.model_type not in NEW_MODELS:
+        raise RefineError(f"model_type={config.model_type!r} is not one of {', '.join(NEW_MODELS)}")
     torch.manual_seed(config.seed)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +98,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     tokenizer = train_tokenizer(texts, config.vocab_size)
     stream = encode_texts(tokenizer, texts)
     held = encode_texts(tokenizer, held_out)
-    model = induction_friendly(new_model(config, len(tokenizer)))
+    model = NEW_MODELS[config.model_type](config, len(tokenizer))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
     start = load_checkpoint(out, model, optimizer) if resume else 0
     recall_tokens = RecallTokens.of(tokenizer)
@@ -146,14 +156,30 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.tensor(ids)
 
 
-def new_model(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
-    return DeltaNetForCausalLM(
-        DeltaNetConfig(
-            vocab_size=vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
-            num_heads=config.num_heads, intermediate_size=config.intermediate_size, tie_word_embeddings=True,
-            bos_token_id=0, eos_token_id=0, pad_token_id=0,
+def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
+    """A DeltaNet that starts induction-friendly."""
+    return induction_friendly(DeltaNetForCausalLM(DeltaNetConfig(num_heads=config.num_heads, **_sizes(config, vocab_size))))
+
+
+def new_lact(config: PretrainConfig, vocab_size: int) -> LaCTForCausalLM:
+    """A LaCT whose window and chunk are short."""
+    return LaCTForCausalLM(
+        LaCTConfig(
+            num_attn_heads=config.num_heads, num_lact_heads=config.num_heads, lact_chunk_size=config.window,
+            window_size=config.window, w0_w2_low_rank=32, initializer_range=0.02, **_sizes(config, vocab_size),
         )
     )  # fmt: skip
+
+
+def _sizes(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,
+        "intermediate_size": config.intermediate_size, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+NEW_MODELS = {"delta_net": new_delta_net, "lact_swiglu": new_lact}
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ class StepProgress:
         self.done += steps
         self.tokens += tokens
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
-        text = f"{self.tokens_per_second:,.0f} tok/s  {shown}"
+        rate = f"{self.tokens_per_second:,.0f} tok/s  " if self.tokens else ""
+        text = rate + shown
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, figures=text)
         elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:

@@ -22,6 +22,7 @@ from rich.console import Console
 from refine_nsp.commands.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import ProbeSet, make_probes, score_probes, score_text
+from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.files import write_whole
 from refine_nsp.models.load import load, load_tokenizer
 from refine_nsp.report import html, plots
@@ -41,7 +42,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "ReFINE, context preset": {"preset": "context", "schedule": "fused"},
 }
 BASELINE = "NTP only"
-TWO_SIDED_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 FIGURES = {
     "text_loss": "text: NTP loss",
     "text_accuracy": "text: accuracy",
@@ -225,10 +225,7 @@ def results_table(results: dict[str, list[dict[str, float]]]) -> Table:
 
 def paired(results: dict[str, list[dict[str, float]]], arm: str, key: str) -> tuple[float, float]:
     """Mean difference to the baseline, paired by seed, and half the width of its 95 % t-interval (nan with one seed)."""
-    differences = [a[key] - b[key] for a, b in zip(results[arm], results[BASELINE], strict=True)]
-    n = len(differences)
-    half = TWO_SIDED_95.get(n - 1, 1.96) * stdev(differences) / math.sqrt(n) if n > 1 else math.nan
-    return mean(differences), half
+    return t_interval([a[key] - b[key] for a, b in zip(results[arm], results[BASELINE], strict=True)])
 
 
 def differences_table(results: dict[str, list[dict[str, float]]]) -> Table:

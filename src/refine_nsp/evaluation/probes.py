@@ -53,8 +53,8 @@ def make_probes(
 
 
 @torch.no_grad()
-def score_probes(model: Any, probes: ProbeSet) -> RecallScore:
-    """Score one set; rows are batched by what fits `BATCH_TOKENS`."""
+def score_probes(model: Any, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
+    """Score one set under the distribution at `temperature`; rows are batched by what fits `BATCH_TOKENS`."""
     rows = [torch.tensor(p + a) for p, a in zip(probes.prompts, probes.answers, strict=True)]
     found: list[tuple[bool, float]] = []
     for start in range(0, len(rows), max(1, BATCH_TOKENS // probes.length)):
@@ -63,7 +63,7 @@ def score_probes(model: Any, probes: ProbeSet) -> RecallScore:
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
         hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
         for row, h, n in zip(batch, hidden, lengths.tolist(), strict=True):
-            logits = model.lm_head(h[probes.length - 1 : n - 1]).float()
+            logits = model.lm_head(h[probes.length - 1 : n - 1]).float() / temperature
             truth = row[probes.length :]
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
             found.append((bool((logits.argmax(-1) == truth).all()), float(log_p)))
@@ -77,24 +77,27 @@ def score_probes(model: Any, probes: ProbeSet) -> RecallScore:
 
 @dataclass(frozen=True)
 class TextScore:
-    """Per target of held-out text: cross-entropy and entropy (nats), argmax accuracy."""
+    """Per target of held-out text: cross-entropy and entropy (nats), accuracy of the argmax and (expected) of a sampled token."""
 
     loss: float
     accuracy: float
     entropy: float
+    sampled_accuracy: float
 
 
 @torch.no_grad()
-def score_text(model: Any, windows: Tensor) -> TextScore:
-    """Next-token figures on windows [n, T] long, each from a fresh state."""
+def score_text(model: Any, windows: Tensor, temperature: float = 1.0) -> TextScore:
+    """Next-token figures on windows [n, T] long, each from a fresh state, of the distribution at `temperature`."""
     n, T = windows.shape
-    loss = accuracy = entropy = 0.0
+    loss = accuracy = entropy = sampled = 0.0
     for rows in windows.split(max(1, BATCH_TOKENS // T)):
         hidden = model.model(rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = rows[:, 1:].flatten()
-        total, stats = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.ones(len(targets)))
+        weights = torch.ones(len(targets))
+        total, stats = linear_cross_entropy(hidden / temperature, model.lm_head.weight, targets, weights)
         loss += float(total)
+        sampled += float((-stats.nll).exp().sum())
         accuracy += float((stats.argmax == targets).sum())
         entropy += float(stats.entropy.sum())
     count = n * (T - 1)
-    return TextScore(loss / count, accuracy / count, entropy / count)
+    return TextScore(loss / count, accuracy / count, entropy / count, sampled / count)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
+TWO_SIDED_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ def estimate(values: Sequence[float], weights: Sequence[float] | None = None, se
     means = (w[rows] * x[rows]).sum(1) / w[rows].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(mean, stderr, float(low), float(high), n)
+
+
+def t_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean of a few differences (one a seed) and half the width of its 95 % t-interval, nan with one."""
+    x = np.asarray(differences, dtype=np.float64)
+    n = len(x)
+    half = TWO_SIDED_95.get(n - 1, 1.96) * float(x.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
+    return float(x.mean()), half
 
 
 @dataclass(frozen=True)

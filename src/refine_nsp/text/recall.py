@@ -82,6 +82,15 @@ def take_filler(rng: random.Random, filler: Sequence[int], count: int) -> list[i
     return list(filler[start : start + count])
 
 
+def scattered(rng: random.Random, parts: Sequence[list[int]], text: Sequence[int]) -> list[int]:
+    """`text` with `parts` set into it, in their order, at random places."""
+    cuts = sorted(rng.randrange(len(text) + 1) for _ in parts)
+    ids: list[int] = []
+    for part, start, end in zip(parts, [0, *cuts[:-1]], cuts, strict=True):
+        ids += [*text[start:end], *part]
+    return [*ids, *text[cuts[-1] if cuts else 0 :]]
+
+
 def recall_document(
     rng: random.Random, tokens: RecallTokens, filler: Sequence[int], length: int, dense: float
 ) -> tuple[list[int], list[bool]]:
@@ -126,9 +135,4 @@ def probe(
     if room < 0:
         raise ValueError(f"{needles} needles do not fit into {length} tokens")
     hay = take_filler(rng, filler, room)
-    cuts = sorted(rng.randrange(room + 1) for _ in facts)
-    prompt: list[int] = []
-    for needle, start, end in zip(needle_ids, [0, *cuts[:-1]], cuts, strict=True):
-        prompt += hay[start:end] + needle
-    prompt += hay[cuts[-1] :] + tail
-    return prompt, answer(tokens, asked)
+    return scattered(rng, needle_ids, hay) + tail, answer(tokens, asked)

@@ -215,7 +215,7 @@ class ReFINETrainer(Trainer):
             )  # fmt: skip
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """NTP loss, argmax accuracy, entropy, greedy K-token match and mean cosine, on the validation windows."""
+        """NTP loss, accuracy of the argmax and (expected) of a sampled token, entropy, greedy K-token match, mean cosine."""
         start = time.perf_counter()
         loader = self.get_eval_dataloader(eval_dataset)
         model = self._wrap_model(self.model, training=False)
@@ -230,6 +230,7 @@ class ReFINETrainer(Trainer):
         metrics = {
             "loss": found["nll"] / targets,
             "accuracy": found["correct"] / targets,
+            "sampled_accuracy": found["sampled"] / targets,
             "entropy": found["entropy"] / targets,
             "greedy_match": found["match"] / places,
             "cosine": found["cosine"] / places,

@@ -20,8 +20,8 @@ SEED = 0
 
 @torch.no_grad()
 def validate(model: Any, batches: Iterable[dict[str, Tensor]], config: NSPConfig, device: torch.device) -> dict[str, float]:
-    """Sums over all batches: nll, correct, entropy over `targets`; match and cosine of greedy tokens over `places`."""
-    sums = dict.fromkeys(("nll", "correct", "entropy", "targets", "match", "cosine", "places"), 0.0)
+    """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
+    sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     generator = torch.Generator().manual_seed(SEED)  # the same positions at every validation
     for inputs in batches:
         batch = Batch(inputs["input_ids"].to(device), inputs["lengths"].to(device))
@@ -30,6 +30,7 @@ def validate(model: Any, batches: Iterable[dict[str, Tensor]], config: NSPConfig
         targets = torch.nn.functional.pad(batch.input_ids[:, 1:], (0, 1)).flatten()
         sums["nll"] += float(whole.stats.nll[mask].double().sum())
         sums["correct"] += float((whole.stats.argmax == targets)[mask].sum())
+        sums["sampled"] += float((-whole.stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(whole.stats.entropy[mask].double().sum())
         sums["targets"] += int(mask.sum())
         u, _ = uniforms(len(batch.lengths), config.positions_per_sequence, 1, config.rollout_length, generator)

@@ -1,0 +1,172 @@
+"""What a model is measured by. Everything is kept per prompt where a table may want a subset or a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from statistics import mean
+from typing import Any
+
+import torch
+
+from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
+from refine_nsp.evaluation.text_metrics import any_match
+from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
+from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
+from refine_nsp.training.test_time import TestTimeTrainer
+
+from . import material as m
+from .settings import Scale
+
+NEEDLE_TASKS = ("S", "MK", "MQ", "MV")
+ROWS = 16  # prompts at a time
+STANDARD_TOKENS, PUBLISHED_TOKENS = 8, 32
+Figures = dict[str, Any]
+
+
+def sampled(temperature: float = 1.0) -> Decoding:
+    """The paper's code: temperature 1, the 50 likeliest tokens."""
+    return Decoding(greedy=False, temperature=temperature, top_k=50)
+
+
+# --- text and recall --------------------------------------------------------------------------------------------------
+
+
+def text_figures(model: Any, material: m.Material, part: str = "report", temperature: float = 1.0) -> Figures:
+    """Next-token figures on held-out text."""
+    return asdict(score_text(model, material.windows[part], temperature))
+
+
+def recall_figures(model: Any, material: m.Material, scale: Scale, temperature: float = 1.0) -> Figures:
+    """Mean over kinds of probe: greedy exact match, log p of the answer, probability of sampling it at `temperature`."""
+    kinds = [(n, scale.needles) for n in scale.needle_lengths[-2:]]
+    kinds += [(scale.needle_lengths[-1], 2 * scale.needles)]
+    probes = make_probes(material.tokenizer, material.held, kinds, scale.needle_prompts, seed=100)
+    scores = [score_probes(model, p, temperature) for p in probes]
+    return {name: mean(getattr(s, name) for s in scores) for name in ("greedy", "log_p", "sampled")}
+
+
+@torch.no_grad()
+def needle_figures(model: Any, material: m.Material, scale: Scale, temperature: float = 1.0) -> Figures:
+    """By task and length, the share of asked values found under both protocols."""
+    found: Figures = {"standard": {}, "published": {}}
+    protocols = {"standard": Decoding(), "published": sampled(temperature)}
+    for task in NEEDLE_TASKS:
+        for length in scale.needle_lengths:
+            prompts = m.needles(material, task, length, scale.needles, scale.needle_prompts, seed=2)
+            shares: dict[str, list[float]] = {name: [] for name in protocols}
+            for at in range(0, len(prompts), ROWS):
+                batch = prompts[at : at + ROWS]
+                read = prefill(model, [p.prompt for p in batch])
+                for name, decoding in protocols.items():
+                    shares[name] += in_turn(model, batch, *read, decoding)
+            for name in protocols:
+                found[name][f"{task} {length}"] = mean(shares[name])
+    return found
+
+
+def in_turn(model: Any, prompts: Sequence[m.Needle], hidden: Any, cache: Any, decoding: Decoding) -> list[float]:
+    """Share of each prompt's values found: the model's answer to the first question, the next question after it, and so on."""
+    given: list[list[list[int]]] = [[] for _ in prompts]
+    size = len(prompts[0].answers[0])
+    for turn in range(len(prompts[0].answers)):
+        if turn:
+            more = [g[-1] + p.following[turn - 1] for g, p in zip(given, prompts, strict=True)]
+            hidden, cache = prefill(model, more, cache)
+        requests = [Request(turn * len(prompts) + i, [], size) for i in range(len(prompts))]
+        for g, tokens in zip(given, decode(model, hidden, cache, requests, set(), decoding, keep_rows=True), strict=True):
+            g.append(tokens)
+    # Each value counts once, however often it is given.
+    return [sum(a in g for a in p.answers) / len(p.answers) for g, p in zip(given, prompts, strict=True)]
+
+
+# --- questions on documents -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answer_figures(
+    model: Any, tokenizer: Any, asked: Sequence[m.Asked], temperature: float = 1.0, adapter: TestTimeTrainer | None = None
+) -> Figures:
+    """Per question: found under both protocols, log p of the answer, mean entropy over its tokens. adapter: one prompt at a time."""
+    eos = end_tokens(model, tokenizer)
+    found: dict[str, list[float]] = {"standard": [], "published": [], "log_p": [], "entropy": []}
+    size = 1 if adapter is not None else ROWS
+    for at in range(0, len(asked), size):
+        batch = asked[at : at + size]
+        rows = [q.prompt for q in batch]
+        with adapter.adapt(rows) if adapter is not None else nullcontext():
+            hidden, cache = prefill(model, rows)
+            for protocol, budget, decoding in (
+                ("standard", STANDARD_TOKENS, Decoding()),
+                ("published", PUBLISHED_TOKENS, sampled(temperature)),
+            ):
+                requests = [Request(at + i, r, budget) for i, r in enumerate(rows)]
+                for q, tokens in zip(batch, decode(model, hidden, cache, requests, eos, decoding, keep_rows=True), strict=True):
+                    text = tokenizer.decode(tokens, skip_special_tokens=True)
+                    # As published: the first line, taken before stripping.
+                    text = text.split("\n")[0] if protocol == "published" else text
+                    found[protocol].append(any_match(text, [q.reference]))
+            nll, entropy = forced(model, hidden, cache, [q.answer for q in batch], temperature)
+            found["log_p"] += (-nll.sum(1)).tolist()
+            found["entropy"] += entropy.mean(1).tolist()
+    return found
+
+
+def forced(model: Any, hidden: Any, cache: Any, answers: Sequence[list[int]], temperature: float) -> tuple[Any, Any]:
+    """nll and entropy [B, A] of answers of A tokens each, given whole."""
+    ids = torch.tensor(answers)
+    states = answer_states(model, hidden, cache, ids) / temperature
+    _, stats = linear_cross_entropy(states, model.lm_head.weight, ids.flatten(), torch.ones(ids.numel()))
+    return stats.nll.view(ids.shape), stats.entropy.view(ids.shape)
+
+
+@torch.no_grad()
+def answer_states(model: Any, hidden: Any, cache: Any, ids: Any) -> Any:
+    """Hidden states [B*A, D] that predict the tokens of answers [B, A]."""
+    after = model.model(ids[:, :-1], past_key_values=cache.copy(), use_cache=False).last_hidden_state
+    return torch.cat([hidden[:, None], after], 1).flatten(0, 1)
+
+
+def qa_figures(model: Any, material: m.Material, scale: Scale, temperature: float = 1.0, part: str = "report") -> Figures:
+    """`answer_figures` by source and length."""
+    return {
+        f"{source} {length}": answer_figures(
+            model, material.tokenizer, m.questions(material, part, source, length, scale.qa_prompts), temperature
+        )
+        for source in material.paragraphs
+        for length in scale.qa_lengths
+    }
+
+
+def test_time_questions(material: m.Material, scale: Scale, part: str) -> list[m.Asked]:
+    """The first questions of every source at the shortest length: each costs an adaptation."""
+    return [
+        q
+        for source in material.paragraphs
+        for q in m.questions(material, part, source, scale.qa_lengths[0], scale.qa_prompts)[: scale.test_time_prompts]
+    ]
+
+
+def answer_entropy(model: Any, asked: Sequence[m.Asked]) -> Callable[[float], float]:
+    """temperature -> mean entropy over the answers' tokens; the prompts are read once."""
+    states = []
+    for at in range(0, len(asked), ROWS):
+        batch = asked[at : at + ROWS]
+        hidden, cache = prefill(model, [q.prompt for q in batch])
+        states.append(answer_states(model, hidden, cache, torch.tensor([q.answer for q in batch])))
+    whole = torch.cat(states)
+    nothing = torch.zeros(len(whole), dtype=torch.long), torch.ones(len(whole))
+    return lambda t: float(linear_cross_entropy(whole / t, model.lm_head.weight, *nothing)[1].entropy.mean())
+
+
+# --- sharpening -------------------------------------------------------------------------------------------------------
+
+
+def matching_temperature(entropy_at: Callable[[float], float], wanted: float) -> float:
+    """The temperature at which `entropy_at(temperature)`, which grows with it, is `wanted` (within 0.3 to 3), by bisection."""
+    low, high = 0.3, 3.0
+    for _ in range(18):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy_at(middle) < wanted else (low, middle)
+    return (low + high) / 2

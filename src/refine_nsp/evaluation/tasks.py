@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ Scores = dict[str, float]
 
 
 class Adapter(Protocol):
-    """Test-time training: a context in which the model is adapted to prompts (each a list of tokens)."""
+    """Test-time training: a context in which the model is adapted to prompts (each a list of tokens); `last` is what that cost."""
+
+    last: Any
 
     def adapt(self, prompt: Sequence[Sequence[int]]) -> AbstractContextManager[Any]: ...
 
@@ -136,7 +139,9 @@ class Row:
 
 @dataclass
 class Context:
-    """What a task works with. adapter: test-time training before each answer, `adapt_together` prompts at a time; on_tokens: progress."""
+    """What a task works with. adapter: test-time training before each answer, `adapt_together` prompts at a time; on_tokens: progress;
+    cost: what the latest prompt's adaptation cost (seconds, bytes), per prompt.
+    """
 
     model: Any
     tokenizer: Any
@@ -144,6 +149,7 @@ class Context:
     adapter: Adapter | None = None
     adapt_together: int = 1
     on_tokens: Callable[[int], None] = lambda n: None
+    cost: dict[str, float] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -183,7 +189,7 @@ class GenerationTask:
             batches = self._answer_adapted(requests, eos, context)
         for batch in batches:
             for request, tokens in batch:
-                yield self._row(request, tokens, context.tokenizer)
+                yield self._row(request, tokens, context)
 
     def _answer_adapted(
         self, requests: Sequence[Request], eos: set[int], context: Context
@@ -194,8 +200,16 @@ class GenerationTask:
             batch = requests[start : start + size]
             rows = [r.ids for r in batch]
             with context.adapter.adapt(rows):
+                clock = time.perf_counter()
                 hidden, cache = prefill(context.model, rows)
                 tokens = decode(context.model, hidden, cache, batch, eos, self.decoding, keep_rows=True)
+                seconds = time.perf_counter() - clock
+            last = context.adapter.last
+            context.cost = {
+                "adapt_seconds": last.seconds / len(batch),
+                "answer_seconds": seconds / len(batch),
+                "extra_bytes": last.extra_bytes / len(batch),
+            }
             context.on_tokens(sum(map(len, rows)))
             yield list(zip(batch, tokens, strict=True))
 
@@ -206,10 +220,10 @@ class GenerationTask:
             ids = truncate_middle(ids, self.max_prompt_tokens)
         return Request(key, ids, e.budget)
 
-    def _row(self, request: Request, tokens: list[int], tokenizer: Any) -> Row:
+    def _row(self, request: Request, tokens: list[int], context: Context) -> Row:
         e = self.examples[request.key]
-        output = tokenizer.decode(tokens, skip_special_tokens=True)
-        meta = {**e.meta, "prompt_tokens": len(request.ids), "new_tokens": len(tokens)}
+        output = context.tokenizer.decode(tokens, skip_special_tokens=True)
+        meta = {**e.meta, "prompt_tokens": len(request.ids), "new_tokens": len(tokens), **context.cost}
         return Row(e.id, output, e.references, self.score(output, e.references), 1.0, meta)
 
 

@@ -47,7 +47,24 @@ def results_table(results: Sequence[TaskResult]) -> Table:
                 sign = 1 if figure == "loss" else -1
                 bounds = sorted((perplexity(sign * e.low), perplexity(sign * e.high)))
                 rows.append([r.name, "perplexity", f"{perplexity(sign * e.mean):.4g}", "{:.4g} to {:.4g}".format(*bounds), e.n])
-    return Table("Results", ["task", "figure", "mean ± standard error", "95 % interval", "examples"], rows, means(results))
+    return Table(
+        "Results",
+        ["task", "figure", "mean ± standard error", "95 % interval", "examples"],
+        rows,
+        [*means(results), *adaptation_cost(results)],
+    )
+
+
+def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
+    """Of test-time training, per prompt, beside plain generation; nothing without it."""
+    rows = [row.meta for r in results for row in r.rows if "adapt_seconds" in row.meta]
+    if not rows:
+        return []
+    adapt, answer, extra = (mean(m[k] for m in rows) for k in ("adapt_seconds", "answer_seconds", "extra_bytes"))
+    return [
+        f"test-time training, per prompt: {adapt:.3f} s to adapt and {answer:.3f} s to answer (plain generation is the latter alone): "
+        f"{(adapt + answer) / answer:.1f} times the time; {extra / 2**20:.1f} MiB kept beside the model"
+    ]
 
 
 def interval(low: float, high: float, figure: str, sign: str = "") -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.examples import ANSWER_COLUMNS, PROMPT_COLUMNS, as_answers
 from refine_nsp.evaluation.likelihood import encode_pair
+from refine_nsp.evaluation.qa_sources import read_qa
+from refine_nsp.evaluation.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.models.generation import truncate_middle
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training.data import split_documents
@@ -34,6 +36,9 @@ class AnswerArguments:
         split_seed: of the validation split.
         max_answer_tokens: longer answers are cut (and get no EOS).
         apply_chat_template: wrap prompts by the tokenizer's chat template.
+        squad, hotpotqa: instead of dataset_name, build RULER's qa_1 and qa_2 prompts from these questions (json as published, jsonl,
+            parquet, hub name): the paper's SQuADQA and HotpotQA training sets.
+        ruler_length: prompt and answer together, in tokens. ruler_samples: prompts from each. ruler_seed: of their documents.
     """
 
     dataset_name: str | None = None
@@ -45,16 +50,29 @@ class AnswerArguments:
     split_seed: int = 0
     max_answer_tokens: int = 64
     apply_chat_template: bool = False
+    squad: str | None = None
+    hotpotqa: str | None = None
+    ruler_length: int = 4096
+    ruler_samples: int = 1000
+    ruler_seed: int = 0
+
+    @property
+    def source(self) -> str:
+        """What errors call the data."""
+        return self.dataset_name or " and ".join(x for x in (self.squad, self.hotpotqa) if x is not None)
 
 
 def prepare_answers(arguments: AnswerArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of `prompt_ids`, `answers_ids` (one list a reference, ending with EOS) and `references`.
 
     Raises:
-        RefineError: no data, no such column, an empty prompt or answer, a tokenizer without EOS, a question longer than what fits.
+        RefineError: no data (or two kinds of it), no such column, an empty prompt or answer, a tokenizer without EOS, a question
+            longer than what fits.
     """
-    if arguments.dataset_name is None:
-        raise RefineError("no data: name prompts and answers with --dataset_name")
+    if (arguments.dataset_name is None) == (arguments.squad is None and arguments.hotpotqa is None):
+        raise RefineError(
+            "name the prompts and answers to train on with --dataset_name, or questions to build them from with --squad and --hotpotqa"
+        )
     if tokenizer.eos_token_id is None:
         raise RefineError(
             "the tokenizer has no EOS token, so a model could not learn where an answer ends; set tokenizer.eos_token"
@@ -65,7 +83,10 @@ def prepare_answers(arguments: AnswerArguments, tokenizer: Any, max_length: int)
         raise RefineError(
             f"max_length={max_length} must leave room for a prompt beside max_answer_tokens={arguments.max_answer_tokens}"
         )
-    data = read_documents(arguments.dataset_name, PROMPT_COLUMNS, split=arguments.dataset_split)
+    if arguments.dataset_name is not None:
+        data = read_documents(arguments.dataset_name, PROMPT_COLUMNS, split=arguments.dataset_split)
+    else:
+        data = ruler_prompts(arguments, tokenizer, max_length)
     held: Dataset | None = None
     if arguments.validation_dataset is not None:
         held = read_documents(arguments.validation_dataset, PROMPT_COLUMNS, split=arguments.dataset_split)
@@ -77,13 +98,28 @@ def prepare_answers(arguments: AnswerArguments, tokenizer: Any, max_length: int)
     return Dataset.from_list(encode_rows(data, arguments, tokenizer, max_length)), held
 
 
+def ruler_prompts(arguments: AnswerArguments, tokenizer: Any, max_length: int) -> Dataset:
+    """Rows of prompt and answers: RULER's qa_1 from `squad`, qa_2 from `hotpotqa`, mixed."""
+    a = arguments
+    if a.ruler_length - BUDGETS["qa_1"] > max_length - a.max_answer_tokens or a.ruler_samples < 1:
+        raise RefineError(
+            f"ruler_length={a.ruler_length} must fit into max_length={max_length} beside max_answer_tokens={a.max_answer_tokens}, and "
+            f"ruler_samples={a.ruler_samples} be at least 1"
+        )
+    named = {"qa_1": a.squad, "qa_2": a.hotpotqa}
+    qa = {task: read_qa(name, a.dataset_split) for task, name in named.items() if name is not None}
+    built = build_ruler(list(qa), [a.ruler_length], a.ruler_samples, tokenizer, Sources([], qa), a.ruler_seed)
+    rows = [{"prompt": e.prompt, "answers": e.references} for examples in built.values() for e in examples]
+    return Dataset.from_list(rows).shuffle(a.ruler_seed)
+
+
 def encode_rows(
     rows: Iterable[Mapping[str, Any]], arguments: AnswerArguments, tokenizer: Any, max_length: int
 ) -> list[dict[str, Any]]:
     """One dictionary of tokens a row. See `prepare_answers`."""
     found = []
     for i, row in enumerate(rows):
-        where = f"{arguments.dataset_name}, row {i}"
+        where = f"{arguments.source}, row {i}"
         prompt = next((str(row[c]) for c in PROMPT_COLUMNS if row.get(c)), "")
         if not prompt.strip():
             raise RefineError(f"{where}: the prompt is empty")

@@ -89,6 +89,8 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     """
     if config.total_steps < 1 or any(p.length > config.tokens_per_step for p in config.phases):
         raise RefineError("pretrain needs phases with at least one step, each row no longer than tokens_per_step")
+    if config.model_type == "lact_swiglu" and config.num_heads != 2:
+        raise RefineError(f"num_heads={config.num_heads}: this LaCT starts with two heads that look one and two tokens back")
     if config.model_type not in NEW_MODELS:
         raise RefineError(f"model_type={config.model_type!r} is not one of {', '.join(NEW_MODELS)}")
     torch.manual_seed(config.seed)
@@ -162,11 +164,14 @@ def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalL
 
 
 def new_lact(config: PretrainConfig, vocab_size: int) -> LaCTForCausalLM:
-    """A LaCT whose window and chunk are short."""
-    return LaCTForCausalLM(
-        LaCTConfig(
-            num_attn_heads=config.num_heads, num_lact_heads=config.num_heads, lact_chunk_size=config.window,
-            window_size=config.window, w0_w2_low_rank=32, initializer_range=0.02, **_sizes(config, vocab_size),
+    """A LaCT whose window and chunk are short, and which starts induction-friendly too."""
+    return lact_induction_friendly(
+        LaCTForCausalLM(
+            LaCTConfig(
+                num_attn_heads=config.num_heads, num_lact_heads=config.num_heads, lact_chunk_size=config.window,
+                window_size=config.window, w0_w2_low_rank=32, initializer_range=0.02, qkv_bias=True, ttt_nope=True,
+                **_sizes(config, vocab_size),
+            )
         )
     )  # fmt: skip
 
@@ -193,6 +198,56 @@ def induction_friendly(model: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
             for tap in taps:
                 conv.weight[:, 0, tap] += 1.0
     return model
+
+
+@torch.no_grad()
+def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
+    """The same for a model without convolutions: the first layer's two heads look one and two tokens back and put what they see
+    beside the token itself; in later layers a key stands for the two tokens before it, a query for the two up to it.
+    """
+    D = model.config.hidden_size
+    half, quarter = D // 2, D // 4  # the token; the one before it; the one before that
+    features = torch.randn(quarter, half) / half**0.5
+    # Larger than what the other layers add at first, or the token drowns in it.
+    token = 3 * model.config.initializer_range
+    model.model.embeddings.weight[:, :half] *= token / model.config.initializer_range
+    model.model.embeddings.weight[:, half:] *= 0.1
+    for index, layer in enumerate(model.model.layers):
+        mixer = layer.attn
+        q, k, v = (mixer.qkv.weight[i * D : (i + 1) * D] for i in range(3))
+        if index == 0:
+            mixer.o_proj.weight.zero_()
+            for head in range(2):
+                rows = slice(head * half, head * half + quarter)
+                v[rows, :half] = features
+                # As large as an embedding, which the norm before has scaled to about 1.4 in its half of the channels.
+                beside = slice(half + head * quarter, half + (head + 1) * quarter)
+                mixer.o_proj.weight[beside, rows] = 0.7 * token * torch.eye(quarter)
+                look_back(mixer, head, head + 1)
+            continue
+        for head in range(2):
+            first, second = head * half, head * half + quarter
+            for weight, offset in ((q, 0), (k, 1)):
+                weight[first : first + half] *= 0.1
+                source = (features, 0) if offset == 0 else (torch.eye(quarter), half)
+                weight[first:second, source[1] : source[1] + source[0].shape[1]] += source[0]
+                at = half + offset * quarter
+                weight[second : second + quarter, at : at + quarter] += torch.eye(quarter)
+    return model
+
+
+def look_back(mixer: Any, head: int, tokens: int, strength: float = 30.0, pairs: int = 8) -> None:
+    """Bias a head's attention to the token `tokens` back, by the fastest rotary pairs; the fast weights do not see the bias."""
+    D, d = mixer.config.hidden_size, mixer.config.hidden_size // mixer.config.num_attn_heads
+    theta = mixer.config.rope_theta ** (-torch.arange(pairs) / (d // 2))
+    size = strength**0.5
+    q, k = (i * D + head * d for i in range(2))
+    mixer.qkv.bias[k : k + pairs] = size
+    mixer.qkv.bias[q : q + pairs] = size * torch.cos(theta * tokens)
+    mixer.qkv.bias[q + d // 2 : q + d // 2 + pairs] = -size * torch.sin(theta * tokens)
+    channels = slice(head * d, (head + 1) * d)
+    for column, start in ((0, q), (1, k)):
+        mixer.qk_offset[channels, column] = -mixer.qkv.bias[start : start + d]
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -80,7 +80,7 @@ def prepare(scale: Scale, tokenizer: Any, squad: str | None, hotpotqa: str | Non
 
 def split(tokenizer: Any, documents: list[str]) -> dict[str, list[list[int]]]:
     """Paragraphs long enough, half of them to train on, a quarter each to choose and to report on."""
-    encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(dict.fromkeys(documents)), add_special_tokens=False)["input_ids"]
     rows = [ids for ids in encoded if len(ids) >= DOCUMENT_TOKENS]
     random.Random(0).shuffle(rows)
     half, quarter = len(rows) // 2, len(rows) // 4

@@ -347,6 +347,8 @@ def test_the_commands(files, tmp_path, capsys):
     page = (tmp_path / "a" / "report.html").read_text()
     assert "niah_single_1" in page and "<svg" in page and " src=" not in page and "<link" not in page
     assert "| piqa | acc |" in (tmp_path / "a" / "results.md").read_text()
+    cost = "test-time training, per prompt:"
+    assert cost in (tmp_path / "b" / "results.md").read_text() and cost not in (tmp_path / "a" / "results.md").read_text()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c.html")]) == 0
     assert "niah_single_1" in capsys.readouterr().out and (tmp_path / "c.html").exists()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "nothing")]) == 1

@@ -172,6 +172,23 @@ def test_truncation_never_cuts_the_question(tmp_path, tokenizer):
         prepare_answers(arguments, tokenizer, 16)
 
 
+def test_ruler_prompts_are_built_from_question_files(tmp_path, tokenizer):
+    rows = [{"question": f"Who made the thing number {i}?", "answers": [f"Person {i}"], "context": f"Thing {i} was made by Person {i}."}
+            for i in range(12)]  # fmt: skip
+    name = write(tmp_path / "squad.jsonl", rows)
+    settings = {"squad": name, "ruler_length": 400, "ruler_samples": 6, "max_answer_tokens": 32, "validation_fraction": 0}
+    train, _ = prepare_answers(AnswerArguments(**settings), tokenizer, 400)
+    assert len(train) == 6
+    for row in train:
+        text = tokenizer.decode(row["prompt_ids"])
+        assert len(row["prompt_ids"]) <= 400 - 32 and row["references"][0] in text and "Who made the thing" in text
+        assert tokenizer.decode(row["answers_ids"][0][:-1]).strip() == row["references"][0]
+    with pytest.raises(RefineError, match="ruler_length=400 must fit into max_length=300"):
+        prepare_answers(AnswerArguments(**settings), tokenizer, 300)
+    with pytest.raises(RefineError, match="--dataset_name, or questions to build them from"):
+        prepare_answers(AnswerArguments(dataset_name=name, **settings), tokenizer, 400)
+
+
 def test_chat_templates_are_used_when_asked_for(tmp_path, tokenizer):
     import copy
 

@@ -7,9 +7,10 @@ import torch
 
 import refine_nsp
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
+from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.text.corpus import HELD_OUT, standard_library
 from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
-from refine_nsp.training.pretrain import Phase, PretrainConfig, encode_texts, pretrain
+from refine_nsp.training.pretrain import NEW_MODELS, Phase, PretrainConfig, encode_texts, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,39 @@ def test_probe_scores_equal_generation(base, filler):
         made = model.generate(torch.tensor([prompt]), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
         right += made[0, -2:].tolist() == answer
     assert score_probes(model, probes).greedy == right / 12
+
+
+def test_lact_starts_with_the_key_of_a_value_like_the_query_that_asks_for_it():
+    """At initialisation: in the second layer the fast key of a token equals the fast query at the same two tokens' second mention."""
+    torch.manual_seed(0)
+    model = NEW_MODELS["lact_swiglu"](PretrainConfig(model_type="lact_swiglu"), 2048)
+    ids = torch.randperm(2000)[None, :60]
+    ids[0, 50:55] = ids[0, 10:15]
+    seen = []
+    mixer = model.model.layers[1].attn
+    mixer.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        model.model(ids, use_cache=False)
+        q, k, v = mixer.qkv(seen[0]).chunk(3, -1)
+        fast_q, tokens = mixer._fast_inputs(seen[0], q, k, v, None)
+    similar = fast_q[0, 0, 51:55] @ tokens.k[0, 0, :49].T  # after (a, b) comes c: the key of c, one place on
+    assert similar.argmax(-1).tolist() == [12, 13, 14, 15]
+
+
+def test_t_intervals():
+    assert t_interval([1.0, 1.1, 0.9]) == (pytest.approx(1.0), pytest.approx(4.303 * 0.1 / 3**0.5))
+    assert t_interval([1.0])[1] != t_interval([1.0])[1]  # nan: one seed has no spread
+
+
+def test_sampled_accuracy_and_temperature(base, filler):
+    windows = torch.tensor(filler[: 4 * 128]).view(4, 128)
+    warm, cold = score_text(base[0], windows), score_text(base[0], windows, temperature=0.5)
+    with torch.no_grad():
+        log_p = (base[0](windows).logits[:, :-1] / 0.5).log_softmax(-1)
+    truth = log_p.gather(-1, windows[:, 1:, None])
+    assert cold.sampled_accuracy == pytest.approx(float(truth.exp().mean()), rel=1e-3)
+    assert cold.loss == pytest.approx(float(-truth.mean()), rel=1e-3)
+    assert cold.accuracy == warm.accuracy and cold.entropy < warm.entropy
 
 
 def test_the_shipped_base_recalls_far_above_chance_and_models_text(base, filler):

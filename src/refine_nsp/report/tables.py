@@ -53,8 +53,10 @@ class Table:
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
-        for name, prose in zip(self.columns, self.prose(), strict=True):
-            table.add_column(name, justify="left" if prose else "right")
+        for i, (name, prose) in enumerate(zip(self.columns, self.prose(), strict=True)):
+            # In a narrow terminal cells are folded, never cut; what a row is about stays whole.
+            short = i == 0 and all(len(show(row[0])) <= TEXT_LENGTH for row in self.rows)
+            table.add_column(name, justify="left" if prose else "right", overflow="fold", no_wrap=short)
         for row in self.rows:
             table.add_row(*(show(c) for c in row))
         return table

@@ -203,7 +203,8 @@ def induction_friendly(model: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
 @torch.no_grad()
 def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
     """The same for a model without convolutions: the first layer's two heads look one and two tokens back and put what they see
-    beside the token itself; in later layers a key stands for the two tokens before it, a query for the two up to it.
+    beside the token itself; in later layers a key stands for the two tokens before it, a query for the two up to it. Their fast weights
+    start with w1 small and its learning rate large, so that what is read is what was written, not what they started from.
     """
     D = model.config.hidden_size
     half, quarter = D // 2, D // 4  # the token; the one before it; the one before that
@@ -225,6 +226,9 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
                 mixer.o_proj.weight[beside, rows] = 0.7 * token * torch.eye(quarter)
                 look_back(mixer, head, head + 1)
             continue
+        mixer.w1 *= 0.02
+        mixer.lr_proj.bias.view(2, 3)[:, 1] = 6.5  # of w1, by head: a rate of about 0.5
+        mixer.ttt_scale_proj.bias.fill_(1.0)
         for head in range(2):
             first, second = head * half, head * half + quarter
             for weight, offset in ((q, 0), (k, 1)):

@@ -10,7 +10,8 @@ from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.text.corpus import HELD_OUT, standard_library
 from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
-from refine_nsp.training.pretrain import NEW_MODELS, Phase, PretrainConfig, encode_texts, pretrain
+from refine_nsp.training.pretrain import Phase, PretrainConfig, encode_texts, pretrain
+from refine_nsp.training.tiny_models import NEW_MODELS
 
 
 @pytest.fixture(scope="module")

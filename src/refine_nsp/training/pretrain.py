@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
-from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.text.corpus import standard_library
 from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
+from refine_nsp.training.tiny_models import NEW_MODELS
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -156,102 +156,6 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> Tensor:
     for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         ids += [*encoded, tokenizer.eos_token_id]
     return torch.tensor(ids)
-
-
-def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
-    """A DeltaNet that starts induction-friendly."""
-    return induction_friendly(DeltaNetForCausalLM(DeltaNetConfig(num_heads=config.num_heads, **_sizes(config, vocab_size))))
-
-
-def new_lact(config: PretrainConfig, vocab_size: int) -> LaCTForCausalLM:
-    """A LaCT whose window and chunk are short, and which starts induction-friendly too."""
-    return lact_induction_friendly(
-        LaCTForCausalLM(
-            LaCTConfig(
-                num_attn_heads=config.num_heads, num_lact_heads=config.num_heads, lact_chunk_size=config.window,
-                window_size=config.window, w0_w2_low_rank=32, initializer_range=0.02, qkv_bias=True, ttt_nope=True,
-                **_sizes(config, vocab_size),
-            )
-        )
-    )  # fmt: skip
-
-
-def _sizes(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,
-        "intermediate_size": config.intermediate_size, "tie_word_embeddings": True,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-    }  # fmt: skip
-
-
-NEW_MODELS = {"delta_net": new_delta_net, "lact_swiglu": new_lact}
-
-
-@torch.no_grad()
-def induction_friendly(model: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
-    """q and k alike, k one token late: a key stands for the two tokens before it, a query for the two up to it."""
-    for layer in model.model.layers:
-        mixer = layer.attn
-        mixer.q_proj.weight.copy_(mixer.k_proj.weight)
-        for conv, taps in ((mixer.q_conv1d, (-2, -1)), (mixer.k_conv1d, (-3, -2)), (mixer.v_conv1d, (-1,))):
-            conv.weight.mul_(0.1)
-            for tap in taps:
-                conv.weight[:, 0, tap] += 1.0
-    return model
-
-
-@torch.no_grad()
-def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
-    """The same for a model without convolutions: the first layer's two heads look one and two tokens back and put what they see
-    beside the token itself; in later layers a key stands for the two tokens before it, a query for the two up to it. Their fast weights
-    start with w1 small and its learning rate large, so that what is read is what was written, not what they started from.
-    """
-    D = model.config.hidden_size
-    half, quarter = D // 2, D // 4  # the token; the one before it; the one before that
-    features = torch.randn(quarter, half) / half**0.5
-    # Larger than what the other layers add at first, or the token drowns in it.
-    token = 3 * model.config.initializer_range
-    model.model.embeddings.weight[:, :half] *= token / model.config.initializer_range
-    model.model.embeddings.weight[:, half:] *= 0.1
-    for index, layer in enumerate(model.model.layers):
-        mixer = layer.attn
-        q, k, v = (mixer.qkv.weight[i * D : (i + 1) * D] for i in range(3))
-        if index == 0:
-            mixer.o_proj.weight.zero_()
-            for head in range(2):
-                rows = slice(head * half, head * half + quarter)
-                v[rows, :half] = features
-                # As large as an embedding, which the norm before has scaled to about 1.4 in its half of the channels.
-                beside = slice(half + head * quarter, half + (head + 1) * quarter)
-                mixer.o_proj.weight[beside, rows] = 0.7 * token * torch.eye(quarter)
-                look_back(mixer, head, head + 1)
-            continue
-        mixer.w1 *= 0.02
-        mixer.lr_proj.bias.view(2, 3)[:, 1] = 6.5  # of w1, by head: a rate of about 0.5
-        mixer.ttt_scale_proj.bias.fill_(1.0)
-        for head in range(2):
-            first, second = head * half, head * half + quarter
-            for weight, offset in ((q, 0), (k, 1)):
-                weight[first : first + half] *= 0.1
-                source = (features, 0) if offset == 0 else (torch.eye(quarter), half)
-                weight[first:second, source[1] : source[1] + source[0].shape[1]] += source[0]
-                at = half + offset * quarter
-                weight[second : second + quarter, at : at + quarter] += torch.eye(quarter)
-    return model
-
-
-def look_back(mixer: Any, head: int, tokens: int, strength: float = 30.0, pairs: int = 8) -> None:
-    """Bias a head's attention to the token `tokens` back, by the fastest rotary pairs; the fast weights do not see the bias."""
-    D, d = mixer.config.hidden_size, mixer.config.hidden_size // mixer.config.num_attn_heads
-    theta = mixer.config.rope_theta ** (-torch.arange(pairs) / (d // 2))
-    size = strength**0.5
-    q, k = (i * D + head * d for i in range(2))
-    mixer.qkv.bias[k : k + pairs] = size
-    mixer.qkv.bias[q : q + pairs] = size * torch.cos(theta * tokens)
-    mixer.qkv.bias[q + d // 2 : q + d // 2 + pairs] = -size * torch.sin(theta * tokens)
-    channels = slice(head * d, (head + 1) * d)
-    for column, start in ((0, q), (1, k)):
-        mixer.qk_offset[channels, column] = -mixer.qkv.bias[start : start + d]
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

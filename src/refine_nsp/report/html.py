@@ -20,7 +20,7 @@ p.note { color:var(--dim); margin:.3rem 0; font-size:.9rem; }
 caption { text-align:left; font-weight:600; padding:.3rem 0; }
 th,td { border-bottom:1px solid var(--line); padding:.3rem .7rem; text-align:right; white-space:nowrap; }
 th.prose,td.prose { text-align:left; } thead th { border-bottom:2px solid var(--line); }
-.plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(22rem,1fr)); gap:1rem; }
+.plots { display:grid; grid-template-columns:repeat(auto-fill,minmax(22rem,1fr)); gap:1rem; }
 .plots svg { width:100%; height:auto; background:#fff; border:1px solid var(--line); border-radius:6px; }
 pre { background:var(--soft); border:1px solid var(--line); border-radius:6px; padding:.8rem; overflow-x:auto; font-size:.82rem; }
 details { margin:.5rem 0; } summary { cursor:pointer; color:var(--link); }

@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.text_metrics import MATCHES
 from refine_nsp.files import write_whole
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
 CURVES = (
     ("loss_ntp", "NTP loss (training)", "nats"),
+    ("loss_answer", "cross-entropy of answers (training)", "nats"),
+    ("inner_loss_ntp", "NTP loss on prompts (inner update)", "nats"),
     ("loss_policy", "policy loss", ""),
-    ("eval_loss", "NTP loss (validation)", "nats"),
+    ("eval_loss", "loss (validation)", "nats"),
+    *((f"eval_{name}", f"answers: {name.replace('_', ' ')} (validation)", "") for name in MATCHES),
     ("eval_accuracy", "NTP accuracy (validation)", ""),
+    ("eval_sampled_accuracy", "NTP accuracy of a sampled token (validation)", ""),
     ("eval_greedy_match", "greedy K-token match (validation)", ""),
     ("eval_cosine", "mean cosine (validation)", ""),
     ("entropy", "entropy", "nats"),
+    ("inner_entropy", "entropy on prompts", "nats"),
     ("entropy_at_positions", "entropy at chosen positions", "nats"),
     ("reward_group_std", "reward std within groups", ""),
     ("grad_norm", "gradient norm", ""),
@@ -89,14 +95,16 @@ def report(folders: list[Path], output: Path) -> Path:
 
 
 def summary_table(runs: list[Run]) -> Table:
-    """The last value of every known figure, one row a run."""
+    """The last value of every known figure, one column a run."""
     keys = [(k, title) for k, title, _ in CURVES if any(r.curve(k)[1] for r in runs)]
-    rows: list[list[Cell]] = [[r.name, *(r.last(k) for k, _ in keys)] for r in runs]
-    return Table("Last logged value", ["run", *(title for _, title in keys)], rows)
+    rows: list[list[Cell]] = [[title, *(r.last(k) for r in runs)] for k, title in keys]
+    return Table("Last logged value", ["figure", *(r.name for r in runs)], rows)
 
 
 def curve_plots(runs: list[Run]) -> str:
-    rewards = sorted({k for r in runs for m in r.metrics for k in m if k.startswith("reward_") and not k.endswith("_std")})
+    rewards = sorted(
+        {k for r in runs for m in r.metrics for k in m if k.startswith(("reward_", "inner_reward_")) and not k.endswith("_std")}
+    )
     wanted = [*CURVES, *((k, k.replace("_", " "), "") for k in rewards)]
     drawn = []
     for key, title, unit in wanted:

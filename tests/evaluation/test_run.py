@@ -1,6 +1,9 @@
 """Evaluations end to end: oracles, resuming, comparing, documents, likelihoods, lm-eval's interface, and bad input."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -374,3 +377,28 @@ def test_the_ttt_command(tmp_path, capsys):
     assert "adapted (refine)" in out and "extra MiB" in out
     assert main(["ttt", "--prompt", "short"]) == 1
     assert "cannot be adapted to" in capsys.readouterr().err
+
+
+def test_two_processes_answer_what_one_does(files, tmp_path):
+    flags = ["evaluate", "refine-nsp/tiny-delta-net", "--tasks", "prompts", "piqa", "--prompts", str(files / "prompts.jsonl")]
+    flags += ["--short_context", str(files)]
+    assert main([*flags, "--output_dir", str(tmp_path / "one")]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "refine_nsp.cli",
+        *flags,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [*command, "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "two" / "examples").glob("*.rank1.jsonl"))) == 2
+    for task in ("say", "piqa"):
+        one, two = (read_rows(tmp_path / name, task) for name in ("one", "two"))
+        assert one.keys() == two.keys() and all(one[k].output == two[k].output for k in one)
+    assert (tmp_path / "two" / "report.html").exists()

@@ -18,6 +18,7 @@ from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
 from refine_nsp.files import write_whole
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.processes import process_state
 from refine_nsp.report.evaluation import results_table, write_evaluation
 from refine_nsp.report.tables import Table
 
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     arguments.check()
     if ttt.ttt is not None:
         ttt.config(ttt.ttt)  # refuse bad settings before anything is built
-    model = load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval()
+    model = load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval().to(process_state().device)
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
     check_vocabulary(model, tokenizer)
     tasks = build_tasks(arguments, tokenizer)
@@ -67,6 +68,8 @@ def run(argv: Sequence[str]) -> None:
     settings = {k: v for part in (run_args, arguments, ttt) for k, v in asdict(part).items() if k not in FREE}
     settings["weights"] = float(sum(p.detach().double().sum() for p in model.parameters()))
     results = evaluate(tasks, context, out, settings)
+    if not process_state().is_main_process:
+        return
     results += [r for name in harness_names(arguments) for r in harness_results(name, model, tokenizer, arguments, out)]
     config = yaml.safe_dump(resolved(run_args, arguments, ttt), sort_keys=True)
     write_whole(out / "config.yaml", config)

@@ -28,6 +28,7 @@ def run(args: Any) -> None:
     from transformers import TextStreamer
 
     from refine_nsp.models.load import check_vocabulary, load
+    from refine_nsp.processes import process_state
 
     prompt = read_prompt(args)
     if args.max_new_tokens < 1:
@@ -36,13 +37,14 @@ def run(args: Any) -> None:
         raise RefineError(f"--temperature must be positive, got {args.temperature}; for the likeliest token use --greedy")
     model, tokenizer = load(args.model)
     check_vocabulary(model, tokenizer)
+    model.to(process_state().device)
     torch.manual_seed(args.seed)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise RefineError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
     sampling = {} if args.greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     model.generate(
-        **inputs, max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, streamer=TextStreamer(tokenizer),
+        **inputs.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, streamer=TextStreamer(tokenizer),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **sampling,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from refine_nsp.commands.options import Options
 from refine_nsp.errors import RefineError
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.load import check_vocabulary, load
+from refine_nsp.processes import process_state
 from refine_nsp.report.tables import Table
 from refine_nsp.training.test_time import TestTimeTrainer, nbytes
 
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
         return
     model, tokenizer = load(prompt.model_name_or_path)
     check_vocabulary(model, tokenizer)
-    model.eval()
+    model.eval().to(process_state().device)
     request = Request(0, tokenizer(text)["input_ids"], prompt.max_new_tokens)
     trainer = TestTimeTrainer(model, config)
     plain, plain_seconds = answer(model, tokenizer, request)

@@ -59,12 +59,12 @@ def score_probes(model: Any, probes: ProbeSet, temperature: float = 1.0) -> Reca
     found: list[tuple[bool, float]] = []
     for start in range(0, len(rows), max(1, BATCH_TOKENS // probes.length)):
         batch = rows[start : start + max(1, BATCH_TOKENS // probes.length)]
-        lengths = torch.tensor([len(r) for r in batch])
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        lengths = torch.tensor([len(r) for r in batch], device=model.device)
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
         hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
         for row, h, n in zip(batch, hidden, lengths.tolist(), strict=True):
             logits = model.lm_head(h[probes.length - 1 : n - 1]).float() / temperature
-            truth = row[probes.length :]
+            truth = row[probes.length :].to(logits.device)
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
             found.append((bool((logits.argmax(-1) == truth).all()), float(log_p)))
     count = len(found)
@@ -90,10 +90,10 @@ def score_text(model: Any, windows: Tensor, temperature: float = 1.0) -> TextSco
     """Next-token figures on windows [n, T] long, each from a fresh state, of the distribution at `temperature`."""
     n, T = windows.shape
     loss = accuracy = entropy = sampled = 0.0
-    for rows in windows.split(max(1, BATCH_TOKENS // T)):
+    for rows in windows.to(model.device).split(max(1, BATCH_TOKENS // T)):
         hidden = model.model(rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = rows[:, 1:].flatten()
-        weights = torch.ones(len(targets))
+        weights = torch.ones(len(targets), device=model.device)
         total, stats = linear_cross_entropy(hidden / temperature, model.lm_head.weight, targets, weights)
         loss += float(total)
         sampled += float((-stats.nll).exp().sum())

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Estimate, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
 from refine_nsp.files import write_whole
+from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
 
 
@@ -42,11 +41,14 @@ def evaluate(
     Raises:
         RefineError: the folder belongs to another evaluation.
     """
-    claim_folder(out, settings)
-    state = PartialState()
+    state = process_state()
+    with state.main_process_first():  # which also mends files an interruption left
+        claim_folder(out, settings)
+        missing = {task.name: missing_ids(task, out) for task in tasks}
+    state.wait_for_everyone()  # nobody writes while another still reads
     started = time.monotonic()
     for task in tasks:
-        answer_missing(task, context, out, state, quiet)
+        answer_missing(task, missing[task.name], context, out, state, quiet)
     state.wait_for_everyone()
     results = [summarise(task.name, [rows[i] for i in task.ids()]) for task in tasks for rows in [read_rows(out, task.name)]]
     if state.is_main_process:
@@ -70,10 +72,14 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
         raise RefineError(f"{out} holds an evaluation with other settings ({shown}); choose another --output_dir, or remove it")
 
 
-def answer_missing(task: Task, context: Context, out: Path, state: Any, quiet: bool) -> None:
-    """Rows of this process' share of the examples without one, appended as they come."""
+def missing_ids(task: Task, out: Path) -> list[str]:
+    """The examples without a row, in the task's order."""
     known = read_rows(out, task.name)
-    missing = [i for i in task.ids() if i not in known]
+    return [i for i in task.ids() if i not in known]
+
+
+def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Path, state: Any, quiet: bool) -> None:
+    """Rows of this process' share of the missing examples, appended as they come."""
     mine = missing[state.process_index :: state.num_processes]
     if not mine:
         return

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 Cell = str | float | int | None
 
 
-TEXT_LENGTH = 24  # a column with a longer cell is prose, and reads from the left
+TEXT_LENGTH = 24  # a column with a longer cell, or one of words alone, is prose, and reads from the left
 
 
 def show(cell: Cell) -> str:
@@ -19,6 +19,10 @@ def show(cell: Cell) -> str:
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _is_prose(cell: Cell) -> bool:
+    return isinstance(cell, str) and (len(cell) > TEXT_LENGTH or (bool(cell.strip()) and not any(c.isdigit() for c in cell)))
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,7 @@ class Table:
 
     def prose(self) -> list[bool]:
         """Which columns hold text rather than figures."""
-        return [
-            i == 0 or any(isinstance(row[i], str) and len(str(row[i])) > TEXT_LENGTH for row in self.rows)
-            for i in range(len(self.columns))
-        ]
+        return [i == 0 or any(_is_prose(row[i]) for row in self.rows) for i in range(len(self.columns))]
 
     def markdown(self) -> str:
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]

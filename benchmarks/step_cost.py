@@ -13,7 +13,7 @@ import torch
 
 from _timing import alternate, model_of, ratio
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.prefix import Batch, next_token_loss
+from refine_nsp.nsp.prefix import Batch, next_token_loss, run_pass
 from refine_nsp.nsp.step import ReFINEStep
 
 SCHEDULES = ("fused", "snapshot", "reprefill")
@@ -74,6 +74,38 @@ def measure(family: str, T: int, generations: list[int], rounds: int, selection:
         print(f"    {s:9s} N={n}  time {ratio(seconds[f'{s} N={n}'], seconds['ntp'])}  peak memory {memory:.2f}")
 
 
+def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
+    """Where the snapshot schedule's time goes (N=1): what its first pass adds is what it costs over `fused`."""
+    model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
+    step = ReFINEStep(model, NSPConfig(schedule="snapshot", reward="hybrid", selection=selection))
+    batch = Batch(ids, torch.tensor([T]))
+    rollouts = step.rollout(ids, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def trunk() -> None:
+        model.model(ids, output_states=True, use_cache=False)
+
+    @torch.no_grad()
+    def first_pass() -> None:
+        run_pass(model, batch, batch.num_targets)
+
+    def learn() -> None:
+        step.learn(ids, rollouts).loss.backward()
+        model.zero_grad()
+
+    candidates = {
+        "NTP step": lambda: ntp_step(model, ids),
+        "first pass: layers": trunk,
+        "first pass: layers, head and statistics": first_pass,
+        "first pass and rollouts": lambda: step.rollout(ids, generator=torch.Generator().manual_seed(0)),
+        "gradient pass with the policy loss": learn,
+    }
+    seconds = alternate(candidates, rounds)
+    print(f"{family}  T {T}  snapshot N=1, its parts relative to an NTP step")
+    for name in list(candidates)[1:]:
+        print(f"    {name:40s} {ratio(seconds[name], seconds['NTP step'])}")
+
+
 def main() -> None:
     if "--child" in sys.argv:
         family, T, schedule, N, selection = sys.argv[sys.argv.index("--child") + 1 :]
@@ -87,8 +119,13 @@ def main() -> None:
     parser.add_argument("--selection", default="entropy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", action="store_true", help="instead: where the snapshot schedule's time goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.parts:
+        for family in args.models:
+            parts_of_snapshot(family, max(args.lengths), args.rounds, args.selection)
+        return
     print(f"P=8, K=5, {args.threads} thread(s), float32; time and memory relative to NTP: median (min-max) of pairs")
     for family in args.models:
         for T in args.lengths:

@@ -42,7 +42,7 @@ def recall_figures(model: Any, material: m.Material, scale: Scale, temperature: 
     """Mean over kinds of probe: greedy exact match, log p of the answer, probability of sampling it at `temperature`."""
     kinds = [(n, scale.needles) for n in scale.needle_lengths[-2:]]
     kinds += [(scale.needle_lengths[-1], 2 * scale.needles)]
-    probes = make_probes(material.tokenizer, material.held, kinds, scale.needle_prompts, seed=100)
+    probes = make_probes(material.tokenizer, material.held, kinds, scale.recall_prompts, seed=100)
     scores = [score_probes(model, p, temperature) for p in probes]
     return {name: mean(getattr(s, name) for s in scores) for name in ("greedy", "log_p", "sampled")}
 

@@ -48,6 +48,7 @@ class Scale:
     needle_lengths: tuple[int, ...] = (256, 512, 1024)
     needles: int = 16
     needle_prompts: int = 32
+    recall_prompts: int = 64
     post_steps: int = 32
     post_prompts: int = 8
     post_length: int = 512
@@ -63,7 +64,7 @@ SCALES = {
     # Minutes, to see that everything runs; its figures mean nothing.
     "smoke": Scale(
         seeds=2, mid_steps=2, mid_length=256, curve_every=1, text_windows=4, needle_lengths=(256,), needles=4, needle_prompts=4,
-        post_steps=2, post_prompts=2, post_length=256, qa_lengths=(256,), qa_prompts=4, test_time_prompts=2,
+        recall_prompts=4, post_steps=2, post_prompts=2, post_length=256, qa_lengths=(256,), qa_prompts=4, test_time_prompts=2,
         test_time_learning_rates=(1e-4,),
     ),
 }  # fmt: skip

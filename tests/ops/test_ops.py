@@ -17,7 +17,7 @@ from refine_nsp.ops.norm import (
 )
 from refine_nsp.ops.short_conv import naive_short_conv, short_conv
 from refine_nsp.ops.swiglu import naive_swiglu, swiglu
-from refine_nsp.ops.window_attention import naive_window_attention, window_attention
+from refine_nsp.ops.window_attention import branched_window_attention, naive_window_attention, window_attention
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -137,6 +137,21 @@ def test_window_attention(window, slots):
     q, k, v = leaf(2, 2, T, 4), leaf(2, 2, slots + T, 4), leaf(2, 2, slots + T, 4)
     past = torch.tensor([min(slots, 2), slots])
     assert_same(lambda *x: window_attention(*x, window, past), lambda *x: naive_window_attention(*x, window, past), (q, k, v))
+
+
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_branched_window_attention(window):
+    S, n, T = 3, 2, 5
+    q, k, v = (leaf(S * n, 2, T, 4) for _ in range(3))
+    past_k, past_v = leaf(S, 2, window - 1, 4), leaf(S, 2, window - 1, 4)
+    past = torch.tensor([0, 1, 8]).clamp(max=window - 1)
+
+    def joined(q, past_k, past_v, k, v):
+        again = [x.repeat_interleave(n, 0) for x in (past_k, past_v)]
+        whole = [torch.cat(pair, 2) for pair in zip(again, (k, v), strict=True)]
+        return naive_window_attention(q, *whole, window, past.repeat_interleave(n))
+
+    assert_same(lambda *x: branched_window_attention(*x, window, past), joined, (q, past_k, past_v, k, v))
 
 
 def test_window_attention_sees_what_it_should():

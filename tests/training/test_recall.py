@@ -8,6 +8,7 @@ import torch
 import refine_nsp
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
 from refine_nsp.evaluation.statistics import t_interval
+from refine_nsp.models.load import SHIPPED
 from refine_nsp.text.corpus import HELD_OUT, standard_library
 from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
 from refine_nsp.training.pretrain import Phase, PretrainConfig, encode_texts, pretrain
@@ -92,8 +93,9 @@ def test_sampled_accuracy_and_temperature(base, filler):
     assert cold.accuracy == warm.accuracy and cold.entropy < warm.entropy
 
 
-def test_the_shipped_base_recalls_far_above_chance_and_models_text(base, filler):
-    model, tokenizer = base
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_bases_recall_far_above_chance_and_model_text(name, filler):
+    model, tokenizer = refine_nsp.load(name)
     near, far = make_probes(tokenizer, filler, [(256, 4), (256, 16)], 40, seed=9)
     assert score_probes(model, near).greedy > 0.7
     assert score_probes(model, far).greedy > 0.4

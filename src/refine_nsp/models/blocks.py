@@ -70,6 +70,14 @@ class FastWeightBlock(GradientCheckpointingLayer):
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), trace
 
+    def branch(self, x: Tensor, state: LayerState, offsets: Tensor) -> Tensor:
+        """Go on from states [S, ...], each shared by n neighbouring rows of x [S*n, T, D], and keep none. offsets: [S] long."""
+        n = x.shape[0] // offsets.shape[0]
+        if n > 1:
+            state = {name: z.repeat_interleave(n, 0) for name, z in state.items()}
+            offsets = offsets.repeat_interleave(n)
+        return self(x, None, state, offsets)[0]
+
 
 @dataclass
 class FastWeightModelOutput(BaseModelOutputWithPast):
@@ -120,7 +128,13 @@ def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, 
 
 
 class FastWeightModel(FastWeightPreTrainedModel):
-    """Embedding, blocks, final norm. Subclasses give `make_block(config, layer_idx)`."""
+    """Embedding, blocks, final norm. Subclasses give `make_block(config, layer_idx)`.
+
+    shares_states: whether rows that branch from one state read it together instead of each its copy, so that running a few tokens
+    again costs less than keeping the states in between.
+    """
+
+    shares_states: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -158,7 +172,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             input_ids: [B, T] long; or `inputs_embeds` [B, T, D].
             attention_mask: [B, T] or [B, past + T], 1 for real tokens, any pattern; or `lengths` [B] long for right padding.
             past_key_values: states to go on from. With `use_cache` they are replaced in the given object (tensors never are
-                written in place); without, they are only read.
+                written in place); without, they are only read, and may be of S rows with B = S*n: n neighbours go on from each.
             use_cache: default `config.use_cache` in eval mode, False in training mode.
             snapshot_positions: [B, P] long, input column of the last token of each prefix (-1: before the first).
             output_states: also return `states`, from which snapshots can be taken after the outputs are known.
@@ -168,9 +182,14 @@ class FastWeightModel(FastWeightPreTrainedModel):
         """
         x = self._embed(input_ids, inputs_embeds)
         B, T, _ = x.shape
-        past = self._check_past(past_key_values, B)
         use_cache = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
+        past = self._check_past(past_key_values, B, use_cache)
         aligned = alignment(attention_mask, lengths, T)
+        keeps = use_cache or output_states or snapshot_positions is not None or output_hidden_states
+        if past is not None and past.lengths is not None and aligned is None and not keeps:
+            return FastWeightModelOutput(last_hidden_state=self._branch(x, past), past_key_values=past)
+        if past is not None and past.is_initialized and past.batch_size != B:
+            past = past.expand(B // past.batch_size)
         if aligned is not None:
             x = aligned.align(x)
         row_lengths = None if aligned is None else aligned.lengths
@@ -211,6 +230,12 @@ class FastWeightModel(FastWeightPreTrainedModel):
             states=PrefixStates(traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
         )
 
+    def _branch(self, x: Tensor, past: FastWeightCache) -> Tensor:
+        """Final-norm output [S*n, T, D] after states of S rows that are only read."""
+        for layer, state in zip(self.layers, past.layers, strict=True):
+            x = cast(FastWeightBlock, layer).branch(x, state, past._lengths())
+        return self.norm(x)
+
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise RefineError("pass either input_ids or inputs_embeds")
@@ -221,14 +246,15 @@ class FastWeightModel(FastWeightPreTrainedModel):
             raise RefineError(f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}")
         return self.embeddings(input_ids)
 
-    def _check_past(self, past: Any, n_rows: int) -> FastWeightCache | None:
+    def _check_past(self, past: Any, n_rows: int, use_cache: bool) -> FastWeightCache | None:
         if past is None:
             return None
         if not isinstance(past, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past).__name__}")
-        if past.is_initialized and past.batch_size != n_rows:
+        if past.is_initialized and (n_rows % past.batch_size or (use_cache and past.batch_size != n_rows)):
             raise RefineError(
-                f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows"
+                f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
+                "use_cache=False to go on from each with a whole number of rows"
             )
         return past
 

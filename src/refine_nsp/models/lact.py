@@ -30,7 +30,7 @@ from refine_nsp.models.blocks import (
 from refine_nsp.models.state import LayerState, last_inputs
 from refine_nsp.ops.lact_update import FastState, Triple, UpdateRule, initial_state, read, row_norms, update
 from refine_nsp.ops.rotary import apply_rotary, rotary_tables
-from refine_nsp.ops.window_attention import window_attention
+from refine_nsp.ops.window_attention import branched_window_attention, window_attention
 
 BASE_LEARNING_RATE = 0.001
 NORM_EPS = 1e-5  # of the q/k norms and of the read-out norm: the original does not pass norm_eps to them
@@ -264,22 +264,64 @@ class LaCTMixer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, LaCTTrace]:
         c = self.config
-        q, k, v = self.qkv(x).chunk(3, -1)
-        if c.attn_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        positions = offsets[:, None] + torch.arange(x.shape[1], device=x.device)
-        tables = rotary_tables(positions, c.hidden_size // c.num_attn_heads, c.rope_theta, x.dtype)
+        q, k, v, tables = self._project(x, offsets)
         attended, keys, values = self._attend(q, k, v, state, offsets, tables)
         fast_q, tokens = self._fast_inputs(x, q, k, v, tables)
         opened, tokens = self._with_open_tokens(tokens, state, offsets)
         start = initial_state(self._initial_weights(len(x)), c.update_rule) if state is None else _state_from_named(state)
         recalled, chunks = self._run_chunks(fast_q, tokens, start, opened, lengths)
-        recalled = self.ttt_norm(recalled)  # [B, H, T, d]
-        if c.learnable_ttt_scale:
-            recalled = recalled * F.silu(self.ttt_scale_proj(x)).transpose(1, 2)[..., None]
-        y = self.o_proj(attended + recalled.transpose(1, 2).flatten(2))
         before = None if state is None else (state["window_k"], state["window_v"])
-        return y, LaCTTrace(chunks, tokens, opened, c.lact_chunk_size, keys, values, before, c.window_size)
+        trace = LaCTTrace(chunks, tokens, opened, c.lact_chunk_size, keys, values, before, c.window_size)
+        return self._combine(x, attended, recalled), trace
+
+    def branch(self, x: Tensor, state: LayerState, offsets: Tensor) -> Tensor:
+        """As `forward` from states of S rows, each shared by n neighbouring rows of x [S*n, T, D], T at most a chunk.
+
+        Fast weights and window are as large as many thousand tokens; here they are neither copied nor joined to anything.
+        """
+        c, S = self.config, offsets.shape[0]
+        q, k, v, tables = self._project(x, offsets.repeat_interleave(x.shape[0] // S))
+        heads = [z.unflatten(-1, (c.num_attn_heads, -1)) for z in (q, k, v)]
+        own = [z.transpose(1, 2) for z in (*(apply_rotary(z, *tables) for z in heads[:2]), heads[2])]
+        past_k, past_v = (state[name].transpose(1, 2) for name in ("window_k", "window_v"))
+        filled = offsets.clamp(max=c.window_size - 1)
+        attended = branched_window_attention(own[0], past_k, past_v, own[1], own[2], c.window_size, filled)
+        fast_q, tokens = self._fast_inputs(x, q, k, v, tables)
+        return self._combine(x, attended.transpose(1, 2).flatten(2), self._read_branches(fast_q, tokens, state, offsets))
+
+    def _read_branches(self, q: Tensor, tokens: Tokens, state: LayerState, offsets: Tensor) -> Tensor:
+        """What the fast weights give queries [S*n, H, T, d]; rows that go on beyond their chunk learn from it first."""
+        S, (R, H, T, d) = offsets.shape[0], q.shape
+        n = R // S
+        folded = q.view(S, n, H, T, d).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, d]: n rows read the same weights
+        start = _state_from_named(state)
+        recalled = read(start.weights, folded).view(S, H, n, T, d).transpose(1, 2).flatten(0, 1)
+        beyond = _open_tokens(offsets, self.config.lact_chunk_size) + T > self.config.lact_chunk_size
+        if not bool(beyond.any()):
+            return recalled
+        owners = beyond.nonzero()[:, 0].repeat_interleave(n)
+        rows = beyond.repeat_interleave(n).nonzero()[:, 0]
+        named = {name: z.index_select(0, owners) for name, z in state.items()}
+        picked = Tokens.from_named({name: z.index_select(0, rows) for name, z in tokens.named().items()})
+        opened, joined = self._with_open_tokens(picked, named, offsets[owners])
+        learned, _ = self._run_chunks(q.index_select(0, rows), joined, _state_from_named(named), opened, None)
+        return recalled.index_copy(0, rows, learned)
+
+    def _project(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """q, k, v [B, T, D], and the rotary tables of their positions."""
+        c = self.config
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if c.attn_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        positions = offsets[:, None] + torch.arange(x.shape[1], device=x.device)
+        return q, k, v, rotary_tables(positions, c.hidden_size // c.num_attn_heads, c.rope_theta, x.dtype)
+
+    def _combine(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
+        """attended [B, T, D] and recalled [B, H, T, d] -> y [B, T, D]."""
+        recalled = self.ttt_norm(recalled)
+        if self.config.learnable_ttt_scale:
+            recalled = recalled * F.silu(self.ttt_scale_proj(x)).transpose(1, 2)[..., None]
+        return self.o_proj(attended + recalled.transpose(1, 2).flatten(2))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, offsets: Tensor, tables: tuple[Tensor, Tensor]
@@ -322,7 +364,7 @@ class LaCTMixer(nn.Module):
     def _with_open_tokens(self, tokens: Tokens, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, Tokens]:
         """Put this pass's tokens behind each row's open ones, so that chunk boundaries coincide across rows."""
         C = self.config.lact_chunk_size
-        opened = torch.where(offsets > 0, (offsets - 1) % C + 1, 0)
+        opened = _open_tokens(offsets, C)
         if state is None:
             return opened, tokens
         width, T = state["open_k"].shape[2], tokens.k.shape[2]
@@ -370,6 +412,11 @@ class LaCTMixer(nn.Module):
         return torch.cat(outputs, 2) if in_step else torch.stack(outputs).sum(0), states
 
 
+def _open_tokens(offsets: Tensor, chunk: int) -> Tensor:
+    """How many of a row's `offsets` [B] tokens are in its open chunk: a complete one stays open until the next token arrives."""
+    return torch.where(offsets > 0, (offsets - 1) % chunk + 1, 0)
+
+
 def _read_span(state: FastState, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Read queries start[b] .. end[b] - 1 of q [B, H, T, d] -> [B, H, T, d] with zeros elsewhere, ready to be summed."""
     width = int((end - start).max())
@@ -397,11 +444,24 @@ def _unit(x: Tensor) -> Tensor:
     return (x / (norm + 1e-5)).to(x.dtype)
 
 
+class LaCTBlock(FastWeightBlock):
+    """A block whose branches read one state together."""
+
+    attn: LaCTMixer
+
+    def branch(self, x: Tensor, state: LayerState, offsets: Tensor) -> Tensor:
+        if x.shape[1] > self.attn.config.lact_chunk_size:
+            return super().branch(x, state, offsets)
+        x = x + self.attn.branch(self.attn_norm(x), state, offsets)
+        return x + self.mlp(self.mlp_norm(x))
+
+
 class LaCTModel(FastWeightModel):
     config_class = LaCTConfig
+    shares_states = True
 
     def make_block(self, config: LaCTConfig, layer_idx: int) -> FastWeightBlock:
-        return FastWeightBlock(config, LaCTMixer(config))
+        return LaCTBlock(config, LaCTMixer(config))
 
 
 class LaCTForCausalLM(FastWeightForCausalLM):

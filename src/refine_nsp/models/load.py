@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from refine_nsp.errors import RefineError, closest
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SHIPPED = {"refine-nsp/tiny-delta-net": ASSETS / "tiny-delta-net"}
+SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-lact")}
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

@@ -87,7 +87,7 @@ def continue_from_states(
 
     Args:
         at_prefix: [B*P, D] hidden state at each prefix's last token, which predicts the first rollout token.
-        states: B*P rows, expanded here to R.
+        states: B*P rows, each read by N rollouts.
         tokens: [B, P, N, K] long.
         need_hidden: also consume the last token, whose hidden state only a reward asks for.
     """
@@ -96,7 +96,7 @@ def continue_from_states(
     consumed = rows if need_hidden else rows[:, : K - 1]
     first = at_prefix.repeat_interleave(N, 0)[:, None]
     if consumed.shape[1]:
-        after = model.model(consumed, past_key_values=states.expand(N), use_cache=False).last_hidden_state
+        after = model.model(consumed, past_key_values=states, use_cache=False).last_hidden_state
         predicting = torch.cat([first, after[:, : K - 1]], 1)
     else:
         after, predicting = None, first

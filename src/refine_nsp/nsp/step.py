@@ -207,8 +207,8 @@ class _Step:
         prefix_hidden = gather_positions(whole.hidden, positions).flatten(0, 1)
         tokens, log_probs, hidden = sample_rollouts(
             model,
-            states.detach().expand(c.num_generations),
-            prefix_hidden.repeat_interleave(c.num_generations, 0),
+            states.detach(),
+            prefix_hidden,
             u_tokens.reshape(-1, c.rollout_length),
             c.temperature,
         )

@@ -30,6 +30,31 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor)
     return torch.cat([_attend(q, k, v, window, past, s, min(s + block, T)) for s in range(0, T, block)], 2)
 
 
+def branched_window_attention(
+    q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor
+) -> Tensor:
+    """`window_attention` of S*n rows, of which n neighbours share their past: it is neither copied nor joined to their own keys.
+
+    Args:
+        q, k, v: [S*n, H, T, d]. past_k, past_v: [S, H, window - 1, d], the newest last. past: [S] long, how many of them are filled.
+    """
+    S, (R, H, T, d) = past_k.shape[0], q.shape
+    W, n = past_k.shape[2], R // S
+    t = torch.arange(T, device=q.device)[:, None]
+    slot = torch.arange(W, device=q.device)
+    seen = (slot >= t) & (slot >= W - past[:, None, None])  # [S, T, W]: within the window, and filled
+    back = t - torch.arange(T, device=q.device)
+    own = (back >= 0) & (back < window)  # [T, T]
+    folded = q.view(S, n, H, T, d).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, d]: their queries are read together
+    to_past = (folded @ past_k.mT).view(S, H, n, T, W).transpose(1, 2)
+    to_past = to_past.masked_fill(~seen[:, None, None], -torch.inf).flatten(0, 1)
+    to_own = (q @ k.mT).masked_fill(~own, -torch.inf)
+    p = (torch.cat([to_past, to_own], -1) * d**-0.5).softmax(-1)
+    p_past = p[..., :W].unflatten(0, (S, n)).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, W]
+    from_past = (p_past @ past_v).view(S, H, n, T, d).transpose(1, 2).flatten(0, 1)
+    return from_past + p[..., W:] @ v
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: int, end: int) -> Tensor:
     """Queries start .. end - 1."""
     slots = k.shape[2] - q.shape[2]

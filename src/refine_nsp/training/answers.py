@@ -38,7 +38,9 @@ class AnswerArguments:
         apply_chat_template: wrap prompts by the tokenizer's chat template.
         squad, hotpotqa: instead of dataset_name, build RULER's qa_1 and qa_2 prompts from these questions (json as published, jsonl,
             parquet, hub name): the paper's SQuADQA and HotpotQA training sets.
-        ruler_length: prompt and answer together, in tokens. ruler_samples: prompts from each. ruler_seed: of their documents.
+        ruler_length: of a prompt built so, its answer included, in tokens.
+        ruler_samples: prompts built from each of the two.
+        ruler_seed: of the documents they are given.
     """
 
     dataset_name: str | None = None

@@ -57,7 +57,7 @@ class Settings:
     """Sizes of the job. Probes are (prompt tokens, needles); the base was trained on rows of up to 512 tokens."""
 
     seeds: int = 3
-    steps: int = 32
+    steps: int = 48
     sequences_per_step: int = 4
     max_length: int = 512
     learning_rate: float = 3e-4

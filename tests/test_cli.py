@@ -1,6 +1,8 @@
 """The command as a user meets it: help, configuration, each command end to end on tiny jobs, and one clear line for what is wrong."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,9 @@ def test_recipes_are_understood(tmp_path, text, capsys):
     for recipe in sorted(recipes.glob("midtrain_*.yaml")):
         assert main(["midtrain", "--config", str(recipe), *common]) == 0, recipe
     assert main(["pretrain", "--config", str(recipes / "pretrain_tiny.yaml"), "--dry_run"]) == 0
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"echo 'import os' | {sys.executable} -m refine_nsp.cli generate --max_new_tokens 60 --greedy | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("import os") and "refine-nsp:" not in done.stderr and "Traceback" not in done.stderr

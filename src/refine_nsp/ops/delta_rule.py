@@ -22,7 +22,10 @@ from torch import Tensor
 
 from refine_nsp.ops.precision import without_autocast
 
-DEFAULT_CHUNK = 64
+
+def _default_chunk(head: int) -> int:
+    """Tokens per chunk. Longer chunks mean fewer updates of the state but more work inside them, which small heads don't repay."""
+    return 32 if head <= 64 else 64
 
 
 def naive_delta_rule(
@@ -85,7 +88,7 @@ def delta_rule(
     beta: Tensor,
     g: Tensor | None = None,
     initial_state: Tensor | None = None,
-    chunk_size: int = DEFAULT_CHUNK,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, DeltaStates]:
     """The (gated) delta rule in chunks, with a hand-written backward.
 
@@ -95,7 +98,7 @@ def delta_rule(
         beta: [B, T, HV], write strength; 0 writes nothing (pads).
         g: [B, T, HV] log decay (<= 0), or None for the plain rule.
         initial_state: [B, HV, Dk, Dv] or None for zeros.
-        chunk_size: tokens per chunk.
+        chunk_size: tokens per chunk; by default 32 for heads of up to 64 and 64 for larger ones, the fastest measured.
 
     Returns:
         o [B, T, HV, Dv] and the states, both in float32 (float64 for float64 inputs).
@@ -103,7 +106,7 @@ def delta_rule(
     T, H, HV = q.shape[1], q.shape[2], v.shape[2]
     if HV % H:
         raise ValueError(f"the {HV} value heads must be a multiple of the {H} query/key heads")
-    C = min(chunk_size, T)
+    C = min(chunk_size or _default_chunk(max(q.shape[-1], v.shape[-1])), T)
     dtype = torch.promote_types(q.dtype, torch.float32)
     chunks = [_to_chunks(x, C, HV, dtype) for x in (q, k, v)]
     gates = [None if x is None else _to_chunks(x[..., None], C, HV, dtype).squeeze(-1) for x in (beta, g)]

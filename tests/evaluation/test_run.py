@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from refine_nsp.evaluation import documents, likelihood, longbench, ruler, tasks
 from refine_nsp.evaluation.documents import score_document, spans
 from refine_nsp.evaluation.likelihood import ChoiceExample, encode_pair, log_likelihoods, score_choices
 from refine_nsp.evaluation.run import evaluate, read_rows, rows_path
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, GenerationTask, build_tasks
+from refine_nsp.evaluation.tasks import Context, EvaluationArguments, GenerationTask, Row, build_tasks
+from refine_nsp.files import append_json_lines
 from refine_nsp.report.evaluation import compare_results, needle_map, results_table
 from tests.models.families import build
 
@@ -149,6 +151,17 @@ def test_an_interrupted_run_is_resumed_and_counts_no_example_twice(files, loaded
     resumed = run(files, loaded, tmp_path / "out", ["prompts", "piqa"])
     assert len(answered) == 4 and len(path.read_text().splitlines()) == 6
     assert resumed == whole
+
+
+def test_an_output_may_hold_any_character(tmp_path):
+    path = rows_path(tmp_path, "say", None)
+    row = Row("1", "one\u2028two\x85three\r\n\x0c", ["\u2029"], {"f1": 1.0})
+    append_json_lines(path, [asdict(row)])
+    with path.open("ab") as file:
+        file.write('{"id": "2", "output": "ö'.encode()[:-1])  # cut off inside a character
+    assert read_rows(tmp_path, "say") == {"1": row}
+    append_json_lines(path, [asdict(row) | {"id": "2"}])
+    assert list(read_rows(tmp_path, "say")) == ["1", "2"]
 
 
 def test_other_settings_do_not_mix_with_a_run(files, loaded, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Estimate, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
-from refine_nsp.files import write_whole
+from refine_nsp.files import append_json_lines, read_json_lines, write_whole
 from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
 
@@ -42,7 +42,7 @@ def evaluate(
         RefineError: the folder belongs to another evaluation.
     """
     state = process_state()
-    with state.main_process_first():  # which also mends files an interruption left
+    with state.main_process_first():
         claim_folder(out, settings)
         missing = {task.name: missing_ids(task, out) for task in tasks}
     state.wait_for_everyone()  # nobody writes while another still reads
@@ -84,7 +84,6 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
     if not mine:
         return
     path = rows_path(out, task.name, state.process_index if state.num_processes > 1 else None)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tokens = 0
 
     def count(n: int) -> None:
@@ -92,10 +91,9 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
         tokens += n
 
     context.on_tokens = count
-    with path.open("a", encoding="utf-8") as file, step_progress(len(mine), 0, task.name, quiet) as progress:
+    with step_progress(len(mine), 0, task.name, quiet) as progress:
         for row in task.rows(mine, context):
-            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-            file.flush()
+            append_json_lines(path, [asdict(row)])
             progress.advance(tokens)
             tokens = 0
 
@@ -106,19 +104,12 @@ def rows_path(out: Path, task: str, rank: int | None) -> Path:
 
 
 def read_rows(out: Path, task: str) -> dict[str, Row]:
-    """All rows of a task by id, of every process. A line cut off by an interruption is removed from its file."""
-    found: dict[str, Row] = {}
+    """All rows of a task by id, of every process."""
     first = rows_path(out, task, None)
-    for path in [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]:
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_whole(path, whole)
-        for line in whole.splitlines():
-            row = Row(**json.loads(line))
-            found.setdefault(row.id, row)
+    files = [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]
+    found: dict[str, Row] = {}
+    for row in (Row(**record) for path in files for record in read_json_lines(path)):
+        found.setdefault(row.id, row)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
-from refine_nsp.files import write_whole
+from refine_nsp.files import read_json_lines, write_whole
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
@@ -58,7 +58,7 @@ def read_run(folder: Path) -> Run:
     """Read metrics.jsonl, completions.jsonl, config.yaml and environment.json. RefineError when it is no run at all."""
     if not folder.is_dir():
         raise RefineError(f"no run folder {folder}")
-    metrics = _lines(folder / "metrics.jsonl")
+    metrics = read_json_lines(folder / "metrics.jsonl")
     if not metrics:
         raise RefineError(f"{folder} has no metrics.jsonl; expected the output_dir of a refine-nsp run")
     # A resumed run logs some steps again; the later record counts.
@@ -67,16 +67,10 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder.name,
         [by_step[k] for k in sorted(by_step)],
-        _lines(folder / "completions.jsonl"),
+        read_json_lines(folder / "completions.jsonl"),
         config.read_text(encoding="utf-8") if config.exists() else "",
         json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def report(folders: list[Path], output: Path) -> Path:

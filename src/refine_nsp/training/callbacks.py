@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from refine_nsp.errors import RefineError
+from refine_nsp.files import append_json_lines
 from refine_nsp.progress import StepProgress, step_progress
 
 
@@ -37,10 +37,7 @@ class ProgressCallback(TrainerCallback):
         if logs is None or not state.is_world_process_zero:
             return
         self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        append_json_lines(Path(args.output_dir) / "metrics.jsonl", [{"step": state.global_step, **logs}])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.context is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from refine_nsp.files import append_json_lines
 from refine_nsp.nsp.records import StepResult
 
 PREFIX_TOKENS = 16
@@ -47,9 +47,7 @@ def show_completions(
 ) -> None:
     """Append the rows to `folder`/completions.jsonl, and print them as a table unless quiet."""
     rows = completion_rows(tokenizer, input_ids, result, limit)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "completions.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+    append_json_lines(folder / "completions.jsonl", [{"step": step, **row} for row in rows])
     if quiet:
         return
     table = Table(title=f"rollouts at step {step}", show_lines=False)

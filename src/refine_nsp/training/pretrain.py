@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
+from refine_nsp.files import append_json_lines
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.text.corpus import standard_library
@@ -225,8 +226,7 @@ def log_progress(out: Path, step: int, loss: float, model: Any, probes: list, wi
         for p in probes:
             record[f"recall_{p.length}_{p.needles}"] = score_probes(model, p).greedy
         model.train()
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_json_lines(out / "metrics.jsonl", [record])
 
 
 def save_checkpoint(out: Path, model: Any, optimizer: Any, step: int) -> None:

@@ -33,7 +33,7 @@ from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
 from refine_nsp.training.validation import validate
 
-ROLLOUTS_FILE = "rollouts.pending.safetensors"
+ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
 
 
 class ReFINETrainer(Trainer):
@@ -249,7 +249,7 @@ class ReFINETrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
         if resume_from_checkpoint:
-            self._restored = load_pending(Path(resume_from_checkpoint) / ROLLOUTS_FILE)
+            self._restored = load_pending(Path(resume_from_checkpoint) / ROLLOUTS_FILE.format(self.args.process_index))
         self._last_log = (time.monotonic(), 0)
         try:
             output = super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -263,9 +263,9 @@ class ReFINETrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
-            if self._pending and "rollouts" in self._pending[0] and self.args.should_save:
+            if self._pending and "rollouts" in self._pending[0]:
                 folder.mkdir(parents=True, exist_ok=True)
-                save_pending(folder / ROLLOUTS_FILE, self._pending)
+                save_pending(folder / ROLLOUTS_FILE.format(self.args.process_index), self._pending)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of RuntimeError
             shutil.rmtree(folder, ignore_errors=True)

@@ -194,3 +194,24 @@ def test_linear_cross_entropy_never_holds_all_logits():
         loss, _ = linear_cross_entropy(hidden, weight, torch.zeros(2000, dtype=torch.long), torch.ones(2000) / 2000)
         loss.backward()
     assert max(seen) <= BLOCK_LOGITS < 2000 * 32000
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [
+        (lambda *x: delta_rule(*x)[0], delta_inputs(5, 2, 2, True, False)),
+        (rms_norm, (leaf(3, 4), leaf(4), 1e-6)),
+        (swiglu, (leaf(3, 4), leaf(3, 4))),
+        (lambda x, w: short_conv(x, w, None, "silu", None), (leaf(2, 5, 3), leaf(3, 4))),
+        (
+            lambda h, w: linear_cross_entropy(h, w, torch.tensor([0, 2]), torch.ones(2).double())[0][None],
+            (leaf(2, 3), leaf(5, 3)),
+        ),
+    ],
+    ids=["delta_rule", "rms_norm", "swiglu", "short_conv", "linear_cross_entropy"],
+)
+def test_a_gradient_of_a_gradient_is_refused_not_wrong(op, inputs):
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor)]
+    first = torch.autograd.grad(op(*inputs).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(x.square().sum() for x in first).backward()

@@ -22,7 +22,7 @@ class Rollouts:
         log_probs: [B, P, N, K], nats, of the distribution they were sampled from.
         hidden: [B, P, N, K, D] final-norm output after consuming token j of the rollout, or None when not kept.
         rewards: [B, P, N] mean over the K tokens, weighted sum over rewards.
-        advantages: [B, P, N].
+        advantages: [B, P, N]. entropy: [B, T] nats, of every next-token distribution.
         metrics: scalars to log.
     """
 

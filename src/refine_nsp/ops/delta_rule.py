@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from refine_nsp.ops.precision import without_autocast
 
@@ -201,6 +202,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         return o, starts, u
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Any:
         q, k, v, beta, X, w, u, starts, P, A, *decays = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5

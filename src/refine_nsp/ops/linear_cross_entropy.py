@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
@@ -104,6 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (nll * token_weights).sum(), nll, entropy, argmax
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
         dhidden, dweight = ctx.saved_tensors
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in (dhidden, dweight)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -50,6 +51,7 @@ class _ShortConv(torch.autograd.Function):
         return F.silu(z) if silu else z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, history, z = ctx.saved_tensors
         T, W = x.shape[1], weight.shape[1]

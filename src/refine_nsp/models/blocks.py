@@ -307,11 +307,14 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
         step: Callable[[FastWeightForCausalLM], Any] | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [B, T, V] (or of the last `logits_to_keep` columns), and the mean cross-entropy when `labels` are given.
 
         The first arguments are those of `FastWeightModel.forward`. `labels` [B, T] are shifted inside (-100: ignored).
+        `num_items_in_batch`: what the sum of cross-entropies is divided by instead of its own count (transformers' Trainer gives
+        the targets of a whole gradient accumulation).
         `step`: a callable that gets this module; its result is returned. A whole training step is then one forward call, which
         is what DDP, FSDP and PEFT wrappers need to see.
         """
@@ -330,19 +333,16 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         )
         h = out.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h if labels is not None else h[:, kept])
         return FastWeightCausalLMOutput(
-            loss=None if labels is None else self._loss(h, labels),
-            logits=self.lm_head(h[:, kept]),
+            loss=None if labels is None else _next_token_loss(logits, labels, num_items_in_batch),
+            logits=logits if labels is None else logits[:, kept],
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             last_hidden_state=h,
             snapshots=out.snapshots,
             states=out.states,
         )
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = self.lm_head(hidden[:, :-1]).flatten(0, 1)
-        return nn.functional.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels[:, 1:].flatten())
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
@@ -354,3 +354,12 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FastWeightCache()
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
+    """Cross-entropy of logits [B, T, V] against the labels [B, T] one column on, in float32 or better: a mean, or sum / divisor."""
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    targets = labels[:, 1:].flatten().to(logits.device)
+    if divisor is None:
+        return nn.functional.cross_entropy(wide, targets)
+    return nn.functional.cross_entropy(wide, targets, reduction="sum") / divisor

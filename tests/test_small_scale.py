@@ -1,6 +1,7 @@
 """The small-scale study: prompts of the right length and with their answers, parts that share no paragraph, matched entropies; whole
 and resumed in the slow test."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from benchmarks.small_scale.settings import SCALES
 
 import refine_nsp
 from refine_nsp.models.generation import Decoding, prefill
+from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
 SCALE = SCALES["smoke"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,18 @@ def test_parts_share_no_paragraph_and_windows_do_not_overlap_between_them(materi
     assert all(parts) and not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     choose, report = ({tuple(r.tolist()) for r in material.windows[p]} for p in ("choose", "report"))
     assert not choose & report
+
+
+def test_an_adaptation_that_changes_nothing_gives_the_same_answers(model, material):
+    """Sampled ones too: test-time training is compared with none on the same draws."""
+    scale = dataclasses.replace(SCALE, qa_prompts=12, test_time_prompts=12)
+    rows = material.paragraphs["standard library"]
+    two = dataclasses.replace(material, paragraphs={"one": rows, "another": rows})
+    adapter = TestTimeTrainer(model, TestTimeConfig(method="ntp", learning_rate=1e-12))
+    found = measuring.adapted_figures(model, two, scale, "report", adapter)
+    plain = measuring.qa_figures(model, two, scale)
+    for name in ("standard", "published"):
+        assert found[name] == [x for figures in plain.values() for x in figures[name]]
 
 
 @pytest.mark.parametrize(("task", "asked"), [("S", 1), ("MK", 1), ("MQ", 4), ("MV", 4)])

@@ -237,8 +237,7 @@ def weights_of(study: Study, family: str, start: str, variant: str, seed: int) -
 def adapted(study: Study, model: Any, method: str, learning_rate: float, part: str) -> Figures:
     s, material = study.scale, material_of(study)
     config = TestTimeConfig(method=method, learning_rate=learning_rate, nsp=NSPConfig.preset("test_time", schedule="fused"))
-    trainer = TestTimeTrainer(model, config)
-    return measuring.answer_figures(model, material.tokenizer, measuring.test_time_questions(material, s, part), 1.0, trainer)
+    return measuring.adapted_figures(model, material, s, part, TestTimeTrainer(model, config))
 
 
 def rate(study: Study, family: str, method: str) -> Figures:

@@ -139,13 +139,21 @@ def qa_figures(model: Any, material: m.Material, scale: Scale, temperature: floa
     }
 
 
-def test_time_questions(material: m.Material, scale: Scale, part: str) -> list[m.Asked]:
-    """The first questions of every source at the shortest length: each costs an adaptation."""
-    return [
-        q
+def adapted_figures(model: Any, material: m.Material, scale: Scale, part: str, adapter: TestTimeTrainer) -> Figures:
+    """`answer_figures` of the first questions of every source at the shortest length, each from weights adapted to it.
+
+    Source by source, so that a sampled answer has the draws it has without adaptation.
+    """
+    by_source = [
+        answer_figures(
+            model,
+            material.tokenizer,
+            m.questions(material, part, source, scale.qa_lengths[0], scale.qa_prompts)[: scale.test_time_prompts],
+            adapter=adapter,
+        )
         for source in material.paragraphs
-        for q in m.questions(material, part, source, scale.qa_lengths[0], scale.qa_prompts)[: scale.test_time_prompts]
     ]
+    return {name: [x for figures in by_source for x in figures[name]] for name in by_source[0]}
 
 
 def answer_entropy(model: Any, asked: Sequence[m.Asked]) -> Callable[[float], float]:

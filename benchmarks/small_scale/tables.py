@@ -105,7 +105,7 @@ def questions_against_ntp(found: Found) -> Table:
         rows += [row(f"{v} - SFT, after {title}", of(arm, v), of(arm, "SFT")) for v in list(POST)[1:]]
     rows.append(
         row(
-            "ReFINE + Nested ReFINE - NTP + SFT sharpened to its entropy",
+            "ReFINE + Nested ReFINE - NTP + SFT at the same entropy",
             of(CONTEXT, "Nested ReFINE"),
             found.seeds("sharpen_answers"),
         )
@@ -231,9 +231,9 @@ def arms_plot(found: Found, arms: Sequence[str], title: str) -> str:
     """Differences to NTP in recall, with their intervals."""
     against = found.seeds("mid", NTP)
     keys: dict[str, Callable[[Figures], float]] = {
-        "greedy": lambda f: f["recall"]["greedy"],
-        "log p": lambda f: f["recall"]["log_p"],
-        "sampled": lambda f: f["recall"]["sampled"],
+        "greedy exact match": lambda f: f["recall"]["greedy"],
+        "log p of the answer (nats)": lambda f: f["recall"]["log_p"],
+        "sampled exact match": lambda f: f["recall"]["sampled"],
     }
     groups = {
         arm: [
@@ -241,7 +241,7 @@ def arms_plot(found: Found, arms: Sequence[str], title: str) -> str:
         ]
         for arm in arms
     }
-    return plots.point_plot(groups, list(keys), title, "difference to NTP")
+    return plots.forest_plot(groups, list(keys), title, "difference to NTP, paired by seed, with 95 % t-intervals")
 
 
 def drawings(found: Found, ablated: bool) -> dict[str, str]:

@@ -264,7 +264,7 @@ def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float
     drawn = []
     for keys, title in ((("recall_greedy", "recall_sampled"), "recall"), (("text_loss", "text_accuracy"), "held-out text")):
         groups = {a: [(d, 0.0 if math.isnan(h) else h) for d, h in (paired(results, a, k) for k in keys)] for a in arms}
-        drawn.append(plots.point_plot(groups, [FIGURES[k] for k in keys], f"{title}: difference to {BASELINE}", "difference"))
+        drawn.append(plots.forest_plot(groups, [FIGURES[k] for k in keys], f"{title}: difference to {BASELINE}", "difference"))
     runs = [read_run(p.parent) for p in sorted(out.glob("*-seed0/metrics.jsonl"))]
     sections = [
         html.Section("Results", results_table(results).html() + differences_table(results).html() + html.plots(*drawn)),

@@ -47,20 +47,20 @@ def line_plot(curves: Mapping[str, Curve], title: str, x_label: str = "step", y_
     return to_svg(fig)
 
 
-def point_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str], title: str, y_label: str) -> str:
-    """For each name, a (mean, half-width) at each label, side by side, with error bars; a line at zero."""
-    fig, axis = figure(max(5.2, 1.1 * len(labels)), 3.2)
-    for i, (colour, (name, points)) in enumerate(zip(_colours(len(groups)), groups.items(), strict=True)):
-        shift = (i - (len(groups) - 1) / 2) * 0.16
-        xs = [j + shift for j in range(len(points))]
-        axis.errorbar(
-            xs, [m for m, _ in points], yerr=[h for _, h in points], fmt="o", color=colour, capsize=3, markersize=4.5, label=name
-        )
-    axis.axhline(0, color="#666666", linewidth=0.8)
-    axis.set_xticks(range(len(labels)), labels, fontsize=8)
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.set_ylabel(y_label, fontsize=8)
-    axis.legend(fontsize=7, frameon=False)
+def forest_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str], title: str, x_label: str) -> str:
+    """A row per name and a panel per label, each with an axis of its own: (mean, half-width) as a point with its interval, and zero."""
+    names = list(groups)
+    fig, axes = figure(1.5 + 2.0 * len(labels), 1.2 + 0.26 * len(names), columns=len(labels), sharey=True, squeeze=False)
+    for i, (axis, label) in enumerate(zip(axes[0], labels, strict=True)):
+        means, halves = zip(*(groups[name][i] for name in names), strict=True)
+        axis.axvline(0, color="#666666", linewidth=0.8)
+        axis.errorbar(means, range(len(names)), xerr=halves, fmt="o", color=COLOURS[0], capsize=3, markersize=4.5)
+        axis.set_title(label, fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
+    fig.suptitle(title, fontsize=10)
+    fig.supxlabel(x_label, fontsize=8)
     return to_svg(fig)
 
 

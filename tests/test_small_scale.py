@@ -54,8 +54,8 @@ def test_an_adaptation_that_changes_nothing_gives_the_same_answers(model, materi
     rows = material.paragraphs["standard library"]
     two = dataclasses.replace(material, paragraphs={"one": rows, "another": rows})
     adapter = TestTimeTrainer(model, TestTimeConfig(method="ntp", learning_rate=1e-12))
-    found = measuring.adapted_figures(model, two, scale, "report", adapter)
-    plain = measuring.qa_figures(model, two, scale)
+    found = measuring.adapted_figures(model, two, scale, "report", 7, adapter)
+    plain = measuring.qa_figures(model, two, scale, 7)
     for name in ("standard", "published"):
         assert found[name] == [x for figures in plain.values() for x in figures[name]]
 

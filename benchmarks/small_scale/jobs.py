@@ -116,8 +116,8 @@ class ExtraCrossEntropy(ReFINETrainer):
         return (loss, None) if return_outputs else loss
 
 
-def measure_mid(study: Study, model: Any, whole: bool) -> Figures:
-    """Figures of a mid-trained model; `whole`: also needles and questions, and what settings are chosen by."""
+def measure_mid(study: Study, model: Any, seed: int, whole: bool) -> Figures:
+    """Figures of a mid-trained model; `whole`: also needles and questions."""
     s, material = study.scale, material_of(study)
     model.eval()
     figures: Figures = {
@@ -126,13 +126,13 @@ def measure_mid(study: Study, model: Any, whole: bool) -> Figures:
         "choose_entropy": measuring.text_figures(model, material, "choose")["entropy"],
     }
     if whole:
-        figures["needles"] = measuring.needle_figures(model, material, s)
-        figures["qa"] = measuring.qa_figures(model, material, s)
+        figures["needles"] = measuring.needle_figures(model, material, s, seed)
+        figures["qa"] = measuring.qa_figures(model, material, s, seed)
     return figures
 
 
 def base(study: Study, family: str) -> Figures:
-    return measure_mid(study, load(BASES[family])[0], whole=True)
+    return measure_mid(study, load(BASES[family])[0], 0, whole=True)
 
 
 def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
@@ -167,7 +167,12 @@ def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
     seconds = next(h["train_runtime"] for h in history if "train_runtime" in h) - sum(
         h.get("eval_runtime", 0) for h in history[1:]
     )
-    figures = {"steps": steps, "seconds": seconds, "curve": curve, **measure_mid(study, trainer.model, arm not in ABLATIONS)}
+    figures = {
+        "steps": steps,
+        "seconds": seconds,
+        "curve": curve,
+        **measure_mid(study, trainer.model, seed, arm not in ABLATIONS),
+    }
     if arm not in ABLATIONS:
         keep(trainer.model, folder)
     shutil.rmtree(args.output_dir, ignore_errors=True)
@@ -215,7 +220,7 @@ def post(study: Study, family: str, start: str, seed: int, variant: str) -> Figu
     model = trainer.model.eval()
     figures = {
         "seconds": seconds,
-        "qa": measuring.qa_figures(model, material, s),
+        "qa": measuring.qa_figures(model, material, s, seed),
         "text": measuring.text_figures(model, material),
         "choose_answer_entropy": measuring.answer_entropy(model, choosing_questions(study))(1.0),
     }
@@ -234,17 +239,17 @@ def weights_of(study: Study, family: str, start: str, variant: str, seed: int) -
     return study.folder("models", "post", family, start, variant, seed)
 
 
-def adapted(study: Study, model: Any, method: str, learning_rate: float, part: str) -> Figures:
+def adapted(study: Study, model: Any, method: str, learning_rate: float, part: str, seed: int) -> Figures:
     s, material = study.scale, material_of(study)
     config = TestTimeConfig(method=method, learning_rate=learning_rate, nsp=NSPConfig.preset("test_time", schedule="fused"))
-    return measuring.adapted_figures(model, material, s, part, TestTimeTrainer(model, config))
+    return measuring.adapted_figures(model, material, s, part, seed, TestTimeTrainer(model, config))
 
 
 def rate(study: Study, family: str, method: str) -> Figures:
     """The test-time learning rate, by log p of answers of the choosing set, from one model (NTP, then SFT, seed 0)."""
     folder = weights_of(study, family, "NTP", "SFT", 0)
     rates = study.scale.test_time_learning_rates
-    by_rate = {str(lr): mean(adapted(study, load_model(folder), method, lr, "choose")["log_p"]) for lr in rates}
+    by_rate = {str(lr): mean(adapted(study, load_model(folder), method, lr, "choose", 0)["log_p"]) for lr in rates}
     return {"log_p": by_rate, "chosen": max(rates, key=lambda lr: by_rate[str(lr)])}
 
 
@@ -252,7 +257,7 @@ def ttt(study: Study, family: str, start: str, seed: int, variant: str, method: 
     """Answer the first questions, each from weights adapted to it."""
     chosen = study.result(Job("rate", (family, method)))["chosen"]
     model = load_model(weights_of(study, family, start, variant, seed))
-    return adapted(study, model, method, chosen, "report")
+    return adapted(study, model, method, chosen, "report", seed)
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------
@@ -268,7 +273,7 @@ def sharpen_text(study: Study, family: str, seed: int) -> Figures:
         "temperature": at,
         "text": measuring.text_figures(model, material, "report", at),
         "recall": measuring.recall_figures(model, material, s, temperature=at),
-        "needles": measuring.needle_figures(model, material, s, at),
+        "needles": measuring.needle_figures(model, material, s, seed, at),
     }
 
 
@@ -278,7 +283,7 @@ def sharpen_answers(study: Study, family: str, seed: int) -> Figures:
     wanted = study.result(Job("post", (family, "ReFINE, context_kl", seed, "Nested ReFINE")))["choose_answer_entropy"]
     model = load_model(weights_of(study, family, "NTP", "SFT", seed))
     at = measuring.matching_temperature(measuring.answer_entropy(model, choosing_questions(study)), wanted)
-    return {"temperature": at, "qa": measuring.qa_figures(model, material, s, at)}
+    return {"temperature": at, "qa": measuring.qa_figures(model, material, s, seed, at)}
 
 
 KINDS: dict[str, Callable[..., Figures]] = {

@@ -25,9 +25,10 @@ STANDARD_TOKENS, PUBLISHED_TOKENS = 8, 32
 Figures = dict[str, Any]
 
 
-def sampled(temperature: float = 1.0) -> Decoding:
-    """The paper's code: temperature 1, the 50 likeliest tokens."""
-    return Decoding(greedy=False, temperature=temperature, top_k=50)
+def sampled(seed: int, temperature: float) -> Decoding:
+    """The paper's code: temperature 1, the 50 likeliest tokens. The draws are those of a seed of training, so that spread over seeds
+    holds theirs, and the arms of a seed share them."""
+    return Decoding(greedy=False, temperature=temperature, top_k=50, seed=seed)
 
 
 # --- text and recall --------------------------------------------------------------------------------------------------
@@ -48,10 +49,10 @@ def recall_figures(model: Any, material: m.Material, scale: Scale, temperature: 
 
 
 @torch.no_grad()
-def needle_figures(model: Any, material: m.Material, scale: Scale, temperature: float = 1.0) -> Figures:
+def needle_figures(model: Any, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0) -> Figures:
     """By task and length, the share of asked values found under both protocols."""
     found: Figures = {"standard": {}, "published": {}}
-    protocols = {"standard": Decoding(), "published": sampled(temperature)}
+    protocols = {"standard": Decoding(), "published": sampled(seed, temperature)}
     for task in NEEDLE_TASKS:
         for length in scale.needle_lengths:
             prompts = m.needles(material, task, length, scale.needles, scale.needle_prompts, seed=2)
@@ -60,21 +61,24 @@ def needle_figures(model: Any, material: m.Material, scale: Scale, temperature: 
                 batch = prompts[at : at + ROWS]
                 read = prefill(model, [p.prompt for p in batch])
                 for name, decoding in protocols.items():
-                    shares[name] += in_turn(model, batch, *read, decoding)
+                    shares[name] += in_turn(model, batch, *read, decoding, at)
             for name in protocols:
                 found[name][f"{task} {length}"] = mean(shares[name])
     return found
 
 
-def in_turn(model: Any, prompts: Sequence[m.Needle], hidden: Any, cache: Any, decoding: Decoding) -> list[float]:
-    """Share of each prompt's values found: the model's answer to the first question, the next question after it, and so on."""
+def in_turn(model: Any, prompts: Sequence[m.Needle], hidden: Any, cache: Any, decoding: Decoding, first: int = 0) -> list[float]:
+    """Share of each prompt's values found: the model's answer to the first question, the next question after it, and so on.
+
+    first: place of the first prompt among all, by which its draws are chosen.
+    """
     given: list[list[list[int]]] = [[] for _ in prompts]
     size = len(prompts[0].answers[0])
     for turn in range(len(prompts[0].answers)):
         if turn:
             more = [g[-1] + p.following[turn - 1] for g, p in zip(given, prompts, strict=True)]
             hidden, cache = prefill(model, more, cache)
-        requests = [Request(turn * len(prompts) + i, [], size) for i in range(len(prompts))]
+        requests = [Request((first + i) * len(p.answers) + turn, [], size) for i, p in enumerate(prompts)]
         for g, tokens in zip(given, decode(model, hidden, cache, requests, set(), decoding, keep_rows=True), strict=True):
             g.append(tokens)
     # Each value counts once, however often it is given.
@@ -86,8 +90,9 @@ def in_turn(model: Any, prompts: Sequence[m.Needle], hidden: Any, cache: Any, de
 
 @torch.no_grad()
 def answer_figures(
-    model: Any, tokenizer: Any, asked: Sequence[m.Asked], temperature: float = 1.0, adapter: TestTimeTrainer | None = None
-) -> Figures:
+    model: Any, tokenizer: Any, asked: Sequence[m.Asked], seed: int, temperature: float = 1.0,
+    adapter: TestTimeTrainer | None = None,
+) -> Figures:  # fmt: skip
     """Per question: found under both protocols, log p of the answer, mean entropy over its tokens. adapter: one prompt at a time."""
     eos = end_tokens(model, tokenizer)
     found: dict[str, list[float]] = {"standard": [], "published": [], "log_p": [], "entropy": []}
@@ -99,7 +104,7 @@ def answer_figures(
             hidden, cache = prefill(model, rows)
             for protocol, budget, decoding in (
                 ("standard", STANDARD_TOKENS, Decoding()),
-                ("published", PUBLISHED_TOKENS, sampled(temperature)),
+                ("published", PUBLISHED_TOKENS, sampled(seed, temperature)),
             ):
                 requests = [Request(at + i, r, budget) for i, r in enumerate(rows)]
                 for q, tokens in zip(batch, decode(model, hidden, cache, requests, eos, decoding, keep_rows=True), strict=True):
@@ -128,18 +133,18 @@ def answer_states(model: Any, hidden: Any, cache: Any, ids: Any) -> Any:
     return torch.cat([hidden[:, None], after], 1).flatten(0, 1)
 
 
-def qa_figures(model: Any, material: m.Material, scale: Scale, temperature: float = 1.0, part: str = "report") -> Figures:
+def qa_figures(model: Any, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0) -> Figures:
     """`answer_figures` by source and length."""
     return {
         f"{source} {length}": answer_figures(
-            model, material.tokenizer, m.questions(material, part, source, length, scale.qa_prompts), temperature
+            model, material.tokenizer, m.questions(material, "report", source, length, scale.qa_prompts), seed, temperature
         )
         for source in material.paragraphs
         for length in scale.qa_lengths
     }
 
 
-def adapted_figures(model: Any, material: m.Material, scale: Scale, part: str, adapter: TestTimeTrainer) -> Figures:
+def adapted_figures(model: Any, material: m.Material, scale: Scale, part: str, seed: int, adapter: TestTimeTrainer) -> Figures:
     """`answer_figures` of the first questions of every source at the shortest length, each from weights adapted to it.
 
     Source by source, so that a sampled answer has the draws it has without adaptation.
@@ -149,6 +154,7 @@ def adapted_figures(model: Any, material: m.Material, scale: Scale, part: str, a
             model,
             material.tokenizer,
             m.questions(material, part, source, scale.qa_lengths[0], scale.qa_prompts)[: scale.test_time_prompts],
+            seed,
             adapter=adapter,
         )
         for source in material.paragraphs

@@ -313,5 +313,5 @@ are not reported on.
 
 What this cannot show: whether anything of it holds for models a thousand times larger, for real questions that need more than
 the recall of a fact, or for contexts longer than {max(s.qa_lengths)} tokens. Intervals over {s.seeds} seeds are wide, and do not cover
-the choice of probes or the draws of sampled answers: those are the same for all seeds and all arms.
+the choice of probes: those are the same for all seeds. Sampled answers have draws of their own for each seed, shared by its arms.
 """

@@ -45,3 +45,16 @@ def test_loss_is_the_mean_over_labels_that_are_not_masked(family):
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(model(**batch, num_items_in_batch=44).loss, expected / 4)
     assert model(**batch, logits_to_keep=1).logits.shape == (1, 1, 64)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_evaluation_hands_the_logits_to_compute_metrics(family, tmp_path):
+    seen = []
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=3, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(
+        model=build(family), args=args, eval_dataset=examples(), compute_metrics=lambda p: seen.append(p.predictions.shape) or {}
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert seen == [(4, 30, 64)]

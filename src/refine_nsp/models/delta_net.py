@@ -35,7 +35,7 @@ class DeltaNetConfig(PreTrainedConfig):
     """
 
     model_type = "delta_net"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state"]
 
     attn_mode: str = "chunk"
     hidden_size: int = 2048

@@ -39,7 +39,7 @@ class GatedDeltaNetConfig(PreTrainedConfig):
     """
 
     model_type = "gated_deltanet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state"]
 
     attn_mode: str = "chunk"
     hidden_size: int = 2048

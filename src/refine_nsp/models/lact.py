@@ -46,7 +46,7 @@ class LaCTConfig(PreTrainedConfig):
     """
 
     model_type = "lact_swiglu"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state"]
 
     hidden_size: int = 2048
     num_hidden_layers: int = 24

@@ -80,9 +80,7 @@ def table_4(found: Found, protocol: str) -> Table:
     if protocol == "published":
         controls = found.seeds("sharpen_answers")
         add("NTP", f"SFT, temperature {mean(c['temperature'] for c in controls):.2f}", controls)
-        notes = [
-            "last row: the sharpening control, at the temperature that gives its answers the entropy of ReFINE + Nested ReFINE"
-        ]
+        notes = ["last row: the control, at the temperature that gives its answers the entropy of ReFINE + Nested ReFINE"]
     title = f"{found.family}: questions on documents, % right, {PROTOCOLS[protocol]}"
     return Table(title, ["mid-training", "post-training", *keys, "mean"], rows, notes)
 
@@ -308,7 +306,7 @@ seed see the same rows in the same order. "greedy": argmax, 8 tokens; "sampled a
 likeliest tokens, 32 tokens, first line only. Figures are means ± standard deviations over seeds of training; differences are
 paired by seed. ReFINE stands for the `context` preset (context_kl, N 8, leave-one-out with one global scale, hybrid reward,
 lambda_rl 1) unless a row names another. Learning rates of mid- and post-training were fixed beforehand ({s.mid_learning_rate:g} and
-{s.post_learning_rate:g}); those of test time and the temperatures of the sharpening control were chosen on questions and text that
+{s.post_learning_rate:g}); those of test time and the temperatures of the controls were chosen on questions and text that
 are not reported on.
 
 What this cannot show: whether anything of it holds for models a thousand times larger, for real questions that need more than

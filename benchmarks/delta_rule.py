@@ -20,7 +20,7 @@ def measure(T: int, D: int, gated: bool, rounds: int) -> None:
     g = (-torch.rand(1, T, 4)).requires_grad_() if gated else None
     theirs_g = g if g is not None else torch.zeros(1, T, 4)
     ours_o, theirs_o = delta_rule(q, k, v, beta, g)[0], torch_chunk_gated_delta_rule(q, k, v, theirs_g, beta)[0]
-    difference = float((ours_o - theirs_o).abs().max())
+    difference = float((ours_o - theirs_o).detach().abs().max())
     seconds = alternate(
         {
             "theirs": lambda: torch_chunk_gated_delta_rule(q, k, v, theirs_g, beta)[0].sum().backward(),

@@ -56,7 +56,7 @@ def forest_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Seq
         axis.axvline(0, color="#666666", linewidth=0.8)
         axis.errorbar(means, range(len(names)), xerr=halves, fmt="o", color=COLOURS[0], capsize=3, markersize=4.5)
         axis.set_title(label, fontsize=8)
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
     axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
     axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     fig.suptitle(title, fontsize=10)

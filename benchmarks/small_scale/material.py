@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refine_nsp.evaluation.qa_sources import read_qa
-from refine_nsp.quickstart import Settings, training_rows
-from refine_nsp.text.corpus import standard_library
-from refine_nsp.text.recall import Fact, RecallTokens, answer, draw_facts, question, scattered, statement, take_filler
-from refine_nsp.training.pretrain import encode_texts
+from refine_nsp.prompts.qa_sources import read_qa
+from refine_nsp.tiny.corpus import standard_library
+from refine_nsp.tiny.pretrain import encode_texts
+from refine_nsp.tiny.quickstart import Settings, training_rows
+from refine_nsp.tiny.recall import Fact, RecallTokens, answer, draw_facts, question, scattered, statement, take_filler
 
 from .settings import Scale
 

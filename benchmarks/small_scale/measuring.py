@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
 from refine_nsp.evaluation.text_metrics import any_match
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
+from refine_nsp.tiny.probes import make_probes, score_probes, score_text
 from refine_nsp.training.test_time import TestTimeTrainer
 
 from . import material as m

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from refine_nsp.commands.environment import environment
+from refine_nsp.environment import environment
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.files import write_whole
 from refine_nsp.report import html, plots

@@ -12,12 +12,14 @@ import torch
 import refine_nsp
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation import documents, likelihood, longbench, ruler, tasks
+from refine_nsp.evaluation import documents, likelihood, longbench, tasks
 from refine_nsp.evaluation.documents import score_document, spans
-from refine_nsp.evaluation.likelihood import ChoiceExample, encode_pair, log_likelihoods, score_choices
+from refine_nsp.evaluation.likelihood import ChoiceExample, log_likelihoods, score_choices
 from refine_nsp.evaluation.run import evaluate, read_rows, rows_path
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, GenerationTask, Row, build_tasks
 from refine_nsp.files import append_json_lines
+from refine_nsp.prompts import ruler
+from refine_nsp.prompts.encoding import encode_pair, start_token
 from refine_nsp.report.evaluation import compare_results, needle_map, results_table
 from tests.models.families import build
 
@@ -259,7 +261,7 @@ def test_pairs_join_to_the_whole_text(loaded):
     for context, rest in (("Question: a?\nAnswer:", " b c"), ("ends with space ", "word")):
         before, after = encode_pair(tokenizer, context, rest)
         assert tokenizer.decode(before + after) == context + rest
-    assert encode_pair(tokenizer, "", "word")[0] == [likelihood.start_token(tokenizer)]
+    assert encode_pair(tokenizer, "", "word")[0] == [start_token(tokenizer)]
 
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models import generation
-from refine_nsp.models.generation import Decoding, Request, answer_all, choose, decode, prefill, shared_groups, truncate_middle
+from refine_nsp.models.generation import Decoding, Request, answer_all, choose, decode, prefill, shared_groups
+from refine_nsp.prompts.encoding import truncate_middle
 from tests.models.families import build
 
 FAMILIES = ["delta_net", "gated_deltanet", "lact_swiglu"]

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from refine_nsp.commands.environment import environment
 from refine_nsp.commands.model_options import DEFAULT_MODEL, TestTimeArguments, positional_model
 from refine_nsp.commands.options import Options, resolved
+from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
 from refine_nsp.files import write_whole

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from refine_nsp.commands.environment import environment
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, resolved
 from refine_nsp.config import NSPConfig
+from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_whole
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Pretrain (or go on), and say where the model is."""
-    from refine_nsp.training.pretrain import Phase, PretrainConfig, pretrain
+    from refine_nsp.tiny.pretrain import Phase, PretrainConfig, pretrain
 
     settings = read_yaml(args.config) if args.config is not None else {}
     known = {f.name for f in fields(PretrainConfig)}

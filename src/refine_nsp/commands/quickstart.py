@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: Any) -> None:
-    from refine_nsp.quickstart import quickstart, settings
+    from refine_nsp.tiny.quickstart import quickstart, settings
 
     quickstart(settings(args.full, args.seeds, args.steps), args.output_dir, args.model, args.data, args.text_column)

@@ -10,9 +10,10 @@ from typing import Any
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.documents import score_document
-from refine_nsp.evaluation.likelihood import encode_pair, log_likelihoods, start_token
+from refine_nsp.evaluation.likelihood import log_likelihoods
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.load import load
+from refine_nsp.prompts.encoding import encode_pair, start_token
 
 try:
     from lm_eval import simple_evaluate

@@ -14,28 +14,8 @@ from typing import Any
 import torch
 
 from refine_nsp.errors import RefineError
+from refine_nsp.prompts.encoding import Pair, encode_pair
 from refine_nsp.text.reading import read_documents
-
-Pair = tuple[list[int], list[int]]  # context ids (at least one), continuation ids (at least one)
-
-
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
-    """Tokens of the context, and those that `context + continuation` adds, trailing spaces of the context moved over (as in lm-eval)."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    if not context:
-        return [start_token(tokenizer)], tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    before, whole = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
-    return before, whole[len(before) :]
-
-
-def start_token(tokenizer: Any) -> int:
-    """What stands before an empty context: BOS, or EOS. RefineError when the tokenizer has neither."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise RefineError("the tokenizer has neither BOS nor EOS, so nothing can stand before an empty context")
 
 
 @torch.no_grad()

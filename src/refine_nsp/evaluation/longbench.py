@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.evaluation.examples import Example, as_answers, check_unique
 from refine_nsp.evaluation.text_metrics import (
     TREC_CLASSES,
     Metric,
@@ -22,6 +21,7 @@ from refine_nsp.evaluation.text_metrics import (
     qa_f1,
     rouge_l,
 )
+from refine_nsp.prompts.examples import Example, as_answers, check_unique
 from refine_nsp.text.reading import read_documents
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."

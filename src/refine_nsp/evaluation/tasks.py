@@ -10,12 +10,14 @@ from typing import Any, Protocol
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.evaluation import likelihood, longbench, ruler
+from refine_nsp.evaluation import likelihood, longbench
 from refine_nsp.evaluation.documents import continuation_match, score_document
-from refine_nsp.evaluation.examples import Example, read_prompts
-from refine_nsp.evaluation.qa_sources import read_qa
 from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match
-from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill, truncate_middle
+from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
+from refine_nsp.prompts import ruler
+from refine_nsp.prompts.encoding import truncate_middle
+from refine_nsp.prompts.examples import Example, read_prompts
+from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 
 GROUPS = {

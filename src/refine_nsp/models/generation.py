@@ -189,17 +189,3 @@ def _by_size(requests: Sequence[Request], batch_tokens: int, skip: int = 0) -> I
         batch.append(r)
     if batch:
         yield batch
-
-
-def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
-    """At most `limit` tokens: the first half and the last, as LongBench cuts prompts; the end keeps at least `tail` tokens.
-
-    Raises:
-        RefineError: `tail` alone is longer.
-    """
-    if len(ids) <= limit:
-        return list(ids)
-    if limit < 2 or tail > limit:
-        raise RefineError(f"a prompt of {len(ids)} tokens cannot be cut to {limit}: its end alone, which is kept, has {tail}")
-    end = max(limit // 2, tail)
-    return [*ids[: limit - end], *ids[len(ids) - end :]]

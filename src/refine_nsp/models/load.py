@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.models.families import FAMILIES
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-lact")}
@@ -44,8 +45,6 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
     """The model alone; see `load`."""
-    from refine_nsp.models import FAMILIES
-
     where = resolve(name_or_path)
     folder = Path(where)
     if folder.exists():

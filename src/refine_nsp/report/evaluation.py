@@ -8,12 +8,13 @@ from statistics import mean
 from typing import Any
 
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.evaluation import longbench, ruler
+from refine_nsp.evaluation import longbench
 from refine_nsp.evaluation.documents import perplexity
 from refine_nsp.evaluation.run import TaskResult, grouped
 from refine_nsp.evaluation.statistics import Comparison, Estimate, compare_pairs, estimate
 from refine_nsp.evaluation.tasks import Row
 from refine_nsp.files import write_whole
+from refine_nsp.prompts import ruler
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 

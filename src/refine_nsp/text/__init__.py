@@ -1,1 +1,1 @@
-"""Text: reading it from files, the default corpus, and generated recall documents."""
+"""Text: reading it from files, folders and the hub."""

@@ -11,11 +11,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.examples import ANSWER_COLUMNS, PROMPT_COLUMNS, as_answers
-from refine_nsp.evaluation.likelihood import encode_pair
-from refine_nsp.evaluation.qa_sources import read_qa
-from refine_nsp.evaluation.ruler import BUDGETS, Sources, build_ruler
-from refine_nsp.models.generation import truncate_middle
+from refine_nsp.prompts.encoding import encode_pair, truncate_middle
+from refine_nsp.prompts.examples import ANSWER_COLUMNS, PROMPT_COLUMNS, as_answers
+from refine_nsp.prompts.qa_sources import read_qa
+from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training.data import split_documents
 

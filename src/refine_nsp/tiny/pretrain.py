@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.probes import make_probes, score_probes, score_text
 from refine_nsp.files import append_json_lines
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
-from refine_nsp.text.corpus import standard_library
-from refine_nsp.text.recall import NAMES, VALUES, RecallTokens, recall_document
-from refine_nsp.training.tiny_models import NEW_MODELS
+from refine_nsp.tiny.corpus import standard_library
+from refine_nsp.tiny.models import NEW_MODELS
+from refine_nsp.tiny.probes import make_probes, score_probes, score_text
+from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
 

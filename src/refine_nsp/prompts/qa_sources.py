@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.examples import as_answers
+from refine_nsp.prompts.examples import as_answers
 from refine_nsp.text.reading import read_documents
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.text.recall import RecallTokens, probe
+from refine_nsp.tiny.recall import RecallTokens, probe
 
 BATCH_TOKENS = 8192
 

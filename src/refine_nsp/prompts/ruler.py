@@ -25,8 +25,8 @@ from typing import Any
 from datasets import Dataset
 
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.evaluation.examples import Example
-from refine_nsp.evaluation.qa_sources import QASource
+from refine_nsp.prompts.examples import Example
+from refine_nsp.prompts.qa_sources import QASource
 from refine_nsp.text.reading import read_documents
 
 Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation import ruler
-from refine_nsp.evaluation.qa_sources import QASource, Question, read_qa
-from refine_nsp.evaluation.ruler import NEEDLES, TASKS, Sources, build_ruler, essay_words, fit
 from refine_nsp.evaluation.text_metrics import fraction_match
 from refine_nsp.models.load import load_tokenizer
+from refine_nsp.prompts import ruler
+from refine_nsp.prompts.qa_sources import QASource, Question, read_qa
+from refine_nsp.prompts.ruler import NEEDLES, TASKS, Sources, build_ruler, essay_words, fit
 
 LENGTHS = {"cwe": 5120, "qa_1": 1024, "qa_2": 1024}
 # Tokens a whole unit of haystack may take, so what may be left unfilled.

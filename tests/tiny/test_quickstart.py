@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from refine_nsp import quickstart as q
+from refine_nsp.tiny import quickstart as q
 
 TINY = replace(
     q.Settings(), seeds=2, steps=1, sequences_per_step=2, max_length=160, probes=((128, 2),), probes_per_kind=4, text_windows=2

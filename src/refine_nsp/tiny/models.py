@@ -12,7 +12,7 @@ import torch
 from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 
 if TYPE_CHECKING:
-    from refine_nsp.training.pretrain import PretrainConfig
+    from refine_nsp.tiny.pretrain import PretrainConfig
 
 
 def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:

@@ -19,9 +19,8 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.environment import environment
+from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.probes import ProbeSet, make_probes, score_probes, score_text
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.files import write_whole
 from refine_nsp.models.load import load, load_tokenizer
@@ -29,12 +28,13 @@ from refine_nsp.report import html, plots
 from refine_nsp.report.runs import curve_plots as run_curves
 from refine_nsp.report.runs import read_run
 from refine_nsp.report.tables import Cell, Table
-from refine_nsp.text.corpus import standard_library
 from refine_nsp.text.reading import read_documents
-from refine_nsp.text.recall import RecallTokens, recall_document
+from refine_nsp.tiny.corpus import standard_library
+from refine_nsp.tiny.pretrain import encode_texts
+from refine_nsp.tiny.probes import ProbeSet, make_probes, score_probes, score_text
+from refine_nsp.tiny.recall import RecallTokens, recall_document
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.data import split_documents
-from refine_nsp.training.pretrain import encode_texts
 
 ARMS: dict[str, dict[str, Any]] = {
     "NTP only": {"objective": "ntp"},

@@ -1,0 +1,1 @@
+"""Prompts with answers, for training and for evaluation: examples, question sources, RULER's generators, encoding."""

@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a ReFINE step in its three schedules, relative to a plain NTP step of the same model, in one run."""
+"""Wall time and peak memory of a ReFINE step, sampled in its schedules and in closed form, relative to an NTP step, in one run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch
 
 from _timing import alternate, model_of, ratio
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.prefix import Batch, next_token_loss, run_pass
+from refine_nsp.nsp.passes import next_token_loss, run
+from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
 
 SCHEDULES = ("fused", "snapshot", "reprefill")
+CLOSED_FORM = ("exact", "exact, cached scores")
 
 
 def ntp_step(model, ids: torch.Tensor) -> None:
-    batch = Batch(ids, torch.tensor([ids.shape[1]]))
+    batch = Batch.of(ids)
     hidden = model.model(ids, use_cache=False).last_hidden_state
     next_token_loss(model, hidden, batch, batch.num_targets)[0].backward()
     model.zero_grad()
@@ -32,9 +34,19 @@ def refine_step(model, ids: torch.Tensor, schedule: str, N: int, selection: str)
     model.zero_grad()
 
 
+def exact_step(model, ids: torch.Tensor, K: int, cached: bool) -> None:
+    """The closed form over all tokens, K tokens each; its context scores from the step's own local pass, or given."""
+    config = NSPConfig.preset("exact", rollout_length=K)
+    scores = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) if cached else None
+    ReFINEStep(model, config)(ids, scores=scores).loss.backward()
+    model.zero_grad()
+
+
 def run_of(model, ids: torch.Tensor, schedule: str, N: int, selection: str):
     if schedule == "ntp":
         return lambda: ntp_step(model, ids)
+    if schedule in CLOSED_FORM:
+        return lambda: exact_step(model, ids, N, schedule != "exact")
     return lambda: refine_step(model, ids, schedule, N, selection)
 
 
@@ -61,24 +73,31 @@ def child(family: str, T: int, schedule: str, N: int, selection: str) -> None:
     print((high_water_kilobytes() - before) / 1024)
 
 
-def measure(family: str, T: int, generations: list[int], rounds: int, selection: str, schedules: list[str]) -> None:
+def measure(
+    family: str, T: int, generations: list[int], rounds: int, selection: str, schedules: list[str], closed_form: bool
+) -> None:
     model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
     wanted = [(s, n) for s in schedules for n in generations if s != "reprefill" or n == 1]
     candidates = {"ntp": run_of(model, ids, "ntp", 1, selection)}
     candidates |= {f"{s} N={n}": run_of(model, ids, s, n, selection) for s, n in wanted}
+    closed = [(name, K) for name in CLOSED_FORM for K in (1, 5)] if closed_form else []
+    candidates |= {f"{name} K={K}": run_of(model, ids, name, K, selection) for name, K in closed}
     seconds = alternate(candidates, rounds)
     base = peak_megabytes(family, T, "ntp", 1, selection)
     print(f"{family}  T {T}  NTP step {min(seconds['ntp']):.2f} s, {base:.0f} MB")
     for s, n in wanted:
         memory = peak_megabytes(family, T, s, n, selection) / base
         print(f"    {s:9s} N={n}  time {ratio(seconds[f'{s} N={n}'], seconds['ntp'])}  peak memory {memory:.2f}")
+    for name, K in closed:
+        memory = peak_megabytes(family, T, name, K, selection) / base
+        print(f"    {name:21s} K={K}  time {ratio(seconds[f'{name} K={K}'], seconds['ntp'])}  peak memory {memory:.2f}")
 
 
 def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
     """Where the snapshot schedule's time goes (N=1): what its first pass adds is what it costs over `fused`."""
     model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
     step = ReFINEStep(model, NSPConfig(schedule="snapshot", reward="hybrid", selection=selection))
-    batch = Batch(ids, torch.tensor([T]))
+    batch = Batch.of(ids)
     rollouts = step.rollout(ids, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -87,7 +106,7 @@ def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
 
     @torch.no_grad()
     def first_pass() -> None:
-        run_pass(model, batch, batch.num_targets)
+        run(model, batch, step.config)
 
     def learn() -> None:
         step.learn(ids, rollouts).loss.backward()
@@ -116,6 +135,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096])
     parser.add_argument("--generations", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
+    parser.add_argument("--no_closed_form", action="store_true")
     parser.add_argument("--selection", default="entropy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -129,7 +149,7 @@ def main() -> None:
     print(f"P=8, K=5, {args.threads} thread(s), float32; time and memory relative to NTP: median (min-max) of pairs")
     for family in args.models:
         for T in args.lengths:
-            measure(family, T, args.generations, args.rounds, args.selection, args.schedules)
+            measure(family, T, args.generations, args.rounds, args.selection, args.schedules, not args.no_closed_form)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from _timing import alternate, delta_net_12m, matmul_peak
-from refine_nsp.nsp.prefix import Batch, next_token_loss
+from refine_nsp.nsp.passes import next_token_loss
+from refine_nsp.nsp.records import Batch
 
 
 def matmul_flops(model, T: int, chunk: int = 64) -> float:
@@ -36,7 +37,7 @@ def main() -> None:
     model = delta_net_12m()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, 4096, (1, args.length), generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids, torch.tensor([args.length]))
+    batch = Batch.of(ids)
 
     def step() -> None:
         hidden = model.model(ids, use_cache=False).last_hidden_state

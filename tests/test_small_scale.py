@@ -53,7 +53,7 @@ def test_an_adaptation_that_changes_nothing_gives_the_same_answers(model, materi
     scale = dataclasses.replace(SCALE, qa_prompts=12, test_time_prompts=12)
     rows = material.paragraphs["standard library"]
     two = dataclasses.replace(material, paragraphs={"one": rows, "another": rows})
-    adapter = TestTimeTrainer(model, TestTimeConfig(method="ntp", learning_rate=1e-12))
+    adapter = TestTimeTrainer(model, TestTimeConfig(objective="ntp", learning_rate=1e-12))
     found = measuring.adapted_figures(model, two, scale, "report", 7, adapter)
     plain = measuring.qa_figures(model, two, scale, 7)
     for name in ("standard", "published"):

@@ -19,12 +19,12 @@ from refine_nsp import ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrai
 from refine_nsp.config import NSPConfig
 from refine_nsp.files import write_whole
 from refine_nsp.models.load import load_model, load_tokenizer
-from refine_nsp.nsp.context import context_scores
-from refine_nsp.nsp.prefix import Batch, gather_positions, run_pass
-from refine_nsp.nsp.records import uniforms
-from refine_nsp.nsp.selection import select_positions
+from refine_nsp.nsp.passes import run as run_pass
+from refine_nsp.nsp.records import Draws, gather_positions
+from refine_nsp.nsp.selection import select
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
+from refine_nsp.training.phases import MicroBatch, NextSequence
 
 from . import material as m
 from . import measuring
@@ -91,29 +91,19 @@ def keep(model: Any, folder: Path) -> None:
 # --- mid-training -----------------------------------------------------------------------------------------------------
 
 
-class ExtraCrossEntropy(ReFINETrainer):
+class ExtraCrossEntropy(NextSequence):
     """The control: cross-entropy once more on the K tokens after each position ReFINE would choose, instead of rollouts."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        generator, c = self._micro_generator(), self.nsp
-
-        def both(causal_lm: Any) -> Any:
-            batch = Batch(inputs["input_ids"], inputs["lengths"])
-            whole = run_pass(causal_lm, batch, self._targets)
-            # As many draws as the ReFINE arm makes, so that the first of them are the same.
-            u, _ = uniforms(len(batch.lengths), c.positions_per_sequence, c.num_generations, c.rollout_length, generator)
-            scores = context_scores(causal_lm, batch.input_ids, whole.hidden.detach(), batch.lengths, c)
-            positions = select_positions(scores, batch.lengths, u, c)
-            ahead = (positions[..., None] + torch.arange(c.rollout_length)).flatten(1)  # [B, P*K]
-            targets = batch.input_ids.gather(1, ahead + 1).flatten()
-            weights = torch.full((len(targets),), 1.0 / len(targets))
-            hidden = gather_positions(whole.hidden, ahead).flatten(0, 1)
-            extra, _ = linear_cross_entropy(hidden, causal_lm.lm_head.weight, targets, weights)
-            return c.lambda_ntp * whole.loss_ntp + c.lambda_rl * extra
-
-        self.bar.tokens_this_step += int(inputs["lengths"].sum())
-        loss = model(step=both)
-        return (loss, None) if return_outputs else loss
+    def loss(self, model: Any, batch: MicroBatch) -> tuple[Any, dict[str, Any]]:
+        # As many draws as the ReFINE arm makes, so that the first of them are the same.
+        c, draws = self.config, Draws.of(batch.sequences, self.config, batch.generator)
+        whole = run_pass(model, batch.sequences, c, batch.totals["targets"])
+        positions = select(whole, c, draws.positions)
+        ahead = (positions[..., None] + torch.arange(c.rollout_length)).flatten(1)  # [B, P*K]
+        targets = batch.input_ids.gather(1, ahead + 1).flatten()
+        hidden = gather_positions(whole.hidden, ahead).flatten(0, 1)
+        extra, _ = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.full((len(targets),), 1.0 / len(targets)))
+        return c.lambda_ntp * whole.loss_ntp + c.lambda_rl * extra, {"loss_ntp": whole.loss_ntp.detach()}
 
 
 def measure_mid(study: Study, model: Any, seed: int, whole: bool) -> Figures:
@@ -151,8 +141,9 @@ def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
         save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **chosen,
     )  # fmt: skip
     held = Dataset.from_list([{"input_ids": row.tolist()} for row in material.windows["report"]])
-    trainer = (ExtraCrossEntropy if arm == EXTRA else ReFINETrainer)(
-        model=load(BASES[family])[0], args=args, train_dataset=m.mid_rows(s, material, seed, steps), eval_dataset=held,
+    trainer = ReFINETrainer(
+        model=load(BASES[family])[0], args=args, phase=ExtraCrossEntropy(args.nsp) if arm == EXTRA else None,
+        train_dataset=m.mid_rows(s, material, seed, steps), eval_dataset=held,
         processing_class=material.tokenizer,
     )  # fmt: skip
     if arm not in ABLATIONS:
@@ -211,7 +202,7 @@ def post(study: Study, family: str, start: str, seed: int, variant: str) -> Figu
     folder = study.folder("models", "post", family, start, variant, seed)
     args = PostTrainingConfig(
         output_dir=str(folder.parent / f"run{seed}"), max_steps=s.post_steps, per_device_train_batch_size=s.post_prompts,
-        learning_rate=s.post_learning_rate, max_length=s.post_length + 8, inner=POST[variant], seed=seed, logging_steps=s.curve_every,
+        learning_rate=s.post_learning_rate, max_length=s.post_length + 8, objective=POST[variant], seed=seed, logging_steps=s.curve_every,
         save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
     )  # fmt: skip
     model = load_model(study.folder("models", "mid", family, start, seed))
@@ -241,7 +232,7 @@ def weights_of(study: Study, family: str, start: str, variant: str, seed: int) -
 
 def adapted(study: Study, model: Any, method: str, learning_rate: float, part: str, seed: int) -> Figures:
     s, material = study.scale, material_of(study)
-    config = TestTimeConfig(method=method, learning_rate=learning_rate, nsp=NSPConfig.preset("test_time", schedule="fused"))
+    config = TestTimeConfig(objective=method, learning_rate=learning_rate, nsp=NSPConfig.preset("test_time"))
     return measuring.adapted_figures(model, material, s, part, seed, TestTimeTrainer(model, config))
 
 

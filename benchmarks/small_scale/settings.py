@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 BASES = {"DeltaNet": "refine-nsp/tiny-delta-net", "LaCT": "refine-nsp/tiny-lact"}
-OURS: dict[str, Any] = {"preset": "context", "schedule": "fused"}
+OURS: dict[str, Any] = {"preset": "context"}
 NTP, PAPER, CONTEXT = "NTP", "ReFINE, paper", "ReFINE, context_kl"
 SAME_TIME, EXTRA = "NTP, same wall time", "NTP, extra CE at context_kl"
 
 # Mid-training arms: settings of a ReFINEConfig. All see the same rows in the same order.
 MID: dict[str, dict[str, Any]] = {
     NTP: {"objective": "ntp"},
-    PAPER: {"preset": "mid_training", "schedule": "fused"},
+    PAPER: {"preset": "mid_training"},
     "ReFINE, uniform": {**OURS, "selection": "uniform"},
     "ReFINE, entropy": {**OURS, "selection": "entropy"},
     "ReFINE, context_gain": {**OURS, "selection": "context_gain"},

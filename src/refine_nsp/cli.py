@@ -20,7 +20,13 @@ COMMANDS = {
     "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
     "report": "one HTML page comparing runs",
 }
-FROM_DATACLASSES = ("midtrain", "posttrain", "ttt", "evaluate")  # flags and YAML; the others have a few flags of their own
+FROM_DATACLASSES = (
+    "midtrain",
+    "posttrain",
+    "ttt",
+    "evaluate",
+    "inspect",
+)  # flags and YAML; the others have a few flags of their own
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
 

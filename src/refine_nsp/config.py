@@ -1,29 +1,51 @@
-"""Settings of the method (paper, sections 3-4 and Table 2), as one frozen dataclass, and the published presets."""
+"""Settings of the method (paper, sections 3-4 and Table 2), as one frozen dataclass, and the presets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import lru_cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from refine_nsp.errors import RefineError, closest
 
-SELECTIONS = ("entropy", "uniform", "argmax", "argmin", "context_kl", "context_gain")
-SCHEDULES = ("reprefill", "snapshot", "fused")
-REWARDS = ("cosine", "exact_match", "hybrid")
 RewardSpec = str | Callable[..., Any]
+Objective = Literal["refine", "ntp"]  # what long text, or a prompt, is trained on: ReFINE, or the cross-entropy alone
 
-_CHOICES = {
-    "schedule": SCHEDULES,
-    "selection": SELECTIONS,
-    "smoothing": ("centred", "published", "none"),
-    "advantage_group": ("auto", "sequence", "position"),
-    "advantage_scale": ("std", "none", "global"),
-    "baseline": ("mean", "leave_one_out"),
-}
+# Spellings of the paper, and of its code, for a pair of score and draw.
+PUBLISHED_SELECTIONS = {"uniform": ("none", "sample"), "argmax": ("entropy", "greatest"), "argmin": ("entropy", "least")}
+
 _AT_LEAST_ONE = ("positions_per_sequence", "rollout_length", "num_generations", "min_prefix", "local_window")
 _POSITIVE = ("tau", "temperature", "dual_clip")
 _NOT_NEGATIVE = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "lambda_rl", "lambda_ntp")
+
+
+@lru_cache
+def choices_of(cls: Any) -> dict[str, tuple[Any, ...]]:
+    """The values a dataclass' `Literal` fields may take, by field; None is among them where it is."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        options: list[Any] = []
+        for part in (hint, *get_args(hint)):
+            options += get_args(part) if get_origin(part) is Literal else [None] if part is NoneType else []
+        if any(o is not None for o in options):
+            found[name] = tuple(options)
+    return found
+
+
+def check_choices(settings: Any) -> None:
+    """RefineError for the first field of a dataclass whose value its `Literal` does not hold, naming the nearest."""
+    kind: Any = type(settings)
+    for name, options in choices_of(kind).items():
+        check_choice(name, getattr(settings, name), options)
+
+
+def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
+    """RefineError unless `value` is one of the options."""
+    if value not in options:
+        names = [str(o) for o in options if o is not None]
+        raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(str(value), names)}")
 
 
 @dataclass(frozen=True)
@@ -34,16 +56,27 @@ class NSPConfig:
         positions_per_sequence: P, chunks of a sequence and positions chosen, one a chunk (the paper's c).
         rollout_length: K tokens per rollout (the paper's k).
         num_generations: N rollouts per position (the paper's n).
-        schedule: where prefix states come from; all give the same loss and gradients. `reprefill` recomputes each prefix (as
-            published), `snapshot` takes states from one more no-grad pass, `fused` from the gradient pass itself.
-        reward: `cosine`, `exact_match`, `hybrid`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or several.
+        estimator: `sampled`: rollouts, rewarded (the paper). `exact`: the expected reward of infinitely many rollouts in closed form,
+            with its gradient, and `likelihood`: the log-probability instead; neither rolls out (docs/method.md).
+        weights: of `exact` and `likelihood`: every token by its context score (`context`: by KL, `context_gain`), or the positions
+            chosen by `selection` alike (`selected`).
+        likelihood_share: of the log-probability in the objective of `exact`, 0 to 1: it keeps log p better, and recalls less.
+        schedule: where the states of prefixes come from; all give the same loss and gradients. `fused`: from the gradient pass
+            itself; `snapshot`: from one more pass without gradients; `reprefill`: every prefix is run again, as published; `auto`:
+            `fused` when a batch of rollouts serves one step, else `snapshot`.
+        reward: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or
+            several. Default: `cosine`, and for `exact` and `likelihood` `prefix_match`, which has a closed form.
         reward_weights: one weight per reward; None: all 1.
-        selection: `entropy`, `uniform`, `argmax`, `argmin` (of the smoothed entropy), `context_kl`, `context_gain`.
+        selection: the score positions are drawn by: `entropy`, `context_kl`, `context_gain` or `none`; and the paper's spellings of a
+            score with its draw: `uniform` (none, sample), `argmax` (entropy, greatest), `argmin` (entropy, least).
+        draw: from the scores of a chunk: `sample`, the `greatest` or the `least`. Default: `sample`.
         tau: softmax temperature over the scores of a chunk.
         smoothing: of the entropy: `centred` over real tokens, `published` (zeros beyond the edges), or `none`.
         smoothing_window: odd width of the pooling; None: K, or K + 1 when K is even.
         min_prefix: tokens that must stand before a position.
-        local_window: W of the context scores.
+        local_window: W of the context scores: they compare the whole prefix with its last W tokens.
+        local_span: those are read in windows of local_span * W tokens, so with at least W and less than local_span * W of context: more
+            costs less, local_span / (local_span - 1) tokens run a token.
         temperature: of the rollouts; log-probabilities are those of the tempered distribution.
         advantage_group: rollouts compared with each other: all of a `sequence`, or of a `position`; `auto`: sequence if N = 1.
         advantage_scale: divide by the group's `std`, by one `global` standard deviation, or by nothing.
@@ -60,19 +93,24 @@ class NSPConfig:
     positions_per_sequence: int = 8
     rollout_length: int = 5
     num_generations: int = 1
-    schedule: str = "snapshot"
-    reward: RewardSpec | list[RewardSpec] = "cosine"
+    estimator: Literal["sampled", "exact", "likelihood"] = "sampled"
+    weights: Literal["context", "context_gain", "selected"] = "context"
+    likelihood_share: float = 0.0
+    schedule: Literal["auto", "fused", "snapshot", "reprefill"] = "auto"
+    reward: RewardSpec | list[RewardSpec] | None = None
     reward_weights: list[float] | None = None
-    selection: str = "entropy"
+    selection: Literal["entropy", "context_kl", "context_gain", "none", "uniform", "argmax", "argmin"] = "entropy"
+    draw: Literal["sample", "greatest", "least"] | None = None
     tau: float = 1.0
-    smoothing: str = "centred"
+    smoothing: Literal["centred", "published", "none"] = "centred"
     smoothing_window: int | None = None
     min_prefix: int = 20
     local_window: int = 64
+    local_span: int = 2
     temperature: float = 1.0
-    advantage_group: str = "auto"
-    advantage_scale: str = "std"
-    baseline: str = "mean"
+    advantage_group: Literal["auto", "sequence", "position"] = "auto"
+    advantage_scale: Literal["std", "none", "global"] = "std"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
@@ -82,9 +120,14 @@ class NSPConfig:
     lambda_ntp: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, options in _CHOICES.items():
-            if (value := getattr(self, name)) not in options:
-                raise RefineError(f"{name}={value!r} is not one of {', '.join(options)}{closest(str(value), options)}")
+        check_choices(self)
+        score, draw = PUBLISHED_SELECTIONS.get(self.selection, (self.selection, self.draw or "sample"))
+        if self.draw not in (None, draw):
+            raise RefineError(
+                f"selection={self.selection!r} draws the {draw}, so it cannot go with draw={self.draw!r}; name a score"
+            )
+        object.__setattr__(self, "selection", score)
+        object.__setattr__(self, "draw", draw)
         for name in _AT_LEAST_ONE:
             if (value := getattr(self, name)) < 1:
                 raise RefineError(f"{name} must be at least 1, got {value}")
@@ -94,6 +137,10 @@ class NSPConfig:
         for name in _NOT_NEGATIVE:
             if not (value := getattr(self, name)) >= 0:
                 raise RefineError(f"{name} must not be negative, got {value}")
+        if self.local_span < 2:
+            raise RefineError(f"local_span must be at least 2 (windows of two times local_window), got {self.local_span}")
+        if not 0 <= self.likelihood_share <= 1:
+            raise RefineError(f"likelihood_share must be between 0 and 1, got {self.likelihood_share}")
         if self.smoothing_window is not None and (self.smoothing_window < 1 or self.smoothing_window % 2 == 0):
             raise RefineError(f"smoothing_window must be odd and positive, got {self.smoothing_window}")
         if self.clip_low > 1:
@@ -102,11 +149,51 @@ class NSPConfig:
             raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
         if not self.rewards:
             raise RefineError("reward is empty: name at least one")
+        if not self.rolls_out:
+            self._check_closed_form()
+
+    def _check_closed_form(self) -> None:
+        """RefineError for what only sampling can estimate."""
+        closed = {"prefix_match"} | ({"exact_match"} if self.rollout_length == 1 else set())
+        if len(self.rewards) > 1 or self.rewards[0] not in closed:
+            names = ", ".join(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__) for r in self.rewards)
+            raise RefineError(
+                f"estimator={self.estimator!r} has no closed form of the reward {names}; prefix_match has one, and exact_match with "
+                "rollout_length=1. Choose one of these, or estimator='sampled'"
+            )
+        for name, value in (("temperature", 1.0), ("kl_coef", 0.0), ("entropy_coef", 0.0)):
+            if getattr(self, name) != value:
+                raise RefineError(
+                    f"{name}={getattr(self, name)} belongs to rollouts; with estimator={self.estimator!r} leave it at {value}"
+                )
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether rollouts are sampled."""
+        return self.estimator == "sampled"
 
     @property
     def rewards(self) -> list[RewardSpec]:
-        """The rewards as a list."""
+        """The rewards as a list, the default resolved."""
+        if self.reward is None:
+            return ["cosine" if self.rolls_out else "prefix_match"]
         return list(self.reward) if isinstance(self.reward, list | tuple) else [self.reward]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by field; a callable reward as its dotted path."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers pickles a run's arguments beside its checkpoints, which a reward made in a function could not be part of.
+        return self.as_dict()
+
+    def __deepcopy__(self, memo: Any) -> NSPConfig:
+        return self  # frozen; and a copy by way of the state above would lose a callable reward
+
+    @property
+    def share(self) -> float:
+        """Of the log-probability in the closed-form objective."""
+        return 1.0 if self.estimator == "likelihood" else self.likelihood_share
 
     @property
     def window(self) -> int:
@@ -128,14 +215,30 @@ class NSPConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> NSPConfig:
-        """A published preset (`mid_training`, `post_training`, `test_time`; paper, Table 2) or ours (`context`)."""
-        if name not in PRESETS:
-            raise RefineError(f"no preset {name!r}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
-        known = {f.name for f in fields(cls)}
-        for key in overrides:
-            if key not in known:
-                raise RefineError(f"no setting {key!r}{closest(key, known)}")
-        return cls(**{**PRESETS[name], **overrides})
+        """A published preset (`mid_training`, `post_training`, `test_time`; paper, Table 2) or ours (`context`, `exact`, `likelihood`)."""
+        check_known(overrides, (f.name for f in fields(cls)))
+        return cls(**{**preset_settings(name), **overrides})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """What a preset sets. RefineError for an unknown name."""
+    if name not in PRESETS:
+        raise RefineError(f"no preset {name!r}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def check_known(names: Iterable[str], known: Iterable[str]) -> None:
+    """RefineError for the first name that is no setting."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise RefineError(f"no setting {name!r}{closest(name, known)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -152,4 +255,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage_scale": "global",
         "baseline": "leave_one_out",
     },
+    # The policy gradient in closed form, over all tokens by how much their prediction depends on far context.
+    "exact": {"estimator": "exact", "weights": "context", "rollout_length": 1, "local_span": 4, "lambda_rl": 10.0},
+    # Cross-entropy at the same weights.
+    "likelihood": {"estimator": "likelihood", "weights": "context", "rollout_length": 1, "local_span": 4, "lambda_rl": 10.0},
 }

@@ -183,7 +183,7 @@ def test_the_published_protocol_samples_32_tokens(files, loaded):
 def test_test_time_training_in_an_evaluation_restores_and_side_by_side_is_alone(files, loaded):
     model, tokenizer = loaded
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    config = refine_nsp.TestTimeConfig(method="ntp", parameters="lora", learning_rate=1e-3)
+    config = refine_nsp.TestTimeConfig(objective="ntp", parameters="lora", learning_rate=1e-3)
     task = build_tasks(arguments(files, tasks=["prompts"], prompts_budget=6), tokenizer)[0]
     found = []
     for together in (1, 3):
@@ -358,7 +358,10 @@ def test_generation_ends_without_an_end_token(loaded):
 def test_the_commands(files, tmp_path, capsys):
     flags = ["--tasks", "prompts", "piqa", "niah_single_1", "--lengths", "512", "--samples", "2", "--short_context", str(files),
              "--prompts", str(files / "prompts.jsonl"), "--limit", "3"]  # fmt: skip
-    for name, extra in (("a", []), ("b", ["--ttt", "refine", "--ttt_learning_rate", "1e-4", "--ttt_positions", "2"])):
+    for name, extra in (
+        ("a", []),
+        ("b", ["--ttt", "refine", "--ttt_learning_rate", "1e-4", "--ttt_positions_per_sequence", "2"]),
+    ):
         if name == "b":
             flags[1:4] = ["niah_single_1"]
         assert main(["evaluate", "refine-nsp/tiny-delta-net", *flags, *extra, "--output_dir", str(tmp_path / name)]) == 0
@@ -384,7 +387,7 @@ def test_the_ttt_command(tmp_path, capsys):
         "4",
         "--ttt_learning_rate",
         "1e-4",
-        "--ttt_positions",
+        "--ttt_positions_per_sequence",
         "2",
     ]
     assert main(["ttt", *flags]) == 0

@@ -5,10 +5,10 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.advantage import compute_advantages
-from refine_nsp.nsp.context import context_scores
+from refine_nsp.nsp.context import context_divergence, next_sum
 from refine_nsp.nsp.objective import policy_loss
-from refine_nsp.nsp.records import inverse_cdf, uniforms
-from refine_nsp.nsp.rewards import compute_rewards, cosine, edit_similarity, exact_match, hybrid, resolve_reward
+from refine_nsp.nsp.records import Batch, inverse_cdf, uniforms
+from refine_nsp.nsp.rewards import compute_rewards, cosine, edit_similarity, exact_match, hybrid, prefix_match, resolve_reward
 from refine_nsp.nsp.rollout import sample_rollouts
 from refine_nsp.nsp.selection import admissible, chunk_of_tokens, select_positions, smooth_entropy
 from tests.models.families import FAMILY_NAMES, build
@@ -45,7 +45,10 @@ def test_positions_follow_a_softmax_in_each_chunk(selection, tau):
     config = NSPConfig(positions_per_sequence=P, rollout_length=K, min_prefix=4, selection=selection, tau=tau)
     scores = torch.randn(1, T, generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([T])
-    chosen = select_positions(scores.expand(DRAWS, -1), lengths.expand(DRAWS), draws(DRAWS, P), config)
+    if selection == "uniform":
+        scores = torch.zeros_like(scores)
+    batch = Batch.of(torch.zeros(DRAWS, T, dtype=torch.long), lengths.expand(DRAWS))
+    chosen = select_positions(scores.expand(DRAWS, -1), batch, draws(DRAWS, P), config)
     for p, (start, end) in enumerate([(4, 14), (14, 28), (28, 38)]):  # chunks of 14, the last to 43; t in 4 .. 43 - 1 - 5
         logits = torch.full((T,), -torch.inf, dtype=torch.float64)
         logits[start:end] = scores[0, start:end].double() / tau if selection == "entropy" else 0.0
@@ -54,10 +57,10 @@ def test_positions_follow_a_softmax_in_each_chunk(selection, tau):
 
 def test_argmax_and_argmin_and_admissible_range():
     scores = torch.arange(60.0)[None]
-    lengths = torch.tensor([60])
+    batch = Batch.of(torch.zeros(1, 60, dtype=torch.long))
     base = dict(positions_per_sequence=2, rollout_length=5, min_prefix=20)
-    high = select_positions(scores, lengths, draws(1, 2), NSPConfig(selection="argmax", **base))
-    low = select_positions(scores, lengths, draws(1, 2), NSPConfig(selection="argmin", **base))
+    high = select_positions(scores, batch, draws(1, 2), NSPConfig(selection="argmax", **base))
+    low = select_positions(scores, batch, draws(1, 2), NSPConfig(selection="argmin", **base))
     assert high.tolist() == [[29, 54]] and low.tolist() == [[20, 30]]
     allowed = admissible(torch.tensor([26, 25]), 30, NSPConfig(**base))
     assert allowed[0].nonzero().flatten().tolist() == [20] and not allowed[1].any()
@@ -71,30 +74,32 @@ def test_chunks_are_equal_and_the_remainder_goes_to_the_last():
 
 def test_smoothing_averages_real_tokens_only_unless_published():
     entropy = torch.tensor([[1.0, 2.0, 6.0, 4.0, 100.0, 100.0]])
-    lengths = torch.tensor([4])
+    batch = Batch.of(torch.zeros(1, 6, dtype=torch.long), torch.tensor([4]))
     config = NSPConfig(rollout_length=2)
     assert config.window == 3 and NSPConfig(rollout_length=5).window == 5
-    torch.testing.assert_close(smooth_entropy(entropy, lengths, config)[0, :4], torch.tensor([1.5, 3.0, 4.0, 5.0]))
-    published = smooth_entropy(entropy, lengths, NSPConfig(rollout_length=2, smoothing="published"))[0, :4]
+    torch.testing.assert_close(smooth_entropy(entropy, batch, config)[0, :4], torch.tensor([1.5, 3.0, 4.0, 5.0]))
+    published = smooth_entropy(entropy, batch, NSPConfig(rollout_length=2, smoothing="published"))[0, :4]
     torch.testing.assert_close(published, torch.tensor([1.0, 3.0, 4.0, 110 / 3]))
-    assert torch.equal(smooth_entropy(entropy, lengths, NSPConfig(smoothing="none")), entropy)
+    assert torch.equal(smooth_entropy(entropy, batch, NSPConfig(smoothing="none")), entropy)
 
 
+@pytest.mark.parametrize("span", [2, 4])
 @pytest.mark.parametrize("selection", ["context_kl", "context_gain"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_context_scores_equal_their_definition(family, selection):
+def test_context_scores_equal_their_definition(family, selection, span):
     W, K, T = 8, 3, 45
     model = build(family)
-    config = NSPConfig(selection=selection, local_window=W, rollout_length=K)
+    config = NSPConfig(selection=selection, local_window=W, rollout_length=K, local_span=span)
     ids = torch.randint(0, 64, (2, T), generator=torch.Generator().manual_seed(5))
     lengths = torch.tensor([T, 37])
     with torch.no_grad():
         out = model(ids)
-        scores = context_scores(model, ids, out.last_hidden_state, lengths, config)
+        batch = Batch.of(ids, lengths)
+        scores = next_sum(context_divergence(model, batch, out.last_hidden_state, config, selection == "context_gain"), K)
         d = torch.zeros(2, T + K, dtype=torch.float64)
         for b in range(2):
             for t in range(2 * W, int(lengths[b]) - (selection == "context_gain")):
-                start = (t // W - 1) * W
+                start = W + (t - 2 * W) // ((span - 1) * W) * (span - 1) * W
                 local = model(ids[b : b + 1, start : t + 1]).logits[0, -1].log_softmax(-1)
                 whole = out.logits[b, t].log_softmax(-1)
                 if selection == "context_kl":
@@ -153,6 +158,20 @@ def test_built_in_rewards():
     torch.testing.assert_close(hybrid(**x), cosine(**x) + exact_match(**x))
     same = {**x, "truth_hidden": x["hidden"]}
     assert torch.equal(cosine(**same), torch.ones(2, 3))
+
+
+def test_prefix_match_counts_leading_matches():
+    rollouts = torch.tensor([[1, 2, 3], [1, 9, 3], [9, 2, 3], [1, 2, 9]])
+    found = prefix_match(completion_ids=rollouts, truth_ids=torch.tensor([[1, 2, 3]]).expand(4, 3)).mean(-1)
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 / 3, 0.0, 2 / 3]))
+
+
+def test_rewards_of_a_float64_run_are_float64():
+    x = {**reward_inputs(), "hidden": torch.randn(2, 3, 4).double(), "truth_hidden": torch.randn(2, 3, 4).double()}
+    for reward in (exact_match, prefix_match, cosine, hybrid):
+        assert reward(**x).dtype == torch.float64
+    for specs in (["exact_match"], ["hybrid", "exact_match"]):
+        assert compute_rewards(specs, None, x)[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize(

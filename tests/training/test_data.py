@@ -74,11 +74,18 @@ def test_streaming_gives_the_same_windows(tmp_path, tokenizer):
     assert [row["input_ids"] for row in streamed] == plain["input_ids"][:]
 
 
+def packed_examples(windows, max_length):
+    return [
+        {"input_ids": [token for w in members for token in windows[w]], "lengths": [len(windows[w]) for w in members]}
+        for members in pack(windows, max_length)
+    ]
+
+
 def test_packed_documents_stay_rows_of_their_own():
     windows = [[1] * 7, [2] * 5, [3] * 4, [4] * 3, [5] * 10]
-    packed = pack(windows, 10)
-    assert sorted(sum(lengths) for lengths in packed["lengths"]) == [9, 10, 10]
-    batch = collate([{"input_ids": i, "lengths": n} for i, n in zip(packed["input_ids"], packed["lengths"], strict=True)])
+    packed = packed_examples(windows, 10)
+    assert sorted(len(example["input_ids"]) for example in packed) == [9, 10, 10]
+    batch = collate(packed)
     assert sorted(batch["lengths"].tolist()) == [3, 4, 5, 7, 10]
     for row, n in zip(batch["input_ids"], batch["lengths"], strict=True):
         assert len(set(row[:n].tolist())) == 1
@@ -86,16 +93,17 @@ def test_packed_documents_stay_rows_of_their_own():
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_packing_does_not_change_the_loss(family):
-    from refine_nsp.nsp.prefix import Batch, run_pass
+    from refine_nsp.config import NSPConfig
+    from refine_nsp.nsp.passes import run
+    from refine_nsp.nsp.records import Batch
 
     model = build(family)
     g = torch.Generator().manual_seed(0)
     windows = [torch.randint(1, 64, (n,), generator=g).tolist() for n in (30, 12, 45, 8)]
-    packed = pack(windows, 60)
-    batch = collate([{"input_ids": i, "lengths": n} for i, n in zip(packed["input_ids"], packed["lengths"], strict=True)])
+    batch = collate(packed_examples(windows, 60))
     with torch.no_grad():
-        together = run_pass(model, Batch(batch["input_ids"], batch["lengths"]), 1.0).loss_ntp
-        alone = sum(run_pass(model, Batch(torch.tensor([w]), torch.tensor([len(w)])), 1.0).loss_ntp for w in windows)
+        together = run(model, Batch.of(batch["input_ids"], batch["lengths"]), NSPConfig(), 1.0).loss_ntp
+        alone = sum(run(model, Batch.of(torch.tensor([w])), NSPConfig(), 1.0).loss_ntp for w in windows)
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 

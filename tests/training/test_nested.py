@@ -66,7 +66,7 @@ def test_the_answer_loss_is_the_mean_over_answer_tokens(family):
 @pytest.mark.parametrize("inner", ["none", "ntp", "refine"])
 def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
     """The trainer's step against the same two optimizer steps by hand."""
-    t = trainer(tmp_path, max_steps=1, inner=inner, weight_decay=0.0)
+    t = trainer(tmp_path, max_steps=1, objective=inner, weight_decay=0.0)
     t.train()
     model, rows = build("delta_net"), list(data())[:2]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -80,7 +80,7 @@ def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
     if inner != "none":
         prompts = [torch.tensor(r["prompt_ids"]) for r in rows]
         ids, lengths = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), torch.tensor([len(p) for p in prompts])
-        result = ReFINEStep(model, t.nsp)(ids, lengths, t._generator_of(0))
+        result = ReFINEStep(model, t.nsp)(ids, lengths, t.generator_of(0))
         update(result.loss if inner == "refine" else result.loss_ntp)
     ids, lengths = batch_of(rows)
     update(answer_loss(model, ids, lengths, torch.full((2,), 4), 8.0))
@@ -92,14 +92,14 @@ def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
 def test_one_batch_of_8_is_8_of_1(tmp_path, inner):
     found = []
     for size, accumulation in ((8, 1), (1, 8)):
-        t = trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, inner=inner)
+        t = trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, objective=inner)
         t.train()
         found.append(weights(t.model))
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("settings", [{"inner": "refine"}, {"inner": "ntp", "reference": "random"}])
+@pytest.mark.parametrize("settings", [{"objective": "refine"}, {"objective": "ntp", "reference": "random"}])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
     whole = trainer(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2, **settings)
     whole.train()
@@ -111,7 +111,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
 
 def test_inner_steps_deal_the_batch_out(tmp_path):
     counted, step = [], torch.optim.AdamW.step
-    t = trainer(tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1, inner="ntp", inner_steps=2, max_steps=1)
+    t = trainer(
+        tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1, objective="ntp", inner_steps=2, max_steps=1
+    )
     t.create_optimizer()
     original = t.optimizer.step
 
@@ -129,12 +131,14 @@ def test_a_random_reference_is_seeded_and_the_first_is_the_first(tmp_path):
     t = trainer(tmp_path, reference="random")
     rows = list(data())
     batch = t.data_collator(rows)
-    import random
 
-    drawn = {tuple(t._with_answers(batch, random.Random(s), torch.device("cpu"))["answer_lengths"].tolist()) for s in range(20)}
+    def answer_lengths(seed):
+        return t.micro_batch(batch, torch.Generator().manual_seed(seed), torch.device("cpu")).answer_lengths
+
+    drawn = {answer_lengths(s) for s in range(20)}
     assert len(drawn) > 5 and all(set(d) <= {4, 6} for d in drawn)
     t.args.reference = "first"
-    assert set(t._with_answers(batch, random.Random(0), torch.device("cpu"))["answer_lengths"].tolist()) == {4}
+    assert set(answer_lengths(0)) == {4}
 
 
 def write(path, rows):
@@ -235,7 +239,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"inner": "refin"}, "did you mean 'refine'"),
+        ({"objective": "refin"}, "did you mean 'refine'"),
         ({"reference": "last"}, "reference='last' is not one of"),
         ({"answer_metric": "bleu"}, "answer_metric='bleu' is not one of"),
         ({"inner_steps": 2}, "inner_steps=2 deals 1 micro-batches out"),
@@ -251,7 +255,7 @@ def test_the_command_learns_to_answer(tmp_path, capsys):
     name = write(tmp_path / "a.jsonl", [question(i % 8) for i in range(64)])
     flags = ["--dataset_name", name, "--output_dir", str(tmp_path / "run"), "--max_length", "256", "--max_steps", "12",
              "--learning_rate", "3e-3", "--per_device_train_batch_size", "8", "--logging_steps", "2", "--max_new_tokens", "4",
-             "--inner", "refine", "--positions_per_sequence", "2", "--disable_tqdm", "true"]  # fmt: skip
+             "--objective", "refine", "--positions_per_sequence", "2", "--disable_tqdm", "true"]  # fmt: skip
     assert main(["posttrain", *flags, "--dry_run"]) == 0
     assert "training prompts" in capsys.readouterr().out and not (tmp_path / "run").exists()
     assert main(["posttrain", *flags]) == 0

@@ -37,7 +37,7 @@ def test_outputs_change_inside_and_every_bit_is_back_outside(family, parameters,
     before, ids = bits(model), prompt()
     flags = [p.requires_grad for p in model.parameters()]
     plain = model(ids[None]).logits
-    ttt = TestTimeTrainer(model, config(parameters=parameters, method=method, steps=2))
+    ttt = TestTimeTrainer(model, config(parameters=parameters, objective=method, steps=2))
     with ttt.adapt(ids) as adapted:
         assert adapted is model and not model.training
         assert (model(ids[None]).logits - plain).abs().max() > 1e-6
@@ -76,7 +76,7 @@ def test_ctrl_c_while_adapting_restores(monkeypatch):
 
 def test_ntp_on_the_prompt_lowers_its_loss():
     model = build("delta_net").eval()
-    ttt = TestTimeTrainer(model, config(method="ntp", steps=8))
+    ttt = TestTimeTrainer(model, config(objective="ntp", steps=8))
     with ttt.adapt(prompt()):
         pass
     assert ttt.last.losses[-1] < ttt.last.losses[0] - 0.1
@@ -109,7 +109,7 @@ def test_only_the_fast_weights_projections_change():
 def test_prompts_side_by_side_are_prompts_alone(family, method):
     model = build(family).eval()
     prompts = [prompt(60, 1), prompt(47, 2), prompt(33, 3)]
-    ttt = TestTimeTrainer(model, config(parameters="lora", method=method, steps=3))
+    ttt = TestTimeTrainer(model, config(parameters="lora", objective=method, steps=3))
     with ttt.adapt(prompts):
         ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         together = model(ids, lengths=torch.tensor([len(p) for p in prompts])).logits

@@ -86,6 +86,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, settings):
     assert_close(weights(again), weights(straight), atol=1e-12)
 
 
+@pytest.mark.parametrize("content", ["", '{"best_metric": null, "epo', "[]"])
+def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, content):
+    straight = trainer(tmp_path / "a", max_steps=4)
+    straight.train()
+    trainer(tmp_path / "b", max_steps=4, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").write_text(content)
+    with pytest.warns(UserWarning, match="checkpoint-4 is not complete .*; the one before it is taken"):
+        assert last_complete_checkpoint(tmp_path / "b").endswith("checkpoint-2")
+    again = trainer(tmp_path / "b", max_steps=4)
+    with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
+        again.train(resume_from_checkpoint=True)
+    assert_close(weights(again), weights(straight), atol=1e-12)
+
+
 def test_several_steps_learn_from_one_batch_of_rollouts(tmp_path):
     t = trainer(tmp_path, steps_per_generation=4, max_steps=4, learning_rate=0.3, lambda_ntp=0.0, lambda_rl=5.0)
     t.train()
@@ -140,12 +154,13 @@ def test_best_model_is_loaded_at_the_end(tmp_path):
 
 def test_counted_positions_are_those_selected():
     from refine_nsp.config import NSPConfig
+    from refine_nsp.nsp.records import Batch
     from refine_nsp.nsp.selection import count_positions, select_positions
 
     config = NSPConfig(positions_per_sequence=4, rollout_length=5)
-    lengths = torch.tensor([200, 90, 41, 30, 26, 12])
-    chosen = select_positions(torch.zeros(6, 200), lengths, torch.rand(6, 4, dtype=torch.float64), config)
-    assert count_positions(lengths, 200, config).tolist() == (chosen >= 0).sum(-1).tolist()
+    batch = Batch.of(torch.zeros(6, 200, dtype=torch.long), torch.tensor([200, 90, 41, 30, 26, 12]))
+    chosen = select_positions(torch.zeros(6, 200), batch, torch.rand(6, 4, dtype=torch.float64), config)
+    assert count_positions(batch.host_lengths, config).tolist() == (chosen >= 0).sum(-1).tolist()
 
 
 def test_gradient_checkpointing_and_bf16_run(tmp_path):

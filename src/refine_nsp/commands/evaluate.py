@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from refine_nsp.commands.model_options import DEFAULT_MODEL, TestTimeArguments, positional_model
-from refine_nsp.commands.options import Options, resolved
+from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model, test_time_trainer
+from refine_nsp.commands.options import Options
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
@@ -24,7 +24,7 @@ from refine_nsp.report.tables import Table
 
 COMMON = (
     "model_name_or_path tasks output_dir protocol lengths samples depths essays squad hotpotqa longbench prompts prompts_metric documents "
-    "short_context limit max_prompt_tokens batch_tokens num_proc seed ttt ttt_steps ttt_learning_rate ttt_parameters ttt_scope"
+    "short_context limit max_prompt_tokens batch_tokens num_proc seed ttt ttt_preset ttt_steps ttt_learning_rate ttt_parameters ttt_scope"
 ).split()
 # What answers do not depend on: may differ when a run is resumed.
 FREE = ("tasks", "batch_tokens", "num_proc", "output_dir")
@@ -50,11 +50,9 @@ class RunArguments:
 def run(argv: Sequence[str]) -> None:
     """Parse, build the prompts, answer what is missing, report."""
     summary = "Evaluate a model: refine-nsp evaluate MODEL --tasks ruler longbench ... --output_dir FOLDER"
-    options = Options("evaluate", summary, (RunArguments, EvaluationArguments, TestTimeArguments), COMMON)
-    run_args, arguments, ttt, dry_run = options.parse(positional_model(argv))
+    options = Options("evaluate", summary, (RunArguments, EvaluationArguments, *TEST_TIME), COMMON)
+    run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
     arguments.check()
-    if ttt.ttt is not None:
-        ttt.config(ttt.ttt)  # refuse bad settings before anything is built
     model = load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval().to(process_state().device)
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
     check_vocabulary(model, tokenizer)
@@ -63,19 +61,20 @@ def run(argv: Sequence[str]) -> None:
         Console().print(plan(tasks, arguments).rich())
         return
     out = Path(run_args.output_dir)
-    adapter, together = ttt.trainer(model)
+    adapter, together = test_time_trainer(model, ttt, test_time)
     context = Context(model, tokenizer, arguments.batch_tokens, adapter, together)
-    settings = {k: v for part in (run_args, arguments, ttt) for k, v in asdict(part).items() if k not in FREE}
+    config = options.resolved()
+    settings = {k: v for k, v in config.items() if k not in FREE}
     settings["weights"] = float(sum(p.detach().double().sum() for p in model.parameters()))
     results = evaluate(tasks, context, out, settings)
     if not process_state().is_main_process:
         return
     results += [r for name in harness_names(arguments) for r in harness_results(name, model, tokenizer, arguments, out)]
-    config = yaml.safe_dump(resolved(run_args, arguments, ttt), sort_keys=True)
-    write_whole(out / "config.yaml", config)
+    shown = yaml.safe_dump(config, sort_keys=True)
+    write_whole(out / "config.yaml", shown)
     console = Console()
     console.print(results_table(results).rich())
-    page = write_evaluation(out, results, config, json.dumps(environment(arguments.seed), indent=1))
+    page = write_evaluation(out, results, shown, json.dumps(environment(arguments.seed), indent=1))
     console.print(f"tables: {out / 'results.md'}   report: {page}")
 
 

@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
 from refine_nsp.commands.generate import read_text
-from refine_nsp.config import PRESETS, SELECTIONS
+from refine_nsp.commands.model_options import DEFAULT_MODEL
+from refine_nsp.commands.options import Options, Settings
+from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.files import write_whole
+from refine_nsp.models.load import check_vocabulary, load
+from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.report.picture import picture_page
+from refine_nsp.report.tables import Table
+
+COMMON = (
+    "model_name_or_path file output max_tokens preset selection positions_per_sequence rollout_length num_generations reward_funcs seed"
+).split()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="shipped name, folder or hub name")
-    parser.add_argument("file", type=Path, help="a UTF-8 text file")
-    parser.add_argument("--output", type=Path, default=Path("inspect.html"), help="the page to write [inspect.html]")
-    parser.add_argument("--max_tokens", type=int, default=2048, help="read at most so many tokens [2048]")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="context", help="settings to start from [context]")
-    parser.add_argument("--selection", choices=SELECTIONS)
-    parser.add_argument("--positions_per_sequence", type=int)
-    parser.add_argument("--rollout_length", type=int)
-    parser.add_argument("--num_generations", type=int)
-    parser.add_argument("--reward")
-    parser.add_argument("--seed", type=int, default=0)
+@dataclass
+class InspectArguments:
+    """What to look at.
+
+    Attributes:
+        model_name_or_path: shipped name, folder or hub name (also as the first word).
+        file: a UTF-8 text file (also as the second word).
+        output: the page to write.
+        max_tokens: read at most so many tokens.
+        seed: of positions and rollouts.
+    """
+
+    model_name_or_path: str = DEFAULT_MODEL
+    file: str | None = None
+    output: str = "inspect.html"
+    max_tokens: int = 2048
+    seed: int = 0
 
 
-OVERRIDES = ("selection", "positions_per_sequence", "rollout_length", "num_generations", "reward")
-
-
-def run(args: Any) -> None:
+def run(argv: Sequence[str]) -> None:
     """Write the page and print the table of facts."""
-    import torch
-    from rich.console import Console
-
-    from refine_nsp.config import NSPConfig
-    from refine_nsp.files import write_whole
-    from refine_nsp.models.load import check_vocabulary, load
-    from refine_nsp.nsp.step import ReFINEStep
-    from refine_nsp.report.picture import picture_page
-
-    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    config = NSPConfig.preset(args.preset, **given)
-    text = read_text(args.file)
-    model, tokenizer = load(args.model)
+    summary = "Explain a text as a picture: refine-nsp inspect MODEL FILE"
+    options = Options("inspect", summary, (InspectArguments, Settings(NSPConfig, preset="context")), COMMON)
+    arguments, config, dry_run = options.parse(positional(argv))
+    if arguments.file is None:
+        raise RefineError("no text: refine-nsp inspect MODEL FILE")
+    if not config.rolls_out:
+        raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
+    if dry_run:
+        Console().print(str(config))
+        return
+    text = read_text(Path(arguments.file))
+    model, tokenizer = load(arguments.model_name_or_path)
     check_vocabulary(model, tokenizer)
-    ids = torch.tensor(tokenizer(text)["input_ids"][: args.max_tokens])
+    ids = torch.tensor(tokenizer(text)["input_ids"][: arguments.max_tokens])
     if len(ids) < config.shortest:
-        raise RefineError(f"{args.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
-    record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(args.seed))
+        raise RefineError(f"{arguments.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
+    record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
     facts = model_facts(model, ids)
-    path = write_whole(
-        args.output, picture_page(f"{args.file.name} as {args.model} reads it", facts, tokenizer, ids, record, config)
-    )
+    title = f"{Path(arguments.file).name} as {arguments.model_name_or_path} reads it"
+    path = write_whole(Path(arguments.output), picture_page(title, facts, tokenizer, ids, record, config))
     console = Console()
     console.print(facts.rich())
     console.print(f"page: {path}")
 
 
+def positional(argv: Sequence[str]) -> list[str]:
+    """`MODEL FILE flags` as flags only."""
+    words = list(argv)
+    names = ["--model_name_or_path", "--file"]
+    count = next((i for i, w in enumerate(words[:2]) if w.startswith("-")), min(2, len(words)))
+    return [w for pair in zip(names, words[:count], strict=False) for w in pair] + words[count:]
+
+
 def model_facts(model: Any, ids: Any) -> Any:
     """Parameters, state size, and which kernels compute it."""
-    import torch
-
-    from refine_nsp.report.tables import Table
-
     with torch.no_grad():
         cache = model.model(ids[None], use_cache=True).past_key_values
     parameters = sum(p.numel() for p in model.parameters())

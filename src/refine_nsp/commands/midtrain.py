@@ -11,35 +11,39 @@ import yaml
 from rich.console import Console
 
 from refine_nsp.commands.model_options import ModelArguments, build_model
-from refine_nsp.commands.options import Options, resolved
+from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_whole
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.nsp.rewards import wants_columns
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
 
 COMMON = (
     "model_name_or_path dataset_name text_column output_dir objective preset max_length max_steps num_train_epochs "
-    "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length num_generations "
-    "selection reward_funcs schedule lambda_rl steps_per_generation validation_dataset eval_strategy eval_steps logging_steps "
-    "log_completions save_steps resume_from_checkpoint bf16 gradient_checkpointing packing streaming use_peft seed"
+    "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length "
+    "num_generations estimator weights selection reward_funcs schedule lambda_rl context_scores steps_per_generation "
+    "validation_dataset eval_strategy eval_steps logging_steps log_completions save_steps resume_from_checkpoint bf16 "
+    "gradient_checkpointing packing streaming use_peft seed"
 ).split()
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
     summary = "Mid-train a fast-weight model on next-sequence prediction (ReFINE), or by next-token prediction: --objective ntp."
-    options = Options("midtrain", summary, (ModelArguments, DataArguments, ReFINEConfig), COMMON, (NSPConfig,))
+    options = Options(
+        "midtrain", summary, (ModelArguments, DataArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig))), COMMON
+    )
     model_args, data_args, args, dry_run = options.parse(argv)
-    config = resolved(model_args, data_args, args)
+    config = options.resolved()
     model = build_model(model_args)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
-    nsp = args.nsp()
-    train, held = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest)
+    nsp = args.nsp
+    train, held = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest, wants_columns(nsp))
     if dry_run:
         Console().print(plan(model, train, held, args, config).rich())
         return

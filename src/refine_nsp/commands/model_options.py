@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from refine_nsp.config import NSPConfig
+from refine_nsp.commands.options import Settings
+from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_model
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
@@ -56,56 +57,37 @@ def build_model(arguments: ModelArguments) -> Any:
 
 @dataclass
 class TestTimeArguments:
-    """Test-time training before each answer.
+    """Test-time training before each answer; its settings are those of `TestTimeConfig` and `NSPConfig`, under the prefix `ttt_`.
 
     Attributes:
         ttt: `refine` or `ntp`: adapt to each prompt before answering it, restore afterwards. Default: no adaptation.
-        ttt_steps: optimizer steps on a prompt.
-        ttt_learning_rate, ttt_optimizer: of those steps (`adamw` or `sgd`).
-        ttt_scope: restore after each `example`, after each `batch` of ttt_batch_size prompts, or `never`.
-        ttt_parameters: `all`, `fast_weights` (only the projections that write and read them) or `lora` (prompts side by side).
         ttt_batch_size: prompts adapted together where their weights allow.
-        ttt_reward: `exact_match` (the paper), `cosine`, `hybrid`, or a dotted path.
-        ttt_positions, ttt_rollout_length, ttt_num_generations, ttt_lambda_rl: of ReFINE on the prompt.
-        ttt_seed: of its positions and rollouts.
     """
 
     __test__ = False
 
-    ttt: str | None = None
-    ttt_steps: int = 1
-    ttt_learning_rate: float = 1e-6
-    ttt_optimizer: str = "adamw"
-    ttt_scope: str = "example"
-    ttt_parameters: str = "all"
+    ttt: Literal["refine", "ntp"] | None = None
     ttt_batch_size: int = 8
-    ttt_reward: str = "exact_match"
-    ttt_positions: int = 8
-    ttt_rollout_length: int = 5
-    ttt_num_generations: int = 1
-    ttt_lambda_rl: float = 0.4
-    ttt_seed: int = 0
 
-    def config(self, method: str) -> TestTimeConfig:
-        """The library's settings. RefineError for a value out of range."""
+    def __post_init__(self) -> None:
+        check_choices(self)
         if self.ttt_batch_size < 1:
             raise RefineError(f"ttt_batch_size must be at least 1, got {self.ttt_batch_size}")
-        nsp = NSPConfig.preset(
-            "test_time", schedule="fused", reward=self.ttt_reward, positions_per_sequence=self.ttt_positions,
-            rollout_length=self.ttt_rollout_length, num_generations=self.ttt_num_generations, lambda_rl=self.ttt_lambda_rl,
-        )  # fmt: skip
-        return TestTimeConfig(
-            method=method, scope=self.ttt_scope, steps=self.ttt_steps, learning_rate=self.ttt_learning_rate,
-            optimizer=self.ttt_optimizer, parameters=self.ttt_parameters, nsp=nsp, seed=self.ttt_seed,
-        )  # fmt: skip
 
-    def trainer(self, model: Any) -> tuple[TestTimeTrainer | None, int]:
-        """The trainer (None without --ttt), and how many prompts it takes together."""
-        if self.ttt is None:
-            return None, 1
-        trainer = TestTimeTrainer(model, self.config(self.ttt))
-        together = trainer.side_by_side() or self.ttt_scope != "example"
-        return trainer, self.ttt_batch_size if together else 1
+
+TEST_TIME = (
+    TestTimeArguments,
+    Settings(TestTimeConfig, prefix="ttt_", skip=("objective",), nsp=Settings(NSPConfig, prefix="ttt_", preset="test_time")),
+)
+
+
+def test_time_trainer(model: Any, ttt: TestTimeArguments, config: TestTimeConfig) -> tuple[TestTimeTrainer | None, int]:
+    """The trainer (None without --ttt), and how many prompts it takes together."""
+    if ttt.ttt is None:
+        return None, 1
+    trainer = TestTimeTrainer(model, replace(config, objective=ttt.ttt))
+    together = trainer.side_by_side() or config.scope != "example"
+    return trainer, ttt.ttt_batch_size if together else 1
 
 
 def positional_model(argv: Sequence[str]) -> list[str]:

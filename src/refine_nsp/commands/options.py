@@ -1,4 +1,8 @@
-"""Flags and YAML from dataclasses: flags win over the file, unknown keys are refused naming the nearest, help shows what is used first."""
+"""Flags and YAML from dataclasses: flags win over the file, the file over a preset, unknown keys are refused naming the nearest.
+
+Every setting is declared in one dataclass. `Settings` says how a command shows it: all of its fields or not, under a prefix, starting
+from a preset.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,86 @@ import dataclasses
 import enum
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from refine_nsp.config import NSPConfig, choices_of, preset_settings
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.training.arguments import RENAMED
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A dataclass as a command shows it.
+
+    Attributes:
+        cls: the dataclass. prefix: before the names of its flags. skip: fields that are not flags.
+        renamed: flags of other names than their fields.
+        preset: of an `NSPConfig`: the preset it starts from, or None; there is a flag `preset` then.
+        nsp: of a dataclass with a field `nsp`: how that is shown, beside its own flags.
+    """
+
+    cls: Any
+    prefix: str = ""
+    skip: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    preset: str | None = None
+    nsp: Settings | None = None
+
+    @property
+    def has_preset(self) -> bool:
+        """Whether a preset can be named."""
+        return self.cls is NSPConfig
+
+    @property
+    def preset_flag(self) -> str:
+        """Name of the flag that names it."""
+        return f"{self.prefix}preset"
+
+    def flags(self) -> dict[str, dataclasses.Field]:
+        """Fields by the name of their flag."""
+        given, usual = dict(self.renamed), RENAMED if self.has_preset else {}
+        shown = [f for f in dataclasses.fields(self.cls) if f.init and f.name not in (*self.skip, "nsp")]
+        return {given.get(f.name, self.prefix + usual.get(f.name, f.name)): f for f in shown}
+
+    def view(self) -> type:
+        """The flags as a dataclass of their own, which HfArgumentParser can read."""
+        hints = get_type_hints(self.cls)
+        made: list[Any] = []
+        for flag, f in self.flags().items():
+            kept: dict[str, Any] = {"metadata": dict(f.metadata)}
+            if f.default_factory is not MISSING:
+                kept["default_factory"] = f.default_factory
+            elif f.default is not MISSING:
+                kept["default"] = f.default
+            made.append((flag, _parseable(hints[f.name]), dataclasses.field(**kept)))
+        if self.has_preset:
+            made.append((self.preset_flag, str | None, dataclasses.field(default=self.preset)))
+        return dataclasses.make_dataclass(f"{self.cls.__name__}Flags", made)
+
+    def fill(self, values: dict[str, Any]) -> Any:
+        """The dataclass from parsed flags."""
+        given = {f.name: values[flag] for flag, f in self.flags().items()}
+        if self.has_preset and isinstance(given["reward"], list) and len(given["reward"]) == 1:
+            given["reward"] = given["reward"][0]
+        if self.nsp is not None:
+            given["nsp"] = self.nsp.fill(values)
+        return self.cls(**given)
+
+
+def _parseable(hint: Any) -> Any:
+    """A type argparse can fill: what may be a callable is named by a string, or several."""
+    return list[str] | None if any(_is_callable(part) for part in get_args(hint)) else hint
+
+
+def _is_callable(hint: Any) -> bool:
+    origin = getattr(hint, "__origin__", hint)
+    return origin is Callable or getattr(origin, "__name__", "") == "Callable"
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
@@ -35,21 +111,42 @@ class Options:
     Args:
         command: name, for the usage line.
         summary: one paragraph under it.
-        classes: the dataclasses, filled in this order.
+        settings: the dataclasses, or `Settings` of them, filled in this order.
         common: flags shown by --help; the rest by --help_all.
-        described_by: more dataclasses whose docstrings explain fields.
     """
 
-    def __init__(
-        self, command: str, summary: str, classes: Sequence[Any], common: Sequence[str], described_by: Sequence[type] = ()
-    ) -> None:
-        self.command, self.summary, self.classes, self.common = command, summary, list(classes), list(common)
-        self.parser = HfArgumentParser(self.classes, add_help=False, allow_abbrev=False, prog=f"refine-nsp {command}")
+    def __init__(self, command: str, summary: str, settings: Sequence[Any], common: Sequence[str]) -> None:
+        self.command, self.summary, self.common = command, summary, list(common)
+        self.settings = [s if isinstance(s, Settings) else Settings(s) for s in settings]
+        self.shown = [part for s in self.settings for part in (s, s.nsp) if part is not None]
+        views: list[Any] = [s.view() for s in self.shown]
+        self.parser = HfArgumentParser(views, add_help=False, allow_abbrev=False, prog=f"refine-nsp {command}")
         self.docs: dict[str, str] = {}
-        for cls in (*described_by, *self.classes):
-            for base in reversed(cls.__mro__):
-                self.docs |= attribute_docs(base)
-        self.known = {a.dest for a in self.parser._actions}
+        self.choices: dict[str, tuple[Any, ...]] = {}
+        for s in self.shown:
+            docs: dict[str, str] = {}
+            for base in reversed(s.cls.__mro__):
+                docs |= attribute_docs(base)
+            choices = choices_of(s.cls)
+            for flag, f in s.flags().items():
+                self.docs |= {flag: docs[f.name]} if f.name in docs else {}
+                self.choices |= {flag: choices[f.name]} if f.name in choices else {}
+            if s.has_preset:
+                self.docs[s.preset_flag] = (
+                    "settings to start from: mid_training, post_training, test_time, context, exact, likelihood"
+                )
+        self.actions = {a.dest: a for a in self.parser._actions}
+        self.known = set(self.actions)
+        self.defaults = {name: a.default for name, a in self.actions.items()} | {
+            s.preset_flag: None for s in self.shown if s.has_preset
+        }
+        hints = {flag: get_type_hints(s.cls)[f.name] for s in self.shown for flag, f in s.flags().items()}
+        for flag, action in self.actions.items():
+            if flag in self.choices:
+                action.choices = None  # the dataclass checks them, in the words of all our errors
+            # "none" is a word of its own where strings are taken.
+            if type(None) in get_args(hints.get(flag)) and action.type in (int, float):
+                action.type = _or_none(action.type)
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """The filled dataclasses, and whether --dry_run was given. Prints help and exits where asked; RefineError for unknowns."""
@@ -58,11 +155,12 @@ class Options:
         for flag in ("--help", "-h", "--help_all", "--dry_run"):
             first.add_argument(flag, action="store_true", dest=flag.strip("-"))
         own, rest = first.parse_known_args(list(argv))
+        from_file = self._read(own.config) if own.config is not None else {}
+        self._start_from_presets(rest, from_file)
+        self.parser.set_defaults(**from_file)
         if own.help or own.h or own.help_all:
             sys.stdout.write(self.help(own.help_all))
             raise SystemExit(0)
-        if own.config is not None:
-            self.parser.set_defaults(**self._read(own.config))
         # A bare `--flag` of a boolean field, `--flag value` and `--flag=value` are argparse's business; unknown names are ours.
         namespace, unknown = self.parser.parse_known_args(rest)
         for word in unknown:
@@ -72,9 +170,24 @@ class Options:
                     f"unknown flag --{name}{closest(name, self.known)}; `refine-nsp {self.command} --help_all` lists all"
                 )
             raise RefineError(f"unexpected argument {word!r}")
-        values = vars(namespace)
-        filled = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in self.classes]
-        return (*filled, own.dry_run)
+        self.values = vars(namespace)
+        return (*(s.fill(self.values) for s in self.settings), own.dry_run)
+
+    def _start_from_presets(self, words: Sequence[str], from_file: dict[str, Any]) -> None:
+        """A preset is a set of defaults, below the file and the flags."""
+        for s in (s for s in self.shown if s.has_preset):
+            only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            only.add_argument(f"--{s.preset_flag}", default=from_file.get(s.preset_flag, s.preset))
+            name = getattr(only.parse_known_args(list(words))[0], s.preset_flag)
+            if name is None:
+                continue
+            values = preset_settings(name)
+            self.parser.set_defaults(**{flag: values[f.name] for flag, f in s.flags().items() if f.name in values})
+
+    def resolved(self) -> dict[str, Any]:
+        """Every flag of the latest parse that differs from its default without file and preset: what `--config` needs for the same
+        run."""
+        return {k: _plain(v) for k, v in self.values.items() if v != self.defaults[k]}
 
     def _read(self, path: Path) -> dict[str, Any]:
         data = read_yaml(path)
@@ -92,7 +205,7 @@ class Options:
             ("debug", "a traceback instead of one line when something is wrong"),
         ]
         lines += [f"  --{name:<34} {text}" for name, text in own]
-        shown = {a.dest: a for a in self.parser._actions}
+        shown = self.actions
         names = sorted(shown) if everything else [n for n in self.common if n in shown]
         for name in names:
             default = shown[name].default
@@ -100,6 +213,8 @@ class Options:
             text = self.docs.get(name, shown[name].help or "")
             text = "" if text == argparse.SUPPRESS else " ".join(text.split())
             text = text if len(text) < 300 else text[:300].rsplit(" ", 1)[0] + " ..."
+            kind = "|".join(str(c) for c in self.choices[name] if c is not None) if name in self.choices else _kind(shown[name])
+            name = f"{name} {kind}" if kind else name
             lines.append(f"  --{name:<34} {text}" + (f" [{default}]" if default not in (None, "", dataclasses.MISSING) else ""))
         if not everything:
             lines += [
@@ -124,16 +239,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def resolved(*filled: Any) -> dict[str, Any]:
-    """Every field that differs from its default, plain enough for YAML: what `--config` needs to give the same run."""
-    found: dict[str, Any] = {}
-    for record in filled:
-        reference = type(record)()
-        for f in dataclasses.fields(record):
-            value = getattr(record, f.name)
-            if f.init and value != getattr(reference, f.name):
-                found[f.name] = _plain(value)
-    return found
+def _or_none(convert: Any) -> Callable[[str], Any]:
+    """`none` on the command line is None where a field may be None, as `null` is in a file."""
+
+    def converted(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else convert(text)
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # argparse names the type in its errors
+    return converted
+
+
+def _kind(action: argparse.Action) -> str:
+    """What a flag takes, for the help."""
+    name = getattr(action.type, "__name__", "")
+    name = {"str": "TEXT", "int": "INT", "float": "NUMBER", "string_to_bool": "BOOL"}.get(name, "VALUE" if name else "")
+    return f"{name} ..." if action.nargs in ("+", "*") else name
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from refine_nsp.commands.midtrain import resume_from, save, start_run
 from refine_nsp.commands.model_options import ModelArguments, build_model
-from refine_nsp.commands.options import Options, resolved
+from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
@@ -20,29 +20,31 @@ from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
 
 COMMON = (
-    "model_name_or_path dataset_name squad hotpotqa ruler_length ruler_samples question_column output_dir inner inner_steps reference "
-    "answer_metric max_length max_answer_tokens max_new_tokens max_steps num_train_epochs per_device_train_batch_size "
-    "gradient_accumulation_steps learning_rate positions_per_sequence rollout_length num_generations selection reward_funcs lambda_rl "
-    "validation_dataset eval_strategy eval_steps logging_steps save_steps resume_from_checkpoint apply_chat_template bf16 use_peft seed"
+    "model_name_or_path dataset_name squad hotpotqa ruler_length ruler_samples question_column output_dir objective preset "
+    "inner_steps reference answer_metric max_length max_answer_tokens max_new_tokens max_steps num_train_epochs "
+    "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length "
+    "num_generations estimator selection reward_funcs lambda_rl validation_dataset eval_strategy eval_steps logging_steps "
+    "save_steps resume_from_checkpoint apply_chat_template bf16 use_peft seed"
 ).split()
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
     summary = (
-        "Post-train a model on prompts and answers. --inner refine (Nested ReFINE), ntp (Nested SFT) or none (SFT): what a batch's "
+        "Post-train a model on prompts and answers. --objective refine (Nested ReFINE), ntp (Nested SFT) or none (SFT): what a batch's "
         "prompts are trained on before its answers."
     )
-    options = Options("posttrain", summary, (ModelArguments, AnswerArguments, PostTrainingConfig), COMMON, (NSPConfig,))
+    nsp = Settings(NSPConfig, preset=PostTrainingConfig.default_preset)
+    options = Options("posttrain", summary, (ModelArguments, AnswerArguments, Settings(PostTrainingConfig, nsp=nsp)), COMMON)
     model_args, data_args, args, dry_run = options.parse(argv)
-    config = resolved(model_args, data_args, args)
+    config = options.resolved()
     model = build_model(model_args)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     train, held = prepare_answers(data_args, tokenizer, args.max_length)
     shortest = min(len(ids) for ids in train["prompt_ids"])
-    if args.inner == "refine" and shortest < args.nsp().shortest:
-        raise RefineError(f"the shortest prompt has {shortest} tokens; --inner refine needs {args.nsp().shortest}")
+    if args.objective == "refine" and shortest < args.nsp.shortest:
+        raise RefineError(f"the shortest prompt has {shortest} tokens; --objective refine needs {args.nsp.shortest}")
     if dry_run:
         Console().print(plan(train, held, config).rich())
         return
@@ -50,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
         raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
     trainer = PostTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
-        reference_model=load_model(model_args.model_name_or_path) if args.nsp().kl_coef > 0 else None,
+        reference_model=load_model(model_args.model_name_or_path) if args.nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)

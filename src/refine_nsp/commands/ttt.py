@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from refine_nsp.commands.generate import read_text
-from refine_nsp.commands.model_options import DEFAULT_MODEL, TestTimeArguments, positional_model
+from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model
 from refine_nsp.commands.options import Options
 from refine_nsp.errors import RefineError
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
@@ -21,8 +21,8 @@ from refine_nsp.report.tables import Table
 from refine_nsp.training.test_time import TestTimeTrainer, nbytes
 
 COMMON = (
-    "model_name_or_path prompt prompt_file max_new_tokens ttt ttt_steps ttt_learning_rate ttt_parameters ttt_reward ttt_positions "
-    "ttt_rollout_length ttt_seed"
+    "model_name_or_path prompt prompt_file max_new_tokens ttt ttt_preset ttt_steps ttt_learning_rate ttt_parameters ttt_estimator "
+    "ttt_selection ttt_reward_funcs ttt_positions_per_sequence ttt_rollout_length ttt_lambda_rl ttt_seed"
 ).split()
 
 
@@ -46,10 +46,10 @@ class PromptArguments:
 def run(argv: Sequence[str]) -> None:
     """Answer without and with adaptation, and print both with seconds and memory."""
     summary = "Adapt to a prompt, answer it, restore the weights: refine-nsp ttt MODEL --prompt_file FILE"
-    options = Options("ttt", summary, (PromptArguments, TestTimeArguments), COMMON)
-    prompt, arguments, dry_run = options.parse(positional_model(argv))
+    options = Options("ttt", summary, (PromptArguments, *TEST_TIME), COMMON)
+    prompt, ttt, config, dry_run = options.parse(positional_model(argv))
     text = text_of(prompt)
-    config = arguments.config(arguments.ttt or "refine")
+    config = replace(config, objective=ttt.ttt or "refine")
     if dry_run:
         Console().print(str(config))
         return
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
     assert last is not None
     rows: list[list[Any]] = [
         ["plain", plain, f"{plain_seconds:.2f}", "0.0"],
-        [f"adapted ({config.method})", adapted, f"{last.seconds + adapted_seconds:.2f}", f"{last.extra_bytes / 2**20:.1f}"],
+        [f"adapted ({config.objective})", adapted, f"{last.seconds + adapted_seconds:.2f}", f"{last.extra_bytes / 2**20:.1f}"],
     ]
     losses = " -> ".join(f"{x:.4f}" for x in last.losses)
     notes = [

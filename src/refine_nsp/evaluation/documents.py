@@ -17,8 +17,8 @@ from torch import Tensor
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.continuation import greedy_match
-from refine_nsp.nsp.prefix import Batch, run_pass
-from refine_nsp.nsp.records import uniforms
+from refine_nsp.nsp.passes import run
+from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -94,14 +94,14 @@ def _token_figures(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def continuation_match(model: Any, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
     """Share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions of one window."""
-    batch = Batch(torch.as_tensor(list(ids), device=model.device)[None], torch.tensor([len(ids)], device=model.device))
-    whole = run_pass(model, batch, 1.0)
+    whole = run(model, Batch.of(torch.as_tensor(list(ids), device=model.device)[None]), config, 1.0)
     u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))
-    scores = smooth_entropy(whole.stats.entropy.view(1, -1), batch.lengths, config)
+    scores = smooth_entropy(whole.entropy, whole.batch, config)
     found: dict[str, float] = {}
-    for name, selection in (("random", "uniform"), ("high_entropy", "argmax")):
-        positions = select_positions(scores, batch.lengths, u, replace(config, selection=selection))
-        match, similarity, places = greedy_match(model, batch, whole, positions, config.rollout_length)
+    flat = torch.zeros_like(scores)
+    for name, how, drawn in (("random", flat, config), ("high_entropy", scores, replace(config, draw="greatest"))):
+        positions = select_positions(how, whole.batch, u, drawn)
+        match, similarity, places = greedy_match(whole, positions, config.rollout_length)
         found[f"match_{name}"], found[f"cosine_{name}"] = match / max(1, places), similarity / max(1, places)
     return found
 

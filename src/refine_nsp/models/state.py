@@ -8,11 +8,13 @@ states instead of prefixes).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 LayerState = dict[str, Tensor]  # every tensor [R, ...]
@@ -62,6 +64,14 @@ class FastWeightCache(Cache):
     def copy(self) -> FastWeightCache:
         """A cache that can be continued without changing this one; tensors are shared, since none is written in place."""
         return FastWeightCache([dict(layer) for layer in self.layers], self.lengths, self.columns)
+
+    @classmethod
+    def stack(cls, caches: Sequence[FastWeightCache]) -> FastWeightCache:
+        """P caches of B rows each -> B*P rows, row b*P + p. States of different fill are zero-padded to the longest. Differentiable."""
+        layers = [
+            {name: _stack_rows([c.layers[i][name] for c in caches]) for name in layer} for i, layer in enumerate(caches[0].layers)
+        ]
+        return cls(layers, _stack_rows([c._lengths() for c in caches]), max(c.columns for c in caches))
 
     @property
     def nbytes(self) -> int:
@@ -138,6 +148,13 @@ class FastWeightCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         return [False] * len(self.layers)
+
+
+def _stack_rows(parts: Sequence[Tensor]) -> Tensor:
+    """P tensors [B, ...] -> [B*P, ...], row b*P + p, zero-padded at the end of every axis to the longest."""
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in parts), strict=True)]
+    padding = [[pad for n, m in zip(reversed(shape), reversed(x.shape), strict=True) for pad in (0, n - m)] for x in parts]
+    return torch.stack([F.pad(x, p) for x, p in zip(parts, padding, strict=True)], 1).flatten(0, 1)
 
 
 def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.records import Rollouts
 
 EPSILON = 1e-6
 
@@ -17,8 +19,22 @@ class Advantages:
     """values [B, P, N]; share_without_spread: groups whose advantages are 0 because all rewards are equal (or alone)."""
 
     values: Tensor
-    group_std: float
-    share_without_spread: float
+    group_std: Tensor
+    share_without_spread: Tensor
+
+
+@torch.no_grad()
+def compare(parts: Sequence[Rollouts], config: NSPConfig) -> list[Rollouts]:
+    """Judged rollouts with their advantages, formed over all parts together: a global scale is one for all that are learned from."""
+    found = compute_advantages(torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts]), config)
+    metrics = {
+        "reward_group_std": found.group_std,
+        "groups_without_spread": found.share_without_spread,
+        "advantage_min": found.values.min(),
+        "advantage_max": found.values.max(),
+    }
+    values = found.values.split([len(r.rewards) for r in parts])
+    return [replace(r, advantages=a, metrics={**r.metrics, **metrics}) for r, a in zip(parts, values, strict=True)]
 
 
 def compute_advantages(rewards: Tensor, valid: Tensor, config: NSPConfig) -> Advantages:
@@ -49,6 +65,6 @@ def compute_advantages(rewards: Tensor, valid: Tensor, config: NSPConfig) -> Adv
     groups = exists.sum().clamp(min=1)
     return Advantages(
         advantage.reshape(B, P, N),
-        float((std[:, 0] * exists).sum() / groups),
-        float((exists & ~spread[:, 0]).sum() / groups),
+        (std[:, 0] * exists).sum() / groups,
+        (exists & ~spread[:, 0]).sum() / groups,
     )

@@ -1,67 +1,72 @@
-"""Label-free context scores: how much the whole prefix, against the last W tokens only, changes the next K predictions.
+"""Label-free context scores: how much the whole prefix, against the last W tokens only, changes the prediction of a token.
 
-They find the positions whose continuation depends on far context; entropy finds mostly hard filler.
+They find the tokens whose prediction depends on far context; entropy finds mostly hard filler. The local prediction is read in windows
+that start from a fresh state: `local_span` * W tokens long, read but for their first W, so a token has at least W and less than
+`local_span` * W tokens of context.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
 
 TOKENS_AT_ONCE = 8192  # of the local windows, so that memory does not grow with T
 
 
 @torch.no_grad()
-def context_scores(model: Any, input_ids: Tensor, hidden: Tensor, lengths: Tensor, config: NSPConfig) -> Tensor:
-    """score(t) = d[t] + ... + d[t+K-1] -> [B, T], float32 or better.
+def context_divergence(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NSPConfig, gain: bool) -> Tensor:
+    """d [B, T], float32 or better; those of the batch where it brings them.
 
-    `context_kl`: d[t] = KL(p(.|whole prefix) || p(.|last W tokens only)); `context_gain`: d[t] = max(0, log p(x_{t+1}|whole
-    prefix) - log p(x_{t+1}|last W only)). 0 where t < 2W.
+    d[t] = KL(p(.|whole prefix) || p(.|last W tokens only)), or with `gain` max(0, log p(x_{t+1}|whole prefix) - log p(x_{t+1}|last W
+    only)). 0 where t < 2W.
 
     Args:
-        model: a causal model of this package.
-        input_ids: [B, T] long. hidden: [B, T, D], final-norm output of the pass over the whole sequence.
-        lengths: [B] long. config: `selection`, `local_window` (W), `rollout_length` (K).
+        hidden: [B, T, D], final-norm output of the pass over the whole sequence.
+        config: `local_window` (W), `local_span`.
     """
-    B, T = input_ids.shape
-    W = config.local_window
-    d = hidden.new_zeros(B, T, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    if T > 2 * W:
-        local = local_hidden(model, input_ids, W)  # tokens 2W ..
-        targets = F.pad(input_ids[:, 1:], (0, 1))[:, 2 * W :]
-        gain = config.selection == "context_gain"
-        d[:, 2 * W :] = _divergence(model.lm_head.weight, hidden[:, 2 * W :], local, targets, gain)
+    d = hidden.new_zeros(batch.input_ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if batch.scores is not None:
+        return batch.scores.to(d)
+    first = 2 * config.local_window
+    if d.shape[1] > first:
+        local = local_hidden(model, batch.input_ids, config.local_window, config.local_span)
+        targets = F.pad(batch.input_ids[:, 1:], (0, 1))[:, first:]
+        d[:, first:] = _divergence(model.lm_head.weight, hidden[:, first:], local, targets, gain)
         # Without a target (or at a pad) there is nothing to gain.
-        d.masked_fill_(torch.arange(T, device=d.device) >= lengths[:, None] - (1 if gain else 0), 0.0)
-    total = F.pad(d.cumsum(1), (1, config.rollout_length))
+        d.masked_fill_(~(batch.target_mask if gain else batch.real), 0.0)
+    return d
+
+
+def next_sum(d: Tensor, K: int) -> Tensor:
+    """d[t] + ... + d[t+K-1] of d [B, T] -> [B, T]."""
+    T = d.shape[1]
+    total = F.pad(d.cumsum(1), (1, K))
     total[:, T + 1 :] = total[:, T, None]
-    return total[:, config.rollout_length : config.rollout_length + T] - total[:, :T]
+    return total[:, K : K + T] - total[:, :T]
 
 
-def local_hidden(model: Any, input_ids: Tensor, W: int) -> Tensor:
-    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to 2W - 1 tokens before it.
-
-    Windows of 2W tokens with stride W, read in their second half.
-    """
+@torch.no_grad()
+def local_hidden(model: FastWeightForCausalLM, input_ids: Tensor, W: int, span: int) -> Tensor:
+    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it."""
     B, T = input_ids.shape
-    padded = F.pad(input_ids, (0, -T % W))
-    windows = padded.unfold(1, 2 * W, W)[:, 1:]  # [B, n, 2W]; the first one is read where t < 2W, which counts as 0
-    n = windows.shape[1]
-    flat = windows.reshape(-1, 2 * W)
+    stride = (span - 1) * W
+    padded = F.pad(input_ids, (0, -(T - 2 * W) % stride))
+    windows = padded[:, W:].unfold(1, span * W, stride)  # [B, n, span * W]; what stands before 2W is scored 0, so never read
+    flat = windows.reshape(-1, span * W)
     parts = [
-        model.model(rows, use_cache=False).last_hidden_state[:, W:] for rows in flat.split(max(1, TOKENS_AT_ONCE // (2 * W)))
+        model.model(rows, use_cache=False).last_hidden_state[:, W:] for rows in flat.split(max(1, TOKENS_AT_ONCE // (span * W)))
     ]
-    return torch.cat(parts).reshape(B, n * W, -1)[:, : T - 2 * W]
+    return torch.cat(parts).reshape(B, windows.shape[1] * stride, -1)[:, : T - 2 * W]
 
 
 def _divergence(weight: Tensor, whole: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
-    """d of `context_scores` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
+    """d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
     n = block_tokens(2 * weight.shape[0])
     parts = []
     for w, v, x in zip(whole.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):

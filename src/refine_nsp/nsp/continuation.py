@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from refine_nsp.nsp.prefix import Batch, Pass, gather_positions
+from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.records import gather_positions
 from refine_nsp.nsp.rewards import cosine
 
 
-def greedy_match(model: Any, batch: Batch, whole: Pass, positions: Tensor, K: int) -> tuple[float, float, int]:
+def greedy_match(whole: Pass, positions: Tensor, K: int) -> tuple[float, float, int]:
     """Sums over K-token greedy continuations at positions [B, P] (-1: none): share of tokens equal, mean cosine; and how many."""
-    valid = positions.flatten() >= 0
-    cache = whole.snapshots(positions)
-    hidden, match, similarity = gather_positions(whole.hidden, positions).flatten(0, 1), 0.0, 0.0
+    model, batch, valid = whole.model, whole.batch, positions.flatten() >= 0
+    prefixes = whole.states(positions)
+    cache, hidden, match, similarity = prefixes.cache, prefixes.hidden, 0.0, 0.0
     for j in range(1, K + 1):
         token = model.lm_head(hidden).argmax(-1)
         hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]

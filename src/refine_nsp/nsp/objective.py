@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.records import Metrics, masked_mean
 
 MAX_LOG_RATIO = 20.0
 
@@ -17,7 +18,7 @@ class PolicyLoss:
     """loss: scalar, summed over tokens and divided by the normaliser; metrics: scalars."""
 
     loss: Tensor
-    metrics: dict[str, float]
+    metrics: Metrics
 
 
 def policy_loss(
@@ -57,12 +58,11 @@ def policy_loss(
     loss = (per_token.masked_fill(~mask, 0.0).sum((1, 2, 3)) / normalizer).sum()
 
     with torch.no_grad():
-        n = mask.sum().clamp(min=1)
-        clipped = (-A * clipped_ratio > -A * ratio) & mask
+        clipped = -A * clipped_ratio > -A * ratio
         metrics = {
-            "clip_fraction": float(clipped.sum() / n),
-            "approx_kl": float(((ratio - 1 - log_ratio) * mask).sum() / n),
+            "clip_fraction": masked_mean(clipped, mask),
+            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
         }
         if kl is not None:
-            metrics["reference_kl"] = float((kl * mask).sum() / n)
+            metrics["reference_kl"] = masked_mean(kl, mask)
     return PolicyLoss(loss, metrics)

@@ -2,14 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.state import FastWeightCache
+
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one each
 Normalizer = float | Tensor | None  # of a sum over a batch, or [B] of each sequence's; None: what was summed over
+Metrics = dict[str, Any]  # scalars, tensors until somebody logs them: reading one would make a device wait
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences, real tokens on the left.
+
+    Attributes:
+        input_ids: [B, T] long. lengths: [B] long, on the device of input_ids. sizes: the same numbers, on the host, so that what depends
+            on lengths alone is known without asking the device.
+        columns: other columns of the dataset, B values each, for rewards that ask for them.
+        scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    sizes: tuple[int, ...]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    scores: Tensor | None = None
+
+    @classmethod
+    def of(cls, input_ids: Tensor, lengths: Tensor | None = None, columns: Mapping[str, Any] | None = None,
+           scores: Tensor | None = None) -> Batch:  # fmt: skip
+        """Check [B, T] ids and [B] lengths (None: all T are real). RefineError for other shapes."""
+        if input_ids.ndim != 2:
+            raise RefineError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+        B, T = input_ids.shape
+        if lengths is None:
+            lengths = torch.full((B,), T)
+        if lengths.shape != (B,):
+            raise RefineError(f"lengths must be [B] = [{B}], got shape {tuple(lengths.shape)}")
+        if scores is not None and scores.shape != (B, T):
+            raise RefineError(f"scores must be [B, T] = [{B}, {T}], got shape {tuple(scores.shape)}")
+        return cls(input_ids, lengths.to(input_ids.device), tuple(lengths.tolist()), columns or {}, scores)
+
+    @cached_property
+    def host_lengths(self) -> Tensor:
+        """[B] long on the CPU."""
+        return torch.tensor(self.sizes, dtype=torch.long)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """[B, T] bool: real tokens."""
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]
+
+    @cached_property
+    def target_mask(self) -> Tensor:
+        """[B, T] bool: t whose next token is real."""
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None] - 1
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are predicted."""
+        return sum(max(n - 1, 0) for n in self.sizes)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """B*P prefixes, row-major: what rollouts go on from.
+
+    positions: [B, P] long, last token of each; -1: none. hidden: [B*P, D] final-norm output at that token. cache: states of B*P rows.
+    """
+
+    positions: Tensor
+    hidden: Tensor
+    cache: FastWeightCache
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Given rollouts under the current policy: log_probs, entropy [B, P, N, K] with gradient; hidden [R, K, D] without, or None."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -23,6 +105,7 @@ class Rollouts:
         hidden: [B, P, N, K, D] final-norm output after consuming token j of the rollout, or None when not kept.
         rewards: [B, P, N] mean over the K tokens, weighted sum over rewards.
         advantages: [B, P, N]. entropy: [B, T] nats, of every next-token distribution.
+        num_positions: how many of the B*P positions there are.
         metrics: scalars to log.
     """
 
@@ -33,20 +116,17 @@ class Rollouts:
     rewards: Tensor
     advantages: Tensor
     entropy: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    num_positions: int
+    metrics: Metrics = field(default_factory=dict)
 
-    def rows(self, index: slice | Tensor) -> Rollouts:
-        """The same for some of the sequences (hidden states are dropped)."""
-        return Rollouts(
-            self.positions[index],
-            self.tokens[index],
-            self.log_probs[index],
-            None,
-            self.rewards[index],
-            self.advantages[index],
-            self.entropy[index],
-            self.metrics,
-        )
+    def without_hidden(self) -> Rollouts:
+        """The same without hidden states: only rewards need these, and they are large."""
+        return replace(self, hidden=None)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rollouts."""
+        return self.num_positions * self.tokens.shape[2] * self.tokens.shape[3]
 
 
 @dataclass(frozen=True)
@@ -56,24 +136,53 @@ class StepResult:
     Attributes:
         loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
         loss_ntp: cross-entropy per real target, nats.
-        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for).
-        positions: [B, P] long, -1 for none. rollouts: [B, P, N, K] long. log_probs: [B, P, N, K] under the current policy.
-        rewards, advantages: [B, P, N]. entropy: [B, T] nats.
-        metrics: scalars to log; num_targets, num_rollout_tokens: what the two losses were means over.
+        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for); with the estimators `exact` and
+            `likelihood` - sum_t weights[t] J_t.
+        entropy: [B, T] nats.
+        positions: [B, P] long, -1 for none; None where all tokens are weighed.
+        rollouts: [B, P, N, K] long. log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N]. None without
+            rollouts.
+        weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
+        metrics: scalars to log; num_targets, num_rollout_tokens: what the two losses were means over (without rollouts: positions, or
+            targets).
     """
 
     loss: Tensor
     loss_ntp: Tensor
     loss_policy: Tensor
-    positions: Tensor
-    rollouts: Tensor
-    log_probs: Tensor
-    rewards: Tensor
-    advantages: Tensor
     entropy: Tensor
-    metrics: dict[str, float]
+    metrics: Metrics
     num_targets: int
     num_rollout_tokens: int
+    positions: Tensor | None = None
+    rollouts: Tensor | None = None
+    log_probs: Tensor | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the losses are divided by (None: their own counts), and the frozen model of the KL term."""
+
+    ntp_normalizer: Normalizer = None
+    policy_normalizer: Normalizer = None
+    reference: FastWeightForCausalLM | None = None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of a step: uniforms [B, P] for positions and [B, P, N, K] for tokens."""
+
+    positions: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, config: NSPConfig, generator: Generators) -> Draws:
+        """Those of a batch; nothing is drawn for rollouts that are not made."""
+        N = config.num_generations if config.rolls_out else 0
+        return cls(*uniforms(len(batch.sizes), config.positions_per_sequence, N, config.rollout_length, generator))
 
 
 def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Tensor, Tensor]:
@@ -97,3 +206,13 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     # Rounding can put the target at the very end; the last index with any weight is where that belongs.
     last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).to(torch.uint8).argmax(-1)
     return torch.minimum(drawn, last)
+
+
+def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, T, ...] at positions [B, P] (-1 reads token 0) -> [B, P, ...]."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], positions.clamp(min=0)]
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask, 0 where nothing is."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)

@@ -1,21 +1,26 @@
 """Rewards of a rollout against the true continuation (paper, section 3.3), and how to add your own.
 
 A reward is `f(*, completion_ids, truth_ids, hidden, truth_hidden, prompts_ids, **columns) -> [R] or [R, K]`: token ids [R, K] of
-rollout and truth, final-norm hidden states [R, K, D] after consuming each, and the R prefixes. A value per token is averaged over
-the K tokens. Name one by dotted path, `package.module.function` or `package.module:function`.
+rollout and truth, final-norm hidden states [R, K, D] after consuming each, the R prefixes (for a reward that names them), and the
+dataset's other columns, R values each (those it names, or all with `**columns`). A value per token is averaged over the K tokens.
+Name one by dotted path, `package.module.function` or `package.module:function`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refine_nsp.config import REWARDS, RewardSpec
+from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.records import Metrics, Rollouts, gather_positions, masked_mean
 
 Reward = Callable[..., Tensor]
 
@@ -29,9 +34,20 @@ def cosine(*, hidden: Tensor, truth_hidden: Tensor, **_: Any) -> Tensor:
     return ((a * b).sum(-1) / norms.clamp(min=1e-12)).to(wide)
 
 
-def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, **_: Any) -> Tensor:
-    """1 where the token equals the true one, [R, K]."""
-    return (completion_ids == truth_ids).float()
+def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
+    """1 where the token equals the true one, [R, K], float32 or the hidden states' better."""
+    return (completion_ids == truth_ids).to(_wide(hidden))
+
+
+def prefix_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
+    """1 as long as every token so far equals the true one, [R, K]: its mean is leading matches / K, whose expectation is known in
+    closed form (DESIGN, section 3b)."""
+    return (completion_ids == truth_ids).to(_wide(hidden)).cumprod(-1)
+
+
+def _wide(hidden: Tensor | None) -> torch.dtype:
+    """float32 would leave 1e-7 in the otherwise exact gradients of a float64 run."""
+    return torch.float32 if hidden is None else torch.promote_types(hidden.dtype, torch.float32)
 
 
 def hybrid(**inputs: Any) -> Tensor:
@@ -57,7 +73,8 @@ def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, **_: Any) -> T
     return 1.0 - previous[:, K] / K
 
 
-BUILT_IN: dict[str, Reward] = {"cosine": cosine, "exact_match": exact_match, "hybrid": hybrid}
+BUILT_IN: dict[str, Reward] = {"cosine": cosine, "exact_match": exact_match, "hybrid": hybrid, "prefix_match": prefix_match}
+GIVEN = ("completion_ids", "truth_ids", "hidden", "truth_hidden", "prompts_ids")  # everything else is a column
 
 
 def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
@@ -69,7 +86,7 @@ def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
     module_name, _, attribute = spec.replace(":", ".").rpartition(".")
     if not module_name:
         raise RefineError(
-            f"no reward {spec!r}{closest(spec, REWARDS)}; there are {', '.join(REWARDS)}, or name your own as "
+            f"no reward {spec!r}{closest(spec, BUILT_IN)}; there are {', '.join(BUILT_IN)}, or name your own as "
             "'package.module.function'"
         )
     try:
@@ -81,19 +98,95 @@ def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
     return attribute, function
 
 
+@torch.no_grad()
+def judge(whole: Pass, rollouts: Rollouts, config: NSPConfig) -> Rollouts:
+    """The rollouts with their rewards: each token and hidden state against the true continuation's."""
+    B, P, N, K = rollouts.tokens.shape
+    batch, positions = whole.batch, rollouts.positions
+    assert rollouts.hidden is not None
+    ahead = (positions.clamp(min=0)[..., None] + torch.arange(1, K + 1, device=positions.device)).flatten(1)  # [B, P*K]
+    ahead = ahead.clamp(max=batch.input_ids.shape[1] - 1)
+    truth = batch.input_ids.gather(1, ahead).view(B, P, 1, K).expand(B, P, N, K).reshape(-1, K)
+    true_hidden = gather_positions(whole.hidden, ahead).view(B, P, 1, K, -1).expand(B, P, N, K, -1).flatten(0, 2)
+    rows = rollouts.tokens.reshape(-1, K)
+    # While a rollout equals the truth its hidden states are the truth's: the same function of the same tokens. Taking them from
+    # there keeps rounding (large in bfloat16) from costing a perfect rollout its perfect score.
+    same = (rows == truth).long().cumprod(-1).bool()
+    inputs: dict[str, Any] = {
+        "completion_ids": rows,
+        "truth_ids": truth,
+        "hidden": torch.where(same[..., None], true_hidden, rollouts.hidden.flatten(0, 2)),
+        "truth_hidden": true_hidden,
+    }
+    if any("prompts_ids" in asked(resolve_reward(r)[1])[0] for r in config.rewards):
+        ends = positions.tolist()
+        inputs["prompts_ids"] = [batch.input_ids[b, : t + 1] for b, row in enumerate(ends) for t in row for _ in range(N)]
+    columns = {name: [v for v in values for _ in range(P * N)] for name, values in batch.columns.items()}
+    total, by_name = compute_rewards(config.rewards, config.reward_weights, inputs, columns)
+    valid = positions >= 0
+    metrics = {
+        **_reward_metrics(by_name, valid, (B, P, N)),
+        "entropy": masked_mean(whole.entropy, batch.target_mask),
+        "entropy_at_positions": masked_mean(gather_positions(whole.entropy, positions), valid),
+    }
+    return replace(rollouts, rewards=total.view(B, P, N), entropy=whole.entropy, metrics={**rollouts.metrics, **metrics})
+
+
+def asked(function: Reward) -> tuple[set[str], bool]:
+    """The arguments a reward names, and whether it takes any others too."""
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def wants_columns(config: NSPConfig) -> bool:
+    """Whether a reward may ask for columns of the dataset: built-in ones do not."""
+    return any(resolve_reward(r)[1] not in BUILT_IN.values() for r in config.rewards)
+
+
 def compute_rewards(
-    specs: Sequence[RewardSpec], weights: Sequence[float] | None, inputs: dict[str, Any]
+    specs: Sequence[RewardSpec],
+    weights: Sequence[float] | None,
+    inputs: Mapping[str, Any],
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the rewards [R], and each by name [R] (averaged over tokens, before its weight)."""
+    """Weighted sum of the rewards [R], and each by name [R] (averaged over tokens, before its weight).
+
+    Raises:
+        RefineError: a reward that asks for a column that is not there, or returns another shape.
+    """
     R, K = inputs["completion_ids"].shape
     by_name: dict[str, Tensor] = {}
     total = torch.zeros(R, device=inputs["hidden"].device)
     for spec, weight in zip(specs, weights if weights is not None else [1.0] * len(specs), strict=True):
         name, function = resolve_reward(spec)
-        value = torch.as_tensor(function(**inputs), device=total.device)
+        value = torch.as_tensor(function(**_arguments(name, function, inputs, columns or {})), device=total.device)
         if value.shape not in ((R,), (R, K)):
             raise RefineError(f"the reward {name} returned shape {tuple(value.shape)}; expected [R]=[{R}] or [R, K]=[{R}, {K}]")
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         by_name[name] = value.mean(-1) if value.ndim == 2 else value
         total = total + weight * by_name[name]
     return total, by_name
+
+
+def _arguments(name: str, function: Reward, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """What a reward is called with: what it names, and all of it where it takes anything."""
+    named, anything = asked(function)
+    there = {**columns, **inputs}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in named and parameter.default is parameter.empty and parameter.name not in there:
+            raise RefineError(
+                f"the reward {name} asks for {parameter.name!r}, which is neither given to rewards ({', '.join(GIVEN)}) nor a column of "
+                f"the dataset ({', '.join(columns) or 'it has no other columns'})"
+            )
+    return there if anything else {k: v for k, v in there.items() if k in named}
+
+
+def _reward_metrics(by_name: dict[str, Tensor], valid: Tensor, shape: tuple[int, int, int]) -> Metrics:
+    mask = valid[..., None].expand(shape)
+    metrics: Metrics = {}
+    for name, value in by_name.items():
+        mean = masked_mean(value.view(shape), mask)
+        metrics[f"reward_{name}"] = mean
+        metrics[f"reward_{name}_std"] = masked_mean((value.view(shape) - mean).square(), mask).sqrt()
+    return metrics

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
 
 import torch
 from torch import Tensor
 
+from refine_nsp.config import NSPConfig
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.records import inverse_cdf
+from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.records import Prefixes, Rollouts, inverse_cdf
+from refine_nsp.nsp.selection import count_positions
+
+
+@torch.no_grad()
+def sample(whole: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Rollouts:
+    """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]; not judged yet."""
+    start = time.perf_counter()
+    tokens, log_probs, hidden = sample_rollouts(
+        whole.model, prefixes.cache.detach(), prefixes.hidden.detach(), u.reshape(-1, u.shape[-1]), config.temperature
+    )
+    seconds = {"seconds_select": start - whole.finished, "seconds_rollout": time.perf_counter() - start}
+    none = log_probs.new_zeros(u.shape[:3])
+    return Rollouts(
+        prefixes.positions, tokens.view(u.shape), log_probs.view(u.shape), hidden.view(*u.shape, -1), none, none, none,
+        int(count_positions(whole.batch.host_lengths, config).sum()), seconds,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def sample_rollouts(
-    model: Any, snapshots: FastWeightCache, hidden: Tensor, u: Tensor, temperature: float
+    model: FastWeightForCausalLM, snapshots: FastWeightCache, hidden: Tensor, u: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample K tokens for each row; the first comes from the prefix's own last hidden state.
 

@@ -1,18 +1,68 @@
-"""Where to roll out (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk."""
+"""Where to roll out (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk.
+
+Two axes: a score (how interesting a token is) and a draw (how a position is taken from the scores of its chunk). A name is accepted
+when it stands in these two tables.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.records import inverse_cdf
+from refine_nsp.nsp.context import context_divergence, next_sum
+from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.records import Batch, inverse_cdf
 
 
-def smooth_entropy(entropy: Tensor, lengths: Tensor, config: NSPConfig) -> Tensor:
+@torch.no_grad()
+def select(whole: Pass, config: NSPConfig, u: Tensor) -> Tensor:
+    """Positions [B, P] long by the score and the draw of `config`, -1 where a chunk has no admissible token; u: [B, P] uniforms."""
+    return select_positions(SCORES[config.selection].of(whole, config), whole.batch, u, config)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """of: (pass, config) -> [B, T], higher is more interesting. rows_together: whether it runs rows that are not the batch's own, so
+    that weights which differ by row (adapters side by side) cannot score."""
+
+    of: Callable[[Pass, NSPConfig], Tensor]
+    rows_together: bool = False
+
+
+def entropy_score(whole: Pass, config: NSPConfig) -> Tensor:
+    """Entropy of the next-token distribution, smoothed (section 3.1)."""
+    return smooth_entropy(whole.entropy, whole.batch, config)
+
+
+def context_score(whole: Pass, config: NSPConfig) -> Tensor:
+    """How much far context changes the prediction of the next K tokens."""
+    gain = config.selection == "context_gain"
+    return next_sum(context_divergence(whole.model, whole.batch, whole.hidden, config, gain), config.rollout_length)
+
+
+def no_score(whole: Pass, config: NSPConfig) -> Tensor:
+    """All tokens alike."""
+    return torch.zeros_like(whole.entropy)
+
+
+SCORES: dict[str, Score] = {
+    "entropy": Score(entropy_score),
+    "context_kl": Score(context_score, rows_together=True),
+    "context_gain": Score(context_score, rows_together=True),
+    "none": Score(no_score),
+}
+
+
+def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
     """Moving average of entropy [B, T] with an odd window -> [B, T].
 
     `centred` averages the real tokens inside the window. `published` divides by the whole window, counting zeros beyond the edges
@@ -23,9 +73,53 @@ def smooth_entropy(entropy: Tensor, lengths: Tensor, config: NSPConfig) -> Tenso
     window = config.window
     if config.smoothing == "published":
         return F.avg_pool1d(entropy[:, None], window, stride=1, padding=window // 2)[:, 0]
-    real = _real(entropy, lengths).to(entropy.dtype)
+    real = batch.real.to(entropy.dtype)
     pooled = [F.avg_pool1d(x[:, None], window, stride=1, padding=window // 2)[:, 0] for x in (entropy * real, real)]
     return pooled[0] / pooled[1].clamp(min=torch.finfo(entropy.dtype).tiny)
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
+    """~ softmax(score / tau) over the allowed tokens of each chunk."""
+    logits = (scores / tau).masked_fill(~allowed, -torch.inf)
+    top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    return inverse_cdf((logits - top).exp(), u.to(scores.device))
+
+
+def draw_greatest(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
+    """The allowed token with the greatest score."""
+    return scores.masked_fill(~allowed, -torch.inf).argmax(-1)
+
+
+def draw_least(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
+    """The allowed token with the least score."""
+    return draw_greatest(-scores, allowed, u, tau)
+
+
+DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "sample": draw_sample,
+    "greatest": draw_greatest,
+    "least": draw_least,
+}  # (scores [B, P, T], allowed [B, P, T] bool, u [B, P], tau) -> token [B, P] long
+
+
+def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig) -> Tensor:
+    """One position per chunk by scores [B, T] -> [B, P] long, -1 where a chunk has no admissible token.
+
+    Args:
+        u: [B, P] uniforms in [0, 1).
+        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`.
+    """
+    P, T = config.positions_per_sequence, scores.shape[1]
+    if int(count_positions(batch.host_lengths, config).sum()) < P * len(batch.sizes):
+        _warn_once_about_short_sequences()
+    allowed = chunk_tokens(batch.lengths, T, config)  # [B, P, T]
+    # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
+    tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)
+    chosen = DRAWS[str(config.draw)](tokenwise, allowed, u, config.tau)
+    return torch.where(allowed.any(-1), chosen, -1)
 
 
 def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
@@ -41,36 +135,18 @@ def admissible(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
     return (t >= config.min_prefix) & (t + config.rollout_length <= lengths[:, None] - 1)
 
 
-def select_positions(scores: Tensor, lengths: Tensor, u: Tensor, config: NSPConfig) -> Tensor:
-    """One position per chunk -> [B, P] long, -1 where a chunk has no admissible token.
-
-    Args:
-        scores: [B, T]; smoothed entropy, or a context score.
-        lengths: [B] long.
-        u: [B, P] uniforms in [0, 1).
-        config: `selection`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`.
-    """
-    P, T = config.positions_per_sequence, scores.shape[1]
-    chunk = chunk_of_tokens(lengths, T, P)
-    allowed = admissible(lengths, T, config)[:, None] & (chunk[:, None] == torch.arange(P, device=chunk.device)[:, None])
-    some = allowed.any(-1)  # [B, P]
-    if not bool(some.all()):
-        _warn_once_about_short_sequences()
-    # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
-    tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)  # [B, P, T]
-    if config.selection in ("argmax", "argmin"):
-        sign = 1.0 if config.selection == "argmax" else -1.0
-        chosen = (sign * tokenwise).masked_fill(~allowed, -torch.inf).argmax(-1)
-    else:
-        logits = torch.zeros_like(tokenwise) if config.selection == "uniform" else tokenwise / config.tau
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-        chosen = inverse_cdf((logits - top).exp(), u.to(scores.device))
-    return chosen.where(some, torch.full_like(chosen, -1))
+def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
+    """[B, P, T] bool: the admissible tokens of each chunk."""
+    P = config.positions_per_sequence
+    chunk = chunk_of_tokens(lengths, n_tokens, P)
+    inside = chunk[:, None] == torch.arange(P, device=chunk.device)[:, None]
+    return admissible(lengths, n_tokens, config)[:, None] & inside
 
 
-def _real(x: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+def count_positions(lengths: Tensor, config: NSPConfig) -> Tensor:
+    """How many positions `select_positions` will choose in each sequence [B]: it depends on lengths alone."""
+    longest = max(lengths.tolist(), default=0)
+    return chunk_tokens(lengths, max(longest, 1), config).any(-1).sum(-1)
 
 
 _warned = False
@@ -83,13 +159,5 @@ def _warn_once_about_short_sequences() -> None:
         warnings.warn(
             "some sequences are too short for all their chunks to hold a position (min_prefix tokens before it, "
             "rollout_length after it): they get fewer positions",
-            stacklevel=3,
+            stacklevel=4,
         )
-
-
-def count_positions(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
-    """How many positions `select_positions` will choose in each sequence [B]: it depends on lengths alone."""
-    chunk = chunk_of_tokens(lengths, n_tokens, config.positions_per_sequence)
-    allowed = admissible(lengths, n_tokens, config)
-    ids = torch.arange(config.positions_per_sequence, device=lengths.device)
-    return (allowed[:, None] & (chunk[:, None] == ids[:, None])).any(-1).sum(-1)

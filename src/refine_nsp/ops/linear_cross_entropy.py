@@ -1,8 +1,16 @@
-"""Cross-entropy of a language-model head without ever holding [T, V] logits.
+"""Losses of a language-model head without ever holding [T, V] logits.
 
 The head is applied to one block of tokens at a time. Since the weight of every token in the loss is known beforehand (1 / number of
 targets, or 0), the gradient is formed in the forward pass while the block's logits are there: logits are computed once, and the
 backward only multiplies by the incoming scalar.
+
+`linear_next_sequence` adds the expected reward of next-sequence prediction in closed form (DESIGN, section 3b). With log-probabilities
+l_i of the true tokens, J_t = (1/K) sum_{j<K} exp(l_t + ... + l_{t+j}) is a function of these alone, so its gradient with respect to
+the logits is that of a cross-entropy whose token weights are
+
+    c_i = d(sum_t w_t J_t) / d l_i = (1/K) sum_{t in i-K+1..i} w_t sum_{j >= i-t} exp(l_t + ... + l_{t+j}),
+
+for K = 1 c_i = w_i p_i. The same block gives both; a block reads K - 1 tokens more on either side, which is all c_i needs.
 """
 
 from __future__ import annotations
@@ -67,42 +75,85 @@ def _run(*args: Tensor) -> tuple[Tensor, ...]:
     return _LinearCrossEntropy.apply(*args)
 
 
+def _blocks(n: int, vocabulary: int) -> list[slice]:
+    """Consecutive blocks of n tokens."""
+    size = block_tokens(vocabulary)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+class _Block:
+    """Softmax of one block's logits, unnormalised (`p` [m, V], `mass` [m]), and what is known of each token. All in `wide`."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, wide: torch.dtype) -> None:
+        self.hidden, self.weight, self.targets = hidden, weight, targets
+        logits = (hidden @ weight.T).to(wide)
+        top = logits.max(-1)
+        self.argmax = top.indices
+        at_target = logits.gather(-1, targets[:, None])[:, 0] - top.values
+        logits -= top.values[:, None]
+        self.p = torch.exp(logits)
+        self.mass = self.p.sum(-1)
+        log_mass = self.mass.log()
+        self.nll = log_mass - at_target
+        # H = log Z - E[logit]; the expectation is a row-wise dot product, without another [block, V] buffer.
+        self.entropy = log_mass - torch.linalg.vecdot(self.p, logits) / self.mass
+
+    def divergence(self, local: Tensor, gain: bool) -> Tensor:
+        """KL(p || q) [m], q the softmax of the head on `local` [m, D]; or max(0, log p - log q) of the target."""
+        logits = (local @ self.weight.T).to(self.p.dtype)
+        log_mass = logits.logsumexp(-1)
+        if gain:
+            log_q = logits.gather(-1, self.targets[:, None])[:, 0] - log_mass
+            return (-self.nll - log_q).clamp(min=0.0)
+        # E_p[-log q] - H(p). Rounding can bring it below 0 where the two agree.
+        return (log_mass - torch.linalg.vecdot(self.p, logits) / self.mass - self.entropy).clamp(min=0.0)
+
+
+class _Outputs:
+    """What the blocks leave: statistics of every token, and the two gradients of a weighted sum of NLLs."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
+        n, self.wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+        self.dhidden = torch.empty_like(hidden) if need_hidden else None
+        self.dweight = torch.zeros(weight.shape, dtype=self.wide, device=weight.device) if need_weight else None
+        self.weight = weight
+        self.nll, self.entropy = (torch.empty(n, dtype=self.wide, device=hidden.device) for _ in range(2))
+        self.argmax = torch.empty(n, dtype=torch.long, device=hidden.device)
+
+    def keep(self, s: slice, block: _Block, inside: slice) -> None:
+        """Statistics of the tokens `inside` the block, which are tokens `s` of all."""
+        self.nll[s], self.entropy[s], self.argmax[s] = block.nll[inside], block.entropy[inside], block.argmax[inside]
+
+    def add_gradient(self, s: slice, block: _Block, inside: slice, token_weights: Tensor) -> None:
+        """That of sum(token_weights * NLL) over the tokens `inside`. The block's softmax is used up."""
+        if self.dhidden is None and self.dweight is None:
+            return
+        p = block.p[inside]
+        p *= (token_weights / block.mass[inside])[:, None]  # becomes d loss / d logits
+        p.scatter_add_(-1, block.targets[inside, None], -token_weights[:, None])
+        p = p.to(block.hidden.dtype)
+        if self.dhidden is not None:
+            torch.mm(p, block.weight, out=self.dhidden[s])
+        if self.dweight is not None:
+            self.dweight += p.T @ block.hidden[inside]
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden and of the head, in their dtypes."""
+        return self.dhidden, None if self.dweight is None else self.dweight.to(self.weight.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Any:
-        n, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        need_h, need_w = ctx.needs_input_grad[:2]
-        dhidden = torch.empty_like(hidden) if need_h else None
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_w else None
-        nll, entropy = (torch.empty(n, dtype=wide, device=hidden.device) for _ in range(2))
-        argmax = torch.empty(n, dtype=torch.long, device=hidden.device)
-        token_weights = token_weights.to(wide)
-        for block in torch.arange(n, device=hidden.device).split(block_tokens(weight.shape[0])):
-            s = slice(int(block[0]), int(block[-1]) + 1)
-            h = hidden[s]
-            logits = (h @ weight.T).to(wide)
-            top = logits.max(-1)
-            argmax[s] = top.indices
-            at_target = logits.gather(-1, targets[s, None])[:, 0] - top.values
-            logits -= top.values[:, None]
-            p = torch.exp(logits)
-            mass = p.sum(-1)
-            log_mass = mass.log()
-            nll[s] = log_mass - at_target
-            # H = log Z - E[logit]; the expectation is a row-wise dot product, without another [block, V] buffer.
-            expected = torch.linalg.vecdot(p, logits) / mass
-            entropy[s] = log_mass - expected
-            if need_h or need_w:
-                p *= (token_weights[s] / mass)[:, None]  # becomes d loss / d logits
-                p.scatter_add_(-1, targets[s, None], -token_weights[s, None])
-                p = p.to(hidden.dtype)
-                if dhidden is not None:
-                    torch.mm(p, weight, out=dhidden[s])
-                if dweight is not None:
-                    dweight += p.T @ h
-        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
-        ctx.mark_non_differentiable(nll, entropy, argmax)
-        return (nll * token_weights).sum(), nll, entropy, argmax
+        out = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
+        token_weights = token_weights.to(out.wide)
+        for s in _blocks(hidden.shape[0], weight.shape[0]):
+            block = _Block(hidden[s], weight, targets[s], out.wide)
+            out.keep(s, block, slice(None))
+            out.add_gradient(s, block, slice(None), token_weights[s])
+        ctx.save_for_backward(*out.gradients())
+        ctx.mark_non_differentiable(out.nll, out.entropy, out.argmax)
+        return (out.nll * token_weights).sum(), out.nll, out.entropy, out.argmax
 
     @staticmethod
     @once_differentiable
@@ -110,6 +161,146 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in (dhidden, dweight)]
         return scaled[0], scaled[1], None, None
+
+
+# --- the expected reward in closed form -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SequenceTerm:
+    """The second term of `linear_next_sequence`.
+
+    weights: [n], w_t; 0 wherever t + K passes the end of t's own sequence. K: tokens of a continuation.
+    share: of the mean log-probability in J, 0 to 1. local: None, or [n, D]: w_t is then weights[t] times the divergence of the head's
+    distribution on `hidden` from that on `local`: their KL, or with `gain` what it gains in log p of the target.
+    """
+
+    weights: Tensor
+    K: int
+    share: float = 0.0
+    local: Tensor | None = None
+    gain: bool = False
+
+
+@dataclass(frozen=True)
+class SequenceLosses:
+    """loss = ntp_scale * ntp + policy_scale * policy, scalars with gradient. weights [n]: the w_t used; values [n]: J_t; detached."""
+
+    loss: Tensor
+    ntp: Tensor
+    policy: Tensor
+    weights: Tensor
+    values: Tensor
+
+
+def expected_match(log_p: Tensor, K: int, share: float = 0.0) -> Tensor:
+    """J_t [n] = (1 - share) (1/K) sum_j exp(l_t + ... + l_{t+j}) + share (1/K) sum_j l_{t+j}, j < K, of log_p [n]. Differentiable.
+
+    Tokens beyond the last count as certain (l = 0): such windows have weight 0.
+    """
+    windows = F.pad(log_p, (0, K - 1)).unfold(0, K, 1)  # [n, K]
+    matches = windows.cumsum(-1).exp().mean(-1)
+    return matches if share == 0 else (1 - share) * matches + share * windows.mean(-1)
+
+
+def match_coefficients(log_p: Tensor, weights: Tensor, K: int, share: float = 0.0) -> Tensor:
+    """c_i [n] = d(sum_t weights_t J_t) / d log_p_i: what makes the gradient of the expected reward one of a cross-entropy."""
+    n = len(log_p)
+    windows = F.pad(log_p, (0, K - 1)).unfold(0, K, 1)
+    # A factor l_{t+j} stands in every product of at least j + 1 matches.
+    later = windows.cumsum(-1).exp().flip(-1).cumsum(-1).flip(-1)
+    parts = weights[:, None] * ((1 - share) * later + share) / K  # [n, K]: of window t, for its token t + j
+    total = parts[:, 0].clone()
+    for j in range(1, min(K, n)):
+        total[j:] += parts[: n - j, j]
+    return total
+
+
+def naive_linear_next_sequence(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, term: SequenceTerm,
+    ntp_scale: float = 1.0, policy_scale: float = 1.0,
+) -> tuple[SequenceLosses, TokenStats]:  # fmt: skip
+    """All logits at once, by autograd; same arguments and results as `linear_next_sequence`."""
+    ntp, stats = naive_linear_cross_entropy(hidden, weight, targets, token_weights)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    log_p = F.log_softmax((hidden @ weight.T).to(wide), -1)
+    at_target = log_p.gather(-1, targets[:, None])[:, 0]
+    w = term.weights.to(wide)
+    if term.local is not None:
+        log_q = F.log_softmax((term.local @ weight.T).to(wide), -1)
+        gain = (at_target - log_q.gather(-1, targets[:, None])[:, 0]).clamp(min=0.0)
+        w = w * (gain if term.gain else (log_p.exp() * (log_p - log_q)).sum(-1)).detach()
+    values = expected_match(at_target, term.K, term.share)
+    policy = -(w * values).sum()
+    return SequenceLosses(ntp_scale * ntp + policy_scale * policy, ntp, policy, w.detach(), values.detach()), stats
+
+
+def linear_next_sequence(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, term: SequenceTerm,
+    ntp_scale: float = 1.0, policy_scale: float = 1.0,
+) -> tuple[SequenceLosses, TokenStats]:  # fmt: skip
+    """ntp_scale * sum_i token_weights_i NLL_i - policy_scale * sum_t w_t J_t of a linear head, by blocks of tokens.
+
+    Args:
+        hidden, weight, targets, token_weights: as for `linear_cross_entropy`; rows of several sequences may follow each other.
+        term: see `SequenceTerm`. Its weights and `local` are not differentiated.
+
+    Returns:
+        The losses, and detached per-token statistics. The gradient of `loss` is formed with the blocks; that of `ntp` or `policy`
+        alone, when asked for, by running the blocks again.
+    """
+    dtype = autocast_dtype(hidden)
+    local = None if term.local is None else term.local.detach().to(dtype)
+    settings = (term.K, term.share, term.gain, ntp_scale, policy_scale)
+    found = _run_sequence(hidden.to(dtype), weight.to(dtype), targets, token_weights, term.weights, local, settings)
+    return SequenceLosses(*found[:5]), TokenStats(*found[5:])
+
+
+@without_autocast
+def _run_sequence(*args: Any) -> tuple[Tensor, ...]:
+    return _LinearNextSequence.apply(*args)
+
+
+class _LinearNextSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, weights: Tensor, local: Tensor | None,
+        settings: tuple[int, float, bool, float, float],
+    ) -> Any:  # fmt: skip
+        K, share, gain, ntp_scale, policy_scale = settings
+        n, out = hidden.shape[0], _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
+        token_weights, weights = token_weights.to(out.wide), weights.to(out.wide)
+        used, values, coefficients = (torch.empty_like(out.nll) for _ in range(3))
+        for s in _blocks(n, weight.shape[0]):
+            around = slice(max(0, s.start - K + 1), min(n, s.stop + K - 1))
+            inside = slice(s.start - around.start, s.stop - around.start)
+            block = _Block(hidden[around], weight, targets[around], out.wide)
+            w = weights[around]
+            if local is not None:
+                w = w * block.divergence(local[around], gain)
+            used[s], values[s] = w[inside], expected_match(-block.nll, K, share)[inside]
+            coefficients[s] = match_coefficients(-block.nll, w, K, share)[inside]
+            out.keep(s, block, inside)
+            out.add_gradient(s, block, inside, ntp_scale * token_weights[s] + policy_scale * coefficients[s])
+        ctx.save_for_backward(hidden, weight, targets, token_weights, coefficients, *out.gradients())
+        ctx.set_materialize_grads(False)
+        ntp, policy = (out.nll * token_weights).sum(), -(used * values).sum()
+        statistics = (used, values, out.nll, out.entropy, out.argmax)
+        ctx.mark_non_differentiable(*statistics)
+        return (ntp_scale * ntp + policy_scale * policy, ntp, policy, *statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Any) -> Any:
+        hidden, weight, targets, token_weights, coefficients, *gradients = ctx.saved_tensors
+        found: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]
+        if dntp is not None or dpolicy is not None:
+            again = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
+            parts = [x * d for x, d in ((token_weights, dntp), (coefficients, dpolicy)) if d is not None]
+            for s in _blocks(len(hidden), weight.shape[0]):
+                again.add_gradient(s, _Block(hidden[s], weight, targets[s], again.wide), slice(None), sum(parts)[s])
+            found = [b if a is None else a if b is None else a + b for a, b in zip(found, again.gradients(), strict=True)]
+        return (*found, None, None, None, None, None)
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

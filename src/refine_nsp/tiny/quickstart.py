@@ -38,8 +38,9 @@ from refine_nsp.training.data import split_documents
 
 ARMS: dict[str, dict[str, Any]] = {
     "NTP only": {"objective": "ntp"},
-    "ReFINE, paper preset": {"preset": "mid_training", "schedule": "fused"},
-    "ReFINE, context preset": {"preset": "context", "schedule": "fused"},
+    "ReFINE, paper preset": {"preset": "mid_training"},
+    "ReFINE, context preset": {"preset": "context"},
+    "ReFINE, exact": {"preset": "exact"},
 }
 BASELINE = "NTP only"
 FIGURES = {

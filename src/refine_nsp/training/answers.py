@@ -163,9 +163,14 @@ def tail_tokens(tokenizer: Any, prompt: str, question: str, where: str) -> int:
 
 
 def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings. Padded when a reference is chosen."""
+    """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings; columns: all else, by name, for rewards.
+
+    Padded when a reference is chosen.
+    """
     rows = list(examples)
+    others = [name for name in rows[0] if name not in ("prompt_ids", "answers_ids", "references")] if rows else []
     return {
+        "columns": {name: [r[name] for r in rows] for name in others},
         "prompts": [torch.as_tensor(r["prompt_ids"]) for r in rows],
         "answers": [[torch.as_tensor(a) for a in r["answers_ids"]] for r in rows],
         "references": [list(r["references"]) for r in rows],

@@ -1,68 +1,83 @@
-"""Settings of a training run: transformers' own, the method's, and a few of ours."""
+"""Settings of a training run: transformers' own, a few of ours, and the method's as one `NSPConfig`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import functools
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
-from refine_nsp.config import PRESETS, NSPConfig
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
+from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
 
-_RENAMED = {"reward": "reward_funcs"}  # TRL's name
-_NSP_FIELDS = {f.name: _RENAMED.get(f.name, f.name) for f in fields(NSPConfig)}
+RENAMED = {"reward": "reward_funcs"}  # TRL's name, as keyword and flag
+NSP_KEYWORDS = {RENAMED.get(f.name, f.name): f.name for f in fields(NSPConfig)}
+T = TypeVar("T", bound=type[Any])
 
 
+def with_nsp(cls: T) -> T:
+    """Let a dataclass with a field `nsp` take `nsp=NSPConfig(...)`, `preset=` and `NSPConfig`'s fields as keywords of its own.
+
+    So `ReFINEConfig(nsp=NSPConfig.preset("context", rollout_length=3))` and `ReFINEConfig(preset="context", rollout_length=3)` are the
+    same, and every setting is declared, described and checked in `NSPConfig` alone.
+    """
+    made: Any = cls
+    generated = made.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, nsp: NSPConfig | None = None, preset: str | None = None, **kwargs: Any) -> None:
+        flat = {name: kwargs.pop(keyword) for keyword, name in NSP_KEYWORDS.items() if keyword in kwargs}
+        self.nsp = nsp_of(nsp, preset, flat, made.default_preset)
+        check_known(kwargs, [*NSP_KEYWORDS, *(f.name for f in fields(cls) if f.init)])
+        generated(self, *args, **kwargs)
+
+    made.__init__ = __init__
+    return cls
+
+
+def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
+    """The method's settings from what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
+    if isinstance(reward := flat.get("reward"), list | tuple) and len(reward) == 1:
+        flat = {**flat, "reward": reward[0]}
+    if nsp is not None:
+        if preset is not None:
+            raise RefineError(f"got both nsp and preset={preset!r}; use nsp=NSPConfig.preset({preset!r}, ...)")
+        return replace(nsp, **flat)
+    name = preset if preset is not None else default_preset
+    return NSPConfig(**{**(preset_settings(name) if name is not None else {}), **flat})
+
+
+@with_nsp
 @dataclass
 class ReFINEConfig(TrainingArguments):
-    """`TrainingArguments` plus `NSPConfig`'s fields (its `reward` is called `reward_funcs` here, as in TRL).
+    """`TrainingArguments`, what follows, and the method's settings: `nsp=NSPConfig(...)`, or `preset=` and `NSPConfig`'s fields as keywords
+    (its `reward` is called `reward_funcs` here, as in TRL).
 
     Attributes:
         objective: `refine`, or `ntp`: the same run with the cross-entropy alone.
-        preset: start from a preset of `NSPConfig` (`mid_training`, `post_training`, `test_time`, `context`); fields given
-            explicitly win.
         max_length: tokens per sequence.
         steps_per_generation: optimizer steps that learn from one batch of rollouts. Above 1 the ratio to the policy that sampled
             them is clipped, and `schedule` cannot be `fused`.
+        context_scores: where a run needs them, computed in every step by the model as it is (`online`), or once beforehand by the model
+            it starts from, and kept with the data (`cached`): what a step costs then is what an NTP step costs.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
-        reward_funcs: `cosine`, `exact_match`, `hybrid`, or a dotted path to your own (`package.module.function`); several are summed.
         max_skipped_steps: stop after so many steps in a row whose loss or gradient is not finite (each is skipped).
     """
 
-    objective: str = "refine"
-    preset: str | None = None
+    default_preset: ClassVar[str | None] = None
+
+    nsp: NSPConfig = field(init=False)  # made by `with_nsp`
+    objective: Objective = "refine"
     max_length: int = 1024
     steps_per_generation: int = 1
+    context_scores: Literal["online", "cached"] = "online"
     log_completions: bool = False
     num_completions_to_print: int = 8
     max_skipped_steps: int = 5
-
-    positions_per_sequence: int | None = None
-    rollout_length: int | None = None
-    num_generations: int | None = None
-    schedule: str | None = None
-    reward_funcs: list[str] | None = None
-    reward_weights: list[float] | None = None
-    selection: str | None = None
-    tau: float | None = None
-    smoothing: str | None = None
-    smoothing_window: int | None = None
-    min_prefix: int | None = None
-    local_window: int | None = None
-    temperature: float | None = None
-    advantage_group: str | None = None
-    advantage_scale: str | None = None
-    baseline: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    kl_coef: float | None = None
-    entropy_coef: float | None = None
-    lambda_rl: float | None = None
-    lambda_ntp: float | None = None
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Paper, Table 2."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Paper, Table 2: constant, no warm-up."})
@@ -74,36 +89,37 @@ class ReFINEConfig(TrainingArguments):
         super().__post_init__()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch would warn
-        if self.objective not in ("refine", "ntp"):
-            raise RefineError(
-                f"objective={self.objective!r} is not one of refine, ntp{closest(self.objective, ('refine', 'ntp'))}"
-            )
+        check_choices(self)
         if self.steps_per_generation < 1:
             raise RefineError(f"steps_per_generation must be at least 1, got {self.steps_per_generation}")
-        nsp = self.nsp()
-        for reward in nsp.rewards:
+        for reward in self.nsp.rewards:
             resolve_reward(reward)
-        if self.steps_per_generation > 1 and nsp.schedule == "fused" and self.objective == "refine":
+        if self.objective == "refine":
+            self._check_method()
+
+    def _check_method(self) -> None:
+        """RefineError where the run's settings and the method's do not fit together."""
+        nsp = self.nsp
+        if self.steps_per_generation > 1 and nsp.schedule == "fused":
             raise RefineError(
                 f"schedule='fused' samples and learns in one pass, so steps_per_generation={self.steps_per_generation} cannot "
                 "reuse its rollouts; use schedule='snapshot'"
             )
+        if self.steps_per_generation > 1 and not nsp.rolls_out:
+            raise RefineError(
+                f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
+                "it at 1"
+            )
+        if self.log_completions and not nsp.rolls_out:
+            raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")
-        if self.positions_per_sequence is not None and self.positions_per_sequence * 2 > self.max_length:
+        if nsp.positions_per_sequence * 2 > self.max_length:
             raise RefineError(
-                f"positions_per_sequence={self.positions_per_sequence} is too many for max_length={self.max_length}: each of the "
+                f"positions_per_sequence={nsp.positions_per_sequence} is too many for max_length={self.max_length}: each of the "
                 "P chunks needs room for a position"
             )
 
-    def nsp(self) -> NSPConfig:
-        """The method's settings: the preset, with every field given explicitly on top."""
-        given = {name: getattr(self, ours) for name, ours in _NSP_FIELDS.items()}
-        given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(given.get("reward"), list) and len(given["reward"]) == 1:
-            given["reward"] = given["reward"][0]
-        if self.preset is None:
-            return NSPConfig(**given)
-        if self.preset not in PRESETS:
-            raise RefineError(f"no preset {self.preset!r}{closest(self.preset, PRESETS)}; there are {', '.join(PRESETS)}")
-        return NSPConfig.preset(self.preset, **given)
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers (loggers and model cards take it), the method's settings among the others."""
+        return {**super().to_dict(), "nsp": self.nsp.as_dict()}

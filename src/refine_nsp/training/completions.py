@@ -22,6 +22,8 @@ def completion_rows(tokenizer: Any, input_ids: Tensor, result: StepResult, limit
         return tokenizer.decode(ids.tolist()) if tokenizer is not None else " ".join(map(str, ids.tolist()))
 
     rows: list[dict[str, Any]] = []
+    assert result.rollouts is not None and result.positions is not None
+    assert result.rewards is not None and result.advantages is not None
     B, P, N, K = result.rollouts.shape
     for b in range(B):
         for p in range(P):

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.text.reading import read_documents
@@ -54,25 +55,43 @@ def cut_windows(ids: Sequence[int], max_length: int, min_length: int) -> list[li
 
 
 def tokenize(
-    data: Dataset | IterableDataset, tokenizer: Any, column: str, max_length: int, min_length: int, packing: bool
+    data: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    max_length: int,
+    min_length: int,
+    packing: bool,
+    keep_columns: bool = False,
 ) -> Dataset | IterableDataset:
     """Windows of tokens: rows of `input_ids`, and `lengths` of the documents in them when packed. Cached by content.
+
+    keep_columns: every window keeps its document's other columns (packed: a list with a value per document).
 
     Raises:
         RefineError: no document is long enough.
     """
 
+    others = [name for name in data.column_names or [] if name != column] if keep_columns else []
+
     def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
         windows: list[list[int]] = []
-        for ids in tokenizer([t or "" for t in batch[column]], add_special_tokens=True)["input_ids"]:
-            windows += cut_windows(ids, max_length, min_length)
-        return pack(windows, max_length) if packing else {"input_ids": windows}
+        owners: list[int] = []
+        for i, ids in enumerate(tokenizer([t or "" for t in batch[column]], add_special_tokens=True)["input_ids"]):
+            cut = cut_windows(ids, max_length, min_length)
+            windows += cut
+            owners += [i] * len(cut)
+        if not packing:
+            return {"input_ids": windows, **{name: [batch[name][i] for i in owners] for name in others}}
+        bins = pack(windows, max_length)
+        kept = {name: [[batch[name][owners[w]] for w in members] for members in bins] for name in others}
+        ids_of = [[token for w in members for token in windows[w]] for members in bins]
+        return {"input_ids": ids_of, "lengths": [[len(windows[w]) for w in members] for members in bins], **kept}
 
     options: dict[str, Any] = {"batched": True, "remove_columns": data.column_names, "batch_size": 1000 if packing else 16}
     if isinstance(data, IterableDataset):
         return data.map(windows_of, **options)
     # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
-    key = (data._fingerprint, tokenizer.backend_tokenizer.to_str(), column, max_length, min_length, packing)
+    key = (data._fingerprint, tokenizer.backend_tokenizer.to_str(), column, max_length, min_length, packing, tuple(others))
     result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), **options)
     if len(result) == 0:
         raise RefineError(
@@ -82,28 +101,41 @@ def tokenize(
     return result
 
 
-def pack(windows: list[list[int]], max_length: int) -> dict[str, list]:
-    """First-fit, longest first: examples of at most `max_length` tokens with the `lengths` of the documents in them."""
-    bins: list[tuple[list[int], list[int]]] = []
-    for window in sorted(windows, key=len, reverse=True):
-        for ids, lengths in bins:
-            if len(ids) + len(window) <= max_length:
-                ids += window
-                lengths.append(len(window))
+def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
+    """First-fit, longest first: which windows go into each example of at most `max_length` tokens."""
+    bins: list[tuple[int, list[int]]] = []  # tokens, windows
+    for w in sorted(range(len(windows)), key=lambda w: len(windows[w]), reverse=True):
+        for i, (tokens, members) in enumerate(bins):
+            if tokens + len(windows[w]) <= max_length:
+                bins[i] = (tokens + len(windows[w]), [*members, w])
                 break
         else:
-            bins.append((list(window), [len(window)]))
-    return {"input_ids": [ids for ids, _ in bins], "lengths": [lengths for _, lengths in bins]}
+            bins.append((len(windows[w]), [w]))
+    return [members for _, members in bins]
 
 
-def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """input_ids [B, T] right-padded with 0, lengths [B]. A packed example becomes a row per document: no state is shared."""
+def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """input_ids [B, T] right-padded with 0, lengths [B]; context_scores [B, T] where rows have them; other columns as lists of B values.
+
+    A packed example becomes a row per document: no state is shared. Its other columns are lists with a value per document.
+    """
     rows: list[Tensor] = []
+    scores: list[Tensor] = []
+    columns: dict[str, list[Any]] = {}
     for example in examples:
-        ids = torch.as_tensor(example["input_ids"])
-        rows += ids.split(list(example["lengths"])) if "lengths" in example else [ids]
-    lengths = torch.tensor([len(r) for r in rows])
-    return {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), "lengths": lengths}
+        packed = "lengths" in example
+        cuts = list(example["lengths"]) if packed else [len(example["input_ids"])]
+        rows += torch.as_tensor(example["input_ids"]).split(cuts)
+        for name, value in example.items():
+            if name == "context_scores":
+                scores += torch.as_tensor(value).split(cuts)
+            elif name not in ("input_ids", "lengths"):
+                columns.setdefault(name, []).extend(value if packed else [value])
+    padded = torch.nn.utils.rnn.pad_sequence
+    batch = {"input_ids": padded(rows, batch_first=True), "lengths": torch.tensor([len(r) for r in rows])}
+    if scores:
+        batch["context_scores"] = padded(scores, batch_first=True)
+    return {**batch, **columns}
 
 
 def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -117,9 +149,16 @@ def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset,
 
 
 def prepare_data(
-    arguments: DataArguments, tokenizer: Any, max_length: int, min_length: int
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    min_length: int,
+    keep_columns: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Training and validation windows. See `DataArguments` for what decides them; raises RefineError for bad input."""
+    """Training and validation windows. See `DataArguments` for what decides them; raises RefineError for bad input.
+
+    keep_columns: training windows keep their document's other columns, for rewards that ask for them.
+    """
     if arguments.dataset_name is None:
         raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
     if max_length < min_length:
@@ -137,7 +176,7 @@ def prepare_data(
     elif isinstance(data, Dataset):
         data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
     cut: dict[str, Any] = {"column": arguments.text_column, "max_length": max_length, "min_length": min_length}
-    train = tokenize(data, tokenizer, packing=arguments.packing, **cut)
+    train = tokenize(data, tokenizer, packing=arguments.packing, keep_columns=keep_columns, **cut)
     if held is not None:
         held = tokenize(held, tokenizer, packing=False, **cut)
     elif isinstance(train, Dataset) and arguments.validation_fraction > 0 and len(train) > 1:

@@ -10,22 +10,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError, closest
-from refine_nsp.nsp.prefix import Batch, next_token_loss
-from refine_nsp.nsp.selection import count_positions
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.config import NSPConfig, Objective, check_choices
+from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.selection import SCORES
+from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
 
-METHODS = ("refine", "ntp")
-SCOPES = ("example", "batch", "never")
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-PARAMETERS = ("all", "fast_weights", "lora")
 # What writes to and reads from the fast weights, by family.
 FAST_WEIGHT_NAMES = (
     "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias",
@@ -38,7 +36,7 @@ class TestTimeConfig:
     """How a prompt is adapted to.
 
     Attributes:
-        method: `refine`, or `ntp`: the cross-entropy on the prompt alone.
+        objective: `refine`, or `ntp`: the cross-entropy on the prompt alone.
         scope: restore after each `example`, after each `batch` (its prompts share one update), or `never`.
         steps: optimizer steps on a prompt.
         learning_rate, optimizer, weight_decay, max_grad_norm: of those steps (`adamw` or `sgd`).
@@ -54,24 +52,21 @@ class TestTimeConfig:
 
     __test__ = False  # not a test, whatever pytest makes of its name
 
-    method: str = "refine"
-    scope: str = "example"
+    objective: Objective = "refine"
+    scope: Literal["example", "batch", "never"] = "example"
     steps: int = 1
     learning_rate: float = 1e-6
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    parameters: str = "all"
+    parameters: Literal["all", "fast_weights", "lora"] = "all"
     lora_r: int = 8
     lora_alpha: float = 16.0
-    nsp: NSPConfig = field(default_factory=lambda: NSPConfig.preset("test_time", schedule="fused"))
+    nsp: NSPConfig = field(default_factory=lambda: NSPConfig.preset("test_time"))
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"method": METHODS, "scope": SCOPES, "optimizer": tuple(OPTIMIZERS), "parameters": PARAMETERS}
-        for name, options in choices.items():
-            if (value := getattr(self, name)) not in options:
-                raise RefineError(f"{name}={value!r} is not one of {', '.join(options)}{closest(str(value), options)}")
+        check_choices(self)
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -103,15 +98,16 @@ class TestTimeTrainer:
 
     __test__ = False
 
-    def __init__(self, model: Any, config: TestTimeConfig | None = None) -> None:
+    def __init__(self, model: FastWeightForCausalLM, config: TestTimeConfig | None = None) -> None:
         self.model = model
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
+        self.phase = PHASES[self.config.objective](self.config.nsp)
         self._kept_optimizer: torch.optim.Optimizer | None = None  # scope="never" goes on with it
 
     def shortest(self) -> int:
         """Tokens a prompt needs to be adapted to."""
-        return self.config.nsp.shortest if self.config.method == "refine" else 2
+        return self.phase.shortest
 
     @contextmanager
     def adapt(self, prompt: Any) -> Iterator[Any]:
@@ -129,7 +125,7 @@ class TestTimeTrainer:
         c = self.config
         for row in rows:
             if len(row) < self.shortest():
-                raise RefineError(f"a prompt of {len(row)} tokens cannot be adapted to: {c.method} needs {self.shortest()}")
+                raise RefineError(f"a prompt of {len(row)} tokens cannot be adapted to: {c.objective} needs {self.shortest()}")
         if len(rows) > 1 and c.scope == "example" and not self.side_by_side():
             raise RefineError(
                 f"{len(rows)} prompts at once: with scope='example' and parameters={c.parameters!r} each needs weights of its own; "
@@ -145,8 +141,11 @@ class TestTimeTrainer:
     def side_by_side(self) -> bool:
         """Whether several prompts can each have weights of their own: their losses must not touch each other."""
         c = self.config
-        apart = not c.nsp.selection.startswith("context_") and c.nsp.advantage_scale != "global"
-        return c.parameters == "lora" and (c.method == "ntp" or apart)
+        if c.parameters != "lora" or c.objective == "ntp":
+            return c.parameters == "lora"
+        if not c.nsp.rolls_out and c.nsp.weights != "selected":
+            return False
+        return not SCORES[c.nsp.selection].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.rolls_out)
 
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
@@ -196,8 +195,8 @@ class TestTimeTrainer:
         """The optimizer steps. shared: one update for all rows, else each row's own (its loss and gradient norm are its alone)."""
         model, c = self.model, self.config
         device = model.device
-        lengths = torch.tensor([len(r) for r in rows], device=device)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        sequences = Batch.of(ids, torch.tensor([len(r) for r in rows]))
         generators = [torch.Generator().manual_seed(c.seed) for _ in rows]
         wanted = {p: p.requires_grad for p in model.parameters()}
         training = model.training
@@ -210,7 +209,7 @@ class TestTimeTrainer:
             for _ in range(c.steps):
                 optimizer.zero_grad(set_to_none=True)
                 with torch.enable_grad():
-                    loss = self._loss(ids, lengths, generators, shared)
+                    loss = self._loss(MicroBatch(sequences, generators), shared)
                     loss.backward()
                 clip_gradients(parameters, c.max_grad_norm, shared)
                 optimizer.step()
@@ -222,15 +221,15 @@ class TestTimeTrainer:
             model.train(training)
         return losses
 
-    def _loss(self, ids: Tensor, lengths: Tensor, generators: list[torch.Generator], shared: bool) -> Tensor:
-        c, nsp = self.config, self.config.nsp
-        targets = (lengths - 1).to(torch.float32)
-        if c.method == "ntp":
-            hidden = self.model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
-            return next_token_loss(self.model, hidden, Batch(ids, lengths), float(targets.sum()) if shared else targets)[0]
-        places = count_positions(lengths, ids.shape[1], nsp) * nsp.num_generations * nsp.rollout_length
-        own = {} if shared else {"ntp_normalizer": targets, "policy_normalizer": places.clamp(min=1).to(torch.float32)}
-        return ReFINEStep(self.model, nsp)(ids, lengths, generators, **own).loss
+    def _loss(self, batch: MicroBatch, shared: bool) -> Tensor:
+        """Divided by what all rows hold, or each row's part by its own."""
+        device = batch.lengths.device
+        if shared:
+            batch.totals = {name: max(float(n), 1.0) for name, n in self.phase.count(batch).items()}
+        else:
+            batch.totals = {name: n.to(device) for name, n in self.phase.count_by_sequence(batch).items()}
+        self.phase.prepare(self.model, [batch])
+        return self.phase.loss(self.model, batch)[0]
 
 
 def as_rows(prompt: Any) -> list[Tensor]:

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.continuation import greedy_match
-from refine_nsp.nsp.prefix import Batch, run_pass
-from refine_nsp.nsp.records import uniforms
+from refine_nsp.nsp.passes import next_tokens, run
+from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.selection import select_positions
 
 SEED = 0
 
 
 @torch.no_grad()
-def validate(model: Any, batches: Iterable[dict[str, Tensor]], config: NSPConfig, device: torch.device) -> dict[str, float]:
+def validate(
+    model: FastWeightForCausalLM, batches: Iterable[dict[str, Tensor]], config: NSPConfig, device: torch.device
+) -> dict[str, float]:
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     generator = torch.Generator().manual_seed(SEED)  # the same positions at every validation
+    at_random = replace(config, schedule="auto", draw="sample")
     for inputs in batches:
-        batch = Batch(inputs["input_ids"].to(device), inputs["lengths"].to(device))
-        whole = run_pass(model, batch, 1.0)
-        mask = batch.target_mask.flatten()
-        targets = torch.nn.functional.pad(batch.input_ids[:, 1:], (0, 1)).flatten()
+        batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
+        whole = run(model, batch, at_random, 1.0)
+        mask, targets = batch.target_mask.flatten(), next_tokens(batch)
         sums["nll"] += float(whole.stats.nll[mask].double().sum())
         sums["correct"] += float((whole.stats.argmax == targets)[mask].sum())
         sums["sampled"] += float((-whole.stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(whole.stats.entropy[mask].double().sum())
-        sums["targets"] += int(mask.sum())
-        u, _ = uniforms(len(batch.lengths), config.positions_per_sequence, 1, config.rollout_length, generator)
-        flat = torch.zeros_like(batch.input_ids, dtype=torch.float32)
-        positions = select_positions(flat, batch.lengths, u, replace(config, selection="uniform"))
-        match, similarity, places = greedy_match(model, batch, whole, positions, config.rollout_length)
+        sums["targets"] += batch.num_targets
+        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generator)
+        positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
+        match, similarity, places = greedy_match(whole, positions, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity
         sums["places"] += places

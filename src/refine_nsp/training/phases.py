@@ -1,0 +1,169 @@
+"""What a step of training does with a batch: one small object a phase, which the trainer counts, normalises and logs for.
+
+An objective of your own is a subclass that overrides `loss` (and `count`, when it divides by something else):
+
+    class Confident(NextToken):
+        def loss(self, model, batch):
+            hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+            ...
+            return loss, {"my_figure": figure}
+
+    ReFINETrainer(model, args, phase=Confident(args.nsp), ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.nsp.passes import next_token_loss
+from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
+from refine_nsp.nsp.selection import count_positions
+from refine_nsp.nsp.step import ReFINEStep, one_step
+from refine_nsp.training.validation import validate
+
+Counts = dict[str, float]
+NO_DRAWS = Draws(torch.empty(0), torch.empty(0))
+
+
+@dataclass
+class MicroBatch:
+    """Sequences that go through the model together; an optimizer step has one or more.
+
+    Attributes:
+        sequences: ids, lengths, columns.
+        generator: of all randomness; those of one optimizer step share it.
+        totals: `Phase.count` summed over the optimizer step and all processes, divided by the number of processes (as gradients are):
+            what sums are divided by, so that 1 x 8 equals 8 x 1. A tensor [B] divides each sequence's sum by its own.
+        rollouts: made beforehand, or None.
+        result: of the latest step, for a table of completions.
+    """
+
+    sequences: Batch
+    generator: Generators = None
+    totals: Mapping[str, Any] = field(default_factory=dict)
+    rollouts: Rollouts | None = None
+    result: StepResult | None = None
+
+    @property
+    def input_ids(self) -> Tensor:  # [B, T] long
+        return self.sequences.input_ids
+
+    @property
+    def lengths(self) -> Tensor:  # [B] long
+        return self.sequences.lengths
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return sum(self.sequences.sizes)
+
+
+class Phase:
+    """The seam between a phase and the trainer.
+
+    Attributes:
+        config: settings of the method. shortest: tokens a sequence needs. prepares_steps: whether `prepare` wants the micro-batches of
+            `steps_per_generation` optimizer steps at once.
+    """
+
+    prepares_steps = False
+
+    def __init__(self, config: NSPConfig, reference: FastWeightForCausalLM | None = None) -> None:
+        self.config, self.reference = config, reference
+
+    @property
+    def shortest(self) -> int:
+        """Tokens a sequence needs."""
+        return 2
+
+    def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
+        """What is done before the steps on `batches`, without gradients; `model` may be wrapped: `model(step=lambda m: ...)`."""
+
+    def count(self, batch: MicroBatch) -> Counts:
+        """What the losses of a micro-batch are sums over; see `MicroBatch.totals`."""
+        return {"targets": batch.sequences.num_targets}
+
+    def count_by_sequence(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The same for each sequence [B], where every one has weights, and so a loss, of its own."""
+        return {"targets": (batch.sequences.host_lengths - 1).clamp(min=1).to(torch.float32)}
+
+    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log (`loss_*`: shares too)."""
+        raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
+
+    def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
+        """Sums over validation batches, as collated; `summarise` makes figures of them once those of all processes are added."""
+        return validate(model, batches, self.config, model.device)
+
+    def summarise(self, sums: Counts) -> dict[str, float]:
+        """Figures by name, without `eval_`."""
+        targets, places = max(sums["targets"], 1.0), max(sums["places"], 1.0)
+        return {
+            "loss": sums["nll"] / targets,
+            "accuracy": sums["correct"] / targets,
+            "sampled_accuracy": sums["sampled"] / targets,
+            "entropy": sums["entropy"] / targets,
+            "greedy_match": sums["match"] / places,
+            "cosine": sums["cosine"] / places,
+        }
+
+
+class NextToken(Phase):
+    """Next-token prediction: the cross-entropy alone."""
+
+    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+        loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
+        return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
+
+
+class NextSequence(Phase):
+    """ReFINE: the policy loss beside the cross-entropy."""
+
+    @property
+    def shortest(self) -> int:
+        return self.config.shortest
+
+    @property
+    def prepares_steps(self) -> bool:  # type: ignore[override]
+        return self.config.rolls_out and self.config.schedule in ("snapshot", "reprefill")
+
+    def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
+        """Rollouts for all batches by the current policy, unless each step makes its own."""
+        if not self.prepares_steps or not batches:
+            return
+        made = ReFINEStep(model, self.config, self.reference).rollouts([b.sequences for b in batches], batches[0].generator)
+        for batch, rollouts in zip(batches, made, strict=True):
+            batch.rollouts = rollouts.without_hidden()
+
+    def count(self, batch: MicroBatch) -> Counts:
+        return {**super().count(batch), "policy": float(self._policy_counts(batch).sum())}
+
+    def count_by_sequence(self, batch: MicroBatch) -> dict[str, Tensor]:
+        return {**super().count_by_sequence(batch), "policy": self._policy_counts(batch).clamp(min=1).to(torch.float32)}
+
+    def _policy_counts(self, batch: MicroBatch) -> Tensor:
+        """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
+        c, lengths = self.config, batch.sequences.host_lengths
+        if not c.rolls_out and c.weights != "selected":
+            return (lengths - 1).clamp(min=0)
+        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)
+
+    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference)
+        # Rollouts that were made before have used their draws up.
+        draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS
+        result = one_step(model, batch.sequences, self.config, draws, learning, batch.rollouts)
+        batch.result = result
+        losses = {"loss_ntp": result.loss_ntp.detach(), "loss_policy": result.loss_policy.detach()}
+        return result.loss, {**losses, **result.metrics}
+
+
+PHASES: dict[str, type[Phase]] = {"refine": NextSequence, "ntp": NextToken}

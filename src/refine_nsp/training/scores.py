@@ -1,0 +1,94 @@
+"""Context scores computed once, by the model a run starts from, and kept with the data: a step then costs what an NTP step costs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from torch import Tensor, nn
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.nsp.context import context_divergence
+from refine_nsp.nsp.records import Batch
+from refine_nsp.progress import step_progress
+from refine_nsp.training.data import collate
+
+PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
+
+
+def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, config: NSPConfig) -> Dataset:
+    """The data with a column `context_scores`, d of every token (as `context_divergence`, float32), read back where they are known.
+
+    Kept in the cache of `datasets`, by model weights, data and settings; written part by part, so that an interrupted scoring goes on.
+
+    Raises:
+        RefineError: streamed data, or settings that use no context scores.
+    """
+    gain = wants_gain(config)
+    if not isinstance(data, Dataset):
+        raise RefineError(
+            "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
+        )
+    key = Hasher.hash((data._fingerprint, weights_key(model), config.local_window, config.local_span, gain))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(model.parameters()).device
+    parts = []
+    training = model.training
+    model.eval()
+    with step_progress(len(data), 0, "context scores", quiet=True) as progress:
+        for start in range(0, len(data), PART_ROWS):
+            rows = data.select(range(start, min(start + PART_ROWS, len(data))))
+            parts.append(
+                rows.map(
+                    lambda row: {"context_scores": scores_of(row, model, config, gain, device)},
+                    cache_file_name=str(folder / f"part-{start}.arrow"),
+                    features=datasets.Features({**data.features, "context_scores": datasets.List(datasets.Value("float32"))}),
+                    load_from_cache_file=True,
+                )
+            )
+            progress.advance(0, len(rows))
+    model.train(training)
+    return concatenate_datasets(parts)
+
+
+def wants_gain(config: NSPConfig) -> bool:
+    """Which context score a run uses: the gain, or the KL. RefineError when it uses none."""
+    name = config.selection if config.rolls_out or config.weights == "selected" else config.weights
+    if name not in ("context", "context_kl", "context_gain"):
+        raise RefineError(
+            f"context_scores='cached' has nothing to keep: selection={config.selection!r} and weights={config.weights!r} of "
+            f"estimator={config.estimator!r} use no context scores; leave it 'online'"
+        )
+    return name == "context_gain"
+
+
+@torch.no_grad()
+def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain: bool, device: torch.device) -> list[float]:
+    """d of one example's tokens; of a packed one document by document."""
+    inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
+    batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
+
+    def score(m: FastWeightForCausalLM) -> Tensor:
+        hidden = m.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+        return context_divergence(m, batch, hidden, config, gain)
+
+    d = model(step=score).float().cpu()
+    return torch.cat([x[:n] for x, n in zip(d, batch.sizes, strict=True)]).tolist()
+
+
+def weights_key(model: nn.Module) -> str:
+    """Name of a model's weights: a digest of all of them."""
+    digest = hashlib.sha256()
+    for name, p in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

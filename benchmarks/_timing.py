@@ -7,8 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from refine_nsp.models import DeltaNetForCausalLM
+    from refine_nsp.models.blocks import FastWeightForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -39,7 +44,7 @@ def matmul_peak(threads: int, size: int = 1536, rounds: int = 7) -> float:
     return 2 * size**3 / min(times)
 
 
-def delta_net_12m():
+def delta_net_12m() -> DeltaNetForCausalLM:
     """The model of these benchmarks: DeltaNet, 12.2 M parameters (6 layers of 384, 6 heads of 64, vocabulary 4096, tied)."""
     from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
 
@@ -50,7 +55,7 @@ def delta_net_12m():
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024, "vocab_size": 4096, "tie_word_embeddings": True}
 
 
-def model_of(family: str):
+def model_of(family: str) -> FastWeightForCausalLM:
     """About 12 M parameters of each family."""
     from refine_nsp.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 

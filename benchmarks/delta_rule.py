@@ -43,10 +43,10 @@ def measure(T: int, D: int, gated: bool, rounds: int) -> None:
 def profile(T: int, D: int, gated: bool, rounds: int = 5) -> None:
     """Where the time goes: share of each kind of operation."""
     q, k, v, beta, g = inputs(T, D, gated)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
         for _ in range(rounds):
             delta_rule(q, k, v, beta, g)[0].sum().backward()
-    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    events = sorted(record.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
     shares = ", ".join(f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / total:.0%}" for e in events[:8])
     print(f"{'gated' if gated else 'plain'}  T {T:5d}  4 heads of {D:3d}  {shares}")

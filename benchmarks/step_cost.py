@@ -7,12 +7,14 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from _timing import alternate, model_of, ratio
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.passes import next_token_loss, run
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
@@ -21,20 +23,20 @@ SCHEDULES = ("fused", "snapshot", "reprefill")
 CLOSED_FORM = ("exact", "exact, cached scores")
 
 
-def ntp_step(model, ids: torch.Tensor) -> None:
+def ntp_step(model: FastWeightForCausalLM, ids: torch.Tensor) -> None:
     batch = Batch.of(ids)
     hidden = model.model(ids, use_cache=False).last_hidden_state
     next_token_loss(model, hidden, batch, batch.num_targets)[0].backward()
     model.zero_grad()
 
 
-def refine_step(model, ids: torch.Tensor, schedule: str, N: int, selection: str) -> None:
+def refine_step(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, N: int, selection: str) -> None:
     config = NSPConfig(num_generations=N, schedule=schedule, reward="hybrid", selection=selection)
     ReFINEStep(model, config)(ids, generator=torch.Generator().manual_seed(0)).loss.backward()
     model.zero_grad()
 
 
-def exact_step(model, ids: torch.Tensor, K: int, cached: bool) -> None:
+def exact_step(model: FastWeightForCausalLM, ids: torch.Tensor, K: int, cached: bool) -> None:
     """The closed form over all tokens, K tokens each; its context scores from the step's own local pass, or given."""
     config = NSPConfig.preset("exact", rollout_length=K)
     scores = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) if cached else None
@@ -42,7 +44,8 @@ def exact_step(model, ids: torch.Tensor, K: int, cached: bool) -> None:
     model.zero_grad()
 
 
-def run_of(model, ids: torch.Tensor, schedule: str, N: int, selection: str):
+def run_of(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, N: int, selection: str) -> Callable[[], None]:
+    """One step on ids [B, T] long, to be called."""
     if schedule == "ntp":
         return lambda: ntp_step(model, ids)
     if schedule in CLOSED_FORM:

@@ -9,11 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from _timing import alternate, delta_net_12m, matmul_peak
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.passes import next_token_loss
 from refine_nsp.nsp.records import Batch
 
 
-def matmul_flops(model, T: int, chunk: int = 64) -> float:
+def matmul_flops(model: FastWeightForCausalLM, T: int, chunk: int = 64) -> float:
     """FLOP of all matrix products of a forward and backward pass over T tokens (elementwise work is not counted).
 
     Linear layers and head: 6 per weight and token (2 forward, 4 backward). Delta rule, per head and chunk of C tokens, width D: forward

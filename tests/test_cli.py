@@ -50,6 +50,67 @@ def test_every_command_explains_itself(capsys, command):
     assert len(capsys.readouterr().out) > 200
 
 
+def line_of(help_text: str, flag: str) -> str:
+    """A flag's paragraph in a help text, as one line."""
+    paragraph = help_text.partition(f"  --{flag} ")[2].partition("\n  --")[0]
+    return " ".join(paragraph.split())
+
+
+def test_help_shows_types_choices_and_what_the_preset_makes_the_default(capsys, tmp_path):
+    assert main(["midtrain", "--help"]) == 0
+    plain = capsys.readouterr().out
+    assert line_of(plain, "rollout_length").startswith("INT") and line_of(plain, "rollout_length").endswith("[5]")
+    assert line_of(plain, "estimator").startswith("sampled|exact|likelihood") and line_of(plain, "estimator").endswith(
+        "[sampled]"
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text("preset: exact\n")
+    assert main(["midtrain", "--help", "--config", str(config)]) == 0
+    preset = capsys.readouterr().out
+    assert line_of(preset, "rollout_length").endswith("[1]") and line_of(preset, "estimator").endswith("[exact]")
+    assert main(["posttrain", "--help"]) == 0
+    assert line_of(capsys.readouterr().out, "reward_funcs").endswith("[hybrid]")
+    assert all(len(line) <= 131 for line in preset.splitlines())
+
+
+def test_the_method_has_the_same_settings_for_training_test_time_and_inspect():
+    from refine_nsp.commands.inspect import InspectArguments
+    from refine_nsp.commands.model_options import TEST_TIME
+    from refine_nsp.commands.options import Options, Settings
+    from refine_nsp.config import NSPConfig
+
+    flags = [
+        "--ttt_preset",
+        "context",
+        "--ttt_selection",
+        "argmax",
+        "--ttt_smoothing_window",
+        "none",
+        "--ttt_num_generations",
+        "3",
+    ]
+    _, test_time, _ = Options("ttt", "", TEST_TIME, []).parse(flags)
+    assert test_time.nsp == NSPConfig.preset("context", selection="argmax", num_generations=3)
+    _, nsp, _ = Options("inspect", "", (InspectArguments, Settings(NSPConfig, preset="context")), []).parse(["--tau", "0.5"])
+    assert nsp == NSPConfig.preset("context", tau=0.5)
+
+
+def test_flags_can_take_back_what_a_preset_or_file_sets(tmp_path):
+    from refine_nsp.commands.options import Options, Settings
+    from refine_nsp.config import NSPConfig
+
+    config = tmp_path / "c.yaml"
+    config.write_text("reward_weights: [1.0, 2.0]\nreward_funcs: [cosine, hybrid]\nsmoothing_window: 3\n")
+
+    def parse(*flags: str) -> NSPConfig:
+        return Options("x", "", (Settings(NSPConfig, preset="context"),), []).parse(["--config", str(config), *flags])[0]
+
+    nsp = parse("--smoothing_window", "none")
+    assert nsp.smoothing_window is None and nsp.reward_weights == [1.0, 2.0]
+    config.write_text("smoothing_window: null\nadvantage_scale: std\n")
+    assert parse() == NSPConfig.preset("context", advantage_scale="std")
+
+
 def test_midtrain_end_to_end_then_report_and_generate(tmp_path, text, capsys):
     assert (
         main(tiny(tmp_path, text, "--log_completions", "--logging_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1"))

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from refine_nsp import ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrainer, load
 from refine_nsp.config import NSPConfig
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model, load_tokenizer
 from refine_nsp.nsp.passes import run as run_pass
-from refine_nsp.nsp.records import Draws, gather_positions
+from refine_nsp.nsp.records import Draws, Metrics, gather_positions
 from refine_nsp.nsp.selection import select
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
@@ -63,13 +65,13 @@ class Job:
 
 
 def run(study: Study, job: Job) -> Figures:
-    """Run a job, or read what it found before."""
+    """Run a job, or read what it left before."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     path = study.folder("jobs", f"{job.name}.json")
     if not path.exists():
         figures = KINDS[job.kind](study, *job.arguments)
-        write_whole(path, json.dumps(figures, indent=1) + "\n")
+        write_atomically(path, json.dumps(figures, indent=1) + "\n")
     return study.result(job)
 
 
@@ -79,8 +81,8 @@ def material_of(study: Study) -> m.Material:
     return m.prepare(study.scale, load_tokenizer(BASES["DeltaNet"]), study.squad, study.hotpotqa)
 
 
-def keep(model: Any, folder: Path) -> None:
-    """Save the weights, whole or not at all."""
+def keep(model: FastWeightForCausalLM, folder: Path) -> None:
+    """Save the weights, all or none of them."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -94,20 +96,20 @@ def keep(model: Any, folder: Path) -> None:
 class ExtraCrossEntropy(NextSequence):
     """The control: cross-entropy once more on the K tokens after each position ReFINE would choose, instead of rollouts."""
 
-    def loss(self, model: Any, batch: MicroBatch) -> tuple[Any, dict[str, Any]]:
+    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         # As many draws as the ReFINE arm makes, so that the first of them are the same.
         c, draws = self.config, Draws.of(batch.sequences, self.config, batch.generator)
-        whole = run_pass(model, batch.sequences, c, batch.totals["targets"])
-        positions = select(whole, c, draws.positions)
+        forward = run_pass(model, batch.sequences, c, batch.totals["targets"])
+        positions = select(forward, c, draws.positions)
         ahead = (positions[..., None] + torch.arange(c.rollout_length)).flatten(1)  # [B, P*K]
         targets = batch.input_ids.gather(1, ahead + 1).flatten()
-        hidden = gather_positions(whole.hidden, ahead).flatten(0, 1)
+        hidden = gather_positions(forward.hidden, ahead).flatten(0, 1)
         extra, _ = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.full((len(targets),), 1.0 / len(targets)))
-        return c.lambda_ntp * whole.loss_ntp + c.lambda_rl * extra, {"loss_ntp": whole.loss_ntp.detach()}
+        return c.lambda_ntp * forward.loss_ntp + c.lambda_rl * extra, {"loss_ntp": forward.loss_ntp.detach()}
 
 
-def measure_mid(study: Study, model: Any, seed: int, whole: bool) -> Figures:
-    """Figures of a mid-trained model; `whole`: also needles and questions."""
+def measure_mid(study: Study, model: FastWeightForCausalLM, seed: int, generates: bool) -> Figures:
+    """Figures of a mid-trained model; `generates`: also of what it answers, needles and questions."""
     s, material = study.scale, material_of(study)
     model.eval()
     figures: Figures = {
@@ -115,14 +117,14 @@ def measure_mid(study: Study, model: Any, seed: int, whole: bool) -> Figures:
         "recall": measuring.recall_figures(model, material, s),
         "choose_entropy": measuring.text_figures(model, material, "choose")["entropy"],
     }
-    if whole:
+    if generates:
         figures["needles"] = measuring.needle_figures(model, material, s, seed)
         figures["qa"] = measuring.qa_figures(model, material, s, seed)
     return figures
 
 
 def base(study: Study, family: str) -> Figures:
-    return measure_mid(study, load(BASES[family])[0], 0, whole=True)
+    return measure_mid(study, load(BASES[family])[0], 0, generates=True)
 
 
 def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
@@ -140,10 +142,10 @@ def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
         logging_steps=s.curve_every, eval_strategy="no" if arm in ABLATIONS else "steps", eval_steps=s.curve_every,
         save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **chosen,
     )  # fmt: skip
-    held = Dataset.from_list([{"input_ids": row.tolist()} for row in material.windows["report"]])
+    validation = Dataset.from_list([{"input_ids": row.tolist()} for row in material.windows["report"]])
     trainer = ReFINETrainer(
         model=load(BASES[family])[0], args=args, phase=ExtraCrossEntropy(args.nsp) if arm == EXTRA else None,
-        train_dataset=m.mid_rows(s, material, seed, steps), eval_dataset=held,
+        train_dataset=m.mid_rows(s, material, seed, steps), eval_dataset=validation,
         processing_class=material.tokenizer,
     )  # fmt: skip
     if arm not in ABLATIONS:
@@ -230,7 +232,7 @@ def weights_of(study: Study, family: str, start: str, variant: str, seed: int) -
     return study.folder("models", "post", family, start, variant, seed)
 
 
-def adapted(study: Study, model: Any, method: str, learning_rate: float, part: str, seed: int) -> Figures:
+def adapted(study: Study, model: FastWeightForCausalLM, method: str, learning_rate: float, part: str, seed: int) -> Figures:
     s, material = study.scale, material_of(study)
     config = TestTimeConfig(objective=method, learning_rate=learning_rate, nsp=NSPConfig.preset("test_time"))
     return measuring.adapted_figures(model, material, s, part, seed, TestTimeTrainer(model, config))

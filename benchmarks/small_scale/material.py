@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.tiny.corpus import standard_library
@@ -48,22 +49,22 @@ class Needle:
 
 @dataclass(frozen=True)
 class Material:
-    """stream: text to train on. windows[part] [n, T]: text to measure. paragraphs[source][part]: token lists."""
+    """stream: text to train on. held_out: text for filler. windows[part] [n, T]: text to measure. paragraphs[source][part]: token lists."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     tokens: RecallTokens
     stream: Tensor
-    held: list[int]
+    held_out: list[int]
     windows: dict[str, Tensor]
     paragraphs: dict[str, dict[str, list[list[int]]]]
 
 
-def prepare(scale: Scale, tokenizer: Any, squad: str | None, hotpotqa: str | None) -> Material:
+def prepare(scale: Scale, tokenizer: PreTrainedTokenizerBase, squad: str | None, hotpotqa: str | None) -> Material:
     """Read and split everything. The standard library's held-out modules are for measuring only."""
-    held = encode_texts(tokenizer, standard_library(held_out=True))
+    held_out = encode_texts(tokenizer, standard_library(held_out=True))
     n, T = scale.text_windows, scale.mid_length
-    starts = torch.linspace(0, len(held) - T, 2 * n).long().tolist()
-    rows = torch.stack([held[s : s + T] for s in starts])
+    starts = torch.linspace(0, len(held_out) - T, 2 * n).long().tolist()
+    rows = torch.stack([held_out[s : s + T] for s in starts])
     sources = {"SQuAD": squad, "HotpotQA": hotpotqa}
     texts = {name: read_qa(path).documents for name, path in sources.items() if path is not None}
     if not texts:
@@ -72,13 +73,13 @@ def prepare(scale: Scale, tokenizer: Any, squad: str | None, hotpotqa: str | Non
         tokenizer,
         RecallTokens.of(tokenizer),
         encode_texts(tokenizer, standard_library(held_out=False)),
-        held.tolist(),
+        held_out.tolist(),
         {"choose": rows[::2], "report": rows[1::2]},
         {name: split(tokenizer, documents) for name, documents in texts.items()},
     )
 
 
-def split(tokenizer: Any, documents: list[str]) -> dict[str, list[list[int]]]:
+def split(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> dict[str, list[list[int]]]:
     """Paragraphs long enough, half of them to train on, a quarter each to choose and to report on."""
     encoded = tokenizer(list(dict.fromkeys(documents)), add_special_tokens=False)["input_ids"]
     rows = [ids for ids in encoded if len(ids) >= DOCUMENT_TOKENS]
@@ -87,7 +88,7 @@ def split(tokenizer: Any, documents: list[str]) -> dict[str, list[list[int]]]:
     return dict(zip(PARTS, (rows[:half], rows[half : half + quarter], rows[half + quarter :]), strict=True))
 
 
-def mid_rows(scale: Scale, material: Material, seed: int, steps: int) -> Any:
+def mid_rows(scale: Scale, material: Material, seed: int, steps: int) -> Dataset:
     """Rows of one seed, the same for all arms (more steps: the same rows first)."""
     s = Settings(steps=steps, sequences_per_step=scale.mid_rows, max_length=scale.mid_length, recall_share=scale.recall_share)
     return training_rows(s, seed, material.tokenizer, material.stream)
@@ -124,7 +125,7 @@ def questions(material: Material, part: str, source: str, length: int, count: in
 def needles(material: Material, task: str, length: int, facts: int, count: int, seed: int) -> list[Needle]:
     """Prompts in held-out filler. S: one fact. MK: one of many asked. MQ: four of many, one after another. MV: four values of one name."""
     rng, tokens = random.Random(f"needles-{task}-{length}-{seed}"), material.tokens
-    found = []
+    prompts = []
     for _ in range(count):
         stated = draw_facts(rng, 1 if task == "S" else facts)
         if task == "MV":
@@ -135,7 +136,7 @@ def needles(material: Material, task: str, length: int, facts: int, count: int, 
             asked = rng.sample(stated, 4 if task == "MQ" else 1)
         ids = [statement(tokens, f) for f in rng.sample(stated, len(stated))]
         questions_ids = [question(tokens, f) for f in asked]
-        hay = take_filler(rng, material.held, length - len(questions_ids[0]) - sum(map(len, ids)))
+        hay = take_filler(rng, material.held_out, length - len(questions_ids[0]) - sum(map(len, ids)))
         following = [tokens.end + q for q in questions_ids[1:]]
-        found.append(Needle(scattered(rng, ids, hay) + questions_ids[0], following, [answer(tokens, f) for f in asked]))
-    return found
+        prompts.append(Needle(scattered(rng, ids, hay) + questions_ids[0], following, [answer(tokens, f) for f in asked]))
+    return prompts

@@ -9,9 +9,13 @@ from statistics import mean
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.evaluation.text_metrics import any_match
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
+from refine_nsp.models.state import FastWeightCache
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.tiny.probes import make_probes, score_probes, score_text
 from refine_nsp.training.test_time import TestTimeTrainer
@@ -34,24 +38,26 @@ def sampled(seed: int, temperature: float) -> Decoding:
 # --- text and recall --------------------------------------------------------------------------------------------------
 
 
-def text_figures(model: Any, material: m.Material, part: str = "report", temperature: float = 1.0) -> Figures:
+def text_figures(model: FastWeightForCausalLM, material: m.Material, part: str = "report", temperature: float = 1.0) -> Figures:
     """Next-token figures on held-out text."""
     return asdict(score_text(model, material.windows[part], temperature))
 
 
-def recall_figures(model: Any, material: m.Material, scale: Scale, temperature: float = 1.0) -> Figures:
+def recall_figures(model: FastWeightForCausalLM, material: m.Material, scale: Scale, temperature: float = 1.0) -> Figures:
     """Mean over kinds of probe: greedy exact match, log p of the answer, probability of sampling it at `temperature`."""
     kinds = [(n, scale.needles) for n in scale.needle_lengths[-2:]]
     kinds += [(scale.needle_lengths[-1], 2 * scale.needles)]
-    probes = make_probes(material.tokenizer, material.held, kinds, scale.recall_prompts, seed=100)
+    probes = make_probes(material.tokenizer, material.held_out, kinds, scale.recall_prompts, seed=100)
     scores = [score_probes(model, p, temperature) for p in probes]
     return {name: mean(getattr(s, name) for s in scores) for name in ("greedy", "log_p", "sampled")}
 
 
 @torch.no_grad()
-def needle_figures(model: Any, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0) -> Figures:
+def needle_figures(
+    model: FastWeightForCausalLM, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0
+) -> Figures:
     """By task and length, the share of asked values found under both protocols."""
-    found: Figures = {"standard": {}, "published": {}}
+    figures: Figures = {"standard": {}, "published": {}}
     protocols = {"standard": Decoding(), "published": sampled(seed, temperature)}
     for task in NEEDLE_TASKS:
         for length in scale.needle_lengths:
@@ -63,11 +69,18 @@ def needle_figures(model: Any, material: m.Material, scale: Scale, seed: int, te
                 for name, decoding in protocols.items():
                     shares[name] += in_turn(model, batch, *read, decoding, at)
             for name in protocols:
-                found[name][f"{task} {length}"] = mean(shares[name])
-    return found
+                figures[name][f"{task} {length}"] = mean(shares[name])
+    return figures
 
 
-def in_turn(model: Any, prompts: Sequence[m.Needle], hidden: Any, cache: Any, decoding: Decoding, first: int = 0) -> list[float]:
+def in_turn(
+    model: FastWeightForCausalLM,
+    prompts: Sequence[m.Needle],
+    hidden: Tensor,
+    cache: FastWeightCache,
+    decoding: Decoding,
+    first: int = 0,
+) -> list[float]:
     """Share of each prompt's values found: the model's answer to the first question, the next question after it, and so on.
 
     first: place of the first prompt among all, by which its draws are chosen.
@@ -90,12 +103,12 @@ def in_turn(model: Any, prompts: Sequence[m.Needle], hidden: Any, cache: Any, de
 
 @torch.no_grad()
 def answer_figures(
-    model: Any, tokenizer: Any, asked: Sequence[m.Asked], seed: int, temperature: float = 1.0,
+    model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, asked: Sequence[m.Asked], seed: int, temperature: float = 1.0,
     adapter: TestTimeTrainer | None = None,
 ) -> Figures:  # fmt: skip
     """Per question: found under both protocols, log p of the answer, mean entropy over its tokens. adapter: one prompt at a time."""
     eos = end_tokens(model, tokenizer)
-    found: dict[str, list[float]] = {"standard": [], "published": [], "log_p": [], "entropy": []}
+    figures: dict[str, list[float]] = {"standard": [], "published": [], "log_p": [], "entropy": []}
     size = 1 if adapter is not None else ROWS
     for at in range(0, len(asked), size):
         batch = asked[at : at + size]
@@ -111,15 +124,17 @@ def answer_figures(
                     text = tokenizer.decode(tokens, skip_special_tokens=True)
                     # As published: the first line, taken before stripping.
                     text = text.split("\n")[0] if protocol == "published" else text
-                    found[protocol].append(any_match(text, [q.reference]))
+                    figures[protocol].append(any_match(text, [q.reference]))
             nll, entropy = forced(model, hidden, cache, [q.answer for q in batch], temperature)
-            found["log_p"] += (-nll.sum(1)).tolist()
-            found["entropy"] += entropy.mean(1).tolist()
-    return found
+            figures["log_p"] += (-nll.sum(1)).tolist()
+            figures["entropy"] += entropy.mean(1).tolist()
+    return figures
 
 
-def forced(model: Any, hidden: Any, cache: Any, answers: Sequence[list[int]], temperature: float) -> tuple[Any, Any]:
-    """nll and entropy [B, A] of answers of A tokens each, given whole."""
+def forced(
+    model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, answers: Sequence[list[int]], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """nll and entropy [B, A] of given answers of A tokens each, after prompts read to `hidden` [B, D] and `cache`."""
     ids = torch.tensor(answers)
     states = answer_states(model, hidden, cache, ids) / temperature
     _, stats = linear_cross_entropy(states, model.lm_head.weight, ids.flatten(), torch.ones(ids.numel()))
@@ -127,13 +142,13 @@ def forced(model: Any, hidden: Any, cache: Any, answers: Sequence[list[int]], te
 
 
 @torch.no_grad()
-def answer_states(model: Any, hidden: Any, cache: Any, ids: Any) -> Any:
+def answer_states(model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, ids: Tensor) -> Tensor:
     """Hidden states [B*A, D] that predict the tokens of answers [B, A]."""
     after = model.model(ids[:, :-1], past_key_values=cache.copy(), use_cache=False).last_hidden_state
     return torch.cat([hidden[:, None], after], 1).flatten(0, 1)
 
 
-def qa_figures(model: Any, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0) -> Figures:
+def qa_figures(model: FastWeightForCausalLM, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0) -> Figures:
     """`answer_figures` by source and length."""
     return {
         f"{source} {length}": answer_figures(
@@ -144,7 +159,9 @@ def qa_figures(model: Any, material: m.Material, scale: Scale, seed: int, temper
     }
 
 
-def adapted_figures(model: Any, material: m.Material, scale: Scale, part: str, seed: int, adapter: TestTimeTrainer) -> Figures:
+def adapted_figures(
+    model: FastWeightForCausalLM, material: m.Material, scale: Scale, part: str, seed: int, adapter: TestTimeTrainer
+) -> Figures:
     """`answer_figures` of the first questions of every source at the shortest length, each from weights adapted to it.
 
     Source by source, so that a sampled answer has the draws it has without adaptation.
@@ -162,16 +179,17 @@ def adapted_figures(model: Any, material: m.Material, scale: Scale, part: str, s
     return {name: [x for figures in by_source for x in figures[name]] for name in by_source[0]}
 
 
-def answer_entropy(model: Any, asked: Sequence[m.Asked]) -> Callable[[float], float]:
+def answer_entropy(model: FastWeightForCausalLM, asked: Sequence[m.Asked]) -> Callable[[float], float]:
     """temperature -> mean entropy over the answers' tokens; the prompts are read once."""
     states = []
     for at in range(0, len(asked), ROWS):
         batch = asked[at : at + ROWS]
         hidden, cache = prefill(model, [q.prompt for q in batch])
         states.append(answer_states(model, hidden, cache, torch.tensor([q.answer for q in batch])))
-    whole = torch.cat(states)
-    nothing = torch.zeros(len(whole), dtype=torch.long), torch.ones(len(whole))
-    return lambda t: float(linear_cross_entropy(whole / t, model.lm_head.weight, *nothing)[1].entropy.mean())
+    rows = torch.cat(states)
+    # Entropy needs no targets: any in range will do.
+    nothing = torch.zeros(len(rows), dtype=torch.long), torch.ones(len(rows))
+    return lambda t: float(linear_cross_entropy(rows / t, model.lm_head.weight, *nothing)[1].entropy.mean())
 
 
 # --- sharpening -------------------------------------------------------------------------------------------------------

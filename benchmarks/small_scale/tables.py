@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.statistics import t_interval
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
@@ -24,7 +24,7 @@ TEXT = {"text loss": ("text", "loss"), "accuracy": ("text", "accuracy"), "sample
         "recall sampled": ("recall", "sampled")}  # fmt: skip
 
 
-class Found:
+class Results:
     """Figures by seed, read from the jobs."""
 
     def __init__(self, study: Study, family: str) -> None:
@@ -60,32 +60,32 @@ def qa_mean(figures: Figures, key: str, protocol: str) -> float:
     return mean(figures["qa"][key][protocol])
 
 
-def table_4(found: Found, protocol: str) -> Table:
+def table_4(results: Results, protocol: str) -> Table:
     """Multi-document questions: base, mid-training, post-training; all questions."""
-    first = found.base()
+    first = results.base()
     keys = list(first["qa"])
     rows: list[list[Cell]] = [["none", "none", *(spread([qa_mean(first, k, protocol)], True) for k in keys)]]
     rows[0].append(spread([mean(qa_mean(first, k, protocol) for k in keys)], True))
 
     def add(start: str, variant: str, figures: list[Figures]) -> None:
         cells = [spread([qa_mean(f, k, protocol) for f in figures], True) for k in keys]
-        whole = spread([mean(qa_mean(f, k, protocol) for k in keys) for f in figures], True)
-        rows.append([start, variant, *cells, whole])
+        overall = spread([mean(qa_mean(f, k, protocol) for k in keys) for f in figures], True)
+        rows.append([start, variant, *cells, overall])
 
     for title, arm in MID_OF_TABLE_4.items():
-        add(title, "none", found.seeds("mid", arm))
+        add(title, "none", results.seeds("mid", arm))
         for variant in POST:
-            add(title, variant, found.seeds("post", arm, variant))
+            add(title, variant, results.seeds("post", arm, variant))
     notes = []
     if protocol == "published":
-        controls = found.seeds("sharpen_answers")
+        controls = results.seeds("sharpen_answers")
         add("NTP", f"SFT, temperature {mean(c['temperature'] for c in controls):.2f}", controls)
         notes = ["last row: the control, at the temperature that gives its answers the entropy of ReFINE + Nested ReFINE"]
-    title = f"{found.family}: questions on documents, % right, {PROTOCOLS[protocol]}"
+    title = f"{results.family}: questions on documents, % right, {PROTOCOLS[protocol]}"
     return Table(title, ["mid-training", "post-training", *keys, "mean"], rows, notes)
 
 
-def questions_against_ntp(found: Found) -> Table:
+def questions_against_ntp(results: Results) -> Table:
     """What ReFINE changes at each stage, paired by seed."""
 
     def row(title: str, ours: list[Figures], theirs: list[Figures]) -> list[Cell]:
@@ -96,7 +96,7 @@ def questions_against_ntp(found: Found) -> Table:
         return cells
 
     def of(arm: str, variant: str) -> list[Figures]:
-        return found.seeds("mid", arm) if variant == "none" else found.seeds("post", arm, variant)
+        return results.seeds("mid", arm) if variant == "none" else results.seeds("post", arm, variant)
 
     rows = [row(f"ReFINE - NTP mid-training, then {v}", of(CONTEXT, v), of(NTP, v)) for v in ("none", *POST)]
     for title, arm in MID_OF_TABLE_4.items():
@@ -105,18 +105,18 @@ def questions_against_ntp(found: Found) -> Table:
         row(
             "ReFINE + Nested ReFINE - NTP + SFT at the same entropy",
             of(CONTEXT, "Nested ReFINE"),
-            found.seeds("sharpen_answers"),
+            results.seeds("sharpen_answers"),
         )
     )
     notes = ["percentage points (log p: nats), mean over the question sets; ± half a 95 % t-interval over seeds; * beyond it"]
     return Table(
-        f"{found.family}: differences on questions", ["", "greedy", "sampled as published", "log p of the answer"], rows, notes
+        f"{results.family}: differences on questions", ["", "greedy", "sampled as published", "log p of the answer"], rows, notes
     )
 
 
-def test_time_table(found: Found, figure: str) -> Table:
+def test_time_table(results: Results, figure: str) -> Table:
     """Test-time training on the first questions of each source; "none" on the same questions."""
-    n, length = found.study.scale.test_time_prompts, found.study.scale.qa_lengths[0]
+    n, length = results.study.scale.test_time_prompts, results.study.scale.qa_lengths[0]
 
     def plain(figures: Figures) -> list[float]:
         return [x for k in figures["qa"] if k.endswith(f" {length}") for x in figures["qa"][k][figure][:n]]
@@ -124,26 +124,26 @@ def test_time_table(found: Found, figure: str) -> Table:
     rows: list[list[Cell]] = []
     for title, arm in MID_OF_TABLE_4.items():
         for v in ("none", *POST):
-            before = found.seeds("mid", arm) if v == "none" else found.seeds("post", arm, v)
+            before = results.seeds("mid", arm) if v == "none" else results.seeds("post", arm, v)
             none = [mean(plain(f)) for f in before]
             percent = figure != "log_p"
             cells: list[Cell] = [title, v, spread(none, percent)]
             for method in TEST_TIME:
-                after = [mean(f[figure]) for f in found.seeds("ttt", arm, v, method)]
+                after = [mean(f[figure]) for f in results.seeds("ttt", arm, v, method)]
                 cells += [spread(after, percent), difference(after, none, percent)]
             rows.append(cells)
-    rates = {m: found.study.result(Job("rate", (found.family, m)))["chosen"] for m in TEST_TIME}
+    rates = {m: results.study.result(Job("rate", (results.family, m)))["chosen"] for m in TEST_TIME}
     notes = [
         f"the first {n} questions of each source at {length} tokens, one step on each prompt, restored after it; learning rates "
         f"{rates['ntp']:g} (NTP) and {rates['refine']:g} (ReFINE) were chosen on other questions"
     ]
     title = (
-        f"{found.family}: test-time training, {'log p of the answer' if figure == 'log_p' else '% right, ' + PROTOCOLS[figure]}"
+        f"{results.family}: test-time training, {'log p of the answer' if figure == 'log_p' else '% right, ' + PROTOCOLS[figure]}"
     )
     return Table(title, ["mid-training", "post-training", "none", "NTP", "NTP - none", "ReFINE", "ReFINE - none"], rows, notes)
 
 
-def table_3(found: Found, protocol: str) -> Table:
+def table_3(results: Results, protocol: str) -> Table:
     """Needles by task, mean over lengths."""
 
     def cells(figures: list[Figures]) -> list[Cell]:
@@ -152,51 +152,52 @@ def table_3(found: Found, protocol: str) -> Table:
 
         return [spread([share(f, t) for f in figures], True) for t in NEEDLE_TASKS]
 
-    rows: list[list[Cell]] = [["base", *cells([found.base()])]]
-    rows += [[arm, *cells(found.seeds("mid", arm))] for arm in (*MID, SAME_TIME)]
+    rows: list[list[Cell]] = [["base", *cells([results.base()])]]
+    rows += [[arm, *cells(results.seeds("mid", arm))] for arm in (*MID, SAME_TIME)]
     if protocol == "published":
-        rows.append([SHARPENED, *cells(found.seeds("sharpen_text"))])
-    lengths = ", ".join(map(str, found.study.scale.needle_lengths))
+        rows.append([SHARPENED, *cells(results.seeds("sharpen_text"))])
+    scale = results.study.scale
+    lengths = ", ".join(map(str, scale.needle_lengths))
     notes = [
-        f"mean over prompts of {lengths} tokens; S: one fact; MK: one of {found.study.scale.needles}; MQ: four asked; MV: four of one name"
+        f"mean over prompts of {lengths} tokens; S: one fact; MK: one of {scale.needles}; MQ: four asked; MV: four of one name"
     ]
-    return Table(f"{found.family}: needles, % found, {PROTOCOLS[protocol]}", ["", *NEEDLE_TASKS], rows, notes)
+    return Table(f"{results.family}: needles, % found, {PROTOCOLS[protocol]}", ["", *NEEDLE_TASKS], rows, notes)
 
 
 def column(figures: list[Figures], path: tuple[str, str]) -> list[float]:
     return [f[path[0]][path[1]] for f in figures]
 
 
-def mid_table(found: Found) -> Table:
+def mid_table(results: Results) -> Table:
     """Text and recall of every mid-training arm and control."""
-    rows: list[list[Cell]] = [["base", *(spread(column([found.base()], p)) for p in TEXT.values()), "", ""]]
+    rows: list[list[Cell]] = [["base", *(spread(column([results.base()], p)) for p in TEXT.values()), "", ""]]
     for arm in (*MID, SAME_TIME):
-        figures = found.seeds("mid", arm)
+        figures = results.seeds("mid", arm)
         cost = [f"{mean(f['steps'] for f in figures):.0f}", f"{mean(f['seconds'] for f in figures):.0f}"]
         rows.append([arm, *(spread(column(figures, p)) for p in TEXT.values()), *cost])
-    controls = found.seeds("sharpen_text")
+    controls = results.seeds("sharpen_text")
     name = f"{SHARPENED}, temperature {mean(c['temperature'] for c in controls):.3f}"
     rows.append([name, *(spread(column(controls, p)) for p in TEXT.values()), "", ""])
-    return Table(f"{found.family}: mid-training arms and controls", ["", *TEXT, "steps", "seconds"], rows)
+    return Table(f"{results.family}: mid-training arms and controls", ["", *TEXT, "steps", "seconds"], rows)
 
 
-def mid_differences(found: Found) -> Table:
-    against = found.seeds("mid", NTP)
-    arms = {arm: found.seeds("mid", arm) for arm in (*MID, SAME_TIME) if arm != NTP}
+def mid_differences(results: Results) -> Table:
+    against = results.seeds("mid", NTP)
+    arms = {arm: results.seeds("mid", arm) for arm in (*MID, SAME_TIME) if arm != NTP}
     rows: list[list[Cell]] = [
         [arm, *(difference(column(f, p), column(against, p)) for p in TEXT.values())] for arm, f in arms.items()
     ]
-    controls = found.seeds("sharpen_text")
+    controls = results.seeds("sharpen_text")
     cells = [difference(column(arms[CONTEXT], p), column(controls, p)) for p in TEXT.values()]
     rows.append([f"{CONTEXT}, against {SHARPENED}", *cells])
     notes = ["paired by seed; ± half a 95 % t-interval; * beyond it. About one in twenty is beyond it by chance."]
-    return Table(f"{found.family}: differences to NTP", ["", *TEXT], rows, notes)
+    return Table(f"{results.family}: differences to NTP", ["", *TEXT], rows, notes)
 
 
-def ablation_table(found: Found) -> Table:
+def ablation_table(results: Results) -> Table:
     """One setting of the recommended preset changed at a time."""
-    ours = {CONTEXT: found.seeds("mid", CONTEXT)}
-    ours |= {arm: found.seeds("mid", arm) for arm in (*ABLATIONS, "ReFINE, uniform", "ReFINE, entropy", "ReFINE, context_gain")}
+    ours = {CONTEXT: results.seeds("mid", CONTEXT)}
+    ours |= {arm: results.seeds("mid", arm) for arm in (*ABLATIONS, "ReFINE, uniform", "ReFINE, entropy", "ReFINE, context_gain")}
     rows: list[list[Cell]] = []
     for arm, figures in ours.items():
         name = f"{arm} (K 5, P 8, hybrid)" if arm == CONTEXT else arm.replace("ReFINE, ", "selection ")
@@ -205,29 +206,29 @@ def ablation_table(found: Found) -> Table:
             "" if arm == CONTEXT else difference(column(figures, ("recall", "log_p")), column(ours[CONTEXT], ("recall", "log_p")))
         )
         rows.append([name, *cells, change])
-    return Table(f"{found.family}: ablations of the recommended preset", ["", *TEXT, "recall log p, against the preset"], rows)
+    return Table(f"{results.family}: ablations of the recommended preset", ["", *TEXT, "recall log p, against the preset"], rows)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
-def curve_plots(found: Found) -> dict[str, str]:
+def curve_plots(results: Results) -> dict[str, str]:
     """Figure 4: accuracy over steps, of the argmax and of a sampled token, mean over seeds."""
     drawn = {}
     for figure in ("accuracy", "sampled_accuracy"):
         curves: dict[str, plots.Curve] = {}
         for arm in (NTP, PAPER, CONTEXT, EXTRA):
-            seeds = found.seeds("mid", arm)
+            seeds = results.seeds("mid", arm)
             steps = [p["step"] for p in seeds[0]["curve"]]
             curves[arm] = (steps, [mean(s["curve"][i][figure] for s in seeds) for i in range(len(steps))])
-        title = f"{found.family}: {'argmax' if figure == 'accuracy' else 'sampled'} accuracy on held-out text"
+        title = f"{results.family}: {'argmax' if figure == 'accuracy' else 'sampled'} accuracy on held-out text"
         drawn[figure] = plots.line_plot(curves, title, "step", "share of tokens")
     return drawn
 
 
-def arms_plot(found: Found, arms: Sequence[str], title: str) -> str:
+def arms_plot(results: Results, arms: Sequence[str], title: str) -> str:
     """Differences to NTP in recall, with their intervals."""
-    against = found.seeds("mid", NTP)
+    against = results.seeds("mid", NTP)
     keys: dict[str, Callable[[Figures], float]] = {
         "greedy exact match": lambda f: f["recall"]["greedy"],
         "log p of the answer (nats)": lambda f: f["recall"]["log_p"],
@@ -235,38 +236,39 @@ def arms_plot(found: Found, arms: Sequence[str], title: str) -> str:
     }
     groups = {
         arm: [
-            t_interval([key(a) - key(b) for a, b in zip(found.seeds("mid", arm), against, strict=True)]) for key in keys.values()
+            t_interval([key(a) - key(b) for a, b in zip(results.seeds("mid", arm), against, strict=True)])
+            for key in keys.values()
         ]
         for arm in arms
     }
     return plots.forest_plot(groups, list(keys), title, "difference to NTP, paired by seed, with 95 % t-intervals")
 
 
-def drawings(found: Found, ablated: bool) -> dict[str, str]:
+def drawings(results: Results, ablated: bool) -> dict[str, str]:
     """SVG by name."""
     arms = [a for a in (*MID, SAME_TIME) if a != NTP]
-    drawn = {f"curve_{k}": v for k, v in curve_plots(found).items()}
-    drawn["arms"] = arms_plot(found, arms, f"{found.family}: recall after mid-training")
+    drawn = {f"curve_{k}": v for k, v in curve_plots(results).items()}
+    drawn["arms"] = arms_plot(results, arms, f"{results.family}: recall after mid-training")
     if ablated:
-        drawn["ablations"] = arms_plot(found, [CONTEXT, *ABLATIONS], f"{found.family}: ablations of the preset")
+        drawn["ablations"] = arms_plot(results, [CONTEXT, *ABLATIONS], f"{results.family}: ablations of the preset")
     return drawn
 
 
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
-def tables_of(found: Found, ablated: bool) -> dict[str, list[Table]]:
+def tables_of(results: Results, ablated: bool) -> dict[str, list[Table]]:
     """By section."""
     sections = {
         "Questions on documents (in the form of the paper's Table 4)": [
-            *(table_4(found, p) for p in PROTOCOLS), questions_against_ntp(found),
+            *(table_4(results, p) for p in PROTOCOLS), questions_against_ntp(results),
         ],
-        "Test-time training": [test_time_table(found, f) for f in ("standard", "published", "log_p")],
-        "Needles (in the form of Table 3)": [table_3(found, p) for p in PROTOCOLS],
-        "Mid-training arms and controls (Figure 4 and Table 7)": [mid_table(found), mid_differences(found)],
+        "Test-time training": [test_time_table(results, f) for f in ("standard", "published", "log_p")],
+        "Needles (in the form of Table 3)": [table_3(results, p) for p in PROTOCOLS],
+        "Mid-training arms and controls (Figure 4 and Table 7)": [mid_table(results), mid_differences(results)],
     }  # fmt: skip
     if ablated:
-        sections["Ablations (in the form of Figure 5 and Table 6)"] = [ablation_table(found)]
+        sections["Ablations (in the form of Figure 5 and Table 6)"] = [ablation_table(results)]
     return sections
 
 
@@ -274,19 +276,19 @@ def write_results(study: Study, families: Sequence[str], ablated: Sequence[str],
     """The document with its plots beside it, and the run's page; returns the page's path."""
     lines, sections = [introduction(study)], []
     for family in families:
-        found, with_ablations = Found(study, family), family in ablated
-        drawn = drawings(found, with_ablations)
+        results, with_ablations = Results(study, family), family in ablated
+        drawn = drawings(results, with_ablations)
         lines.append(f"\n## {family} ({BASES[family]})\n")
-        for title, tables in tables_of(found, with_ablations).items():
+        for title, tables in tables_of(results, with_ablations).items():
             lines.append(f"\n### {title}\n")
             lines += [t.markdown() for t in tables]
             sections.append(html.Section(f"{family}: {title}", "".join(t.html() for t in tables)))
         for name, svg in drawn.items():
-            path = write_whole(document.parent / document.stem / f"{family.lower()}_{name}.svg", svg)
+            path = write_atomically(document.parent / document.stem / f"{family.lower()}_{name}.svg", svg)
             lines.append(f"![{family}: {name.replace('_', ' ')}]({document.stem}/{path.name})")
         sections.append(html.Section(f"{family}: plots", html.plots(*drawn.values())))
-    write_whole(document, "\n".join(lines) + "\n")
-    return write_whole(study.folder("report.html"), html.page("The paper's tables at small scale", "", sections))
+    write_atomically(document, "\n".join(lines) + "\n")
+    return write_atomically(study.folder("report.html"), html.page("The paper's tables at small scale", "", sections))
 
 
 def introduction(study: Study) -> str:

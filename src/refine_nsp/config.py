@@ -24,14 +24,14 @@ _NOT_NEGATIVE = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "lambda_rl"
 @lru_cache
 def choices_of(cls: Any) -> dict[str, tuple[Any, ...]]:
     """The values a dataclass' `Literal` fields may take, by field; None is among them where it is."""
-    found = {}
+    choices = {}
     for name, hint in get_type_hints(cls).items():
         options: list[Any] = []
         for part in (hint, *get_args(hint)):
             options += get_args(part) if get_origin(part) is Literal else [None] if part is NoneType else []
         if any(o is not None for o in options):
-            found[name] = tuple(options)
-    return found
+            choices[name] = tuple(options)
+    return choices
 
 
 def check_choices(settings: Any) -> None:
@@ -63,7 +63,7 @@ class NSPConfig:
         likelihood_share: of the log-probability in the objective of `exact`, 0 to 1: it keeps log p better, and recalls less.
         schedule: where the states of prefixes come from; all give the same loss and gradients. `fused`: from the gradient pass
             itself; `snapshot`: from one more pass without gradients; `reprefill`: every prefix is run again, as published; `auto`:
-            `fused` when a batch of rollouts serves one step, else `snapshot`.
+            `fused`, but in training `snapshot` where rollouts serve several steps or are compared across micro-batches.
         reward: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or
             several. Default: `cosine`, and for `exact` and `likelihood` `prefix_match`, which has a closed form.
         reward_weights: one weight per reward; None: all 1.
@@ -121,13 +121,10 @@ class NSPConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        score, draw = PUBLISHED_SELECTIONS.get(self.selection, (self.selection, self.draw or "sample"))
-        if self.draw not in (None, draw):
+        if self.draw not in (None, self.drawn):
             raise RefineError(
-                f"selection={self.selection!r} draws the {draw}, so it cannot go with draw={self.draw!r}; name a score"
+                f"selection={self.selection!r} draws the {self.drawn}, so it cannot go with draw={self.draw!r}; name a score"
             )
-        object.__setattr__(self, "selection", score)
-        object.__setattr__(self, "draw", draw)
         for name in _AT_LEAST_ONE:
             if (value := getattr(self, name)) < 1:
                 raise RefineError(f"{name} must be at least 1, got {value}")
@@ -151,6 +148,10 @@ class NSPConfig:
             raise RefineError("reward is empty: name at least one")
         if not self.rolls_out:
             self._check_closed_form()
+        elif self.likelihood_share:
+            raise RefineError(
+                f"likelihood_share={self.likelihood_share} belongs to estimator='exact'; rollouts have no such part"
+            )
 
     def _check_closed_form(self) -> None:
         """RefineError for what only sampling can estimate."""
@@ -187,8 +188,21 @@ class NSPConfig:
         # transformers pickles a run's arguments beside its checkpoints, which a reward made in a function could not be part of.
         return self.as_dict()
 
-    def __deepcopy__(self, memo: Any) -> NSPConfig:
+    def __copy__(self) -> NSPConfig:
         return self  # frozen; and a copy by way of the state above would lose a callable reward
+
+    def __deepcopy__(self, memo: Any) -> NSPConfig:
+        return self
+
+    @property
+    def score(self) -> str:
+        """What positions are drawn by, whatever way `selection` spells it."""
+        return PUBLISHED_SELECTIONS.get(self.selection, (self.selection, ""))[0]
+
+    @property
+    def drawn(self) -> str:
+        """How they are drawn: as `selection` implies, else by `draw`, else `sample`."""
+        return PUBLISHED_SELECTIONS.get(self.selection, ("", self.draw or "sample"))[1]
 
     @property
     def share(self) -> float:
@@ -223,7 +237,10 @@ class NSPConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
+    if not callable(value):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)  # a partial, or an object with __call__
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def preset_settings(name: str) -> dict[str, Any]:

@@ -15,16 +15,16 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     """Plain facts for environment.json. No paths, no host name."""
     import torch
 
-    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
+    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            facts[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    found |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "seed": seed}
+            facts[name] = None
+    facts |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "seed": seed}
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-        found["commit"] = commit.stdout.strip() or None
+        facts["commit"] = commit.stdout.strip() or None
     except OSError:
-        found["commit"] = None
-    return found
+        facts["commit"] = None
+    return facts

@@ -12,3 +12,9 @@ def closest(name: str, options: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the option nearest to `name`, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(options), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type: what of another library's error belongs in one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def process_state() -> PartialState:
     """Of this process: a CUDA device of its own where there is one, else the CPU; alone, or one of several under `accelerate launch`."""
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def to_device(model: M, device: torch.device | str | None = None) -> M:
+    """The model moved to `device`, by default this process' own.
+
+    `PreTrainedModel.to` is wrapped so that type checkers lose its first argument; called on any `nn.Module` it is as it should be.
+    """
+    return model.to(process_state().device if device is None else device)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from refine_nsp.models import LaCTConfig, LaCTForCausalLM
-from refine_nsp.ops.lact_update import Triple, UpdateRule, initial_state, naive_lact, read, row_norms, update
+from refine_nsp.ops.lact import Tokens, lact, naive_lact
+from refine_nsp.ops.lact_update import Triple, UpdateRule, initial_state, read, row_norms, update
 from tests.models.families import LACT
 
 
@@ -62,19 +63,20 @@ def test_muon_in_both_precisions(shared, L):
 @pytest.mark.parametrize("L", [20, 128, 150])
 def test_update_op(shared, case, L):
     x = load_file(shared / "fixtures" / "lact" / "ops" / "ops.safetensors")
-    weights = Triple(x[f"w0_{L}"], x[f"w1_{L}"], x[f"w2_{L}"])
-    q, k, v = (x[f"{n}_{L}"] for n in "qkv")
-    lr = Triple(x[f"lr0_{L}"], x[f"lr1_{L}"], x[f"lr2_{L}"])
-    momentum = x[f"momentum_{L}"] if "momentum" in case else None
+    weights = Triple(*(x[f"{n}_{L}"][:, None] for n in ("w0", "w1", "w2")))  # one head
+    q, k, v, momentum = (x[f"{n}_{L}"][:, None] for n in ("q", "k", "v", "momentum"))
+    lr = torch.cat([x[f"lr{i}_{L}"] for i in range(3)], -1)[:, None]
+    tokens = Tokens(k, v, lr, momentum if "momentum" in case else None)
     muon = None if "muon" not in case else torch.float32 if "float32" in case else torch.bfloat16
-    o = naive_lact(weights, q, k, v, lr, momentum, 32, UpdateRule(momentum is not None, muon, False))
-    error = (o - x[f"postnorm_{case}_{L}"]).abs()
-    if muon is None:
-        assert error.max() < 1e-6
-    elif muon == torch.float32:
-        assert error.max() < 5e-5
-    else:
-        assert error.mean() < 1e-3
+    for op in (naive_lact, lact):
+        o, _ = op(q, tokens, weights, UpdateRule("momentum" in case, muon, False), 32)
+        error = (o[:, 0] - x[f"postnorm_{case}_{L}"]).abs()
+        if muon is None:
+            assert error.max() < 1e-6
+        elif muon == torch.float32:
+            assert error.max() < 5e-5
+        else:
+            assert error.mean() < 1e-3
 
 
 def test_update_gradients_are_those_of_the_loss_it_descends():

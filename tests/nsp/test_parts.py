@@ -265,3 +265,17 @@ def test_clip_higher_kl_entropy_and_missing_positions():
     )  # fmt: skip
     k3 = 0.5 - 1 - torch.tensor(0.5).log().item()
     assert found.loss.item() == pytest.approx(-1.28 + 0.5 * k3 - 0.2, rel=1e-5)
+
+
+def test_every_name_has_its_function():
+    from refine_nsp.config import PUBLISHED_SELECTIONS, choices_of
+    from refine_nsp.nsp.passes import PASSES
+    from refine_nsp.nsp.selection import DRAWS, SCORES
+    from refine_nsp.training.phases import PHASES
+    from refine_nsp.training.test_time import TestTimeConfig
+
+    names = choices_of(NSPConfig)
+    assert set(names["selection"]) == {*SCORES, *PUBLISHED_SELECTIONS}
+    assert set(names["draw"]) - {None} == set(DRAWS) and set(names["schedule"]) == set(PASSES)
+    assert set(PUBLISHED_SELECTIONS.values()) <= {(score, draw) for score in SCORES for draw in DRAWS}
+    assert set(choices_of(TestTimeConfig)["objective"]) == set(PHASES)

@@ -196,6 +196,20 @@ def test_linear_cross_entropy_never_holds_all_logits():
     assert max(seen) <= BLOCK_LOGITS < 2000 * 32000
 
 
+def test_without_gradients_the_head_is_multiplied_once_a_block():
+    products = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products.extend([func] if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) else [])
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight = leaf(30, 4), leaf(19, 4)
+    with torch.no_grad(), Spy():
+        linear_cross_entropy(hidden, weight, torch.zeros(30, dtype=torch.long), torch.ones(30))
+    assert len(products) == 1
+
+
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [

@@ -55,15 +55,15 @@ def test_windows():
 
 def test_prepared_data_is_cut_split_and_cached(tmp_path, tokenizer):
     arguments = DataArguments(dataset_name=str(write(tmp_path, "jsonl")), validation_fraction=0.25)
-    train, held = prepare_data(arguments, tokenizer, 64, 26)
-    assert all(26 <= len(x) <= 64 for x in [*train["input_ids"], *held["input_ids"]])
-    again, held_again = prepare_data(arguments, tokenizer, 64, 26)
-    assert again["input_ids"] == train["input_ids"] and held_again["input_ids"] == held["input_ids"]
+    train, validation = prepare_data(arguments, tokenizer, 64, 26)
+    assert all(26 <= len(x) <= 64 for x in [*train["input_ids"], *validation["input_ids"]])
+    again, validation_again = prepare_data(arguments, tokenizer, 64, 26)
+    assert again["input_ids"] == train["input_ids"] and validation_again["input_ids"] == validation["input_ids"]
     data = read_documents(arguments.dataset_name)
     a, b = split_documents(data, 0.25, 0)
     assert len(b) == 3 and not set(a["text"]) & set(b["text"])
-    whole = sum(len(tokenizer(t)["input_ids"]) for t in a["text"])
-    assert sum(map(len, train["input_ids"])) > 0.8 * whole
+    tokens = sum(len(tokenizer(t)["input_ids"]) for t in a["text"])
+    assert sum(map(len, train["input_ids"])) > 0.8 * tokens
 
 
 def test_streaming_gives_the_same_windows(tmp_path, tokenizer):
@@ -72,6 +72,26 @@ def test_streaming_gives_the_same_windows(tmp_path, tokenizer):
     arguments.streaming = True
     streamed, _ = prepare_data(arguments, tokenizer, 64, 26)
     assert [row["input_ids"] for row in streamed] == plain["input_ids"][:]
+
+
+def test_streamed_text_can_be_validated_on_another(tmp_path, tokenizer):
+    name = str(write(tmp_path, "jsonl"))
+    arguments = DataArguments(dataset_name=name, validation_dataset=name, streaming=True, validation_windows=3)
+    _, validation = prepare_data(arguments, tokenizer, 64, 26)
+    assert len(validation) == 3 and all(26 <= len(ids) <= 64 for ids in validation["input_ids"])
+
+
+def test_packed_windows_keep_their_documents_columns(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t, "source": i}) for i, t in enumerate(TEXTS)))
+    arguments = DataArguments(dataset_name=str(tmp_path / "a.jsonl"), validation_fraction=0.0, packing=True)
+    train, _ = prepare_data(arguments, tokenizer, 64, 26, keep_columns=True)
+    alone = [tokenizer(t)["input_ids"] for t in TEXTS]
+    assert set(train.column_names) == {"input_ids", "lengths", "source"}
+    for row in train:
+        assert sum(row["lengths"]) == len(row["input_ids"]) <= 64 and len(row["source"]) == len(row["lengths"])
+        for window, source in zip(torch.tensor(row["input_ids"]).split(row["lengths"]), row["source"], strict=True):
+            starts = range(0, len(alone[source]), 64)
+            assert window.tolist() in [alone[source][at : at + 64] for at in starts]
 
 
 def packed_examples(windows, max_length):

@@ -9,9 +9,10 @@ from datasets import Dataset
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_tokenizer
+from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training import AnswerArguments, PostTrainer, PostTrainingConfig, prepare_answers
-from refine_nsp.training.nested import answer_loss
+from refine_nsp.training.nested import answer_loss, deal
 from tests.models.families import build
 
 NSP = {"min_prefix": 5, "positions_per_sequence": 2, "rollout_length": 3}
@@ -53,7 +54,7 @@ def batch_of(rows, which=0):
 def test_the_answer_loss_is_the_mean_over_answer_tokens(family):
     model, rows = build(family), list(data(3))
     ids, lengths = batch_of(rows)
-    got = answer_loss(model, ids, lengths, torch.full((3,), 4), 12.0)
+    got = answer_loss(model, Batch.of(ids, lengths), torch.full((3,), 4), 12.0)
     by_hand = []
     for r in rows:
         logits = (
@@ -83,48 +84,81 @@ def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
         result = ReFINEStep(model, t.nsp)(ids, lengths, t.generator_of(0))
         update(result.loss if inner == "refine" else result.loss_ntp)
     ids, lengths = batch_of(rows)
-    update(answer_loss(model, ids, lengths, torch.full((2,), 4), 8.0))
+    update(answer_loss(model, Batch.of(ids, lengths), torch.full((2,), 4), 8.0))
     for name, value in weights(model).items():
         torch.testing.assert_close(t.model.state_dict()[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("inner", ["none", "ntp"])
-def test_one_batch_of_8_is_8_of_1(tmp_path, inner):
-    found = []
-    for size, accumulation in ((8, 1), (1, 8)):
-        t = trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, objective=inner)
-        t.train()
-        found.append(weights(t.model))
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-6, atol=1e-9)
+GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "none"},
+        {"objective": "ntp"},
+        {"objective": "refine"},
+        {"objective": "refine", "schedule": "snapshot", **GROUPS},
+        {"objective": "refine", "preset": "exact", "local_window": 8},
+        {"objective": "refine", "inner_steps": 2},
+        {"objective": "refine", "inner_steps": 2, "schedule": "snapshot", **GROUPS},
+    ],
+    ids=["none", "ntp", "refine", "snapshot", "exact", "inner_steps", "inner_steps snapshot"],
+)
+def test_one_batch_of_8_is_8_of_1(tmp_path, settings):
+    """Rollouts too: the draws of a step are one block, a row a sequence, however the sequences are dealt out."""
+    least = settings.get("inner_steps", 1)  # an inner step needs a micro-batch of its own
+    big, small = (
+        trainer(tmp_path, per_device_train_batch_size=8 // n, gradient_accumulation_steps=n, **settings) for n in (least, 8)
+    )
+    big.train()
+    small.train()
+    for name, value in weights(big.model).items():
+        torch.testing.assert_close(value, weights(small.model)[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    a, b = (t.state.log_history[0] for t in (big, small))
+    losses = [name for name in a if "loss" in name]
+    assert ("inner_loss_ntp" in losses) == (settings["objective"] != "none")
+    assert [a[name] for name in losses] == pytest.approx([b[name] for name in losses], rel=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{"objective": "refine"}, {"objective": "ntp", "reference": "random"}])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
-    whole = trainer(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2, **settings)
-    whole.train()
+    straight = trainer(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2, **settings)
+    straight.train()
     resumed = trainer(tmp_path / "b", max_steps=4, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "run" / "checkpoint-2"))
-    for name, value in weights(whole.model).items():
+    for name, value in weights(straight.model).items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_inner_steps_deal_the_batch_out(tmp_path):
-    counted, step = [], torch.optim.AdamW.step
+@pytest.mark.parametrize(
+    ("accumulation", "inner_steps", "sizes"), [(4, 2, [2, 2]), (5, 4, [2, 1, 1, 1]), (7, 3, [3, 2, 2]), (3, 3, [1, 1, 1])]
+)
+def test_inner_steps_deal_the_batch_out(tmp_path, accumulation, inner_steps, sizes):
     t = trainer(
-        tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1, objective="ntp", inner_steps=2, max_steps=1
-    )
-    t.create_optimizer()
-    original = t.optimizer.step
+        tmp_path, gradient_accumulation_steps=accumulation, per_device_train_batch_size=1, objective="ntp",
+        inner_steps=inner_steps, max_steps=1,
+    )  # fmt: skip
+    updates, update = [], t.update
 
-    def count(*args, **kwargs):
-        counted.append(1)
-        return original(*args, **kwargs)
+    def count(phase, batches, prefix):
+        updates.append(len(batches))
+        update(phase, batches, prefix)
 
-    t.optimizer.step = count
+    t.update = count
     t.train()
-    assert len(counted) == 3 and step is torch.optim.AdamW.step  # two inner, one SFT
-    assert t.state.global_step == 1
+    assert updates == sizes and t.state.global_step == 1
+    steps = {float(state["step"]) for state in t.optimizer.state.values()}
+    assert steps == {inner_steps + 1.0}  # the inner ones, and SFT
+
+
+def test_fewer_micro_batches_than_inner_steps_are_a_step_each():
+    assert deal([1, 2], 4) == [[1], [2]] and deal([], 2) == []
+
+
+def test_validation_without_a_tokenizer_says_what_it_needs(tmp_path):
+    with pytest.raises(RefineError, match="give the trainer its tokenizer"):
+        trainer(tmp_path).evaluate(data(2))
 
 
 def test_a_random_reference_is_seeded_and_the_first_is_the_first(tmp_path):
@@ -157,12 +191,12 @@ def question(i):
 
 def test_rows_become_tokens_that_end(tmp_path, tokenizer):
     name = write(tmp_path / "a.jsonl", [question(i) for i in range(8)])
-    train, held = prepare_answers(AnswerArguments(dataset_name=name, validation_fraction=0.25), tokenizer, 512)
-    assert len(train) == 6 and len(held) == 2
+    train, validation = prepare_answers(AnswerArguments(dataset_name=name, validation_fraction=0.25), tokenizer, 512)
+    assert len(train) == 6 and len(validation) == 2
     row = train[0]
     assert row["answers_ids"][0][-1] == tokenizer.eos_token_id
-    whole = tokenizer.decode(row["prompt_ids"] + row["answers_ids"][0][:-1])
-    assert whole.endswith(f"Answer: {row['references'][0]}")
+    text = tokenizer.decode(row["prompt_ids"] + row["answers_ids"][0][:-1])
+    assert text.endswith(f"Answer: {row['references'][0]}")
 
 
 def test_truncation_never_cuts_the_question(tmp_path, tokenizer):

@@ -85,14 +85,14 @@ def test_ntp_on_the_prompt_lowers_its_loss():
 def test_the_same_prompt_is_adapted_to_alike_and_prompts_leave_no_trace():
     model, ids = build("delta_net").eval(), prompt()
     ttt = TestTimeTrainer(model, config())
-    found = []
+    outputs = []
     for other in (None, prompt(80, 7)):
         if other is not None:
             with ttt.adapt(other):
                 pass
         with ttt.adapt(ids):
-            found.append(model(ids[None]).logits)
-    assert torch.equal(*found)
+            outputs.append(model(ids[None]).logits)
+    assert torch.equal(*outputs)
 
 
 def test_only_the_fast_weights_projections_change():

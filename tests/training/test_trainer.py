@@ -27,7 +27,9 @@ def trainer(folder, family: str = "delta_net", dtype=torch.float64, **settings) 
         use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, max_length=64, min_prefix=5,
         positions_per_sequence=2, rollout_length=3, reward_funcs="hybrid",
     )  # fmt: skip
-    extra = {k: settings.pop(k) for k in ("eval_dataset", "train_dataset", "reference_model", "callbacks") if k in settings}
+    extra = {
+        k: settings.pop(k) for k in ("eval_dataset", "train_dataset", "reference_model", "callbacks", "phase") if k in settings
+    }
     extra.setdefault("train_dataset", data())
     return ReFINETrainer(model=build(family, dtype=dtype), args=ReFINEConfig(**{**defaults, **settings}), **extra)
 
@@ -44,8 +46,10 @@ def assert_close(a: dict, b: dict, atol: float = 1e-9) -> None:
 @pytest.mark.parametrize("settings", [
     {"objective": "ntp"},
     {"schedule": "snapshot", "num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"},
+    {"preset": "context", "local_window": 8},
     {"schedule": "reprefill"},
     {"schedule": "fused"},
+    {"preset": "exact", "reward_funcs": "prefix_match", "local_window": 8},
 ])  # fmt: skip
 def test_one_batch_of_8_equals_8_batches_of_1(tmp_path, settings):
     big = trainer(tmp_path / "a", per_device_train_batch_size=8, **settings)
@@ -124,12 +128,12 @@ def test_every_figure_is_logged_each_step(tmp_path):
 
 
 def test_validation_figures_equal_a_computation_by_hand(tmp_path):
-    held = data(5)
-    t = trainer(tmp_path, eval_dataset=held, per_device_eval_batch_size=2)
+    rows = data(5)
+    t = trainer(tmp_path, eval_dataset=rows, per_device_eval_batch_size=2)
     metrics = t.evaluate()
     nll = correct = entropy = count = 0.0
     with torch.no_grad():
-        for row in held:
+        for row in rows:
             ids = torch.tensor(row["input_ids"])
             log_p = t.model(ids[None]).logits[0, :-1].log_softmax(-1)
             nll -= float(log_p.gather(-1, ids[1:, None]).sum())
@@ -160,7 +164,7 @@ def test_counted_positions_are_those_selected():
     config = NSPConfig(positions_per_sequence=4, rollout_length=5)
     batch = Batch.of(torch.zeros(6, 200, dtype=torch.long), torch.tensor([200, 90, 41, 30, 26, 12]))
     chosen = select_positions(torch.zeros(6, 200), batch, torch.rand(6, 4, dtype=torch.float64), config)
-    assert count_positions(batch.host_lengths, config).tolist() == (chosen >= 0).sum(-1).tolist()
+    assert count_positions(batch.lengths, config).tolist() == (chosen >= 0).sum(-1).tolist()
 
 
 def test_gradient_checkpointing_and_bf16_run(tmp_path):
@@ -243,6 +247,10 @@ def test_a_failed_save_leaves_nothing_half_written(tmp_path, monkeypatch):
     [
         ({"objective": "sft"}, "objective"),
         ({"schedule": "fused", "steps_per_generation": 2}, "schedule='snapshot'"),
+        (
+            {"schedule": "fused", "advantage_scale": "global", "gradient_accumulation_steps": 2},
+            "one scale for the 2 micro-batches",
+        ),
         ({"steps_per_generation": 0}, "steps_per_generation"),
         ({"rollout_length": 0}, "rollout_length"),
         ({"positions_per_sequence": 40}, "too many for max_length"),

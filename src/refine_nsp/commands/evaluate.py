@@ -10,17 +10,19 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model, test_time_trainer
 from refine_nsp.commands.options import Options
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
-from refine_nsp.processes import process_state
+from refine_nsp.processes import process_state, to_device
 from refine_nsp.report.evaluation import results_table, write_evaluation
-from refine_nsp.report.tables import Table
+from refine_nsp.report.tables import Cell, Table
 
 COMMON = (
     "model_name_or_path tasks output_dir protocol lengths samples depths essays squad hotpotqa longbench prompts prompts_metric documents "
@@ -53,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     options = Options("evaluate", summary, (RunArguments, EvaluationArguments, *TEST_TIME), COMMON)
     run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
     arguments.check()
-    model = load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval().to(process_state().device)
+    model = to_device(load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval())
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
     check_vocabulary(model, tokenizer)
     tasks = build_tasks(arguments, tokenizer)
@@ -71,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
         return
     results += [r for name in harness_names(arguments) for r in harness_results(name, model, tokenizer, arguments, out)]
     shown = yaml.safe_dump(config, sort_keys=True)
-    write_whole(out / "config.yaml", shown)
+    write_atomically(out / "config.yaml", shown)
     console = Console()
     console.print(results_table(results).rich())
     page = write_evaluation(out, results, shown, json.dumps(environment(arguments.seed), indent=1))
@@ -82,18 +84,20 @@ def harness_names(arguments: EvaluationArguments) -> list[str]:
     return [n.partition(":")[2] for n in arguments.names() if n.startswith("lm_eval:")]
 
 
-def harness_results(name: str, model: Any, tokenizer: Any, arguments: EvaluationArguments, out: Path) -> list[TaskResult]:
+def harness_results(
+    name: str, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments, out: Path
+) -> list[TaskResult]:
     """Rows of an lm-eval task (or of each in a group), kept like our own; lm-eval's own aggregates stand beside them."""
     aggregates = out / "lm_eval" / f"{name}.json"
     if not aggregates.exists():
         from refine_nsp.evaluation.harness import run_harness
 
-        found = run_harness(model, tokenizer, name, arguments.limit, arguments.batch_tokens, arguments.seed)
-        for task, samples in found["samples"].items():
+        results = run_harness(model, tokenizer, name, arguments.limit, arguments.batch_tokens, arguments.seed)
+        for task, samples in results["samples"].items():
             lines = [json.dumps(asdict(harness_row(s)), ensure_ascii=False) for s in samples]
-            write_whole(rows_path(out, f"lm_eval:{task}", None), "\n".join(lines) + "\n")
-        kept = {"tasks": sorted(found["samples"]), "results": found["results"]}
-        write_whole(aggregates, json.dumps(kept, indent=1, default=str) + "\n")
+            write_atomically(rows_path(out, f"lm_eval:{task}", None), "\n".join(lines) + "\n")
+        kept = {"tasks": sorted(results["samples"]), "results": results["results"]}
+        write_atomically(aggregates, json.dumps(kept, indent=1, default=str) + "\n")
     names = json.loads(aggregates.read_text(encoding="utf-8"))["tasks"]
     tasks = [f"lm_eval:{task}" for task in names]
     return [summarise(task, list(read_rows(out, task).values())) for task in tasks]
@@ -107,6 +111,6 @@ def harness_row(sample: dict[str, Any]) -> Row:
 
 def plan(tasks: Sequence[Task], arguments: EvaluationArguments) -> Table:
     """What a dry run shows."""
-    rows: list[list[Any]] = [[t.name, len(t.ids())] for t in tasks]
+    rows: list[list[Cell]] = [[t.name, len(t.ids())] for t in tasks]
     rows += [[f"lm_eval:{n}", "as lm-eval has"] for n in harness_names(arguments)]
     return Table("Dry run: nothing was answered or written", ["task", "examples"], rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from refine_nsp.errors import RefineError
 
@@ -22,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def run(args: Any) -> None:
+def run(args: argparse.Namespace) -> None:
     """Stream the continuation to standard output."""
     import torch
     from transformers import TextStreamer
 
     from refine_nsp.models.load import check_vocabulary, load
-    from refine_nsp.processes import process_state
+    from refine_nsp.processes import to_device
 
     prompt = read_prompt(args)
     if args.max_new_tokens < 1:
@@ -37,7 +36,7 @@ def run(args: Any) -> None:
         raise RefineError(f"--temperature must be positive, got {args.temperature}; for the likeliest token use --greedy")
     model, tokenizer = load(args.model)
     check_vocabulary(model, tokenizer)
-    model.to(process_state().device)
+    to_device(model)
     torch.manual_seed(args.seed)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
@@ -49,7 +48,7 @@ def run(args: Any) -> None:
     )  # fmt: skip
 
 
-def read_prompt(args: Any) -> str:
+def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.prompt_file is not None:
         raise RefineError("give --prompt or --prompt_file, not both")
     if args.prompt is not None:

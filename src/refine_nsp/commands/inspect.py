@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from refine_nsp.commands.generate import read_text
 from refine_nsp.commands.model_options import DEFAULT_MODEL
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.report.picture import picture_page
-from refine_nsp.report.tables import Table
+from refine_nsp.report.tables import Cell, Table
 
 COMMON = (
     "model_name_or_path file output max_tokens preset selection positions_per_sequence rollout_length num_generations reward_funcs seed"
@@ -66,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
     record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
     facts = model_facts(model, ids)
     title = f"{Path(arguments.file).name} as {arguments.model_name_or_path} reads it"
-    path = write_whole(Path(arguments.output), picture_page(title, facts, tokenizer, ids, record, config))
+    path = write_atomically(Path(arguments.output), picture_page(title, facts, tokenizer, ids, record, config))
     console = Console()
     console.print(facts.rich())
     console.print(f"page: {path}")
@@ -80,12 +81,12 @@ def positional(argv: Sequence[str]) -> list[str]:
     return [w for pair in zip(names, words[:count], strict=False) for w in pair] + words[count:]
 
 
-def model_facts(model: Any, ids: Any) -> Any:
-    """Parameters, state size, and which kernels compute it."""
+def model_facts(model: FastWeightForCausalLM, ids: Tensor) -> Table:
+    """Parameters, size of the state after ids [T] long, and which kernels compute it."""
     with torch.no_grad():
         cache = model.model(ids[None], use_cache=True).past_key_values
     parameters = sum(p.numel() for p in model.parameters())
-    rows: list[list[Any]] = [
+    rows: list[list[Cell]] = [
         ["family", model.config.model_type],
         ["parameters", f"{parameters:,}"],
         ["layers, hidden size, vocabulary", f"{len(model.model.layers)}, {model.config.hidden_size}, {model.config.vocab_size}"],

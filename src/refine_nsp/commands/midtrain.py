@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset, IterableDataset
 from rich.console import Console
+from torch import nn
 
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import wants_columns
 from refine_nsp.report.runs import report
-from refine_nsp.report.tables import Table
+from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
 
 COMMON = (
@@ -43,20 +45,20 @@ def run(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     nsp = args.nsp
-    train, held = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest, wants_columns(nsp))
+    train, validation = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest, wants_columns(nsp))
     if dry_run:
-        Console().print(plan(model, train, held, args, config).rich())
+        Console().print(plan(model, train, validation, args, config).rich())
         return
-    if held is None and args.eval_strategy != "no":
+    if validation is None and args.eval_strategy != "no":
         raise RefineError("eval_strategy asks for validation, but there is no validation text; set validation_dataset")
     trainer = ReFINETrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
+        model=model, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
         reference_model=load_model(model_args.model_name_or_path) if nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)
     trainer.train(resume_from_checkpoint=resume_from(args))
-    if held is not None:
+    if validation is not None:
         trainer.evaluate()
     save(trainer, out)
     if trainer.is_world_process_zero():
@@ -66,13 +68,13 @@ def run(argv: Sequence[str]) -> None:
 def start_run(trainer: ReFINETrainer, out: Path, config: dict[str, Any]) -> None:
     """Settings and environment into the run's folder."""
     if trainer.is_world_process_zero():
-        write_whole(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
-        write_whole(out / "environment.json", json.dumps(environment(trainer.args.seed), indent=1) + "\n")
+        write_atomically(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
+        write_atomically(out / "environment.json", json.dumps(environment(trainer.args.seed), indent=1) + "\n")
 
 
-def resume_from(args: ReFINEConfig) -> Any:
+def resume_from(args: ReFINEConfig) -> str | bool | None:
     """What --resume_from_checkpoint means: a folder, or the last checkpoint."""
-    given: Any = args.resume_from_checkpoint
+    given = args.resume_from_checkpoint
     return True if given in ("True", "true", "last") else given
 
 
@@ -85,16 +87,25 @@ def save(trainer: ReFINETrainer, out: Path) -> None:
         raise RefineError(f"could not save the model in {out}: {error}; the last checkpoint there is whole") from error
 
 
-def plan(model: Any, train: Any, held: Any, args: ReFINEConfig, config: dict[str, Any]) -> Table:
+def plan(
+    model: nn.Module,
+    train: Dataset | IterableDataset,
+    validation: Dataset | None,
+    args: ReFINEConfig,
+    config: dict[str, Any],
+) -> Table:
     """What a dry run shows."""
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows: list[list[Any]] = [["parameters", f"{parameters:,}"], ["trainable", f"{trainable:,}"]]
+    rows: list[list[Cell]] = [["parameters", f"{parameters:,}"], ["trainable", f"{trainable:,}"]]
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if hasattr(train, "__len__"):
+    if isinstance(train, Dataset):
         steps = args.max_steps if args.max_steps > 0 else int(len(train) // per_step * args.num_train_epochs)
         tokens = sum(len(x) for x in train["input_ids"])
         rows += [["training windows", f"{len(train):,}"], ["training tokens", f"{tokens:,}"], ["optimizer steps", f"{steps:,}"]]
-    rows += [["validation windows", f"{len(held):,}" if held is not None else "none"], ["sequences per step", per_step]]
+    rows += [
+        ["validation windows", f"{len(validation):,}" if validation is not None else "none"],
+        ["sequences per step", per_step],
+    ]
     rows += [[f"config: {k}", str(v)] for k, v in sorted(config.items())]
     return Table("Dry run: nothing was trained or written", ["what", "value"], rows)

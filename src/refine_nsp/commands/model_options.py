@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
+
+from torch import nn
 
 from refine_nsp.commands.options import Settings
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
@@ -42,8 +45,8 @@ class ModelArguments:
         return self.tokenizer_name or self.model_name_or_path
 
 
-def build_model(arguments: ModelArguments) -> Any:
-    """The model, with LoRA adapters when asked for."""
+def build_model(arguments: ModelArguments) -> nn.Module:
+    """The model, wrapped by PEFT when LoRA adapters are asked for."""
     model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
     if not arguments.use_peft:
         return model
@@ -81,7 +84,9 @@ TEST_TIME = (
 )
 
 
-def test_time_trainer(model: Any, ttt: TestTimeArguments, config: TestTimeConfig) -> tuple[TestTimeTrainer | None, int]:
+def test_time_trainer(
+    model: FastWeightForCausalLM, ttt: TestTimeArguments, config: TestTimeConfig
+) -> tuple[TestTimeTrainer | None, int]:
     """The trainer (None without --ttt), and how many prompts it takes together."""
     if ttt.ttt is None:
         return None, 1

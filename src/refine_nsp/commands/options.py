@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from refine_nsp.config import NSPConfig, choices_of, preset_settings
+from refine_nsp.config import PRESETS, NSPConfig, choices_of, preset_settings
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.training.arguments import RENAMED
 
@@ -96,13 +97,13 @@ def _is_callable(hint: Any) -> bool:
 def attribute_docs(cls: type) -> dict[str, str]:
     """Descriptions in the `Attributes:` part of a dataclass' docstring, by field (several fields may share one)."""
     text = (cls.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for block in re.split(r"\n {8}(?=\w)", text):
         names, _, rest = block.strip().partition(": ")
         for name in re.split(r",\s*", names):
             if name.isidentifier():
-                found[name] = " ".join(rest.split())
-    return found
+                docs[name] = " ".join(rest.split())
+    return docs
 
 
 class Options:
@@ -132,9 +133,8 @@ class Options:
                 self.docs |= {flag: docs[f.name]} if f.name in docs else {}
                 self.choices |= {flag: choices[f.name]} if f.name in choices else {}
             if s.has_preset:
-                self.docs[s.preset_flag] = (
-                    "settings to start from: mid_training, post_training, test_time, context, exact, likelihood"
-                )
+                self.docs[s.preset_flag] = "settings to start from: the paper's by phase, or ours"
+                self.choices[s.preset_flag] = tuple(PRESETS)
         self.actions = {a.dest: a for a in self.parser._actions}
         self.known = set(self.actions)
         self.defaults = {name: a.default for name, a in self.actions.items()} | {
@@ -204,24 +204,35 @@ class Options:
             ("dry_run", "show what would run, touch nothing"),
             ("debug", "a traceback instead of one line when something is wrong"),
         ]
-        lines += [f"  --{name:<34} {text}" for name, text in own]
-        shown = self.actions
-        names = sorted(shown) if everything else [n for n in self.common if n in shown]
-        for name in names:
-            default = shown[name].default
-            default = default.value if isinstance(default, enum.Enum) else default
-            text = self.docs.get(name, shown[name].help or "")
-            text = "" if text == argparse.SUPPRESS else " ".join(text.split())
-            text = text if len(text) < 300 else text[:300].rsplit(" ", 1)[0] + " ..."
-            kind = "|".join(str(c) for c in self.choices[name] if c is not None) if name in self.choices else _kind(shown[name])
-            name = f"{name} {kind}" if kind else name
-            lines.append(f"  --{name:<34} {text}" + (f" [{default}]" if default not in (None, "", dataclasses.MISSING) else ""))
+        lines += [line for head, text in own for line in _paragraph(head, text)]
+        names = sorted(self.actions) if everything else [n for n in self.common if n in self.actions]
+        lines += [line for name in names for line in self._explain(name)]
         if not everything:
             lines += [
                 "",
-                f"`refine-nsp {self.command} --help_all` lists all {len(shown)} flags, those of transformers' Trainer included.",
+                f"`refine-nsp {self.command} --help_all` lists all {len(self.actions)} flags, with those of transformers' Trainer.",
             ]
         return "\n".join(lines) + "\n"
+
+    def _explain(self, name: str) -> list[str]:
+        """Lines of help for a flag: what it takes, what it does, and its default after the preset."""
+        action = self.actions[name]
+        default = action.default.value if isinstance(action.default, enum.Enum) else action.default
+        text = self.docs.get(name, action.help or "")
+        text = "" if text == argparse.SUPPRESS else " ".join(text.split())
+        if default not in (None, "", dataclasses.MISSING):
+            text += f" [{default}]"
+        kind = "|".join(str(c) for c in self.choices[name] if c is not None) if name in self.choices else _kind(action)
+        return _paragraph(f"{name} {kind}".rstrip(), text)
+
+
+def _paragraph(head: str, text: str) -> list[str]:
+    """A flag in the margin, or above where it is too long for that, and its text."""
+    indent = 38
+    lines = textwrap.wrap(text, 130 - indent) or [""]
+    margin = f"  --{head}"
+    first = [margin.ljust(indent) + lines.pop(0)] if len(margin) < indent else [margin]
+    return first + [" " * indent + line for line in lines]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

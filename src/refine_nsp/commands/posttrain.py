@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 
 from refine_nsp.commands.midtrain import resume_from, save, start_run
@@ -15,7 +16,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
 from refine_nsp.report.runs import report
-from refine_nsp.report.tables import Table
+from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
 
@@ -41,36 +42,36 @@ def run(argv: Sequence[str]) -> None:
     model = build_model(model_args)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
-    train, held = prepare_answers(data_args, tokenizer, args.max_length)
+    train, validation = prepare_answers(data_args, tokenizer, args.max_length)
     shortest = min(len(ids) for ids in train["prompt_ids"])
     if args.objective == "refine" and shortest < args.nsp.shortest:
         raise RefineError(f"the shortest prompt has {shortest} tokens; --objective refine needs {args.nsp.shortest}")
     if dry_run:
-        Console().print(plan(train, held, config).rich())
+        Console().print(plan(train, validation, config).rich())
         return
-    if held is None and args.eval_strategy != "no":
+    if validation is None and args.eval_strategy != "no":
         raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
     trainer = PostTrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=held, processing_class=tokenizer,
+        model=model, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
         reference_model=load_model(model_args.model_name_or_path) if args.nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)
     trainer.train(resume_from_checkpoint=resume_from(args))
-    if held is not None:
+    if validation is not None:
         trainer.evaluate()
     save(trainer, out)
     if trainer.is_world_process_zero():
         Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
 
 
-def plan(train: Any, held: Any, config: dict[str, Any]) -> Table:
+def plan(train: Dataset, validation: Dataset | None, config: dict[str, Any]) -> Table:
     """What a dry run shows."""
     prompts = [len(x) for x in train["prompt_ids"]]
-    rows: list[list[Any]] = [
+    rows: list[list[Cell]] = [
         ["training prompts", f"{len(train):,}"],
         ["prompt tokens", f"{min(prompts):,} to {max(prompts):,}"],
-        ["validation prompts", f"{len(held):,}" if held is not None else "none"],
+        ["validation prompts", f"{len(validation):,}" if validation is not None else "none"],
     ]
     rows += [[f"config: {k}", str(v)] for k, v in sorted(config.items())]
     return Table("Dry run: nothing was trained or written", ["what", "value"], rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="show what would run, touch nothing")
 
 
-def run(args: Any) -> None:
+def run(args: argparse.Namespace) -> None:
     """Pretrain (or go on), and say where the model is."""
     from refine_nsp.tiny.pretrain import Phase, PretrainConfig, pretrain
 

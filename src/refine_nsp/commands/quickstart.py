@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps per arm")
 
 
-def run(args: Any) -> None:
+def run(args: argparse.Namespace) -> None:
     from refine_nsp.tiny.quickstart import quickstart, settings
 
     quickstart(settings(args.full, args.seeds, args.steps), args.output_dir, args.model, args.data, args.text_column)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page to write [report.html]")
 
 
-def run(args: Any) -> None:
+def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from refine_nsp.report.runs import report

@@ -6,18 +6,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.commands.generate import read_text
 from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model
 from refine_nsp.commands.options import Options
 from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.load import check_vocabulary, load
-from refine_nsp.processes import process_state
-from refine_nsp.report.tables import Table
+from refine_nsp.processes import to_device
+from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.test_time import TestTimeTrainer, nbytes
 
 COMMON = (
@@ -55,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
         return
     model, tokenizer = load(prompt.model_name_or_path)
     check_vocabulary(model, tokenizer)
-    model.eval().to(process_state().device)
+    to_device(model.eval())
     request = Request(0, tokenizer(text)["input_ids"], prompt.max_new_tokens)
     trainer = TestTimeTrainer(model, config)
     plain, plain_seconds = answer(model, tokenizer, request)
@@ -63,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
         adapted, adapted_seconds = answer(model, tokenizer, request)
     last = trainer.last
     assert last is not None
-    rows: list[list[Any]] = [
+    rows: list[list[Cell]] = [
         ["plain", plain, f"{plain_seconds:.2f}", "0.0"],
         [f"adapted ({config.objective})", adapted, f"{last.seconds + adapted_seconds:.2f}", f"{last.extra_bytes / 2**20:.1f}"],
     ]
@@ -84,9 +85,9 @@ def text_of(arguments: PromptArguments) -> str:
     return arguments.prompt if arguments.prompt is not None else read_text(Path(str(arguments.prompt_file)))
 
 
-def answer(model: Any, tokenizer: Any, request: Request) -> tuple[str, float]:
+def answer(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[str, float]:
     """The greedy answer and the seconds it took."""
     start = time.perf_counter()
     hidden, cache = prefill(model, [request.ids])
     tokens = decode(model, hidden, cache, [request], end_tokens(model, tokenizer), Decoding())[0]
-    return tokenizer.decode(tokens, skip_special_tokens=True), time.perf_counter() - start
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)), time.perf_counter() - start

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.continuation import greedy_match
 from refine_nsp.nsp.passes import run
@@ -38,7 +38,11 @@ FIGURES = ("loss", "entropy", "accuracy", "sampled_accuracy")
 
 @torch.no_grad()
 def score_document(
-    model: Any, ids: Sequence[int], window: int | None, bucket: int, on_tokens: Callable[[int], None] | None = None
+    model: FastWeightForCausalLM,
+    ids: Sequence[int],
+    window: int | None,
+    bucket: int,
+    on_tokens: Callable[[int], None] | None = None,
 ) -> DocumentScore:
     """Figures of one document.
 
@@ -65,26 +69,26 @@ def score_document(
                     sums[at] = sums[at] + total if at in sums else total
             if on_tokens is not None:
                 on_tokens(end - start)
-    whole = torch.stack(list(sums.values())).sum(0)
-    return DocumentScore(_means(whole), int(whole[-1]), {at: _means(x) for at, x in sorted(sums.items())})
+    overall = torch.stack(list(sums.values())).sum(0)
+    return DocumentScore(_means(overall), int(overall[-1]), {at: _means(x) for at, x in sorted(sums.items())})
 
 
 def spans(length: int, window: int | None) -> list[tuple[int, int, int]]:
     """(first, last, skip): run tokens first..last, score the targets after the first `skip` of them."""
     if window is None or window >= length:
         return [(0, length, 0)]
-    found, half = [(0, window, 0)], window // 2
-    while found[-1][1] < length:
-        last = min(found[-1][1] + half, length)
-        found.append((last - window, last, window - 1 - (last - found[-1][1])))
-    return found
+    windows, half = [(0, window, 0)], window // 2
+    while windows[-1][1] < length:
+        last = min(windows[-1][1] + half, length)
+        windows.append((last - window, last, window - 1 - (last - windows[-1][1])))
+    return windows
 
 
 def _means(total: Tensor) -> dict[str, float]:
     return {name: float(x / total[-1]) for name, x in zip(FIGURES, total, strict=False)}
 
 
-def _token_figures(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _token_figures(model: FastWeightForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """[T, 4] double on the CPU: nll, entropy, argmax right, p of the target."""
     _, stats = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.ones(len(targets), device=hidden.device))
     columns = [stats.nll, stats.entropy, stats.argmax == targets, (-stats.nll).exp()]
@@ -92,18 +96,18 @@ def _token_figures(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def continuation_match(model: Any, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
+def continuation_match(model: FastWeightForCausalLM, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
     """Share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions of one window."""
-    whole = run(model, Batch.of(torch.as_tensor(list(ids), device=model.device)[None]), config, 1.0)
+    forward = run(model, Batch.of(torch.as_tensor(list(ids), device=model.device)[None]), config, 1.0)
     u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))
-    scores = smooth_entropy(whole.entropy, whole.batch, config)
-    found: dict[str, float] = {}
-    flat = torch.zeros_like(scores)
-    for name, how, drawn in (("random", flat, config), ("high_entropy", scores, replace(config, draw="greatest"))):
-        positions = select_positions(how, whole.batch, u, drawn)
-        match, similarity, places = greedy_match(whole, positions, config.rollout_length)
-        found[f"match_{name}"], found[f"cosine_{name}"] = match / max(1, places), similarity / max(1, places)
-    return found
+    entropy = smooth_entropy(forward.entropy, forward.batch, config)
+    figures: dict[str, float] = {}
+    anywhere, greatest = replace(config, selection="uniform", draw=None), replace(config, selection="argmax", draw=None)
+    for name, scores, how in (("random", torch.zeros_like(entropy), anywhere), ("high_entropy", entropy, greatest)):
+        positions = select_positions(scores, forward.batch, u, how)
+        match, similarity, places = greedy_match(forward, positions, config.rollout_length)
+        figures[f"match_{name}"], figures[f"cosine_{name}"] = match / max(1, places), similarity / max(1, places)
+    return figures
 
 
 def perplexity(loss: float) -> float:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from refine_nsp.errors import RefineError
+from transformers import PreTrainedTokenizerBase
+
+from refine_nsp.errors import RefineError, first_line
 from refine_nsp.evaluation.documents import score_document
 from refine_nsp.evaluation.likelihood import log_likelihoods
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.load import load
+from refine_nsp.processes import to_device
 from refine_nsp.prompts.encoding import encode_pair, start_token
 
 try:
@@ -36,16 +40,19 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, pretrained: str | None = None, model: Any = None, tokenizer: Any = None, batch_tokens: int = 16384,
-        max_length: int | None = None, dtype: str | None = None, device: str | None = None, **ignored: Any,
+        self, pretrained: str | None = None, model: FastWeightForCausalLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None, batch_tokens: int = 16384, max_length: int | None = None,
+        dtype: str | None = None, device: str | None = None, **ignored: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if (pretrained is None) == (model is None):
             raise RefineError("give either pretrained, or model and tokenizer")
         if pretrained is not None:
             model, tokenizer = load(pretrained, dtype=dtype)
+        if model is None or tokenizer is None:
+            raise RefineError("give the tokenizer beside the model")
         if device is not None and device != "cpu":
-            model = model.to(device)
+            model = to_device(model, device)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.batch_tokens, self.max_length = int(batch_tokens), max_length
         self._eos = end_tokens(model, tokenizer)
@@ -71,7 +78,7 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one string, by the tokenizer's template."""
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt))
 
     def _cut(self, ids: list[int], room: int = 0) -> list[int]:
         return ids if self.max_length is None else ids[-max(1, self.max_length - room) :]
@@ -82,16 +89,16 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text after the start token, the state carried from its first token to its last."""
-        found = []
+        log_p = []
         for request in requests:
             ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
             score = score_document(self.model, ids, None, len(ids))
-            found.append(-score.figures["loss"] * score.targets)
-        return found
+            log_p.append(-score.figures["loss"] * score.targets)
+        return log_p
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, each request by its own settings; an answer that never stops ends at its budget."""
-        found: list[str] = [""] * len(requests)
+        answers: list[str] = [""] * len(requests)
         by_settings: dict[Decoding, list[int]] = {}
         settings = [dict(r.args[1]) for r in requests]
         for i, s in enumerate(settings):
@@ -102,9 +109,9 @@ class HarnessModel(TemplateLM):
             asked = [Request(i, self._prompt(requests[i].args[0], settings[i]), self._budget(settings[i])) for i in members]
             for batch in answer_all(self.model, asked, self._eos, decoding, self.batch_tokens):
                 for request, tokens in batch:
-                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                    found[request.key] = until(text, settings[request.key].get("until"))
-        return found
+                    text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                    answers[request.key] = until(text, settings[request.key].get("until"))
+        return answers
 
     def _prompt(self, text: str, settings: dict[str, Any]) -> list[int]:
         return self._cut(self.tok_encode(text), self._budget(settings)) or [self.prefix_token_id]
@@ -121,18 +128,19 @@ def until(text: str, stops: str | list[str] | None) -> str:
     return text
 
 
-def run_harness(model: Any, tokenizer: Any, name: str, limit: int, batch_tokens: int, seed: int) -> dict[str, Any]:
+def run_harness(
+    model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, limit: int, batch_tokens: int, seed: int
+) -> dict[str, Any]:
     """One task of lm-eval: its results dictionary. RefineError when it cannot be loaded (offline, unknown name)."""
     wrapped = HarnessModel(model=model, tokenizer=tokenizer, batch_tokens=batch_tokens)
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             wrapped, tasks=[name], limit=limit or None, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             log_samples=True, bootstrap_iters=1000,
         )  # fmt: skip
     except Exception as error:  # lm-eval wraps network, missing names and data sets in many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RefineError(f"lm-eval could not run {name!r}: {first}") from error
-    return dict(found)
+        raise RefineError(f"lm-eval could not run {name!r}: {first_line(error)}") from error
+    return dict(results)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.prompts.encoding import Pair, encode_pair
 from refine_nsp.text.reading import read_documents
 
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, pairs: Sequence[Pair], batch_tokens: int, on_batch: Callable[[int], None] | None = None
+    model: FastWeightForCausalLM, pairs: Sequence[Pair], batch_tokens: int, on_batch: Callable[[int], None] | None = None
 ) -> list[tuple[float, bool]]:
     """(log p of the continuation, whether it is the greedy one) of each pair. Right-padded with lengths, so exact; logits only where
     they count.
@@ -32,7 +34,7 @@ def log_likelihoods(
         if not context or not continuation:
             raise RefineError(f"pair {i} has {len(context)} context and {len(continuation)} continuation tokens; both need one")
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    likelihoods: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     start = 0
     while start < len(order):
         width = sum(map(len, pairs[order[start]]))
@@ -47,10 +49,10 @@ def log_likelihoods(
             logits = model.lm_head(hidden[row, n - k - 1 : n - 1]).float()
             truth = ids[row, n - k : n]
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
-            found[i] = (float(log_p), bool((logits.argmax(-1) == truth).all()))
+            likelihoods[i] = (float(log_p), bool((logits.argmax(-1) == truth).all()))
         if on_batch is not None:
             on_batch(int(lengths.sum()))
-    return found
+    return likelihoods
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -100,22 +102,22 @@ def read_choices(name: str, folder: str) -> list[ChoiceExample]:
     rows = read_documents(str(files[0]), columns[:1], split="test")
     if missing := [c for c in columns if c not in rows.column_names]:
         raise RefineError(f"{files[0]} has no column {', '.join(missing)}; {name} needs {', '.join(columns)}")
-    found = []
+    examples = []
     for i, row in enumerate(rows):
         if "sentence" in columns and "_" not in row["sentence"]:
             raise RefineError(f"{files[0]}, row {i}: no blank `_` in the sentence")
         pairs, choices, label = make(row)
         if not 0 <= label < len(choices):
             raise RefineError(f"{files[0]}, row {i}: label {label} is not one of {len(choices)} choices (counted from 0)")
-        found.append(ChoiceExample(str(row.get("id", f"{name}-{i}")), pairs, choices, label))
-    return found
+        examples.append(ChoiceExample(str(row.get("id", f"{name}-{i}")), pairs, choices, label))
+    return examples
 
 
-def score_choices(example: ChoiceExample, found: Sequence[tuple[float, bool]]) -> dict[str, float]:
+def score_choices(example: ChoiceExample, likelihoods: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """lm-eval's figures of one example, 0..1 (for a single continuation: log p and whether it is greedy)."""
-    if len(found) == 1:
-        return {"acc": float(found[0][1]), "log_p": found[0][0]}
-    log_p = [x for x, _ in found]
+    if len(likelihoods) == 1:
+        return {"acc": float(likelihoods[0][1]), "log_p": likelihoods[0][0]}
+    log_p = [x for x, _ in likelihoods]
     per_character = [x / len(c) for x, c in zip(log_p, example.choices, strict=True)]
     return {
         "acc": float(max(range(len(log_p)), key=log_p.__getitem__) == example.label),
@@ -124,15 +126,19 @@ def score_choices(example: ChoiceExample, found: Sequence[tuple[float, bool]]) -
 
 
 def choice_scores(
-    model: Any, tokenizer: Any, examples: Sequence[ChoiceExample], batch_tokens: int, on_tokens: Callable[[int], None]
+    model: FastWeightForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[ChoiceExample],
+    batch_tokens: int,
+    on_tokens: Callable[[int], None],
 ) -> Iterator[tuple[ChoiceExample, dict[str, float], list[tuple[float, bool]]]]:
     """Scores of examples, some at a time."""
     for start in range(0, len(examples), 64):
         part = examples[start : start + 64]
         pairs = [encode_pair(tokenizer, *pair) for e in part for pair in e.pairs]
-        found = log_likelihoods(model, pairs, batch_tokens, on_tokens)
+        likelihoods = log_likelihoods(model, pairs, batch_tokens, on_tokens)
         at = 0
         for e in part:
-            own = found[at : at + len(e.pairs)]
+            own = likelihoods[at : at + len(e.pairs)]
             at += len(e.pairs)
             yield e, score_choices(e, own), own

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refine_nsp.errors import RefineError, closest
+from datasets import Dataset, IterableDataset, load_dataset
+
+from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.evaluation.text_metrics import (
     TREC_CLASSES,
     Metric,
@@ -109,28 +111,25 @@ def read_longbench(tasks: Sequence[str], source: str | None) -> dict[str, list[E
     Raises:
         RefineError: an unknown task, no file for it, missing columns, empty answers, or an unreachable hub.
     """
-    found = {}
+    examples = {}
     for name in tasks:
         if name not in TASKS:
             raise RefineError(f"no LongBench task {name!r}{closest(name, TASKS)}; there are {', '.join(TASKS)}")
         if source is None:
-            rows: Any = _from_hub(name)
+            rows = _from_hub(name)
         else:
             rows = read_documents(str(_file_of(name, Path(source))), ("prompt", "context"), split="test")
-        found[name] = [_example(name, i, row) for i, row in enumerate(rows)]
-        check_unique(name, found[name])
-    return found
+        examples[name] = [_example(name, i, row) for i, row in enumerate(rows)]
+        check_unique(name, examples[name])
+    return examples
 
 
-def _from_hub(name: str) -> Any:
-    from datasets import load_dataset
-
+def _from_hub(name: str) -> Dataset | IterableDataset:
     try:
         return load_dataset("THUDM/LongBench", name, split="test")
     except Exception as error:  # network, or a repository that has only a script, which is never run
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RefineError(
-            f"the hub did not give LongBench's {name} ({first}); name a folder of its files with --longbench"
+            f"the hub did not give LongBench's {name} ({first_line(error)}); name a folder of its files with --longbench"
         ) from error
 
 

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Estimate, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
-from refine_nsp.files import append_json_lines, read_json_lines, write_whole
+from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
 from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
 
@@ -53,7 +55,7 @@ def evaluate(
     results = [summarise(task.name, [rows[i] for i in task.ids()]) for task in tasks for rows in [read_rows(out, task.name)]]
     if state.is_main_process:
         seconds = time.monotonic() - started
-        write_whole(
+        write_atomically(
             out / "results.json", json.dumps({"seconds": seconds, "tasks": [as_json(r) for r in results]}, indent=1) + "\n"
         )
     return results
@@ -63,7 +65,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or check that they are those of the run to be resumed."""
     path, wanted = out / "settings.json", json.loads(json.dumps(settings))
     if not path.exists():
-        write_whole(path, json.dumps(wanted, indent=1) + "\n")
+        write_atomically(path, json.dumps(wanted, indent=1) + "\n")
         return
     known = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k))
@@ -78,7 +80,7 @@ def missing_ids(task: Task, out: Path) -> list[str]:
     return [i for i in task.ids() if i not in known]
 
 
-def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Path, state: Any, quiet: bool) -> None:
+def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Path, state: PartialState, quiet: bool) -> None:
     """Rows of this process' share of the missing examples, appended as they come."""
     mine = missing[state.process_index :: state.num_processes]
     if not mine:
@@ -107,10 +109,10 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
     """All rows of a task by id, of every process."""
     first = rows_path(out, task, None)
     files = [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     for row in (Row(**record) for path in files for record in read_json_lines(path)):
-        found.setdefault(row.id, row)
-    return found
+        rows.setdefault(row.id, row)
+    return rows
 
 
 def summarise(name: str, rows: Sequence[Row]) -> TaskResult:
@@ -133,14 +135,14 @@ def read_results(out: Path) -> list[TaskResult]:
     path = out / "results.json"
     if not path.exists():
         raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
-    found = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-    return [summarise(t["name"], list(read_rows(out, t["name"]).values())) for t in found]
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return [summarise(t["name"], list(read_rows(out, t["name"]).values())) for t in tasks]
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:
     """Rows by a value of their meta, in order; rows without it are left out."""
-    found: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
         if key in row.meta:
-            found.setdefault(row.meta[key], []).append(row)
-    return dict(sorted(found.items()))
+            groups.setdefault(row.meta[key], []).append(row)
+    return dict(sorted(groups.items()))

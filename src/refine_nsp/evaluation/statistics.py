@@ -62,7 +62,7 @@ def compare_pairs(a: Sequence[float], b: Sequence[float], seed: int = 0, flips: 
     """Paired comparison. Under the null hypothesis the sign of each difference is a coin toss; p counts the observed assignment,
     so it is never 0."""
     d = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    found = estimate(d.tolist(), seed=seed)
+    difference = estimate(d.tolist(), seed=seed)
     rng, moved = np.random.default_rng(seed), d[d != 0]
     reached, done = 0, 0
     while done < flips and len(moved):
@@ -71,4 +71,4 @@ def compare_pairs(a: Sequence[float], b: Sequence[float], seed: int = 0, flips: 
         reached += int((np.abs(sums) >= abs(moved.sum()) - 1e-12).sum())
         done += block
     p = (reached + 1) / (done + 1) if done else 1.0
-    return Comparison(found.mean, found.low, found.high, p, int((d > 0).sum()), int((d < 0).sum()), len(d))
+    return Comparison(difference.mean, difference.low, difference.high, p, int((d > 0).sum()), int((d < 0).sum()), len(d))

@@ -8,11 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import likelihood, longbench
 from refine_nsp.evaluation.documents import continuation_match, score_document
 from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
 from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import truncate_middle
@@ -35,12 +38,20 @@ PUBLISHED_DECODING = Decoding(greedy=False, temperature=1.0, top_k=50)
 Scores = dict[str, float]
 
 
+class AdaptationCost(Protocol):
+    """Of prompts adapted to together, in all."""
+
+    seconds: float
+    extra_bytes: int
+
+
 class Adapter(Protocol):
     """Test-time training: a context in which the model is adapted to prompts (each a list of tokens); `last` is what that cost."""
 
-    last: Any
+    @property
+    def last(self) -> AdaptationCost | None: ...
 
-    def adapt(self, prompt: Sequence[Sequence[int]]) -> AbstractContextManager[Any]: ...
+    def adapt(self, prompt: Sequence[Sequence[int]]) -> AbstractContextManager[object]: ...
 
 
 @dataclass
@@ -117,14 +128,14 @@ class EvaluationArguments:
 
     def names(self) -> list[str]:
         """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for name in self.tasks:
             if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
                 raise RefineError(
                     f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
                 )
-            found |= dict.fromkeys(GROUPS.get(name, (name,)))
-        return list(found)
+            names |= dict.fromkeys(GROUPS.get(name, (name,)))
+        return list(names)
 
 
 @dataclass(frozen=True)
@@ -145,8 +156,8 @@ class Context:
     cost: what the latest prompt's adaptation cost (seconds, bytes), per prompt.
     """
 
-    model: Any
-    tokenizer: Any
+    model: FastWeightForCausalLM
+    tokenizer: PreTrainedTokenizerBase
     batch_tokens: int
     adapter: Adapter | None = None
     adapt_together: int = 1
@@ -207,6 +218,7 @@ class GenerationTask:
                 tokens = decode(context.model, hidden, cache, batch, eos, self.decoding, keep_rows=True)
                 seconds = time.perf_counter() - clock
             last = context.adapter.last
+            assert last is not None
             context.cost = {
                 "adapt_seconds": last.seconds / len(batch),
                 "answer_seconds": seconds / len(batch),
@@ -215,7 +227,7 @@ class GenerationTask:
             context.on_tokens(sum(map(len, rows)))
             yield list(zip(batch, tokens, strict=True))
 
-    def _request(self, key: int, tokenizer: Any) -> Request:
+    def _request(self, key: int, tokenizer: PreTrainedTokenizerBase) -> Request:
         e = self.examples[key]
         ids = tokenizer(e.prompt)["input_ids"]
         if self.max_prompt_tokens:
@@ -224,7 +236,7 @@ class GenerationTask:
 
     def _row(self, request: Request, tokens: list[int], context: Context) -> Row:
         e = self.examples[request.key]
-        output = context.tokenizer.decode(tokens, skip_special_tokens=True)
+        output = str(context.tokenizer.decode(tokens, skip_special_tokens=True))
         meta = {**e.meta, "prompt_tokens": len(request.ids), "new_tokens": len(tokens), **context.cost}
         return Row(e.id, output, e.references, self.score(output, e.references), 1.0, meta)
 
@@ -268,8 +280,8 @@ class ChoiceTask:
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
         chosen = [e for e in self.examples if e.id in set(wanted)]
         scored = likelihood.choice_scores(context.model, context.tokenizer, chosen, context.batch_tokens, context.on_tokens)
-        for e, scores, found in scored:
-            shown = " | ".join(f"{log_p:.3f}" for log_p, _ in found)
+        for e, scores, likelihoods in scored:
+            shown = " | ".join(f"{log_p:.3f}" for log_p, _ in likelihoods)
             yield Row(e.id, shown, [e.choices[e.label]], scores)
 
 
@@ -293,8 +305,8 @@ class DocumentTask:
             if self.name == "ntp":
                 if len(ids) < 2:
                     raise RefineError(f"document {index} has {len(ids)} tokens; next-token figures need 2")
-                found = score_document(context.model, ids, a.window or None, a.bucket, context.on_tokens)
-                yield Row(key, "", [], found.figures, found.targets, {"tokens": len(ids), "buckets": found.buckets})
+                score = score_document(context.model, ids, a.window or None, a.bucket, context.on_tokens)
+                yield Row(key, "", [], score.figures, score.targets, {"tokens": len(ids), "buckets": score.buckets})
             else:
                 config = NSPConfig(positions_per_sequence=16)
                 ids = ids[: a.window or 4096]
@@ -308,18 +320,18 @@ class DocumentTask:
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
-def build_tasks(arguments: EvaluationArguments, tokenizer: Any) -> list[Task]:
+def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
     """The tasks asked for, with their examples. RefineError for anything missing or malformed, before any model runs."""
     arguments.check()
     names = arguments.names()
     a, published = arguments, arguments.protocol == "published"
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
 
     def generation(name: str, examples: list[Example], score: Callable[[str, Sequence[str]], Scores], as_paper: bool) -> None:
         if as_paper:
             examples = [Example(e.id, e.prompt, e.references, PUBLISHED_BUDGET, e.meta) for e in examples]
         decoding = Decoding(False, 1.0, 50, a.seed) if as_paper else Decoding()
-        found[name] = GenerationTask(name, examples[: a.limit] if a.limit else examples, score, decoding, a.max_prompt_tokens)
+        tasks[name] = GenerationTask(name, examples[: a.limit] if a.limit else examples, score, decoding, a.max_prompt_tokens)
 
     wanted = [n for n in names if n in ruler.TASKS]
     if wanted:
@@ -343,7 +355,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: Any) -> list[Task]:
         if a.short_context is None:
             raise RefineError(f"{name} needs a folder with {name}.jsonl: --short_context (or `lm_eval:{name}` with the hub)")
         choices = likelihood.read_choices(name, a.short_context)
-        found[name] = ChoiceTask(name, choices[: a.limit] if a.limit else choices)
+        tasks[name] = ChoiceTask(name, choices[: a.limit] if a.limit else choices)
     documents = [n for n in names if n in GROUPS["documents"]]
     if documents:
         if a.documents is None:
@@ -351,5 +363,5 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: Any) -> list[Task]:
         rows = read_documents(a.documents, (a.text_column,), split="test")
         texts = list(rows[a.text_column])[: a.limit or None]
         for name in documents:
-            found[name] = DocumentTask(name, texts, a)
-    return list(found.values())
+            tasks[name] = DocumentTask(name, texts, a)
+    return list(tasks.values())

@@ -97,15 +97,15 @@ def classification(output: str, references: Sequence[str], classes: Sequence[str
 
 
 def _classification_pair(output: str, reference: str, classes: Sequence[str]) -> float:
-    found = [c for c in classes if c in output]
+    named = [c for c in classes if c in output]
     # Names that are part of the reference's name do not count against it. Upstream removes while it iterates, which skips the name
     # after each removed one; scores are comparable only if that is kept.
     i = 0
-    while i < len(found):
-        if found[i] in reference and found[i] != reference:
-            found.remove(found[i])
+    while i < len(named):
+        if named[i] in reference and named[i] != reference:
+            named.remove(named[i])
         i += 1
-    return 1.0 / len(found) if reference in found else 0.0
+    return 1.0 / len(named) if reference in named else 0.0
 
 
 def code_similarity(output: str, references: Sequence[str]) -> float:

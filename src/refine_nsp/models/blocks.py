@@ -1,15 +1,16 @@
 """What all fast-weight language models share: blocks, the layer loop, padding, snapshots and the language-model head.
 
-A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer: `mixer(x, lengths, state, offsets) -> (y, trace)`. Everything about padding
-happens once, here at the edge: real tokens are moved to the left, rows carry their lengths, and outputs are moved back, so that
-no mixer ever sees a pad between real tokens and none writes to a state (DESIGN, padding).
+A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer. Everything about padding happens once, here at the edge: real tokens are moved to
+the left, rows carry their lengths, and outputs are moved back, so that no mixer ever sees a pad between real tokens and none writes to
+a state. Lengths, offsets and positions are tensors on the host below this edge: they decide shapes, and asking a device
+for them in every layer would make the host wait in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,28 +56,48 @@ class SwiGLUMLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class FastWeightBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+class Mixer(Protocol):
+    """What mixes tokens in a block, and makes a family: an `nn.Module` of a config.
 
-    def __init__(self, config: Any, mixer: nn.Module) -> None:
+    Attributes:
+        fast_weight_names: its submodules and parameters that write to and read from the fast weights.
+        shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
+            again costs less than carrying a state on for every row.
+    """
+
+    fast_weight_names: tuple[str, ...]
+    shares_states: bool
+
+    def __call__(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None
+    ) -> tuple[Tensor, LayerTrace | None]:
+        """Tokens x [B, T, D] -> y [B, T, D], and what the state at any of them can be rebuilt from.
+
+        Args:
+            lengths: [B] long on the host, real tokens of each row, on the left; None: all T.
+            state: to go on from, or None. offsets: its rows' tokens so far, long, on the host.
+            branches: None: state and x have the same rows. Else each of the state's S rows is gone on from by so many neighbouring
+                rows of x, B = S * branches; all tokens are real, and the trace is not needed.
+        """
+        ...
+
+
+class FastWeightBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); called as `Mixer` is."""
+
+    def __init__(self, config: Any, mixer: Mixer) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = mixer
+        self.attn: Mixer = mixer
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLUMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
 
-    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, LayerTrace]:
-        y, trace = self.attn(self.attn_norm(x), lengths, state, offsets)
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
+    ) -> tuple[Tensor, LayerTrace | None]:
+        y, trace = self.attn(self.attn_norm(x), lengths, state, offsets, branches)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), trace
-
-    def branch(self, x: Tensor, state: LayerState, offsets: Tensor) -> Tensor:
-        """Go on from states [S, ...], each shared by n neighbouring rows of x [S*n, T, D], and keep none. offsets: [S] long."""
-        n = x.shape[0] // offsets.shape[0]
-        if n > 1:
-            state = {name: z.repeat_interleave(n, 0) for name, z in state.items()}
-            offsets = offsets.repeat_interleave(n)
-        return self(x, None, state, offsets)[0]
 
 
 @dataclass
@@ -128,24 +149,22 @@ def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, 
 
 
 class FastWeightModel(FastWeightPreTrainedModel):
-    """Embedding, blocks, final norm. Subclasses give `make_block(config, layer_idx)`.
+    """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
-    shares_states: whether rows that branch from one state read it together instead of each its copy, so that running a few tokens
-    again costs less than keeping the states in between.
-    """
-
-    shares_states: ClassVar[bool] = False
+    mixer_class: ClassVar[type[Any]]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([self.make_block(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([FastWeightBlock(config, self.mixer_class(config)) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def make_block(self, config: Any, layer_idx: int) -> FastWeightBlock:
-        raise TypeError(f"{type(self).__name__} does not define make_block")
+    @property
+    def mixers(self) -> list[Mixer]:
+        """One a layer."""
+        return [cast(FastWeightBlock, layer).attn for layer in self.layers]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -170,7 +189,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
         Args:
             input_ids: [B, T] long; or `inputs_embeds` [B, T, D].
-            attention_mask: [B, T] or [B, past + T], 1 for real tokens, any pattern; or `lengths` [B] long for right padding.
+            attention_mask: [B, T] or [B, past + T], 1 for real tokens, any pattern; or `lengths` [B] long for right padding, best
+                on the host, where they are needed.
             past_key_values: states to go on from. With `use_cache` they are replaced in the given object (tensors never are
                 written in place); without, they are only read, and may be of S rows with B = S*n: n neighbours go on from each.
             use_cache: default `config.use_cache` in eval mode, False in training mode.
@@ -185,17 +205,19 @@ class FastWeightModel(FastWeightPreTrainedModel):
         use_cache = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
         past = self._check_past(past_key_values, B, use_cache)
         aligned = alignment(attention_mask, lengths, T)
-        keeps = use_cache or output_states or snapshot_positions is not None or output_hidden_states
-        if past is not None and past.lengths is not None and aligned is None and not keeps:
-            return FastWeightModelOutput(last_hidden_state=self._branch(x, past), past_key_values=past)
-        if past is not None and past.is_initialized and past.batch_size != B:
-            past = past.expand(B // past.batch_size)
         if aligned is not None:
             x = aligned.align(x)
+        keeps = use_cache or output_states or snapshot_positions is not None or output_hidden_states
+        branches = None
+        if past is not None and past.is_initialized:
+            if not keeps and aligned is None:
+                branches = B // past.batch_size
+            elif past.batch_size != B:
+                past = past.expand(B // past.batch_size)
         row_lengths = None if aligned is None else aligned.lengths
-        offsets = past.lengths if past is not None and past.lengths is not None else x.new_zeros(B, dtype=torch.long)
+        offsets = past.lengths if past is not None and past.lengths is not None else torch.zeros(B, dtype=torch.long)
         tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
-        final = (row_lengths if row_lengths is not None else x.new_full((B,), T, dtype=torch.long))[:, None] - 1
+        final = (row_lengths if row_lengths is not None else torch.full((B,), T))[:, None] - 1
 
         hidden: list[Tensor] = []
         traces: list[LayerTrace] = []
@@ -205,7 +227,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             if output_hidden_states:
                 hidden.append(x if aligned is None else aligned.restore(x))
             state = past.layers[i] if past is not None and past.is_initialized else None
-            x, trace = layer(x, row_lengths, state, offsets)
+            x, trace = layer(x, row_lengths, state, offsets, branches)
             if use_cache:
                 finals.append(trace.at(final))
             if tokens is not None:
@@ -230,11 +252,9 @@ class FastWeightModel(FastWeightPreTrainedModel):
             states=PrefixStates(traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
         )
 
-    def _branch(self, x: Tensor, past: FastWeightCache) -> Tensor:
-        """Final-norm output [S*n, T, D] after states of S rows that are only read."""
-        for layer, state in zip(self.layers, past.layers, strict=True):
-            x = cast(FastWeightBlock, layer).branch(x, state, past._lengths())
-        return self.norm(x)
+    def branch(self, cache: FastWeightCache, n: int) -> Branches:
+        """Rows that go on token by token from the states of `cache`, n neighbours from each; the cache is only read."""
+        return Branches(self, cache, n)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -263,6 +283,25 @@ class FastWeightModel(FastWeightPreTrainedModel):
         cache = past if past is not None else FastWeightCache()
         cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
         return cache
+
+
+class Branches:
+    """R = S*n rows that go on together from S states, a token at a time. Made by `FastWeightModel.branch`."""
+
+    def __init__(self, model: FastWeightModel, cache: FastWeightCache, n: int) -> None:
+        self.model = model
+        self.shared = all(mixer.shares_states for mixer in model.mixers)
+        self.cache = cache if self.shared else cache.expand(n)
+        self.tokens: list[Tensor] = []
+
+    def advance(self, token: Tensor) -> Tensor:
+        """Consume a token a row, [R] long -> final-norm output after it [R, D]."""
+        if not self.shared:
+            return self.model(token[:, None], past_key_values=self.cache, use_cache=True).last_hidden_state[:, 0]
+        # From shared states the few tokens so far are run again, which is cheaper than a state a row to keep and carry on.
+        self.tokens.append(token)
+        again = torch.stack(self.tokens, 1)
+        return self.model(again, past_key_values=self.cache, use_cache=False).last_hidden_state[:, -1]
 
 
 class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):

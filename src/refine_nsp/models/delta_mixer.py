@@ -69,8 +69,8 @@ def conv_trace(inputs: dict[str, Tensor], state: LayerState | None, width: int) 
     return {f"conv_{n}": (z, None if state is None else state[f"conv_{n}"], width) for n, z in inputs.items()}
 
 
-def real_token_mask(lengths: Tensor | None, n_tokens: int) -> Tensor | None:
-    """[B, T, 1] bool, true at real tokens; None when all are."""
+def real_token_mask(lengths: Tensor | None, n_tokens: int, device: torch.device) -> Tensor | None:
+    """[B, T, 1] bool on `device`, true at real tokens; None when all are. lengths: [B] on the host."""
     if lengths is None:
         return None
-    return (torch.arange(n_tokens, device=lengths.device) < lengths[:, None])[..., None]
+    return (torch.arange(n_tokens) < lengths[:, None])[..., None].to(device, non_blocking=True)

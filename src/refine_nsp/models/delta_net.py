@@ -15,14 +15,13 @@ from transformers import PreTrainedConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import (
     SUPPORTED_ACTIVATIONS,
-    FastWeightBlock,
     FastWeightForCausalLM,
     FastWeightModel,
     RMSNorm,
     refuse_unsupported,
 )
 from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, real_token_mask
-from refine_nsp.models.state import LayerState
+from refine_nsp.models.state import LayerState, rows_of_their_own
 from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
 
@@ -107,6 +106,9 @@ def sum_norm(x: Tensor) -> Tensor:
 class DeltaNetMixer(nn.Module):
     """The delta-rule layer: x [B, T, D] -> (y [B, T, D], trace). States: `recurrent` [R, H, Dk, Dv], `conv_*` [R, W-1, D']."""
 
+    fast_weight_names = ("q_proj", "k_proj", "v_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+    shares_states = False
+
     def __init__(self, config: DeltaNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -130,12 +132,16 @@ class DeltaNetMixer(nn.Module):
             self.o_norm = RMSNorm(self.head_v_dim, config.norm_eps)
         self.o_proj = nn.Linear(config.value_width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, DeltaTrace]:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
+    ) -> tuple[Tensor, DeltaTrace]:
+        if branches is not None and state is not None:
+            state, _ = rows_of_their_own(state, offsets, branches)
         inputs = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         q, k, v = self._convolve(inputs, state)
         q, k = (self._activate(z.unflatten(-1, (self.config.num_heads, self.head_k_dim))) for z in (q, k))
         v = v.unflatten(-1, (self.config.num_heads, self.head_v_dim))
-        mask = real_token_mask(lengths, x.shape[1])
+        mask = real_token_mask(lengths, x.shape[1], x.device)
         if self.config.qk_norm == "sum" and mask is not None:
             # A pad whose activations sum to zero would give 0/0, and 0 * NaN writes NaN even with beta 0.
             k = k.masked_fill(~mask[..., None], 0.0)
@@ -170,15 +176,13 @@ class DeltaNetMixer(nn.Module):
             beta = x.new_ones(*x.shape[:2], self.config.num_heads)
         if self.config.allow_neg_eigval:
             beta = beta * 2.0
-        mask = real_token_mask(lengths, x.shape[1])
+        mask = real_token_mask(lengths, x.shape[1], x.device)
         return beta if mask is None else beta * mask
 
 
 class DeltaNetModel(FastWeightModel):
     config_class = DeltaNetConfig
-
-    def make_block(self, config: DeltaNetConfig, layer_idx: int) -> FastWeightBlock:
-        return FastWeightBlock(config, DeltaNetMixer(config))
+    mixer_class = DeltaNetMixer
 
 
 class DeltaNetForCausalLM(FastWeightForCausalLM):

@@ -19,14 +19,13 @@ from transformers import initialization as init
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import (
     SUPPORTED_ACTIVATIONS,
-    FastWeightBlock,
     FastWeightForCausalLM,
     FastWeightModel,
     RMSNorm,
     refuse_unsupported,
 )
 from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, real_token_mask
-from refine_nsp.models.state import LayerState
+from refine_nsp.models.state import LayerState, rows_of_their_own
 from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
 
@@ -106,6 +105,11 @@ class GatedDeltaNetConfig(PreTrainedConfig):
 class GatedDeltaNetMixer(nn.Module):
     """The gated layer: x [B, T, D] -> (y [B, T, D], trace). States: `recurrent` [R, HV, Dk, Dv], `conv_*` [R, W-1, D']."""
 
+    fast_weight_names = (
+        "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias",
+    )  # fmt: skip
+    shares_states = False
+
     def __init__(self, config: GatedDeltaNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -136,7 +140,11 @@ class GatedDeltaNetMixer(nn.Module):
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
 
-    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, DeltaTrace]:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
+    ) -> tuple[Tensor, DeltaTrace]:
+        if branches is not None and state is not None:
+            state, _ = rows_of_their_own(state, offsets, branches)
         c = self.config
         inputs = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         q, k, v = (self._convolve(name, z, state) for name, z in inputs.items())
@@ -164,15 +172,13 @@ class GatedDeltaNetMixer(nn.Module):
         if self.config.allow_neg_eigval:
             beta = beta * 2.0
         g = -self.A_log.to(dtype).exp() * F.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
-        mask = real_token_mask(lengths, x.shape[1])
+        mask = real_token_mask(lengths, x.shape[1], x.device)
         return (beta, g) if mask is None else (beta * mask, g.masked_fill(~mask, 0.0))
 
 
 class GatedDeltaNetModel(FastWeightModel):
     config_class = GatedDeltaNetConfig
-
-    def make_block(self, config: GatedDeltaNetConfig, layer_idx: int) -> FastWeightBlock:
-        return FastWeightBlock(config, GatedDeltaNetMixer(config))
+    mixer_class = GatedDeltaNetMixer
 
 
 class GatedDeltaNetForCausalLM(FastWeightForCausalLM):

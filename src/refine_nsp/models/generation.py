@@ -108,8 +108,8 @@ def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Deco
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
-    found = model.generation_config.eos_token_id
-    tokens = set(found) if isinstance(found, list) else {found}
+    eos = model.generation_config.eos_token_id
+    tokens = set(eos) if isinstance(eos, list) else {eos}
     return {int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None}
 
 

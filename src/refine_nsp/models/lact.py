@@ -1,9 +1,7 @@
 """LaCT (Zhang et al. 2025, arXiv 2505.23884): sliding-window attention plus large-chunk fast weights in every layer.
 
 Config fields and parameter names are those of the original `lact_swiglu`, so its checkpoints load unchanged. Chunks are anchored at
-a row's first real token. A chunk is learned from when it is complete and another token arrives, so the state after n tokens has had
-(n - 1) // C updates and holds the keys and values of the 1..C tokens since; that makes decoding cross chunk boundaries exactly, which
-the original cannot.
+a row's first real token. The state holds the tokens of the open chunk, so decoding crosses chunk boundaries exactly (`ops/lact.py`).
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ from transformers import initialization as init
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import (
     SUPPORTED_ACTIVATIONS,
-    FastWeightBlock,
     FastWeightForCausalLM,
     FastWeightModel,
     RMSNorm,
     refuse_unsupported,
 )
-from refine_nsp.models.state import LayerState, last_inputs
-from refine_nsp.ops.lact_update import FastState, Triple, UpdateRule, initial_state, read, row_norms, update
+from refine_nsp.models.state import LayerState, last_inputs, rows_of_their_own
+from refine_nsp.ops.lact import LaCTStates, Tokens, lact, lact_branches
+from refine_nsp.ops.lact_update import Triple, UpdateRule
 from refine_nsp.ops.rotary import apply_rotary, rotary_tables
 from refine_nsp.ops.window_attention import branched_window_attention, window_attention
 
@@ -154,80 +152,29 @@ class LowRankFastWeight(nn.Module):
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What fast weights learn from, per token: k, v [B, H, T, D], lr [B, H, T, 3 * lr_dim], momentum [B, H, T, 1] or None."""
-
-    k: Tensor
-    v: Tensor
-    lr: Tensor
-    momentum: Tensor | None
-
-    def named(self) -> dict[str, Tensor]:
-        found = {"open_k": self.k, "open_v": self.v, "open_lr": self.lr}
-        return found if self.momentum is None else {**found, "open_momentum": self.momentum}
-
-    @staticmethod
-    def from_named(named: dict[str, Tensor]) -> Tokens:
-        return Tokens(named["open_k"], named["open_v"], named["open_lr"], named.get("open_momentum"))
-
-
-@dataclass(frozen=True)
 class LaCTTrace:
-    """One pass: the fast state read in each chunk, all tokens since the chunk that was open, and the attention window."""
+    """One pass of a mixer: the fast weights' states, and the attention window's keys and values with what came before them."""
 
-    chunks: list[FastState]
-    tokens: Tokens  # aligned to the start of the first chunk: the open ones of before, then this pass's
-    opened: Tensor  # [B] long, how many were open before this pass
-    chunk_size: int
+    states: LaCTStates
     keys: Tensor  # [B, T, Ha, d]
     values: Tensor
     window_before: tuple[Tensor, Tensor] | None  # [B, W - 1, Ha, d]
     window: int
 
     def at(self, positions: Tensor) -> LayerState:
-        """Fast weights (w0, w1, w2, with main_* and momentum_* where used), open tokens, and window keys and values."""
-        C = self.chunk_size
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        count = self.opened[:, None] + positions + 1  # tokens since the start of the first chunk
-        chunk = torch.div(count - 1, C, rounding_mode="floor").clamp(min=0)
-        state = {
-            name: torch.stack([_named_state(s)[name] for s in self.chunks])[chunk, rows].flatten(0, 1)
-            for name in _named_state(self.chunks[0])
-        }
-        held = count - chunk * C  # [B, P], 0..C
-        slots = torch.arange(int(held.max()) if held.numel() else 0, device=positions.device)
-        index = (chunk * C)[..., None] + slots
-        index = index.clamp(max=self.tokens.k.shape[2] - 1)
-        for name, x in self.tokens.named().items():
-            taken = x.transpose(1, 2)[rows[..., None], index]  # [B, P, slots, H, ...]
-            taken = taken.masked_fill((slots >= held[..., None])[..., None, None], 0.0)
-            state[name] = taken.transpose(2, 3).flatten(0, 1)
+        """The fast weights' state (see `ops/lact.py`), and `window_k`, `window_v` [B*P, W - 1, Ha, d]."""
+        state = {name: x.flatten(0, 1) for name, x in self.states.at(positions).items()}
         before = (None, None) if self.window_before is None else self.window_before
         for name, x, history in (("window_k", self.keys, before[0]), ("window_v", self.values, before[1])):
             state[name] = last_inputs(x, history, self.window - 1, positions).flatten(0, 1)
         return state
 
 
-def _named_state(state: FastState) -> dict[str, Tensor]:
-    named = dict(zip(("w0", "w1", "w2"), state.weights, strict=True))
-    for prefix, triple in (("main", state.main), ("momentum", state.momentum)):
-        if triple is not None:
-            named |= {f"{prefix}_{name}": w for name, w in zip(("w0", "w1", "w2"), triple, strict=True)}
-    return named
-
-
-def _state_from_named(named: LayerState) -> FastState:
-    def triple(prefix: str) -> Triple | None:
-        names = [f"{prefix}{name}" for name in ("w0", "w1", "w2")]
-        return Triple(*(named[n] for n in names)) if names[0] in named else None
-
-    weights = triple("")
-    assert weights is not None
-    return FastState(weights, triple("main_"), triple("momentum_"))
-
-
 class LaCTMixer(nn.Module):
     """x [B, T, D] -> (y [B, T, D], trace): window attention plus what the fast weights read."""
+
+    fast_weight_names = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
+    shares_states = True
 
     def __init__(self, config: LaCTConfig) -> None:
         super().__init__()
@@ -262,50 +209,38 @@ class LaCTMixer(nn.Module):
                 init.normal_(weight, std=1.0 / math.sqrt(self.config.fw_head_dim))
         init.normal_(self.w1, std=1.0 / math.sqrt(self.config.fw_hidden_dim))
 
-    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, LaCTTrace]:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
+    ) -> tuple[Tensor, LaCTTrace | None]:
         c = self.config
+        if branches is not None and state is not None:
+            if x.shape[1] <= c.lact_chunk_size:
+                return self._branch(x, state, offsets, branches), None
+            state, offsets = rows_of_their_own(state, offsets, branches)
         q, k, v, tables = self._project(x, offsets)
         attended, keys, values = self._attend(q, k, v, state, offsets, tables)
         fast_q, tokens = self._fast_inputs(x, q, k, v, tables)
-        opened, tokens = self._with_open_tokens(tokens, state, offsets)
-        start = initial_state(self._initial_weights(len(x)), c.update_rule) if state is None else _state_from_named(state)
-        recalled, chunks = self._run_chunks(fast_q, tokens, start, opened, lengths)
+        recalled, states = lact(
+            fast_q, tokens, self._initial_weights(), c.update_rule, c.lact_chunk_size, state, offsets, lengths
+        )
         before = None if state is None else (state["window_k"], state["window_v"])
-        trace = LaCTTrace(chunks, tokens, opened, c.lact_chunk_size, keys, values, before, c.window_size)
-        return self._combine(x, attended, recalled), trace
+        return self._combine(x, attended, recalled), LaCTTrace(states, keys, values, before, c.window_size)
 
-    def branch(self, x: Tensor, state: LayerState, offsets: Tensor) -> Tensor:
-        """As `forward` from states of S rows, each shared by n neighbouring rows of x [S*n, T, D], T at most a chunk.
+    def _branch(self, x: Tensor, state: LayerState, offsets: Tensor, branches: int) -> Tensor:
+        """As `forward` for at most a chunk of tokens, reading the fast weights and window of a state where they are.
 
-        Fast weights and window are as large as many thousand tokens; here they are neither copied nor joined to anything.
+        Both are as large as many thousand tokens; here they are neither copied nor joined to anything.
         """
-        c, S = self.config, offsets.shape[0]
-        q, k, v, tables = self._project(x, offsets.repeat_interleave(x.shape[0] // S))
+        c = self.config
+        q, k, v, tables = self._project(x, offsets.repeat_interleave(branches))
         heads = [z.unflatten(-1, (c.num_attn_heads, -1)) for z in (q, k, v)]
         own = [z.transpose(1, 2) for z in (*(apply_rotary(z, *tables) for z in heads[:2]), heads[2])]
         past_k, past_v = (state[name].transpose(1, 2) for name in ("window_k", "window_v"))
-        filled = offsets.clamp(max=c.window_size - 1)
+        filled = offsets.clamp(max=c.window_size - 1).to(x.device, non_blocking=True)
         attended = branched_window_attention(own[0], past_k, past_v, own[1], own[2], c.window_size, filled)
         fast_q, tokens = self._fast_inputs(x, q, k, v, tables)
-        return self._combine(x, attended.transpose(1, 2).flatten(2), self._read_branches(fast_q, tokens, state, offsets))
-
-    def _read_branches(self, q: Tensor, tokens: Tokens, state: LayerState, offsets: Tensor) -> Tensor:
-        """What the fast weights give queries [S*n, H, T, d]; rows that go on beyond their chunk learn from it first."""
-        S, (R, H, T, d) = offsets.shape[0], q.shape
-        n = R // S
-        folded = q.view(S, n, H, T, d).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, d]: n rows read the same weights
-        start = _state_from_named(state)
-        recalled = read(start.weights, folded).view(S, H, n, T, d).transpose(1, 2).flatten(0, 1)
-        beyond = _open_tokens(offsets, self.config.lact_chunk_size) + T > self.config.lact_chunk_size
-        if not bool(beyond.any()):
-            return recalled
-        owners = beyond.nonzero()[:, 0].repeat_interleave(n)
-        rows = beyond.repeat_interleave(n).nonzero()[:, 0]
-        named = {name: z.index_select(0, owners) for name, z in state.items()}
-        picked = Tokens.from_named({name: z.index_select(0, rows) for name, z in tokens.named().items()})
-        opened, joined = self._with_open_tokens(picked, named, offsets[owners])
-        learned, _ = self._run_chunks(q.index_select(0, rows), joined, _state_from_named(named), opened, None)
-        return recalled.index_copy(0, rows, learned)
+        recalled = lact_branches(fast_q, tokens, self._initial_weights(), c.update_rule, c.lact_chunk_size, state, offsets)
+        return self._combine(x, attended.transpose(1, 2).flatten(2), recalled)
 
     def _project(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """q, k, v [B, T, D], and the rotary tables of their positions."""
@@ -313,7 +248,7 @@ class LaCTMixer(nn.Module):
         q, k, v = self.qkv(x).chunk(3, -1)
         if c.attn_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        positions = offsets[:, None] + torch.arange(x.shape[1], device=x.device)
+        positions = (offsets[:, None] + torch.arange(x.shape[1])).to(x.device, non_blocking=True)
         return q, k, v, rotary_tables(positions, c.hidden_size // c.num_attn_heads, c.rope_theta, x.dtype)
 
     def _combine(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
@@ -329,12 +264,12 @@ class LaCTMixer(nn.Module):
         """Attention output [B, T, D], and this pass's rotated keys and values [B, T, Ha, d]."""
         q, k, v = (z.unflatten(-1, (self.config.num_attn_heads, -1)) for z in (q, k, v))
         q, keys = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        all_keys, all_values, past = keys, v, offsets.clamp(max=0)
+        all_keys, all_values, past = keys, v, torch.zeros_like(offsets)
         if state is not None:
             all_keys, all_values = torch.cat([state["window_k"], keys], 1), torch.cat([state["window_v"], v], 1)
             past = offsets.clamp(max=self.config.window_size - 1)
         q, all_keys, all_values = (z.transpose(1, 2) for z in (q, all_keys, all_values))
-        o = window_attention(q, all_keys, all_values, self.config.window_size, past)
+        o = window_attention(q, all_keys, all_values, self.config.window_size, past.to(q.device, non_blocking=True))
         return o.transpose(1, 2).flatten(2), keys, v
 
     def _fast_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tokens]:
@@ -361,81 +296,12 @@ class LaCTMixer(nn.Module):
         v = v.unflatten(-1, (c.num_lact_heads, -1))
         return q.transpose(1, 2), Tokens(k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), momentum)
 
-    def _with_open_tokens(self, tokens: Tokens, state: LayerState | None, offsets: Tensor) -> tuple[Tensor, Tokens]:
-        """Put this pass's tokens behind each row's open ones, so that chunk boundaries coincide across rows."""
-        C = self.config.lact_chunk_size
-        opened = _open_tokens(offsets, C)
-        if state is None:
-            return opened, tokens
-        width, T = state["open_k"].shape[2], tokens.k.shape[2]
-        slot = torch.arange(int(opened.max()) + T, device=offsets.device)
-        source = torch.where(slot < opened[:, None], slot, width + slot - opened[:, None]).clamp(max=width + T - 1)
-        joined = {}
-        for name, new in tokens.named().items():
-            both = torch.cat([state[name], new], 2)
-            joined[name] = both.gather(2, source[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3]))
-        return opened, Tokens.from_named(joined)
-
-    def _initial_weights(self, rows: int) -> Triple:
+    def _initial_weights(self) -> Triple:
+        """Fast weights before any update, [1, H, ...], float32 or better."""
         initial: tuple[Any, Any] = (self.w0, self.w2)
         w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in initial)
         wide = torch.promote_types(self.w1.dtype, torch.float32)
-        return Triple(*(w.to(wide).expand(rows, -1, -1, -1) for w in (w0, self.w1, w2)))
-
-    def _run_chunks(
-        self, q: Tensor, tokens: Tokens, state: FastState, opened: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, list[FastState]]:
-        """Read every query with the weights of its chunk; learn from a row's chunk when the row goes on beyond it."""
-        c, C, T = self.config, self.config.lact_chunk_size, q.shape[2]
-        total = opened + (T if lengths is None else lengths)
-        n_chunks = max(1, -(-int(opened.max() + T) // C))
-        norms = row_norms(self._initial_weights(1))
-        starts = (torch.arange(n_chunks, device=q.device)[:, None] * C - opened).clamp(0, T)  # first query of each chunk
-        ends = ((torch.arange(n_chunks, device=q.device)[:, None] + 1) * C - opened).clamp(0, T)
-        in_step = bool((opened == opened[0]).all())  # all rows at one phase: chunks are plain slices
-        states, outputs = [state], []
-        for i in range(n_chunks):
-            if in_step:
-                outputs.append(read(state.weights, q[:, :, int(starts[i, 0]) : int(ends[i, 0])]))
-            else:
-                outputs.append(_read_span(state, q, starts[i], ends[i]))
-            goes_on = total > (i + 1) * C
-            if i + 1 == n_chunks:
-                break
-            if bool(goes_on.any()):
-                s = slice(i * C, (i + 1) * C)
-                lr = Triple(*tokens.lr[:, :, s].chunk(3, -1))
-                m = None if tokens.momentum is None else tokens.momentum[:, :, s]
-                learned = update(state, norms, tokens.k[:, :, s], tokens.v[:, :, s], lr, m, c.update_rule)
-                state = learned if bool(goes_on.all()) else _where(goes_on, learned, state)
-            states.append(state)
-        return torch.cat(outputs, 2) if in_step else torch.stack(outputs).sum(0), states
-
-
-def _open_tokens(offsets: Tensor, chunk: int) -> Tensor:
-    """How many of a row's `offsets` [B] tokens are in its open chunk: a complete one stays open until the next token arrives."""
-    return torch.where(offsets > 0, (offsets - 1) % chunk + 1, 0)
-
-
-def _read_span(state: FastState, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Read queries start[b] .. end[b] - 1 of q [B, H, T, d] -> [B, H, T, d] with zeros elsewhere, ready to be summed."""
-    width = int((end - start).max())
-    index = start[:, None] + torch.arange(width, device=q.device)  # [B, width]
-    inside = (index < end[:, None])[:, None, :, None]
-    where = index.clamp(max=q.shape[2] - 1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    found = read(state.weights, q.gather(2, where)).masked_fill(~inside, 0.0)
-    return found.new_zeros(q.shape).scatter_add(2, where, found)
-
-
-def _where(rows: Tensor, a: FastState, b: FastState) -> FastState:
-    def choose(x: Triple | None, y: Triple | None) -> Triple | None:
-        if x is None or y is None:
-            return None
-        return Triple(*(torch.where(rows[:, None, None, None], p, q) for p, q in zip(x, y, strict=True)))
-
-    weights = choose(a.weights, b.weights)
-    assert weights is not None
-    return FastState(weights, choose(a.main, b.main), choose(a.momentum, b.momentum))
+        return Triple(*(w.to(wide)[None] for w in (w0, self.w1, w2)))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -444,24 +310,9 @@ def _unit(x: Tensor) -> Tensor:
     return (x / (norm + 1e-5)).to(x.dtype)
 
 
-class LaCTBlock(FastWeightBlock):
-    """A block whose branches read one state together."""
-
-    attn: LaCTMixer
-
-    def branch(self, x: Tensor, state: LayerState, offsets: Tensor) -> Tensor:
-        if x.shape[1] > self.attn.config.lact_chunk_size:
-            return super().branch(x, state, offsets)
-        x = x + self.attn.branch(self.attn_norm(x), state, offsets)
-        return x + self.mlp(self.mlp_norm(x))
-
-
 class LaCTModel(FastWeightModel):
     config_class = LaCTConfig
-    shares_states = True
-
-    def make_block(self, config: LaCTConfig, layer_idx: int) -> FastWeightBlock:
-        return LaCTBlock(config, LaCTMixer(config))
+    mixer_class = LaCTMixer
 
 
 class LaCTForCausalLM(FastWeightForCausalLM):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.families import FAMILIES
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -60,7 +60,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
             where, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False, **kwargs
         )
     except OSError as error:
-        raise RefineError(f"cannot load the weights of {where}: {_first_line(error)}") from error
+        raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
     return model.eval()
 
 
@@ -75,7 +75,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RefineError(f"cannot load the tokenizer of {where}: {_first_line(error)}") from error
+        raise RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,7 +94,7 @@ def _load_config(where: str) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise RefineError(
-            f"cannot load a model from {where!r}: {_first_line(error)}; expected a folder with config.json and "
+            f"cannot load a model from {where!r}: {first_line(error)}; expected a folder with config.json and "
             f"*.safetensors, a hub name, or one of {', '.join(SHIPPED)}"
         ) from error
 
@@ -108,7 +108,7 @@ def _check_folder(folder: Path) -> None:
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RefineError(f"{config} is not valid JSON: {_first_line(error)}") from error
+        raise RefineError(f"{config} is not valid JSON: {first_line(error)}") from error
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_ENDINGS)
         if pickles:
@@ -117,7 +117,3 @@ def _check_folder(folder: Path) -> None:
                 "convert them to safetensors where you trust them"
             )
         raise RefineError(f"{folder} has no *.safetensors weights")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,17 +12,21 @@ from refine_nsp.errors import RefineError
 
 @dataclass(frozen=True)
 class Alignment:
-    """How real tokens move to the left and back. `order` [B, T]: input column of aligned slot; `slot` its inverse."""
+    """How real tokens move to the left and back. `order` [B, T]: input column of aligned slot; `slot` its inverse. All on the host."""
 
     lengths: Tensor  # [B] long, real tokens of each row
     order: Tensor | None  # [B, T] long; None: already aligned (right padding)
     slot: Tensor | None  # [B, T] long
 
     def align(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D], real tokens first
-        return x if self.order is None else x.gather(1, self.order[..., None].expand_as(x))
+        return x if self.order is None else _gather(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:  # the inverse; outputs at pads are finite and meaningless
-        return x if self.slot is None else x.gather(1, self.slot[..., None].expand_as(x))
+        return x if self.slot is None else _gather(x, self.slot)
+
+
+def _gather(x: Tensor, columns: Tensor) -> Tensor:
+    return x.gather(1, columns.to(x.device, non_blocking=True)[..., None].expand_as(x))
 
 
 def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Alignment | None:
@@ -30,6 +34,7 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Ali
     if mask is not None and lengths is not None:
         raise RefineError("got both attention_mask and lengths; pass one of them")
     if lengths is not None:
+        lengths = lengths.cpu()
         if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
             raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
         return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
@@ -37,11 +42,11 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Ali
         return None
     if mask.ndim != 2 or mask.shape[1] < n_tokens:
         raise RefineError(f"attention_mask must be [B, T] (or [B, past + T]) of 0 and 1, got shape {tuple(mask.shape)}")
-    real = mask[:, -n_tokens:] != 0
+    real = (mask[:, -n_tokens:] != 0).cpu()
     if bool(real.all()):
         return None
     lengths = real.sum(1)
-    slots = torch.arange(n_tokens, device=mask.device)
+    slots = torch.arange(n_tokens)
     if bool((real == (slots < lengths[:, None])).all()):  # right padding only
         return Alignment(lengths, None, None)
     order = torch.argsort(~real, dim=1, stable=True)
@@ -57,9 +62,10 @@ def columns_to_tokens(aligned: Alignment | None, n_tokens: int) -> Tensor | None
 
 
 def snapshot_tokens(positions: Tensor | None, aligned: Alignment | None, n_rows: int, n_tokens: int) -> Tensor | None:
-    """Input columns [B, P] of snapshots as indices among each row's real tokens. Raises a RefineError naming what is off."""
+    """Input columns [B, P] of snapshots as indices among each row's real tokens, on the host. Raises a RefineError naming what is off."""
     if positions is None:
         return None
+    positions = positions.cpu()
     if positions.ndim != 2 or positions.shape[0] != n_rows:
         raise RefineError(f"snapshot_positions must be [B, P] = [{n_rows}, P], got shape {tuple(positions.shape)}")
     if positions.numel() and (int(positions.max()) >= n_tokens or int(positions.min()) < -1):

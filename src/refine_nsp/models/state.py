@@ -2,8 +2,7 @@
 
 A state is a plain dictionary of tensors whose first axis is the row, so that every hand-over (one prefix to N rollouts, beam
 reordering, dropping finished rows) is one `index_select`. Tensors are replaced, never written in place: a state taken from a
-forward pass with gradients stays part of its graph, which is what lets the policy loss reach the prefix (DESIGN: prefix
-states instead of prefixes).
+forward pass with gradients stays part of its graph, which is what lets the policy loss reach the prefix.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class LayerTrace(Protocol):
     """What one layer keeps of a forward pass over T tokens, enough to rebuild its state at any position of it."""
 
     def at(self, positions: Tensor) -> LayerState:
-        """State after the token at `positions` [B, P] long (-1: the state the pass started from), as B*P rows."""
+        """State after the token at `positions` [B, P] long, on the host (-1: the state the pass started from), as B*P rows."""
         ...
 
 
@@ -33,28 +32,30 @@ class FastWeightCache(Cache):
 
     Attributes:
         layers: one `LayerState` per layer, empty before the first forward pass.
-        lengths: [R] long, real tokens consumed by each row; None before the first forward pass.
+        lengths: [R] long, on the host: real tokens consumed by each row; None before the first forward pass.
         columns: input columns seen, pads included: what `generate` calls the sequence length.
     """
 
     def __init__(self, layers: list[LayerState] | None = None, lengths: Tensor | None = None, columns: int = 0) -> None:
         super().__init__(layers=[])
         self.layers: list[LayerState] = layers if layers is not None else []  # type: ignore[assignment]
-        self.lengths = lengths
+        self.lengths = None if lengths is None else lengths.cpu()
         self.columns = columns
 
     # --- ours: pure, each returns a new cache -------------------------------------------------------------------------
     def index(self, rows: Tensor) -> FastWeightCache:
         """The given rows [R'] long, in that order and as often as named. Differentiable."""
-        layers = [{name: x.index_select(0, rows.to(x.device)) for name, x in layer.items()} for layer in self.layers]
-        lengths = None if self.lengths is None else self.lengths.index_select(0, rows.to(self.lengths.device))
+        layers = [
+            {name: x.index_select(0, rows.to(x.device, non_blocking=True)) for name, x in layer.items()} for layer in self.layers
+        ]
+        lengths = None if self.lengths is None else self.lengths.index_select(0, rows.cpu())
         return FastWeightCache(layers, lengths, self.columns)
 
     def expand(self, repeats: int) -> FastWeightCache:
         """Every row `repeats` times, neighbours together: B*P rows become R = B*P*N in row-major order. Differentiable."""
         if repeats == 1:
             return self.copy()
-        return self.index(torch.arange(self.batch_size, device=self._lengths().device).repeat_interleave(repeats))
+        return self.index(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def detach(self) -> FastWeightCache:
         """The same states outside any graph (no copies)."""
@@ -110,8 +111,7 @@ class FastWeightCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.lengths is not None:
-            rows = torch.arange(self.batch_size, device=self.lengths.device)[indices.to(self.lengths.device)]
-            self._become(self.index(rows))
+            self._become(self.index(torch.arange(self.batch_size)[indices.cpu()]))
 
     def reset(self) -> None:
         self._become(FastWeightCache())
@@ -157,12 +157,19 @@ def _stack_rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(x, p) for x, p in zip(parts, padding, strict=True)], 1).flatten(0, 1)
 
 
+def rows_of_their_own(state: LayerState, offsets: Tensor, branches: int) -> tuple[LayerState, Tensor]:
+    """Each of the S rows of a state and its offset `branches` times, neighbours together."""
+    if branches == 1:
+        return state, offsets
+    return {name: x.repeat_interleave(branches, 0) for name, x in state.items()}, offsets.repeat_interleave(branches)
+
+
 def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor) -> Tensor:
-    """The `count` tokens of x [B, T, ...] up to and including `positions` [B, P] -> [B, P, count, ...].
+    """The `count` tokens of x [B, T, ...] up to and including `positions` [B, P], on the host -> [B, P, count, ...].
 
     Before the first token stands `history` [B, count, ...], or zeros.
     """
-    index = positions[..., None] + torch.arange(1 - count, 1, device=x.device)  # [B, P, count]
+    index = (positions[..., None] + torch.arange(1 - count, 1)).to(x.device, non_blocking=True)  # [B, P, count]
     rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
     taken = x[rows, index.clamp(min=0)]
     before = (index < 0).view(*index.shape, *[1] * (x.ndim - 2))
@@ -179,15 +186,15 @@ class PrefixStates:
     """
 
     traces: list[LayerTrace]
-    offsets: Tensor  # [B] long, real tokens consumed before this pass
-    columns_to_tokens: Tensor | None  # [B, T] long: index among the row's real tokens of each input column; None: identity
+    offsets: Tensor  # [B] long, on the host: real tokens consumed before this pass
+    columns_to_tokens: Tensor | None  # [B, T] long, on the host: index among the row's real tokens of each column; None: identity
 
     def at(self, positions: Tensor) -> FastWeightCache:
         """Snapshot after the token in input column `positions` [B, P] long (-1: before the first), as B*P rows.
 
         Differentiable with respect to everything the pass computed. Rows are row-major: row b*P + p.
         """
-        tokens = positions
+        tokens = positions = positions.cpu()  # where a device chose them, the one thing a step asks it for
         if self.columns_to_tokens is not None:
             tokens = self.columns_to_tokens.gather(1, positions.clamp(min=0)).where(positions >= 0, positions)
         lengths = (self.offsets[:, None] + tokens + 1).reshape(-1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.records import Rollouts
+from refine_nsp.nsp.records import Judged, Rollouts
 
 EPSILON = 1e-6
 
@@ -24,17 +24,18 @@ class Advantages:
 
 
 @torch.no_grad()
-def compare(parts: Sequence[Rollouts], config: NSPConfig) -> list[Rollouts]:
+def compare(parts: Sequence[Judged], config: NSPConfig) -> list[Rollouts]:
     """Judged rollouts with their advantages, formed over all parts together: a global scale is one for all that are learned from."""
-    found = compute_advantages(torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts]), config)
+    advantages = compute_advantages(torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts]), config)
     metrics = {
-        "reward_group_std": found.group_std,
-        "groups_without_spread": found.share_without_spread,
-        "advantage_min": found.values.min(),
-        "advantage_max": found.values.max(),
+        "reward_group_std": advantages.group_std,
+        "groups_without_spread": advantages.share_without_spread,
+        "advantage_min": advantages.values.min(),
+        "advantage_max": advantages.values.max(),
     }
-    values = found.values.split([len(r.rewards) for r in parts])
-    return [replace(r, advantages=a, metrics={**r.metrics, **metrics}) for r, a in zip(parts, values, strict=True)]
+    values = advantages.values.split([len(r.rewards) for r in parts])
+    known = [{**vars(r), "metrics": {**r.metrics, **metrics}} for r in parts]
+    return [Rollouts(**k, advantages=a) for k, a in zip(known, values, strict=True)]
 
 
 def compute_advantages(rewards: Tensor, valid: Tensor, config: NSPConfig) -> Advantages:

@@ -65,14 +65,14 @@ def local_hidden(model: FastWeightForCausalLM, input_ids: Tensor, W: int, span: 
     return torch.cat(parts).reshape(B, windows.shape[1] * stride, -1)[:, : T - 2 * W]
 
 
-def _divergence(weight: Tensor, whole: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
+def _divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
     """d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
     n = block_tokens(2 * weight.shape[0])
     parts = []
-    for w, v, x in zip(whole.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
+    for w, v, x in zip(hidden.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
         p, q = ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in (w, v))
         if gain:
             parts.append((p - q).gather(-1, x[:, None])[:, 0].clamp(min=0.0))
         else:
             parts.append(torch.linalg.vecdot(p.exp(), p - q))
-    return torch.cat(parts).view(whole.shape[:2])
+    return torch.cat(parts).view(hidden.shape[:2])

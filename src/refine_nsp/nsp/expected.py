@@ -1,4 +1,4 @@
-"""ReFINE without rollouts: the reward's expectation in closed form, and its gradient (DESIGN, section 3b).
+"""ReFINE without rollouts: the reward's expectation in closed form, and its gradient (derived in docs/method.md).
 
 With p_j = p(x_{t+j} | x_{<t+j}), which the pass over the sequence has, a rollout of K tokens matches its first j tokens with probability
 p_1...p_j, so the expected `prefix_match` is J_t = (1/K) sum_j p_1...p_j. This is the policy gradient with infinitely many rollouts from
@@ -55,17 +55,17 @@ def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NS
         loss, stats = next_token_loss(model, detached, batch)
         positions = select(Pass(model, batch, detached, loss, stats, _no_states), config, draws.positions)
         chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
-        return Weighing(chosen, None, positions, int(count_positions(batch.host_lengths, config).sum()))
-    # All K tokens of the continuation must be there.
-    t = torch.arange(batch.input_ids.shape[1], device=hidden.device)
-    allowed = (t + config.rollout_length <= batch.lengths[:, None] - 1).to(hidden.dtype)
+        return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
+    # All K tokens of the continuation must be there: t + K <= length - 1.
+    allowed = batch.before(batch.lengths - config.rollout_length).to(hidden.dtype)
     if batch.scores is not None:
         return Weighing(allowed * batch.scores, None, None, batch.num_targets)
-    first = 2 * config.local_window
-    if len(t) <= first:
+    first, T = 2 * config.local_window, batch.input_ids.shape[1]
+    if first >= T:
         return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
     local = local_hidden(model, batch.input_ids, config.local_window, config.local_span)
-    return Weighing(allowed * (t >= first), F.pad(local, (0, 0, first, 0)), None, batch.num_targets)
+    scored = torch.arange(T, device=hidden.device) >= first
+    return Weighing(allowed * scored, F.pad(local, (0, 0, first, 0)), None, batch.num_targets)
 
 
 def _no_states(positions: Tensor) -> FastWeightCache:

@@ -1,6 +1,6 @@
 """One run over the sequences, and the two ways to go on from its prefixes: their states are handed over, or they are run again.
 
-Both give the same loss and the same gradients for the same positions and rollouts (DESIGN, "prefix states instead of prefixes").
+Both give the same loss and the same gradients for the same positions and rollouts.
 """
 
 from __future__ import annotations

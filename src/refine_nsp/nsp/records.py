@@ -25,15 +25,13 @@ class Batch:
     """Sequences, real tokens on the left.
 
     Attributes:
-        input_ids: [B, T] long. lengths: [B] long, on the device of input_ids. sizes: the same numbers, on the host, so that what depends
-            on lengths alone is known without asking the device.
+        input_ids: [B, T] long. lengths: [B] long, on the host: what follows from lengths alone is known without asking a device.
         columns: other columns of the dataset, B values each, for rewards that ask for them.
         scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
     """
 
     input_ids: Tensor
     lengths: Tensor
-    sizes: tuple[int, ...]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     scores: Tensor | None = None
 
@@ -50,22 +48,27 @@ class Batch:
             raise RefineError(f"lengths must be [B] = [{B}], got shape {tuple(lengths.shape)}")
         if scores is not None and scores.shape != (B, T):
             raise RefineError(f"scores must be [B, T] = [{B}, {T}], got shape {tuple(scores.shape)}")
-        return cls(input_ids, lengths.to(input_ids.device), tuple(lengths.tolist()), columns or {}, scores)
+        return cls(input_ids, lengths.cpu(), columns or {}, scores)
 
     @cached_property
-    def host_lengths(self) -> Tensor:
-        """[B] long on the CPU."""
-        return torch.tensor(self.sizes, dtype=torch.long)
+    def sizes(self) -> tuple[int, ...]:
+        """The lengths as numbers."""
+        return tuple(self.lengths.tolist())
 
     @cached_property
     def real(self) -> Tensor:
-        """[B, T] bool: real tokens."""
-        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None]
+        """[B, T] bool, on the device: real tokens."""
+        return self.before(self.lengths)
 
     @cached_property
     def target_mask(self) -> Tensor:
-        """[B, T] bool: t whose next token is real."""
-        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device) < self.lengths[:, None] - 1
+        """[B, T] bool, on the device: t whose next token is real."""
+        return self.before(self.lengths - 1)
+
+    def before(self, ends: Tensor) -> Tensor:
+        """[B, T] bool, on the device: tokens before `ends` [B], given on the host."""
+        mask = torch.arange(self.input_ids.shape[1]) < ends[:, None]
+        return mask.to(self.input_ids.device, non_blocking=True)
 
     @property
     def num_targets(self) -> int:
@@ -94,17 +97,15 @@ class Continuation:
     hidden: Tensor | None
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """Sampled continuations and everything known of them. R = B*P*N, row-major. No gradients.
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Sampled continuations. R = B*P*N, row-major. No gradients.
 
     Attributes:
         positions: [B, P] long, last token of each prefix; -1: none (the sequence was too short).
         tokens: [B, P, N, K] long.
         log_probs: [B, P, N, K], nats, of the distribution they were sampled from.
         hidden: [B, P, N, K, D] final-norm output after consuming token j of the rollout, or None when not kept.
-        rewards: [B, P, N] mean over the K tokens, weighted sum over rewards.
-        advantages: [B, P, N]. entropy: [B, T] nats, of every next-token distribution.
         num_positions: how many of the B*P positions there are.
         metrics: scalars to log.
     """
@@ -113,20 +114,32 @@ class Rollouts:
     tokens: Tensor
     log_probs: Tensor
     hidden: Tensor | None
-    rewards: Tensor
-    advantages: Tensor
-    entropy: Tensor
     num_positions: int
     metrics: Metrics = field(default_factory=dict)
-
-    def without_hidden(self) -> Rollouts:
-        """The same without hidden states: only rewards need these, and they are large."""
-        return replace(self, hidden=None)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all rollouts."""
         return self.num_positions * self.tokens.shape[2] * self.tokens.shape[3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Sampled):
+    """rewards: [B, P, N] mean over the K tokens, weighted sum over rewards. entropy: [B, T] nats, of every next-token distribution."""
+
+    rewards: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts(Judged):
+    """Everything known of sampled continuations. advantages: [B, P, N]."""
+
+    advantages: Tensor
+
+    def without_hidden(self) -> Rollouts:
+        """The same without hidden states: only rewards need these, and they are large."""
+        return replace(self, hidden=None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.nsp.passes import Pass
-from refine_nsp.nsp.records import Metrics, Rollouts, gather_positions, masked_mean
+from refine_nsp.nsp.records import Judged, Metrics, Sampled, gather_positions, masked_mean
 
 Reward = Callable[..., Tensor]
 
@@ -41,7 +40,7 @@ def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | N
 
 def prefix_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
     """1 as long as every token so far equals the true one, [R, K]: its mean is leading matches / K, whose expectation is known in
-    closed form (DESIGN, section 3b)."""
+    closed form (`nsp/expected.py`)."""
     return (completion_ids == truth_ids).to(_wide(hidden)).cumprod(-1)
 
 
@@ -99,23 +98,23 @@ def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
 
 
 @torch.no_grad()
-def judge(whole: Pass, rollouts: Rollouts, config: NSPConfig) -> Rollouts:
+def judge(forward: Pass, sampled: Sampled, config: NSPConfig) -> Judged:
     """The rollouts with their rewards: each token and hidden state against the true continuation's."""
-    B, P, N, K = rollouts.tokens.shape
-    batch, positions = whole.batch, rollouts.positions
-    assert rollouts.hidden is not None
+    B, P, N, K = sampled.tokens.shape
+    batch, positions = forward.batch, sampled.positions
+    assert sampled.hidden is not None
     ahead = (positions.clamp(min=0)[..., None] + torch.arange(1, K + 1, device=positions.device)).flatten(1)  # [B, P*K]
     ahead = ahead.clamp(max=batch.input_ids.shape[1] - 1)
     truth = batch.input_ids.gather(1, ahead).view(B, P, 1, K).expand(B, P, N, K).reshape(-1, K)
-    true_hidden = gather_positions(whole.hidden, ahead).view(B, P, 1, K, -1).expand(B, P, N, K, -1).flatten(0, 2)
-    rows = rollouts.tokens.reshape(-1, K)
+    true_hidden = gather_positions(forward.hidden, ahead).view(B, P, 1, K, -1).expand(B, P, N, K, -1).flatten(0, 2)
+    rows = sampled.tokens.reshape(-1, K)
     # While a rollout equals the truth its hidden states are the truth's: the same function of the same tokens. Taking them from
     # there keeps rounding (large in bfloat16) from costing a perfect rollout its perfect score.
     same = (rows == truth).long().cumprod(-1).bool()
     inputs: dict[str, Any] = {
         "completion_ids": rows,
         "truth_ids": truth,
-        "hidden": torch.where(same[..., None], true_hidden, rollouts.hidden.flatten(0, 2)),
+        "hidden": torch.where(same[..., None], true_hidden, sampled.hidden.flatten(0, 2)),
         "truth_hidden": true_hidden,
     }
     if any("prompts_ids" in asked(resolve_reward(r)[1])[0] for r in config.rewards):
@@ -126,10 +125,11 @@ def judge(whole: Pass, rollouts: Rollouts, config: NSPConfig) -> Rollouts:
     valid = positions >= 0
     metrics = {
         **_reward_metrics(by_name, valid, (B, P, N)),
-        "entropy": masked_mean(whole.entropy, batch.target_mask),
-        "entropy_at_positions": masked_mean(gather_positions(whole.entropy, positions), valid),
+        "entropy": masked_mean(forward.entropy, batch.target_mask),
+        "entropy_at_positions": masked_mean(gather_positions(forward.entropy, positions), valid),
     }
-    return replace(rollouts, rewards=total.view(B, P, N), entropy=whole.entropy, metrics={**rollouts.metrics, **metrics})
+    known = {**vars(sampled), "metrics": {**sampled.metrics, **metrics}}
+    return Judged(**known, rewards=total.view(B, P, N), entropy=forward.entropy)
 
 
 def asked(function: Reward) -> tuple[set[str], bool]:

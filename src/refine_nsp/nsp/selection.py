@@ -1,7 +1,7 @@
 """Where to roll out (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk.
 
-Two axes: a score (how interesting a token is) and a draw (how a position is taken from the scores of its chunk). A name is accepted
-when it stands in these two tables.
+Two axes: a score (how interesting a token is) and a draw (how a position is taken from the scores of its chunk), each a table of
+functions by the names `NSPConfig` takes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from refine_nsp.nsp.records import Batch, inverse_cdf
 
 
 @torch.no_grad()
-def select(whole: Pass, config: NSPConfig, u: Tensor) -> Tensor:
+def select(forward: Pass, config: NSPConfig, u: Tensor) -> Tensor:
     """Positions [B, P] long by the score and the draw of `config`, -1 where a chunk has no admissible token; u: [B, P] uniforms."""
-    return select_positions(SCORES[config.selection].of(whole, config), whole.batch, u, config)
+    return select_positions(SCORES[config.score].of(forward, config), forward.batch, u, config)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -38,26 +39,25 @@ class Score:
     rows_together: bool = False
 
 
-def entropy_score(whole: Pass, config: NSPConfig) -> Tensor:
+def entropy_score(forward: Pass, config: NSPConfig) -> Tensor:
     """Entropy of the next-token distribution, smoothed (section 3.1)."""
-    return smooth_entropy(whole.entropy, whole.batch, config)
+    return smooth_entropy(forward.entropy, forward.batch, config)
 
 
-def context_score(whole: Pass, config: NSPConfig) -> Tensor:
-    """How much far context changes the prediction of the next K tokens."""
-    gain = config.selection == "context_gain"
-    return next_sum(context_divergence(whole.model, whole.batch, whole.hidden, config, gain), config.rollout_length)
+def context_score(forward: Pass, config: NSPConfig, gain: bool) -> Tensor:
+    """How much far context changes the prediction of the next K tokens: their KL, or what it gains for the true ones."""
+    return next_sum(context_divergence(forward.model, forward.batch, forward.hidden, config, gain), config.rollout_length)
 
 
-def no_score(whole: Pass, config: NSPConfig) -> Tensor:
+def no_score(forward: Pass, config: NSPConfig) -> Tensor:
     """All tokens alike."""
-    return torch.zeros_like(whole.entropy)
+    return torch.zeros_like(forward.entropy)
 
 
 SCORES: dict[str, Score] = {
     "entropy": Score(entropy_score),
-    "context_kl": Score(context_score, rows_together=True),
-    "context_gain": Score(context_score, rows_together=True),
+    "context_kl": Score(partial(context_score, gain=False), rows_together=True),
+    "context_gain": Score(partial(context_score, gain=True), rows_together=True),
     "none": Score(no_score),
 }
 
@@ -113,25 +113,25 @@ def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig)
         config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
-    if int(count_positions(batch.host_lengths, config).sum()) < P * len(batch.sizes):
+    if int(count_positions(batch.lengths, config).sum()) < P * len(batch.sizes):
         _warn_once_about_short_sequences()
-    allowed = chunk_tokens(batch.lengths, T, config)  # [B, P, T]
+    allowed = chunk_tokens(batch.lengths, T, config).to(scores.device, non_blocking=True)  # [B, P, T]
     # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
     tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)
-    chosen = DRAWS[str(config.draw)](tokenwise, allowed, u, config.tau)
+    chosen = DRAWS[config.drawn](tokenwise, allowed, u, config.tau)
     return torch.where(allowed.any(-1), chosen, -1)
 
 
 def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
     """[B, T] long: which of the P equal chunks of the real tokens each token falls in; the remainder goes to the last."""
     size = torch.div(lengths, P, rounding_mode="floor").clamp(min=1)
-    index = torch.arange(n_tokens, device=lengths.device)
+    index = torch.arange(n_tokens)
     return torch.div(index, size[:, None], rounding_mode="floor").clamp(max=P - 1)
 
 
 def admissible(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
     """[B, T] bool: t with at least `min_prefix` tokens before it and K after it: min_prefix <= t and t + K <= length - 1."""
-    t = torch.arange(n_tokens, device=lengths.device)
+    t = torch.arange(n_tokens)
     return (t >= config.min_prefix) & (t + config.rollout_length <= lengths[:, None] - 1)
 
 
@@ -139,7 +139,7 @@ def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
     """[B, P, T] bool: the admissible tokens of each chunk."""
     P = config.positions_per_sequence
     chunk = chunk_of_tokens(lengths, n_tokens, P)
-    inside = chunk[:, None] == torch.arange(P, device=chunk.device)[:, None]
+    inside = chunk[:, None] == torch.arange(P)[:, None]
     return admissible(lengths, n_tokens, config)[:, None] & inside
 
 

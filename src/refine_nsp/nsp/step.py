@@ -16,7 +16,18 @@ from refine_nsp.nsp.advantage import compare
 from refine_nsp.nsp.expected import refine_in_closed_form
 from refine_nsp.nsp.objective import policy_loss
 from refine_nsp.nsp.passes import Pass, run
-from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Normalizer, Prefixes, Rollouts, StepResult
+from refine_nsp.nsp.records import (
+    Batch,
+    Draws,
+    Generators,
+    Judged,
+    Learning,
+    Normalizer,
+    Prefixes,
+    Rollouts,
+    Sampled,
+    StepResult,
+)
 from refine_nsp.nsp.rewards import judge, resolve_reward
 from refine_nsp.nsp.rollout import sample
 from refine_nsp.nsp.selection import select
@@ -40,35 +51,35 @@ def one_step(
 
 def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
     """The step on policy, all from one pass."""
-    whole = run(model, batch, config, learning.ntp_normalizer)
-    positions = select(whole, config, draws.positions)  # section 3.1
-    prefixes = whole.states(positions)
-    sampled = sample(whole, prefixes, config, draws.tokens)  # section 3.2
-    judged = judge(whole, sampled, config)  # section 3.3
+    forward = run(model, batch, config, learning.ntp_normalizer)
+    positions = select(forward, config, draws.positions)  # section 3.1
+    prefixes = forward.states(positions)
+    sampled = sample(forward, prefixes, config, draws.tokens)  # section 3.2
+    judged = judge(forward, sampled, config)  # section 3.3
     rollouts = compare([judged], config)[0]  # section 3.4
-    return learn(whole, prefixes, rollouts, config, learning)
+    return learn(forward, prefixes, rollouts, config, learning)
 
 
 @torch.no_grad()
-def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws) -> Rollouts:
+def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
     """Judged rollouts, to be compared and learned from later: the same steps without gradients."""
-    whole = run(model, batch, config)
-    positions = select(whole, config, draws.positions)
-    sampled = sample(whole, whole.states(positions), config, draws.tokens)
-    return judge(whole, sampled, config)
+    forward = run(model, batch, config)
+    positions = select(forward, config, draws.positions)
+    sampled = sample(forward, forward.states(positions), config, draws.tokens)
+    return judge(forward, sampled, config)
 
 
 def learn_from(
     model: FastWeightForCausalLM, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
 ) -> StepResult:
     """Learn from rollouts that were made before, by this policy or an earlier one."""
-    whole = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
-    return learn(whole, whole.states(rollouts.positions), rollouts, config, learning)
+    forward = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
+    return learn(forward, forward.states(rollouts.positions), rollouts, config, learning)
 
 
-def learn(whole: Pass, prefixes: Prefixes, rollouts: Rollouts, config: NSPConfig, learning: Learning) -> StepResult:
+def learn(forward: Pass, prefixes: Prefixes, rollouts: Rollouts, config: NSPConfig, learning: Learning) -> StepResult:
     """The losses (section 3.4), with gradient through the prefixes' states into the whole sequence."""
-    policy = whole.continue_from(prefixes, rollouts.tokens, config.temperature)
+    policy = forward.continue_from(prefixes, rollouts.tokens, config.temperature)
     valid = rollouts.positions >= 0
     loss_policy = policy_loss(
         policy.log_probs,
@@ -78,15 +89,15 @@ def learn(whole: Pass, prefixes: Prefixes, rollouts: Rollouts, config: NSPConfig
         config,
         normalizer=learning.policy_normalizer if learning.policy_normalizer is not None else max(rollouts.num_tokens, 1),
         entropy=policy.entropy,
-        reference_log_probs=reference_log_probs(whole.batch, rollouts, config, learning.reference),
+        reference_log_probs=reference_log_probs(forward.batch, rollouts, config, learning.reference),
     )
     return StepResult(
-        loss=config.lambda_rl * loss_policy.loss + config.lambda_ntp * whole.loss_ntp,
-        loss_ntp=whole.loss_ntp,
+        loss=config.lambda_rl * loss_policy.loss + config.lambda_ntp * forward.loss_ntp,
+        loss_ntp=forward.loss_ntp,
         loss_policy=loss_policy.loss,
         entropy=rollouts.entropy,
         metrics={**rollouts.metrics, **loss_policy.metrics},
-        num_targets=whole.batch.num_targets,
+        num_targets=forward.batch.num_targets,
         num_rollout_tokens=rollouts.num_tokens,
         positions=rollouts.positions,
         rollouts=rollouts.tokens,
@@ -103,8 +114,8 @@ def reference_log_probs(
     """[B, P, N, K] under the frozen reference model, when there is a KL term."""
     if config.kl_coef == 0 or reference is None:
         return None
-    whole = run(reference, batch, replace(config, schedule="snapshot"), positions=rollouts.positions)
-    return whole.continue_from(whole.states(rollouts.positions), rollouts.tokens, config.temperature).log_probs
+    forward = run(reference, batch, replace(config, schedule="snapshot"), positions=rollouts.positions)
+    return forward.continue_from(forward.states(rollouts.positions), rollouts.tokens, config.temperature).log_probs
 
 
 class ReFINEStep(nn.Module):
@@ -216,17 +227,19 @@ class ReFINEStep(nn.Module):
         self, model: FastWeightForCausalLM, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None
     ) -> StepResult:
         c, shape = self.config, tokens.shape
-        whole = run(model, batch, c, positions=positions)
-        prefixes = whole.states(positions)
-        own = whole.continue_from(prefixes, tokens, c.temperature, need_hidden=True)
+        forward = run(model, batch, c, positions=positions)
+        prefixes = forward.states(positions)
+        own = forward.continue_from(prefixes, tokens, c.temperature, need_hidden=True)
         assert own.hidden is not None
-        none = own.log_probs.new_zeros(shape[:3])
-        given = Rollouts(
-            positions, tokens, own.log_probs.detach() if old is None else old, own.hidden.view(*shape, -1), none, none, none,
-            int((positions >= 0).sum()),
-        )  # fmt: skip
-        rollouts = compare([judge(whole, given, c)], c)[0]
-        return learn(whole, prefixes, rollouts, c, Learning(reference=self.reference_model))
+        given = Sampled(
+            positions=positions,
+            tokens=tokens,
+            log_probs=own.log_probs.detach() if old is None else old,
+            hidden=own.hidden.view(*shape, -1),
+            num_positions=int((positions >= 0).sum()),
+        )
+        rollouts = compare([judge(forward, given, c)], c)[0]
+        return learn(forward, prefixes, rollouts, c, Learning(reference=self.reference_model))
 
     def _batch(
         self,
@@ -252,7 +265,7 @@ def check_rollouts(positions: Tensor, rollouts: Tensor, batch: Batch) -> None:
             f"expected positions [B, P] and rollouts [B, P, N, K] for B={len(batch.lengths)}, got {tuple(positions.shape)} and "
             f"{tuple(rollouts.shape)}"
         )
-    K = rollouts.shape[-1]
+    K, positions = rollouts.shape[-1], positions.cpu()
     late = (positions + K > batch.lengths[:, None] - 1) & (positions >= 0)
     if bool(late.any()):
         raise RefineError(f"position {int(positions[late][0])} leaves no {K} true tokens after it: t + K <= length - 1")

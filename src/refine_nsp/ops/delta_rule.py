@@ -10,6 +10,9 @@ D[i,j] = exp(b[i] - b[j]) for i >= j (at most 1, so nothing overflows),
 
 So everything but one D x D update per chunk is batched over chunks, and a snapshot is one masked product. The backward is written
 by hand: with dXv = X' dU (the gradient of beta V), that of A is -tril(dXv U', -1) and that of (beta exp(b) K) is -dXv S0'.
+
+n counts chunks; D without indices is either width of a head. In the code P is tril(Q K' * D) and w is X (beta exp(b) K); only
+`DeltaStates.at` has P positions.
 """
 
 from __future__ import annotations
@@ -57,17 +60,19 @@ class DeltaStates:
 
     @without_autocast
     def at(self, positions: Tensor) -> Tensor:
-        """State after the token at `positions` [B, P] long (-1: the initial state) -> [B, P, HV, Dk, Dv], differentiable."""
+        """State after the token at `positions` [B, P] long, best on the host (-1: the start) -> [B, P, HV, Dk, Dv], differentiable."""
         n, B, HV, C, _ = self.u.shape
-        T, group = self.k.shape[1], HV // self.k.shape[2]
-        consumed = positions + 1
-        chunk, r = consumed // C, consumed % C
-        rows = torch.arange(B, device=positions.device)[:, None]
+        T, group, device = self.k.shape[1], HV // self.k.shape[2], self.u.device
+        consumed = positions.cpu() + 1
+        r = (consumed % C).to(device, non_blocking=True)
+        chunk = torch.div(consumed, C, rounding_mode="floor").to(device, non_blocking=True)
+        rows = torch.arange(B, device=device)[:, None]
         start = self.starts[chunk, rows]  # [B, P, HV, Dk, Dv]
-        if not bool(r.any()):
-            return start
-        tokens = chunk[..., None] * C + torch.arange(C, device=positions.device)  # [B, P, C]
-        inside = torch.arange(C, device=positions.device) < r[..., None]
+        if not bool((consumed % C).any()):
+            return start  # all at the beginning of a chunk, as when decoding: nothing to add
+        tokens = chunk[..., None] * C + torch.arange(C, device=device)  # [B, P, C]
+        inside = torch.arange(C, device=device) < r[..., None]
+        # Past the end there is nothing `inside`, but something must be there to index.
         tokens = tokens.clamp(max=T - 1)
         k = self.k[rows[..., None], tokens].to(start.dtype).repeat_interleave(group, 3)  # [B, P, C, HV, Dk]
         u = self.u[chunk.clamp(max=n - 1), rows]  # [B, P, HV, C, Dv]
@@ -75,7 +80,8 @@ class DeltaStates:
             k = k.masked_fill(~inside[..., None, None], 0.0)
         else:
             g = self.g[rows[..., None], tokens].to(start.dtype).masked_fill(~inside[..., None], 0.0)
-            total = g.sum(2, keepdim=True)  # [B, P, 1, HV]
+            total = g.sum(2, keepdim=True)  # [B, P, 1, HV], b[r - 1]: g is 0 from r on
+            # From r on the exponent is 0, so the factor would be 1 there.
             decay = (total - g.cumsum(2)).exp().masked_fill(~inside[..., None], 0.0)
             k, start = k * decay[..., None], start * total.exp()[:, :, 0, :, None, None]
         return start + torch.einsum("bpchk,bphcv->bphkv", k, u)
@@ -108,6 +114,7 @@ def delta_rule(
     if HV % H:
         raise ValueError(f"the {HV} value heads must be a multiple of the {H} query/key heads")
     C = min(chunk_size or _default_chunk(max(q.shape[-1], v.shape[-1])), T)
+    # A state is a sum over the sequence: in bfloat16 it would soon round away what a single token writes.
     dtype = torch.promote_types(q.dtype, torch.float32)
     chunks = [_to_chunks(x, C, HV, dtype) for x in (q, k, v)]
     gates = [None if x is None else _to_chunks(x[..., None], C, HV, dtype).squeeze(-1) for x in (beta, g)]
@@ -125,6 +132,7 @@ def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
     """
     B, T, H, D = x.shape
     if T % C:
+        # Zero keys and beta write nothing, zero g decays nothing: the state behind the last chunk is that after the last token.
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % C))
     if HV != H:
         x = x.repeat_interleave(HV // H, 2)
@@ -133,6 +141,8 @@ def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
 
 def _inverse_unit_lower(A: Tensor) -> Tensor:
     """(I + A)^-1 for strictly lower triangular A [..., C, C]."""
+    # unitriangular: the diagonal is taken as 1 and never read, so A stands for I + A. Substitution, since a series in powers of A would
+    # cancel badly where keys are alike. As a matrix, because it is applied three times, the last transposed.
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
 
@@ -150,6 +160,8 @@ def _decay(g: Tensor | None) -> _Decay:
     if g is None:
         return _Decay(None, None, None, None)
     b = g.cumsum(-1)
+    # Differences before exp: exp(b_i) / exp(b_j) is 0 / 0 under strong decay. Above the diagonal they are positive and exp may overflow,
+    # and inf times a 0 is nan: so they are cleared before it, and what exp makes of 0 is cleared after it.
     pair = (b[..., :, None] - b[..., None, :]).tril_().exp_().tril_()
     last = b[..., -1:]
     return _Decay(pair, b.exp()[..., None], (last - b).exp()[..., None], last.exp()[..., None])
@@ -166,7 +178,7 @@ def _scale(x: Tensor, factor: Tensor | None) -> Tensor:
 
 def _minus_product(a: Tensor, b: Tensor) -> Tensor:
     """-(a @ b) in one pass."""
-    zero = a.new_zeros(1, 1, 1)
+    zero = a.new_zeros(1, 1, 1)  # with beta=0 it is not read
     return torch.baddbmm(zero, *_flat(a, b), beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
 
 
@@ -184,20 +196,22 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         u = X @ (v * b)
         w = X @ _times(kb, decay.from_start)
         k_end = _times(k, decay.to_end)
+        # Each state is written to its place among all of them: a list would have to be stacked, which copies them once more.
         starts = q.new_empty(n + 1, B, HV, Dk, Dv)
         starts[0] = 0.0 if S0 is None else S0
-        heads = [x.flatten(1, 2) for x in (starts, u, w, k_end)]
+        heads = [x.flatten(1, 2) for x in (starts, u, w, k_end)]  # views: the loop writes through them
+        # u was X (beta V) until here: what depends on S0 is all that must wait for the chunk before. starts has one state more.
         for c, (S, u_c, w_c, k_c) in enumerate(zip(*heads, strict=False)):
             u_c.baddbmm_(w_c, S, alpha=-1.0)
             kept = S if decay.whole is None else S * decay.whole[c].flatten(0, 1)
             torch.baddbmm(kept, k_c.mT, u_c, out=heads[0][c + 1])
         P = q @ k.mT
-        P = P.tril_() if decay.pair is None else P.mul_(decay.pair)
+        P = P.tril_() if decay.pair is None else P.mul_(decay.pair)  # the decays are lower triangular themselves
         o = P @ u
         o += _times(q, decay.from_start) @ starts[:-1]
         o *= scale
         ctx.save_for_backward(q, k, v, beta, X, w, u, starts, P, None if g is None else A, *decay)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # or states that nobody uses would get zero gradients of their full size
         ctx.has_initial = S0 is not None
         return o, starts, u
 
@@ -212,6 +226,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         if du_out is not None:
             du += du_out
         q_start, k_end = _times(q, decay.from_start), _times(k, decay.to_end)
+        # A copy: the loop below adds to it, and the incoming gradient may be somebody else's too.
         dS = starts.new_zeros(starts.shape) if dstarts is None else dstarts.clone()
         dS[:-1] += q_start.mT @ do
         _backward_through_chunks(dS, du, w, k_end, decay.whole)
@@ -223,12 +238,13 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         dP = do @ u.mT
         dq = do @ S.mT
         kb, dg = k * b, None
-        if A is not None:
+        if A is not None:  # before the decays go into dA, dP, dkw, dk_end and dq in place below
             db = _pair_gradient(dA, A, dP, P)
             db += _end_gradients(decay, dkw, kb, dq, q_start, dk_end, k_end, S, dS)
-            dg = db.flip(-1).cumsum(-1).flip(-1)
+            dg = db.flip(-1).cumsum(-1).flip(-1)  # b is the running sum of g, so g[j] is in every b[i], i >= j
         dA, dP = _scale(dA, decay.pair), dP.tril_() if decay.pair is None else dP.mul_(decay.pair)
         dkw, dk_end, dq = _scale(dkw, decay.from_start), _scale(dk_end, decay.to_end), _scale(dq, decay.from_start)
+        # Sums of products are accumulated by the product itself, which saves a pass over memory for each.
         dq = torch.baddbmm(*_flat(dq, dP, k)).view_as(q)
         dkb = torch.baddbmm(*_flat(dkw, dA, k)).view_as(k)
         dk = torch.baddbmm(*_flat(dk_end, dA.mT, kb))
@@ -247,7 +263,7 @@ def _backward_through_chunks(dS: Tensor, du: Tensor, w: Tensor, k_end: Tensor, w
     """In place: dS [n+1, .., Dk, Dv] and du [n, .., C, Dv] gain what flows back through the states."""
     dS, du, w, k_end = (x.flatten(1, 2) for x in (dS, du, w, k_end))
     for c in range(du.shape[0] - 1, -1, -1):
-        after = dS[c + 1]
+        after = dS[c + 1]  # complete: this chunk's u needs it, and the state before needs that u
         du[c].baddbmm_(k_end[c], after)
         dS[c].baddbmm_(w[c].mT, du[c], alpha=-1.0)
         dS[c] += after if whole is None else after * whole[c].flatten(0, 1)
@@ -270,6 +286,7 @@ def _end_gradients(
     assert decay.from_start is not None and decay.whole is not None
     vecdot = torch.linalg.vecdot
     db = vecdot(dkw, kb) * decay.from_start[..., 0] + vecdot(dq_start, q_start)
+    # to_end is exp(b_last - b_i), and the state itself decays by exp(b_last).
     end = vecdot(dk_end, k_end)
     db -= end
     db[..., -1] += end.sum(-1) + vecdot(S.flatten(-2), dS[1:].flatten(-2)) * decay.whole[..., 0, 0]

@@ -1,5 +1,5 @@
-"""LaCT's fast weights (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)), that is
-read by queries and trained on keys and values, a large chunk at a time.
+"""One update of LaCT's fast weights (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)),
+that is read by queries and trained on keys and values, a large chunk at a time. `ops/lact.py` runs it over a sequence.
 
 One update, with gradient terms of the dot-product loss, per-token learning rates lr and the chunk's mean momentum m:
 d = gradient + m d_prev; [Newton-Schulz of d, not fed back into the momentum]; w <- w + d, every row rescaled to its initial norm.
@@ -116,18 +116,3 @@ def update(
     moved = Triple(*(w + d for w, d in zip(start, step, strict=True)))
     scaled = (w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * n for w, n in zip(moved, norms, strict=True))
     return FastState(Triple(*scaled), moved if rule.prenorm else None, kept)
-
-
-def naive_lact(
-    weights: Triple, q: Tensor, k: Tensor, v: Tensor, lr: Triple, momentum: Tensor | None, chunk: int, rule: UpdateRule
-) -> Tensor:
-    """Token by token: a complete chunk is learned from when the token after it arrives. q, k, v [.., T, D] -> [.., T, D]."""
-    state, norms, outputs = initial_state(weights, rule), row_norms(weights), []
-    for t in range(q.shape[-2]):
-        if t and t % chunk == 0:
-            s = slice(t - chunk, t)
-            past_lr = Triple(*(x[..., s, :] for x in lr))
-            m = None if momentum is None else momentum[..., s, :]
-            state = update(state, norms, k[..., s, :], v[..., s, :], past_lr, m, rule)
-        outputs.append(read(state.weights, q[..., t : t + 1, :]))
-    return torch.cat(outputs, -2)

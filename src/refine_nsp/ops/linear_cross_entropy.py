@@ -2,9 +2,9 @@
 
 The head is applied to one block of tokens at a time. Since the weight of every token in the loss is known beforehand (1 / number of
 targets, or 0), the gradient is formed in the forward pass while the block's logits are there: logits are computed once, and the
-backward only multiplies by the incoming scalar.
+backward only multiplies by the incoming scalar. n counts tokens, m those of a block.
 
-`linear_next_sequence` adds the expected reward of next-sequence prediction in closed form (DESIGN, section 3b). With log-probabilities
+`linear_next_sequence` adds the expected reward of next-sequence prediction in closed form (docs/method.md). With log-probabilities
 l_i of the true tokens, J_t = (1/K) sum_{j<K} exp(l_t + ... + l_{t+j}) is a function of these alone, so its gradient with respect to
 the logits is that of a cross-entropy whose token weights are
 
@@ -39,6 +39,7 @@ class TokenStats:
 
 def block_tokens(vocabulary: int) -> int:
     """Tokens per block so that a block's logits stay near `BLOCK_LOGITS`."""
+    # Every block reads all of the head's weights: with fewer tokens a huge vocabulary would be read for next to no arithmetic.
     return max(16, BLOCK_LOGITS // vocabulary)
 
 
@@ -65,9 +66,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
     Returns:
         The scalar loss (float32 or better) and detached per-token NLL, entropy and argmax.
     """
-    dtype = autocast_dtype(hidden)
-    loss, nll, entropy, argmax = _run(hidden.to(dtype), weight.to(dtype), targets, token_weights)
+    # Cast outside the function, so that autograd casts the gradients back; inside, autocast is off, since what is wide is chosen by hand.
+    hidden, weight = _inputs(hidden, weight)
+    loss, nll, entropy, argmax = _run(hidden, weight, targets, token_weights)
     return loss, TokenStats(nll, entropy, argmax)
+
+
+def _inputs(*tensors: Tensor) -> list[Tensor]:
+    """In the dtype the products run in. Without gradients, cut off: autograd asks a function whether its inputs *could* have one, and
+    half the products would be for nothing."""
+    dtype = autocast_dtype(tensors[0])
+    return [(x if torch.is_grad_enabled() else x.detach()).to(dtype) for x in tensors]
 
 
 @without_autocast
@@ -86,11 +95,12 @@ class _Block:
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, wide: torch.dtype) -> None:
         self.hidden, self.weight, self.targets = hidden, weight, targets
+        # The product in the model's dtype, as its own head would do it; only sums over V need more.
         logits = (hidden @ weight.T).to(wide)
         top = logits.max(-1)
         self.argmax = top.indices
         at_target = logits.gather(-1, targets[:, None])[:, 0] - top.values
-        logits -= top.values[:, None]
+        logits -= top.values[:, None]  # exp then stays at most 1. In place: this is the largest tensor of a step
         self.p = torch.exp(logits)
         self.mass = self.p.sum(-1)
         log_mass = self.mass.log()
@@ -115,6 +125,7 @@ class _Outputs:
     def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
         n, self.wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         self.dhidden = torch.empty_like(hidden) if need_hidden else None
+        # Wide, as it is a sum over blocks; of dhidden each row comes from one block.
         self.dweight = torch.zeros(weight.shape, dtype=self.wide, device=weight.device) if need_weight else None
         self.weight = weight
         self.nll, self.entropy = (torch.empty(n, dtype=self.wide, device=hidden.device) for _ in range(2))
@@ -128,10 +139,10 @@ class _Outputs:
         """That of sum(token_weights * NLL) over the tokens `inside`. The block's softmax is used up."""
         if self.dhidden is None and self.dweight is None:
             return
-        p = block.p[inside]
+        p = block.p[inside]  # a view: it is scaled where it lies
         p *= (token_weights / block.mass[inside])[:, None]  # becomes d loss / d logits
         p.scatter_add_(-1, block.targets[inside, None], -token_weights[:, None])
-        p = p.to(block.hidden.dtype)
+        p = p.to(block.hidden.dtype)  # products in the dtype of the forward ones
         if self.dhidden is not None:
             torch.mm(p, block.weight, out=self.dhidden[s])
         if self.dweight is not None:
@@ -210,6 +221,7 @@ def match_coefficients(log_p: Tensor, weights: Tensor, K: int, share: float = 0.
     # A factor l_{t+j} stands in every product of at least j + 1 matches.
     later = windows.cumsum(-1).exp().flip(-1).cumsum(-1).flip(-1)
     parts = weights[:, None] * ((1 - share) * later + share) / K  # [n, K]: of window t, for its token t + j
+    # Token i is the j-th of window i - j: its parts lie on a diagonal, which K shifted additions sum without a scatter.
     total = parts[:, 0].clone()
     for j in range(1, min(K, n)):
         total[j:] += parts[: n - j, j]
@@ -249,11 +261,11 @@ def linear_next_sequence(
         The losses, and detached per-token statistics. The gradient of `loss` is formed with the blocks; that of `ntp` or `policy`
         alone, when asked for, by running the blocks again.
     """
-    dtype = autocast_dtype(hidden)
-    local = None if term.local is None else term.local.detach().to(dtype)
+    hidden, weight = _inputs(hidden, weight)
+    local = None if term.local is None else term.local.detach().to(hidden.dtype)
     settings = (term.K, term.share, term.gain, ntp_scale, policy_scale)
-    found = _run_sequence(hidden.to(dtype), weight.to(dtype), targets, token_weights, term.weights, local, settings)
-    return SequenceLosses(*found[:5]), TokenStats(*found[5:])
+    results = _run_sequence(hidden, weight, targets, token_weights, term.weights, local, settings)
+    return SequenceLosses(*results[:5]), TokenStats(*results[5:])
 
 
 @without_autocast
@@ -272,6 +284,7 @@ class _LinearNextSequence(torch.autograd.Function):
         token_weights, weights = token_weights.to(out.wide), weights.to(out.wide)
         used, values, coefficients = (torch.empty_like(out.nll) for _ in range(3))
         for s in _blocks(n, weight.shape[0]):
+            # Windows that begin up to K - 1 tokens before reach into the block, those that begin in it reach as far behind it.
             around = slice(max(0, s.start - K + 1), min(n, s.stop + K - 1))
             inside = slice(s.start - around.start, s.stop - around.start)
             block = _Block(hidden[around], weight, targets[around], out.wide)
@@ -281,9 +294,10 @@ class _LinearNextSequence(torch.autograd.Function):
             used[s], values[s] = w[inside], expected_match(-block.nll, K, share)[inside]
             coefficients[s] = match_coefficients(-block.nll, w, K, share)[inside]
             out.keep(s, block, inside)
+            # The policy loss is -sum w J, so in the NLLs -l it grows with c: one sign for both.
             out.add_gradient(s, block, inside, ntp_scale * token_weights[s] + policy_scale * coefficients[s])
         ctx.save_for_backward(hidden, weight, targets, token_weights, coefficients, *out.gradients())
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # None says which of the three losses is not asked for
         ntp, policy = (out.nll * token_weights).sum(), -(used * values).sum()
         statistics = (used, values, out.nll, out.entropy, out.argmax)
         ctx.mark_non_differentiable(*statistics)
@@ -293,14 +307,14 @@ class _LinearNextSequence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Any) -> Any:
         hidden, weight, targets, token_weights, coefficients, *gradients = ctx.saved_tensors
-        found: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]
+        scaled: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]
         if dntp is not None or dpolicy is not None:
             again = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
             parts = [x * d for x, d in ((token_weights, dntp), (coefficients, dpolicy)) if d is not None]
             for s in _blocks(len(hidden), weight.shape[0]):
                 again.add_gradient(s, _Block(hidden[s], weight, targets[s], again.wide), slice(None), sum(parts)[s])
-            found = [b if a is None else a if b is None else a + b for a, b in zip(found, again.gradients(), strict=True)]
-        return (*found, None, None, None, None, None)
+            scaled = [b if a is None else a if b is None else a + b for a, b in zip(scaled, again.gradients(), strict=True)]
+        return (*scaled, None, None, None, None, None)
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,9 @@ class _ScaledNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         xw = x.to(wide)
+        # vector_norm reads x once; a mean of squares would write and read another tensor of its size.
         inverse = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_().div_(divisor).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
+        ctx.save_for_backward(x, weight, inverse)  # x, not xw: in bfloat16 half as large, and cast again in no time
         ctx.divisor = divisor
         y = xw * inverse
         if weight is not None:
@@ -75,6 +76,7 @@ class _ScaledNorm(torch.autograd.Function):
         else:
             w = weight.to(wide)
             dot, dweight = (product @ w)[:, None], (r[:, 0] @ product).to(weight.dtype)
-            dx = torch.mul(dyw, w, out=product).mul_(r)
+            dx = torch.mul(dyw, w, out=product).mul_(r)  # its two sums are taken, so the buffer is free
+        # dx = r w dy - x r^3 / divisor * sum(x w dy), r = (sum(x^2) / divisor + eps)^-1/2.
         dx.addcmul_(xw, dot.mul_(r.pow(3)).div_(ctx.divisor), value=-1.0)
         return dx.to(x.dtype).view_as(x), dweight, None, None

@@ -13,11 +13,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_autocast(function: F) -> F:
-    """Run `function` with autocast off on the device of its first tensor argument."""
+    """Run `function` with autocast off on the device of its first tensor argument.
+
+    Its arguments stay as autocast left them, perhaps in bfloat16: what must be wider, `function` widens itself.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
+        # Entering the context costs as much as a small op, so only where it changes something.
         if not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):

@@ -1,6 +1,6 @@
 """The short causal depthwise convolution in front of q, k and v: W shifted multiply-adds, in the [B, T, D] layout.
 
-A framework convolution wants [B, D, T] and pays two transposes; W is 4.
+A framework convolution wants [B, D, T] and pays two transposes; W is 4. Here W is the width of the kernel, in tokens.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class _ShortConv(torch.autograd.Function):
         dz = dy if z is None else torch.ops.aten.silu_backward(dy, z)
         dx = dz * weight[:, W - 1]
         dweight = torch.empty_like(weight)
-        buffer = dz * x
+        buffer = dz * x  # of the products of all taps, one after another
         dweight[:, W - 1] = buffer.sum((0, 1))
+        # Fewer tokens than taps: some reach into the history alone, or, without one, into nothing.
         for i in range(W - 1):
             dweight[:, i] = 0.0
         for tap, back in _taps(W, T):
@@ -87,5 +88,6 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | 
         z[:, back:].addcmul_(x[:, : T - back], weight[:, tap])
     if history is not None:
         for tap, start, count in _history_taps(W, T):
+            # Histories are states, which may be wider than what the layer computes in.
             z[:, :count].addcmul_(history[:, start : start + count].to(z.dtype), weight[:, tap])
     return z if bias is None else z.add_(bias)

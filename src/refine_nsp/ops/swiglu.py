@@ -30,6 +30,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         gate, up = ctx.saved_tensors
+        # silu once more, since keeping it from the forward would be a third tensor of the MLP's width for every layer. In place on fresh
+        # results, and torch's own kernel for the derivative: memory passes are what this costs.
         dup = F.silu(gate).mul_(dy)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, dup

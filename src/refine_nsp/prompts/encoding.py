@@ -18,8 +18,8 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
         return [start_token(tokenizer)], tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    before, whole = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
-    return before, whole[len(before) :]
+    before, both = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
+    return before, both[len(before) :]
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

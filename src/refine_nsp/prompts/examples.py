@@ -41,7 +41,7 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
     answer_column = next((c for c in ANSWER_COLUMNS if c in data.column_names), None)
     if answer_column is None:
         raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {data.column_names}")
-    found: dict[str, list[Example]] = {}
+    examples: dict[str, list[Example]] = {}
     for i, row in enumerate(data):
         references = as_answers(row[answer_column], f"{name}, row {i}")
         if not str(row[prompt_column]).strip():
@@ -50,13 +50,13 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
         meta = {k: row[k] for k in ("max_seq_length", "prompt_length") if row.get(k) is not None}
         if "max_seq_length" in meta:
             meta["length"] = meta.pop("max_seq_length")
-        rows = found.setdefault(task, [])
         name_of_row = row.get("id", row.get("_id", row.get("index", i)))
         budget = int(row.get("max_gen_tokens") or default_budget)
-        rows.append(Example(f"{task}/{name_of_row}", str(row[prompt_column]), references, budget, meta))
-    for task, rows in found.items():
-        check_unique(task, rows)
-    return found
+        example = Example(f"{task}/{name_of_row}", str(row[prompt_column]), references, budget, meta)
+        examples.setdefault(task, []).append(example)
+    for task, of_task in examples.items():
+        check_unique(task, of_task)
+    return examples
 
 
 def as_answers(value: Any, where: str) -> list[str]:

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.prompts.examples import Example
-from refine_nsp.prompts.qa_sources import QASource
+from refine_nsp.prompts.qa_sources import QASource, Question
 from refine_nsp.text.reading import read_documents
 
 Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
@@ -71,8 +72,8 @@ class Sources:
 
 
 def build_ruler(
-    tasks: Sequence[str], lengths: Sequence[int], samples: int, tokenizer: Any, sources: Sources, seed: int = 42,
-    depths: Sequence[float] | None = None, num_proc: int | None = None,
+    tasks: Sequence[str], lengths: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase, sources: Sources,
+    seed: int = 42, depths: Sequence[float] | None = None, num_proc: int | None = None,
 ) -> dict[str, list[Example]]:  # fmt: skip
     """`samples` examples of every task and length (and depth, for needle tasks, when `depths` are given: shares 0..1).
 
@@ -101,18 +102,18 @@ def build_ruler(
     else:
         table = {key: [job[key] for job in jobs] for key in jobs[0]}
         rows = list(Dataset.from_dict(table).map(one, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
-    found: dict[str, list[Example]] = {task: [] for task in tasks}
+    examples: dict[str, list[Example]] = {task: [] for task in tasks}
     for row in rows:
         meta = json.loads(row["meta"])
-        found[row["task"]].append(Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta))
-    return found
+        examples[row["task"]].append(Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta))
+    return examples
 
 
-def _build_one(job: dict[str, Any], tokenizer: Any, sources: Sources, seed: int) -> dict[str, Any]:
+def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int) -> dict[str, Any]:
     task, length, index, depth = job["task"], job["length"], job["index"], job["depth"]
     budget = BUDGETS[task]
     name = f"{task}-{length}-{index}" + (f"-{depth:g}" if depth is not None else "")
-    builder = _builder(task, length, index, depth, sources, f"{seed}-{name}", budget, tokenizer)
+    builder = _builder(task, length, index, depth, sources, f"{seed}-{name}", budget)
 
     def tokens(draft: Draft) -> int:
         return len(tokenizer(draft[0])["input_ids"])
@@ -131,9 +132,7 @@ class _Builder:
     largest: int | None = None
 
 
-def _builder(
-    task: str, length: int, index: int, depth: float | None, sources: Sources, seed: str, budget: int, tokenizer: Any
-) -> _Builder:
+def _builder(task: str, length: int, index: int, depth: float | None, sources: Sources, seed: str, budget: int) -> _Builder:
     if task in NEEDLES:
         needles = NEEDLES[task]
         smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
@@ -262,10 +261,10 @@ def _draw(rng: random.Random, kind: str) -> str:
 
 
 def _distinct(rng: random.Random, kind: str, count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[_draw(rng, kind)] = None
-    return list(found)
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[_draw(rng, kind)] = None
+    return list(drawn)
 
 
 @lru_cache(maxsize=1)
@@ -378,7 +377,7 @@ QA_PROMPT = (
 )
 
 
-def _documents(source: QASource, question: Any, seed: str, count: int) -> Draft:
+def _documents(source: QASource, question: Question, seed: str, count: int) -> Draft:
     """The question's own documents first, then others of the same article, then any; shuffled."""
     rng = random.Random(seed)
     own, near = list(question.documents), list(question.same_article)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import longbench
@@ -13,7 +12,7 @@ from refine_nsp.evaluation.documents import perplexity
 from refine_nsp.evaluation.run import TaskResult, grouped
 from refine_nsp.evaluation.statistics import Comparison, Estimate, compare_pairs, estimate
 from refine_nsp.evaluation.tasks import Row
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
 from refine_nsp.prompts import ruler
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
@@ -126,12 +125,12 @@ def bucket_plots(results: Sequence[TaskResult]) -> list[str]:
     drawn = []
     for r in (r for r in results if r.name == "ntp"):
         for figure in r.estimates:
-            found: dict[int, list[float]] = {}
+            buckets: dict[int, list[float]] = {}
             for row in r.rows:
                 for at, values in row.meta["buckets"].items():
-                    found.setdefault(int(at), []).append(values[figure])
-            points = sorted(found)
-            curve = (points, [mean(found[p]) for p in points])
+                    buckets.setdefault(int(at), []).append(values[figure])
+            points = sorted(buckets)
+            curve = (points, [mean(buckets[p]) for p in points])
             drawn.append(plots.line_plot({figure: curve}, f"{figure.replace('_', ' ')} by position", "position, tokens"))
     return drawn
 
@@ -147,7 +146,7 @@ def examples_table(result: TaskResult) -> Table:
 def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, environment: str) -> Path:
     """results.md and report.html of a run; returns the page's path."""
     tables = [t for t in (results_table(results), by_length_table(results)) if t is not None]
-    write_whole(out / "results.md", "\n".join(t.markdown() for t in tables))
+    write_atomically(out / "results.md", "\n".join(t.markdown() for t in tables))
     sections = [html.Section("Results", "".join(t.html() for t in tables))]
     heat = needle_map(results)
     drawn = [*([heat] if heat else []), *bucket_plots(results)]
@@ -158,7 +157,7 @@ def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, en
         sections.append(html.Section("First examples", shown))
     folded = html.preformatted("settings", settings) + html.preformatted("environment", environment)
     sections.append(html.Section("How it was made", folded))
-    return write_whole(out / "report.html", html.page("Evaluation", ", ".join(r.name for r in results), sections))
+    return write_atomically(out / "report.html", html.page("Evaluation", ", ".join(r.name for r in results), sections))
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ def compare_results(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> list[tu
             f"the two evaluations have no task in common: {', '.join(r.name for r in a)} and {', '.join(others)}"
             + (closest(a[0].name, others) if a else "")
         )
-    found = []
+    comparisons = []
     for r in shared:
         mine, theirs = ({row.id: row for row in x.rows} for x in (r, others[r.name]))
         keys = [k for k in mine if k in theirs]
@@ -185,20 +184,20 @@ def compare_results(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> list[tu
             raise RefineError(f"{r.name}: the two evaluations share no example")
         for figure in (f for f in r.estimates if f in others[r.name].estimates):
             pairs = compare_pairs([mine[k].scores[figure] for k in keys], [theirs[k].scores[figure] for k in keys])
-            found.append((r.name, figure, pairs))
-    return found
+            comparisons.append((r.name, figure, pairs))
+    return comparisons
 
 
-def comparison_table(found: Sequence[tuple[str, str, Comparison]], names: tuple[str, str]) -> Table:
-    rows: list[list[Any]] = []
-    for task, figure, c in found:
+def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]], names: tuple[str, str]) -> Table:
+    rows: list[list[Cell]] = []
+    for task, figure, c in comparisons:
         bounds = interval(c.low, c.high, figure, "+")
         rows.append(
             [task, figure, show_number(c.difference, figure, "+"), bounds, f"{c.p_value:.4f}", f"{c.won} / {c.lost}", c.n]
         )
     notes = [
         f"difference: {names[1]} minus {names[0]}, paired by example; 95 % bootstrap interval; p of the two-sided sign-flip test",
-        f"{len(found)} comparisons: about one in twenty falls below p = 0.05 by chance",
+        f"{len(comparisons)} comparisons: about one in twenty falls below p = 0.05 by chance",
     ]
     title = f"{names[1]} against {names[0]}"
     return Table(title, ["task", "figure", "difference", "95 % interval", "p", "higher / lower", "examples"], rows, notes)

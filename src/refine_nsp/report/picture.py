@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.records import Rollouts
@@ -35,7 +35,7 @@ def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> str:
     return to_svg(fig)
 
 
-def coloured_text(tokenizer: Any, ids: Tensor, record: Rollouts, config: NSPConfig) -> str:
+def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts, config: NSPConfig) -> str:
     """The text, each token shaded by the entropy it was predicted with; chosen positions marked."""
     entropy = record.entropy[0]
     top = float(entropy[: len(ids)].max().clamp(min=1e-6))
@@ -46,11 +46,11 @@ def coloured_text(tokenizer: Any, ids: Tensor, record: Rollouts, config: NSPConf
         mark = "border-bottom:2px solid #D55E00;" if t in chosen else ""
         title = f"token {t}" + (f", predicted with {float(entropy[t - 1]):.2f} nats" if t else "")
         style = f"background:rgba(0,114,178,{0.55 * share:.2f});{mark}"
-        parts.append(f"<span style='{style}' title='{title}'>{escape(tokenizer.decode([token]))}</span>")
+        parts.append(f"<span style='{style}' title='{title}'>{escape(str(tokenizer.decode([token])))}</span>")
     return f"<div class='text'>{''.join(parts)}</div>"
 
 
-def rollout_table(tokenizer: Any, ids: Tensor, record: Rollouts) -> Table:
+def rollout_table(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts) -> Table:
     """Truth and rollouts at each position, with reward and advantage."""
     rows: list[list[Cell]] = []
     N, K = record.tokens.shape[2:]
@@ -64,7 +64,9 @@ def rollout_table(tokenizer: Any, ids: Tensor, record: Rollouts) -> Table:
     return Table("Rollouts against the truth", ["position", "truth", "rollout", "reward", "advantage"], rows)
 
 
-def picture_page(title: str, facts: Table, tokenizer: Any, ids: Tensor, record: Rollouts, config: NSPConfig) -> str:
+def picture_page(
+    title: str, facts: Table, tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts, config: NSPConfig
+) -> str:
     """The whole page for the first sequence of `record`."""
     legend = "Shade: entropy with which the token was predicted. Underlined: a chosen position (the last token of a prefix)."
     return html.page(

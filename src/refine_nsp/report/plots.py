@@ -10,13 +10,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def figure(width: float = 6.4, height: float = 3.2, rows: int = 1, columns: int = 1, **options: Any) -> Any:
-    """A figure and its axes, in the house style."""
+def figure(width: float = 6.4, height: float = 3.2, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes (one, or an array of them), in the house style."""
     fig, axes = plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, **options)
     for axis in fig.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -25,7 +26,7 @@ def figure(width: float = 6.4, height: float = 3.2, rows: int = 1, columns: int 
     return fig, axes
 
 
-def to_svg(fig: Any) -> str:
+def to_svg(fig: Figure) -> str:
     """The figure as an <svg> element; closes it."""
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg")

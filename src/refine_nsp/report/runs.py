@@ -9,7 +9,7 @@ from typing import Any
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
-from refine_nsp.files import read_json_lines, write_whole
+from refine_nsp.files import read_json_lines, write_atomically
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
@@ -85,7 +85,7 @@ def report(folders: list[Path], output: Path) -> Path:
         if text and text != "{}"
     )
     sections.append(html.Section("Settings", settings or "<p class='note'>No config.yaml in these folders.</p>"))
-    return write_whole(output, html.page("refine-nsp report", ", ".join(r.name for r in runs), sections))
+    return write_atomically(output, html.page("refine-nsp report", ", ".join(r.name for r in runs), sections))
 
 
 def summary_table(runs: list[Run]) -> Table:

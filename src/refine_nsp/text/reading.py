@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.errors import RefineError, closest, first_line
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py")
@@ -48,22 +48,22 @@ def _files(name: str, path: Path) -> list[Path]:
     """The files meant by a path, folder or glob; empty when it can only be a hub name."""
     known = (*FORMATS, *TEXT_ENDINGS)
     if path.is_file():
-        found = [path]
+        files = [path]
     elif path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in known and not p.name.startswith("."))
-        if not found:
+        files = sorted(p for p in path.rglob("*") if p.suffix in known and not p.name.startswith("."))
+        if not files:
             raise RefineError(f"{path} holds no file to train on; expected {', '.join(known)}")
     elif glob.has_magic(name):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
+        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not files:
             raise RefineError(f"no file matches {name!r}")
     else:
         if path.suffix in known or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise RefineError(f"no file or folder {name!r}")
         return []
-    for file in found:
+    for file in files:
         _check_file(file)
-    return found
+    return files
 
 
 def _check_file(file: Path) -> None:
@@ -92,15 +92,11 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
         return load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
     except Exception as error:  # datasets wraps every parser's own errors
         cause = error.__cause__ or error
-        raise RefineError(f"cannot read {files[0]} as {kind}: {_first_line(cause)}") from error
+        raise RefineError(f"cannot read {files[0]} as {kind}: {first_line(cause)}") from error
 
 
 def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # many kinds: network, missing name, configuration
-        raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {first_line(error)}") from error

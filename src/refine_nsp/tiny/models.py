@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
+from refine_nsp.models.lact import LaCTMixer
 
 if TYPE_CHECKING:
     from refine_nsp.tiny.pretrain import PretrainConfig
@@ -97,7 +98,7 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
     return model
 
 
-def look_back(mixer: Any, head: int, tokens: int, strength: float = 30.0, pairs: int = 8) -> None:
+def look_back(mixer: LaCTMixer, head: int, tokens: int, strength: float = 30.0, pairs: int = 8) -> None:
     """Bias a head's attention to the token `tokens` back, by the fastest rotary pairs; the fast weights do not see the bias."""
     D, d = mixer.config.hidden_size, mixer.config.hidden_size // mixer.config.num_attn_heads
     theta = mixer.config.rope_theta ** (-torch.arange(pairs) / (d // 2))

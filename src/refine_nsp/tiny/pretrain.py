@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.models import NEW_MODELS
-from refine_nsp.tiny.probes import make_probes, score_probes, score_text
+from refine_nsp.tiny.probes import ProbeSet, make_probes, score_probes, score_text
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -97,16 +101,16 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     torch.manual_seed(config.seed)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
+    texts = standard_library(held_out=False)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     stream = encode_texts(tokenizer, texts)
-    held = encode_texts(tokenizer, held_out)
+    held_out = encode_texts(tokenizer, standard_library(held_out=True))
     model = NEW_MODELS[config.model_type](config, len(tokenizer))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
     start = load_checkpoint(out, model, optimizer) if resume else 0
     recall_tokens = RecallTokens.of(tokenizer)
-    probes = make_probes(tokenizer, held.tolist(), [(256, 8), (512, 8), (1024, 8)], 64, seed=1)
-    windows = held[: 16 * 512].view(16, 512)
+    probes = make_probes(tokenizer, held_out.tolist(), [(256, 8), (512, 8), (1024, 8)], 64, seed=1)
+    windows = held_out[: 16 * 512].view(16, 512)
     model.train()
     with step_progress(config.total_steps, start, "pretrain") as progress:
         for step in range(start, config.total_steps):
@@ -127,7 +131,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
 # --- model, tokenizer, optimizer --------------------------------------------------------------------------------------
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Byte-level BPE on the text, with every word of the recall documents frequent enough to become one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -151,7 +155,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     )  # fmt: skip
 
 
-def encode_texts(tokenizer: Any, texts: list[str]) -> Tensor:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
     """All texts as one stream of ids, END_OF_TEXT after each."""
     ids: list[int] = []
     for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -203,7 +207,8 @@ def training_batch(
     return torch.stack(rows), torch.stack(weights)
 
 
-def train_step(model: Any, optimizer: Any, ids: Tensor, weights: Tensor, max_grad_norm: float) -> float:
+def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, weights: Tensor, max_grad_norm: float) -> float:
+    """One update on ids [B, T] long with target weights [B, T]; the loss."""
     hidden = model.model(ids, use_cache=False).last_hidden_state
     target_weights = F.pad(weights[:, 1:], (0, 1)).flatten()
     targets = F.pad(ids[:, 1:], (0, 1)).flatten()
@@ -218,7 +223,9 @@ def train_step(model: Any, optimizer: Any, ids: Tensor, weights: Tensor, max_gra
 # --- logs and checkpoints ---------------------------------------------------------------------------------------------
 
 
-def log_progress(out: Path, step: int, loss: float, model: Any, probes: list, windows: Tensor) -> None:
+def log_progress(
+    out: Path, step: int, loss: float, model: FastWeightForCausalLM, probes: Sequence[ProbeSet], windows: Tensor
+) -> None:
     record: dict[str, Any] = {"step": step, "time": time.time(), "loss": loss}
     if probes:
         model.eval()
@@ -229,8 +236,8 @@ def log_progress(out: Path, step: int, loss: float, model: Any, probes: list, wi
     append_json_lines(out / "metrics.jsonl", [record])
 
 
-def save_checkpoint(out: Path, model: Any, optimizer: Any, step: int) -> None:
-    """Weights and optimizer moments as safetensors, under a temporary name until they are whole."""
+def save_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, step: int) -> None:
+    """Weights and optimizer moments as safetensors, under a temporary name until they are complete."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
@@ -241,7 +248,7 @@ def save_checkpoint(out: Path, model: Any, optimizer: Any, step: int) -> None:
     os.replace(temporary, out / "checkpoint.safetensors")
 
 
-def load_checkpoint(out: Path, model: Any, optimizer: Any) -> int:
+def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer) -> int:
     """Steps done, 0 without a checkpoint."""
     from safetensors import safe_open
 
@@ -262,7 +269,7 @@ def load_checkpoint(out: Path, model: Any, optimizer: Any) -> int:
     return step
 
 
-def save_model(out: Path, model: Any, tokenizer: Any, config: PretrainConfig) -> Path:
+def save_model(out: Path, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> Path:
     """Model, tokenizer and settings in `out/model`, complete or not at all."""
     temporary, final = out / "model.tmp", out / "model"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.tiny.recall import RecallTokens, probe
 
@@ -40,7 +41,7 @@ class RecallScore:
 
 
 def make_probes(
-    tokenizer: Any, filler: Sequence[int], kinds: Sequence[tuple[int, int]], per_kind: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], kinds: Sequence[tuple[int, int]], per_kind: int, seed: int
 ) -> list[ProbeSet]:
     """`per_kind` probes for each (length, needles)."""
     tokens = RecallTokens.of(tokenizer)
@@ -53,10 +54,10 @@ def make_probes(
 
 
 @torch.no_grad()
-def score_probes(model: Any, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
+def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
     """Score one set under the distribution at `temperature`; rows are batched by what fits `BATCH_TOKENS`."""
     rows = [torch.tensor(p + a) for p, a in zip(probes.prompts, probes.answers, strict=True)]
-    found: list[tuple[bool, float]] = []
+    answers: list[tuple[bool, float]] = []  # whether greedy, log p
     for start in range(0, len(rows), max(1, BATCH_TOKENS // probes.length)):
         batch = rows[start : start + max(1, BATCH_TOKENS // probes.length)]
         lengths = torch.tensor([len(r) for r in batch], device=model.device)
@@ -66,12 +67,12 @@ def score_probes(model: Any, probes: ProbeSet, temperature: float = 1.0) -> Reca
             logits = model.lm_head(h[probes.length - 1 : n - 1]).float() / temperature
             truth = row[probes.length :].to(logits.device)
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
-            found.append((bool((logits.argmax(-1) == truth).all()), float(log_p)))
-    count = len(found)
+            answers.append((bool((logits.argmax(-1) == truth).all()), float(log_p)))
+    count = len(answers)
     return RecallScore(
-        sum(right for right, _ in found) / count,
-        sum(log_p for _, log_p in found) / count,
-        float(torch.tensor([log_p for _, log_p in found]).exp().mean()),
+        sum(right for right, _ in answers) / count,
+        sum(log_p for _, log_p in answers) / count,
+        float(torch.tensor([log_p for _, log_p in answers]).exp().mean()),
     )
 
 
@@ -86,7 +87,7 @@ class TextScore:
 
 
 @torch.no_grad()
-def score_text(model: Any, windows: Tensor, temperature: float = 1.0) -> TextScore:
+def score_text(model: FastWeightForCausalLM, windows: Tensor, temperature: float = 1.0) -> TextScore:
     """Next-token figures on windows [n, T] long, each from a fresh state, of the distribution at `temperature`."""
     n, T = windows.shape
     loss = accuracy = entropy = sampled = 0.0

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import t_interval
-from refine_nsp.files import write_whole
+from refine_nsp.files import write_atomically
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load, load_tokenizer
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import curve_plots as run_curves
@@ -71,10 +73,9 @@ class Settings:
 def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> Settings:
     """The default job (minutes) or the full one, with the given overrides. RefineError for a count below what it can use."""
     chosen = Settings(seeds=6, steps=150, probes_per_kind=300) if full else Settings()
-    found = Settings(**{**asdict(chosen), "seeds": seeds or chosen.seeds, "steps": steps or chosen.steps})
     if (seeds is not None and seeds < 1) or (steps is not None and steps < 1):
         raise RefineError(f"--seeds and --steps must be at least 1, got {seeds} and {steps}")
-    return found
+    return Settings(**{**asdict(chosen), "seeds": seeds or chosen.seeds, "steps": steps or chosen.steps})
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     tables = [results_table(results), differences_table(results), probes_table(results, s)]
     for table in tables:
         console.print(table.rich())
-    found = {"settings": asdict(s), "figures": results, "tables": [t.as_json() for t in tables]}
-    write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+    record = {"settings": asdict(s), "figures": results, "tables": [t.as_json() for t in tables]}
+    write_atomically(out / "results.json", json.dumps(record, indent=1) + "\n")
     console.print(f"report: {write_report(out, s, results, model_name, data)}")
     return tables[0]
 
@@ -107,34 +108,34 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(s: Settings, tokenizer: Any, data: str | None, text_column: str) -> Material:
+def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, text_column: str) -> Material:
     """Text to train on and to be judged by; they share no document."""
     if data is None:
-        train, held = standard_library(held_out=False), standard_library(held_out=True)
+        train, held_out = standard_library(held_out=False), standard_library(held_out=True)
     else:
         documents = read_documents(data, (text_column,))
-        kept, out_of_sight = split_documents(documents, 0.1, seed=0)
-        train = list(kept[text_column])
-        if out_of_sight is None:  # one document: its last tenth
+        most, rest = split_documents(documents, 0.1, seed=0)
+        train = list(most[text_column])
+        if rest is None:  # one document: its last tenth
             cut = int(len(train[0]) * 0.9)
-            train, held = [train[0][:cut]], [train[0][cut:]]
+            train, held_out = [train[0][:cut]], [train[0][cut:]]
         else:
-            held = list(out_of_sight[text_column])
-    stream, held_stream = encode_texts(tokenizer, train), encode_texts(tokenizer, held)
-    count = min(s.text_windows, len(held_stream) // s.max_length)
+            held_out = list(rest[text_column])
+    stream, held_out_stream = encode_texts(tokenizer, train), encode_texts(tokenizer, held_out)
+    count = min(s.text_windows, len(held_out_stream) // s.max_length)
     longest = max(length for length, _ in s.probes)
-    if count < 1 or len(held_stream) < longest or len(stream) < 2 * s.max_length:
+    if count < 1 or len(held_out_stream) < longest or len(stream) < 2 * s.max_length:
         raise RefineError(
-            f"too little text: {len(stream):,} tokens to train on and {len(held_stream):,} held out; at least "
+            f"too little text: {len(stream):,} tokens to train on and {len(held_out_stream):,} held out; at least "
             f"{2 * s.max_length:,} and {longest:,} are needed"
         )
     # Windows from all over the held-out text, not its first module only.
-    stride = len(held_stream) // count
-    windows = torch.stack([held_stream[i * stride : i * stride + s.max_length] for i in range(count)])
-    return Material(stream, windows, make_probes(tokenizer, held_stream.tolist(), s.probes, s.probes_per_kind, seed=12345))
+    stride = len(held_out_stream) // count
+    windows = torch.stack([held_out_stream[i * stride : i * stride + s.max_length] for i in range(count)])
+    return Material(stream, windows, make_probes(tokenizer, held_out_stream.tolist(), s.probes, s.probes_per_kind, seed=12345))
 
 
-def training_rows(s: Settings, seed: int, tokenizer: Any, stream: torch.Tensor) -> Dataset:
+def training_rows(s: Settings, seed: int, tokenizer: PreTrainedTokenizerBase, stream: torch.Tensor) -> Dataset:
     """The rows of one seed, the same for all arms: windows of text, and recall documents in a share of them."""
     rng, tokens, rows = random.Random(f"quickstart-{seed}"), RecallTokens.of(tokenizer), []
     for _ in range(s.steps * s.sequences_per_step):
@@ -151,9 +152,16 @@ def training_rows(s: Settings, seed: int, tokenizer: Any, stream: torch.Tensor) 
 
 
 def run_arm(
-    out: Path, s: Settings, arm: str, seed: int, model_name: str, data: str | None, tokenizer: Any, material: Material
+    out: Path,
+    s: Settings,
+    arm: str,
+    seed: int,
+    model_name: str,
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    material: Material,
 ) -> dict[str, float]:
-    """Train one arm with one seed and measure it, or read what an earlier, interrupted job found."""
+    """Train one arm with one seed and measure it, or read what an earlier, interrupted job measured."""
     folder = out / f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}"
     key = {"settings": asdict(s), "arm": ARMS[arm], "seed": seed, "model": model_name, "data": data}
     if (known := read_result(folder, key)) is not None:
@@ -169,8 +177,8 @@ def run_arm(
         model=model, args=args, train_dataset=training_rows(s, seed, tokenizer, material.stream), processing_class=tokenizer
     )
     runtime = trainer.train().metrics["train_runtime"]
-    figures = {**measure(trainer.model.eval(), material), "seconds": runtime}
-    write_whole(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
+    figures = {**measure(model.eval(), material), "seconds": runtime}
+    write_atomically(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
@@ -179,7 +187,7 @@ def base_figures(out: Path, s: Settings, model_name: str, data: str | None, mate
     if (known := read_result(out / "base", key)) is not None:
         return known
     figures = {**measure(load(model_name)[0], material), "seconds": 0.0}
-    write_whole(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
+    write_atomically(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
@@ -188,11 +196,11 @@ def read_result(folder: Path, key: dict[str, Any]) -> dict[str, float] | None:
     path = folder / "result.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["figures"] if found["key"] == json.loads(json.dumps(key)) else None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["figures"] if record["key"] == json.loads(json.dumps(key)) else None
 
 
-def measure(model: Any, material: Material) -> dict[str, float]:
+def measure(model: FastWeightForCausalLM, material: Material) -> dict[str, float]:
     """All figures of one model."""
     text = score_text(model, material.windows)
     recall = {f"{p.length}/{p.needles}": score_probes(model, p) for p in material.probes}
@@ -217,9 +225,9 @@ def spread(values: Sequence[float]) -> str:
 
 def results_table(results: dict[str, list[dict[str, float]]]) -> Table:
     rows: list[list[Cell]] = [
-        [title, *(spread([f[key] for f in found]) for found in results.values())] for key, title in FIGURES.items()
+        [title, *(spread([f[key] for f in seeds]) for seeds in results.values())] for key, title in FIGURES.items()
     ]
-    rows.append(["training seconds", *(f"{mean(f['seconds'] for f in found):.0f}" for found in results.values())])
+    rows.append(["training seconds", *(f"{mean(f['seconds'] for f in seeds):.0f}" for seeds in results.values())])
     note = f"mean ± standard deviation over {len(results[BASELINE])} seed(s) of training; recall: mean over all kinds of probe"
     return Table("Base and arms", ["", *results], rows, [note])
 
@@ -255,7 +263,7 @@ def probes_table(results: dict[str, list[dict[str, float]]], s: Settings) -> Tab
     rows: list[list[Cell]] = []
     for length, needles in s.probes:
         key = f"greedy {length}/{needles}"
-        rows.append([f"{length} tokens, {needles} needles", *(spread([f[key] for f in found]) for found in results.values())])
+        rows.append([f"{length} tokens, {needles} needles", *(spread([f[key] for f in seeds]) for seeds in results.values())])
     note = f"{s.probes_per_kind} probes a kind; the arms train on rows of {s.max_length} tokens, so longer prompts extrapolate"
     return Table("Greedy recall by kind of probe", ["", *results], rows, [note])
 
@@ -276,4 +284,4 @@ def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float
                      + html.preformatted("environment", json.dumps(environment(), indent=1))),
     ]  # fmt: skip
     lead = f"{model_name}, mid-trained on {data or 'the Python standard library and generated recall documents'}"
-    return write_whole(out / "report.html", html.page("Mid-training, with and without ReFINE", lead, sections))
+    return write_atomically(out / "report.html", html.page("Mid-training, with and without ReFINE", lead, sections))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 NAMES = (
     "anchor apple arrow badge basin beach berry blade bloom board bottle branch bridge brush bucket button cabin cable camel "
@@ -42,7 +43,7 @@ class RecallTokens:
     end: list[int]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> RecallTokens:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> RecallTokens:
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

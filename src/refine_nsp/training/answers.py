@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.prompts.encoding import encode_pair, truncate_middle
@@ -63,13 +64,32 @@ class AnswerArguments:
         return self.dataset_name or " and ".join(x for x in (self.squad, self.hotpotqa) if x is not None)
 
 
-def prepare_answers(arguments: AnswerArguments, tokenizer: Any, max_length: int) -> tuple[Dataset, Dataset | None]:
+def prepare_answers(
+    arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of `prompt_ids`, `answers_ids` (one list a reference, ending with EOS) and `references`.
 
     Raises:
         RefineError: no data (or two kinds of it), no such column, an empty prompt or answer, a tokenizer without EOS, a question
             longer than what fits.
     """
+    check_arguments(arguments, tokenizer, max_length)
+    if arguments.dataset_name is not None:
+        rows = read_documents(arguments.dataset_name, PROMPT_COLUMNS, split=arguments.dataset_split)
+    else:
+        rows = ruler_prompts(arguments, tokenizer, max_length)
+    if arguments.validation_dataset is not None:
+        validation = read_documents(arguments.validation_dataset, PROMPT_COLUMNS, split=arguments.dataset_split)
+    else:
+        rows, validation = split_documents(rows, arguments.validation_fraction, arguments.split_seed)
+    if validation is not None:
+        validation = validation.select(range(min(len(validation), arguments.validation_examples)))
+        validation = Dataset.from_list(encode_rows(validation, arguments, tokenizer, max_length))
+    return Dataset.from_list(encode_rows(rows, arguments, tokenizer, max_length)), validation
+
+
+def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """RefineError for what does not fit together, before anything is read."""
     if (arguments.dataset_name is None) == (arguments.squad is None and arguments.hotpotqa is None):
         raise RefineError(
             "name the prompts and answers to train on with --dataset_name, or questions to build them from with --squad and --hotpotqa"
@@ -84,22 +104,9 @@ def prepare_answers(arguments: AnswerArguments, tokenizer: Any, max_length: int)
         raise RefineError(
             f"max_length={max_length} must leave room for a prompt beside max_answer_tokens={arguments.max_answer_tokens}"
         )
-    if arguments.dataset_name is not None:
-        data = read_documents(arguments.dataset_name, PROMPT_COLUMNS, split=arguments.dataset_split)
-    else:
-        data = ruler_prompts(arguments, tokenizer, max_length)
-    held: Dataset | None = None
-    if arguments.validation_dataset is not None:
-        held = read_documents(arguments.validation_dataset, PROMPT_COLUMNS, split=arguments.dataset_split)
-    else:
-        data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
-    if held is not None:
-        held = held.select(range(min(len(held), arguments.validation_examples)))
-        held = Dataset.from_list(encode_rows(held, arguments, tokenizer, max_length))
-    return Dataset.from_list(encode_rows(data, arguments, tokenizer, max_length)), held
 
 
-def ruler_prompts(arguments: AnswerArguments, tokenizer: Any, max_length: int) -> Dataset:
+def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Rows of prompt and answers: RULER's qa_1 from `squad`, qa_2 from `hotpotqa`, mixed."""
     a = arguments
     if a.ruler_length - BUDGETS["qa_1"] > max_length - a.max_answer_tokens or a.ruler_samples < 1:
@@ -115,47 +122,46 @@ def ruler_prompts(arguments: AnswerArguments, tokenizer: Any, max_length: int) -
 
 
 def encode_rows(
-    rows: Iterable[Mapping[str, Any]], arguments: AnswerArguments, tokenizer: Any, max_length: int
+    rows: Iterable[Mapping[str, Any]], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, Any]]:
     """One dictionary of tokens a row. See `prepare_answers`."""
-    found = []
-    for i, row in enumerate(rows):
-        where = f"{arguments.source}, row {i}"
-        prompt = next((str(row[c]) for c in PROMPT_COLUMNS if row.get(c)), "")
-        if not prompt.strip():
-            raise RefineError(f"{where}: the prompt is empty")
-        answers = as_answers(next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None), where)
-        found.append({**encode_row(prompt, answers, row, arguments, tokenizer, max_length, where), "references": answers})
-    return found
+    return [encode_row(row, arguments, tokenizer, max_length, f"{arguments.source}, row {i}") for i, row in enumerate(rows)]
 
 
 def encode_row(
-    prompt: str, answers: Sequence[str], row: Mapping[str, Any], arguments: AnswerArguments, tokenizer: Any, max_length: int, where: str
-) -> dict[str, Any]:  # fmt: skip
-    """prompt_ids, cut in the middle to leave max_answer_tokens free, and answers_ids, each with EOS."""
+    row: Mapping[str, Any], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
+) -> dict[str, Any]:
+    """prompt_ids, cut in the middle to leave max_answer_tokens free, answers_ids, each with EOS, and references, the answers' text."""
+    prompt = next((str(row[c]) for c in PROMPT_COLUMNS if row.get(c)), "")
+    if not prompt.strip():
+        raise RefineError(f"{where}: the prompt is empty")
+    answers = as_answers(next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None), where)
     if arguments.apply_chat_template:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        turn = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
     glue = "" if prompt[-1:].isspace() or arguments.apply_chat_template else " "
     prompt_ids: list[int] = []
     answers_ids: list[list[int]] = []
     for answer in answers:
         prompt_ids, ids = encode_pair(tokenizer, prompt, f"{glue}{answer.strip()}")
-        ids = [*ids, tokenizer.eos_token_id]
-        answers_ids.append(ids[: arguments.max_answer_tokens])
-    tail = 0
-    if arguments.question_column is not None:
-        if arguments.question_column not in row:
-            raise RefineError(f"{where}: no column {arguments.question_column!r}; it has {', '.join(row)}")
-        tail = tail_tokens(tokenizer, prompt, str(row[arguments.question_column]), where)
-    limit = max_length - arguments.max_answer_tokens
+        answers_ids.append([*ids, tokenizer.eos_token_id][: arguments.max_answer_tokens])
+    tail = tail_tokens(tokenizer, prompt, row, arguments.question_column, where)
     try:
-        return {"prompt_ids": truncate_middle(prompt_ids, limit, tail), "answers_ids": answers_ids}
+        kept = truncate_middle(prompt_ids, max_length - arguments.max_answer_tokens, tail)
     except RefineError as error:
         raise RefineError(f"{where}: {error}; raise --max_length") from error
+    return {"prompt_ids": kept, "answers_ids": answers_ids, "references": answers}
 
 
-def tail_tokens(tokenizer: Any, prompt: str, question: str, where: str) -> int:
-    """Tokens from the question's last mention to the prompt's end."""
+def tail_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, row: Mapping[str, Any], question_column: str | None, where: str
+) -> int:
+    """Tokens from the question's last mention to the prompt's end; 0 without a column that holds it."""
+    if question_column is None:
+        return 0
+    if question_column not in row:
+        raise RefineError(f"{where}: no column {question_column!r}; it has {', '.join(row)}")
+    question = str(row[question_column])
     at = prompt.rfind(question)
     if at < 0 or not question:
         raise RefineError(f"{where}: the question {question!r} does not stand in the prompt")
@@ -178,6 +184,6 @@ def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def pad(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B, T] right-padded with 0, and lengths [B]."""
-    lengths = torch.tensor([len(r) for r in rows], device=device)
+    """[B, T] right-padded with 0, on the device, and lengths [B] on the host."""
+    lengths = torch.tensor([len(r) for r in rows])
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device), lengths

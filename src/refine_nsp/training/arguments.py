@@ -30,9 +30,8 @@ def with_nsp(cls: T) -> T:
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, nsp: NSPConfig | None = None, preset: str | None = None, **kwargs: Any) -> None:
         flat = {name: kwargs.pop(keyword) for keyword, name in NSP_KEYWORDS.items() if keyword in kwargs}
-        self.nsp = nsp_of(nsp, preset, flat, made.default_preset)
-        check_known(kwargs, [*NSP_KEYWORDS, *(f.name for f in fields(cls) if f.init)])
-        generated(self, *args, **kwargs)
+        check_known(kwargs, ["preset", *NSP_KEYWORDS, *(f.name for f in fields(cls) if f.init)])
+        generated(self, *args, nsp=nsp_of(nsp, preset, flat, made.default_preset), **kwargs)
 
     made.__init__ = __init__
     return cls
@@ -65,12 +64,12 @@ class ReFINEConfig(TrainingArguments):
             it starts from, and kept with the data (`cached`): what a step costs then is what an NTP step costs.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
-        max_skipped_steps: stop after so many steps in a row whose loss or gradient is not finite (each is skipped).
+        max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
     """
 
     default_preset: ClassVar[str | None] = None
 
-    nsp: NSPConfig = field(init=False)  # made by `with_nsp`
+    nsp: NSPConfig = field(default_factory=NSPConfig)
     objective: Objective = "refine"
     max_length: int = 1024
     steps_per_generation: int = 1
@@ -94,8 +93,19 @@ class ReFINEConfig(TrainingArguments):
             raise RefineError(f"steps_per_generation must be at least 1, got {self.steps_per_generation}")
         for reward in self.nsp.rewards:
             resolve_reward(reward)
+        if self.nsp.schedule == "auto":
+            self.nsp = replace(self.nsp, schedule=self._schedule())
         if self.objective == "refine":
             self._check_method()
+
+    def _schedule(self) -> Literal["fused", "snapshot"]:
+        """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else."""
+        return "snapshot" if self.steps_per_generation > 1 or self._compares_micro_batches else "fused"
+
+    @property
+    def _compares_micro_batches(self) -> bool:
+        """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
+        return self.nsp.rolls_out and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
 
     def _check_method(self) -> None:
         """RefineError where the run's settings and the method's do not fit together."""
@@ -104,6 +114,11 @@ class ReFINEConfig(TrainingArguments):
             raise RefineError(
                 f"schedule='fused' samples and learns in one pass, so steps_per_generation={self.steps_per_generation} cannot "
                 "reuse its rollouts; use schedule='snapshot'"
+            )
+        if self._compares_micro_batches and nsp.schedule == "fused":
+            raise RefineError(
+                f"advantage_scale='global' is one scale for the {self.gradient_accumulation_steps} micro-batches of a step, and "
+                "schedule='fused' learns from each before it knows the next; use schedule='snapshot'"
             )
         if self.steps_per_generation > 1 and not nsp.rolls_out:
             raise RefineError(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines
@@ -23,49 +24,75 @@ class ProgressCallback(TrainerCallback):
         self.progress: StepProgress | None = None
         self.latest: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
             self.context = step_progress(state.max_steps, state.global_step, args.run_name or "train")
             self.progress = self.context.__enter__()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress.advance(self.tokens_this_step * args.world_size, 1, self.latest)
         self.tokens_this_step = 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+    ) -> None:
         if logs is None or not state.is_world_process_zero:
             return
         self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
-        append_json_lines(Path(args.output_dir) / "metrics.jsonl", [{"step": state.global_step, **logs}])
+        append_json_lines(Path(str(args.output_dir)) / "metrics.jsonl", [{"step": state.global_step, **logs}])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.context is not None:
             self.context.__exit__(None, None, None)
             self.context = self.progress = None
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Skip an optimizer step whose gradient is not finite; stop after too many in a row."""
+    """Skip an update whose gradient is not finite; stop after too many steps in a row that had one.
+
+    A step of nested post-training has several updates. Counted one by one, an inner update that fails every time would hide behind the
+    outer one's success, and a run where both fail would stop sooner than `max_skipped_steps` says.
+
+    Attributes:
+        skipped: updates skipped so far. in_a_row: steps up to the latest that each had one.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
         self.in_a_row = 0
+        self.latest_step = 0  # that had a skipped update
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.in_a_row = self.latest_step = 0
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         if not norms or bool(torch.stack(norms).isfinite().all()):
-            self.in_a_row = 0
             return
         model.zero_grad(set_to_none=True)  # the optimizer leaves parameters without a gradient alone
         self.skipped += 1
-        self.in_a_row += 1
+        step = state.global_step + 1
+        self.in_a_row += step != self.latest_step
+        self.latest_step = step
         if self.in_a_row >= self.limit:
             raise RefineError(
-                f"loss or gradient was not finite in {self.in_a_row} steps in a row (last: step {state.global_step + 1}); "
+                f"loss or gradient was not finite in {self.in_a_row} steps in a row (last: step {step}); "
                 "lower the learning rate, or look at the data there"
             )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.latest_step != state.global_step:
+            self.in_a_row = 0
 
 
 class InterruptCallback(TrainerCallback):
@@ -75,7 +102,7 @@ class InterruptCallback(TrainerCallback):
         self.interrupted = False
         self.previous: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.interrupted = False
         try:
             self.previous = signal.signal(signal.SIGINT, self._note)
@@ -87,11 +114,11 @@ class InterruptCallback(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
 
     def restore(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.files import append_json_lines
 from refine_nsp.nsp.records import StepResult
@@ -15,11 +16,13 @@ from refine_nsp.nsp.records import StepResult
 PREFIX_TOKENS = 16
 
 
-def completion_rows(tokenizer: Any, input_ids: Tensor, result: StepResult, limit: int) -> list[dict[str, Any]]:
+def completion_rows(
+    tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, limit: int
+) -> list[dict[str, Any]]:
     """One dictionary per rollout, the first `limit` of the batch; ids instead of text without a tokenizer."""
 
     def text(ids: Tensor) -> str:
-        return tokenizer.decode(ids.tolist()) if tokenizer is not None else " ".join(map(str, ids.tolist()))
+        return str(tokenizer.decode(ids.tolist())) if tokenizer is not None else " ".join(map(str, ids.tolist()))
 
     rows: list[dict[str, Any]] = []
     assert result.rollouts is not None and result.positions is not None
@@ -45,7 +48,13 @@ def completion_rows(tokenizer: Any, input_ids: Tensor, result: StepResult, limit
 
 
 def show_completions(
-    tokenizer: Any, input_ids: Tensor, result: StepResult, folder: Path, step: int, limit: int, quiet: bool = False
+    tokenizer: PreTrainedTokenizerBase | None,
+    input_ids: Tensor,
+    result: StepResult,
+    folder: Path,
+    step: int,
+    limit: int,
+    quiet: bool = False,
 ) -> None:
     """Append the rows to `folder`/completions.jsonl, and print them as a table unless quiet."""
     rows = completion_rows(tokenizer, input_ids, result, limit)

@@ -74,24 +74,17 @@ def tokenize(
     others = [name for name in data.column_names or [] if name != column] if keep_columns else []
 
     def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
-        windows: list[list[int]] = []
-        owners: list[int] = []
-        for i, ids in enumerate(tokenizer([t or "" for t in batch[column]], add_special_tokens=True)["input_ids"]):
-            cut = cut_windows(ids, max_length, min_length)
-            windows += cut
-            owners += [i] * len(cut)
-        if not packing:
-            return {"input_ids": windows, **{name: [batch[name][i] for i in owners] for name in others}}
-        bins = pack(windows, max_length)
-        kept = {name: [[batch[name][owners[w]] for w in members] for members in bins] for name in others}
-        ids_of = [[token for w in members for token in windows[w]] for members in bins]
-        return {"input_ids": ids_of, "lengths": [[len(windows[w]) for w in members] for members in bins], **kept}
+        documents = tokenizer([text or "" for text in batch[column]], add_special_tokens=True)["input_ids"]
+        windows = [(i, window) for i, ids in enumerate(documents) for window in cut_windows(ids, max_length, min_length)]
+        rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
+        return packed(rows, max_length) if packing else rows
 
     options: dict[str, Any] = {"batched": True, "remove_columns": data.column_names, "batch_size": 1000 if packing else 16}
     if isinstance(data, IterableDataset):
         return data.map(windows_of, **options)
     # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
-    key = (data._fingerprint, tokenizer.backend_tokenizer.to_str(), column, max_length, min_length, packing, tuple(others))
+    content = tokenizer.backend_tokenizer.to_str()
+    key = (data._fingerprint, content, column, max_length, min_length, packing, tuple(others))
     result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), **options)
     if len(result) == 0:
         raise RefineError(
@@ -99,6 +92,17 @@ def tokenize(
             "documents, all shorter"
         )
     return result
+
+
+def packed(rows: Mapping[str, Sequence[Any]], max_length: int) -> dict[str, list]:
+    """Windows put together in examples: their tokens one after the other, `lengths`, and lists of their other columns' values."""
+    windows = rows["input_ids"]
+    bins = pack(windows, max_length)
+    return {
+        "input_ids": [[token for w in members for token in windows[w]] for members in bins],
+        "lengths": [[len(windows[w]) for w in members] for members in bins],
+        **{name: [[values[w] for w in members] for members in bins] for name, values in rows.items() if name != "input_ids"},
+    }
 
 
 def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
@@ -140,12 +144,11 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
     """Train and validation documents, disjoint, the same for the same data and seed; None when there is only one document."""
-    held = round(len(data) * fraction)
     if fraction <= 0 or len(data) < 2:
         return data, None
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = min(max(1, held), len(data) - 1)
-    return data.select(sorted(order[held:])), data.select(sorted(order[:held]))
+    kept_back = min(max(1, round(len(data) * fraction)), len(data) - 1)
+    return data.select(sorted(order[kept_back:])), data.select(sorted(order[:kept_back]))
 
 
 def prepare_data(
@@ -169,19 +172,21 @@ def prepare_data(
     source: dict[str, Any] = {
         "columns": (a.text_column,), "config": a.dataset_config, "split": a.dataset_split, "streaming": a.streaming,
     }  # fmt: skip
-    data = read_documents(arguments.dataset_name, **source)
-    held: Dataset | IterableDataset | None = None
-    if arguments.validation_dataset is not None:
-        held = read_documents(arguments.validation_dataset, **source)
-    elif isinstance(data, Dataset):
-        data, held = split_documents(data, arguments.validation_fraction, arguments.split_seed)
-    cut: dict[str, Any] = {"column": arguments.text_column, "max_length": max_length, "min_length": min_length}
-    train = tokenize(data, tokenizer, packing=arguments.packing, keep_columns=keep_columns, **cut)
-    if held is not None:
-        held = tokenize(held, tokenizer, packing=False, **cut)
-    elif isinstance(train, Dataset) and arguments.validation_fraction > 0 and len(train) > 1:
-        count = max(1, round(len(train) * arguments.validation_fraction))  # one document: its end
-        train, held = train.select(range(len(train) - count)), train.select(range(len(train) - count, len(train)))
-    if isinstance(held, Dataset):
-        held = held.select(range(min(len(held), arguments.validation_windows)))
-    return train, held if isinstance(held, Dataset) else None
+    cut: dict[str, Any] = {"tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length}
+    documents, validation = read_documents(arguments.dataset_name, **source), None
+    if a.validation_dataset is not None:
+        validation = read_documents(a.validation_dataset, **source)
+    elif isinstance(documents, Dataset):
+        documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
+    windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, **cut)
+    if validation is not None:
+        return windows, first_rows(tokenize(validation, packing=False, **cut), a.validation_windows)
+    if isinstance(windows, Dataset) and a.validation_fraction > 0 and len(windows) > 1:
+        end = len(windows) - max(1, round(len(windows) * a.validation_fraction))  # one document: what is kept back is its end
+        return windows.select(range(end)), first_rows(windows.select(range(end, len(windows))), a.validation_windows)
+    return windows, None
+
+
+def first_rows(data: Dataset | IterableDataset, count: int) -> Dataset:
+    """At most `count` rows, in memory where they were streamed."""
+    return data.select(range(min(len(data), count))) if isinstance(data, Dataset) else Dataset.from_list(list(data.take(count)))

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
+from refine_nsp.nsp.passes import next_tokens
 from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
@@ -37,7 +38,8 @@ class PostTrainingConfig(ReFINEConfig):
 
     Attributes:
         objective: what a batch's prompts are trained on before its answers: `refine`, `ntp` or `none`.
-        inner_steps: optimizer steps of that inner update; the batch's micro-batches are dealt out to them (the paper: 4 of 16).
+        inner_steps: optimizer steps of that inner update; the batch's micro-batches are dealt out to them (the paper: 4 of 16). One
+            whose gradient is not finite is skipped; the others, and the step on the answers, go on.
         reference: which of several answers is learned: the `first`, or a `random` one.
         answer_metric: of validation by generation: `any_match`, `fraction_match`, `f1` or `exact_match`.
         max_new_tokens: budget of those answers.
@@ -76,8 +78,8 @@ class AnswerBatch(MicroBatch):
 class Answers(Phase):
     """SFT: the cross-entropy of answer tokens (EOS included)."""
 
-    def __init__(self, args: PostTrainingConfig, tokenizer: PreTrainedTokenizerBase | None, **kwargs: Any) -> None:
-        super().__init__(args.nsp, **kwargs)
+    def __init__(self, args: PostTrainingConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__(args.nsp)
         self.args, self.tokenizer = args, tokenizer
 
     def count(self, batch: MicroBatch) -> Counts:
@@ -86,33 +88,37 @@ class Answers(Phase):
 
     def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         assert isinstance(batch, AnswerBatch)
-        answer_lengths = torch.tensor(batch.answer_lengths, device=batch.lengths.device)
-        loss = answer_loss(model, batch.input_ids, batch.lengths, answer_lengths, batch.totals["answers"])
+        loss = answer_loss(model, batch.sequences, torch.tensor(batch.answer_lengths), batch.totals["answers"])
         return loss, {"loss_answer": loss.detach()}
 
     @torch.no_grad()
     def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
         """Cross-entropy of the first answer, and matches of greedily generated ones."""
-        assert self.tokenizer is not None
-        tokenizer, device, score = self.tokenizer, model.device, MATCHES[self.args.answer_metric]
-        sums = dict.fromkeys(("nll", "targets", "matched", "examples"), 0.0)
+        sums = dict.fromkeys(("nll", "targets"), 0.0)
         prompts: list[Tensor] = []
         references: list[list[str]] = []
         for batch in batches:
             answers = [options[0] for options in batch["answers"]]
-            ids, lengths = pad([torch.cat(pair) for pair in zip(batch["prompts"], answers, strict=True)], device)
-            answer_lengths = torch.tensor([len(a) for a in answers], device=device)
-            sums["nll"] += float(answer_loss(model, ids, lengths, answer_lengths, 1.0))
+            answer_lengths = torch.tensor([len(a) for a in answers])
+            sums["nll"] += float(answer_loss(model, join(batch["prompts"], answers, model.device), answer_lengths, 1.0))
             sums["targets"] += float(answer_lengths.sum())
             prompts += batch["prompts"]
             references += batch["references"]
+        return {**sums, "matched": self._generated_matches(model, prompts, references), "examples": float(len(prompts))}
+
+    def _generated_matches(
+        self, model: FastWeightForCausalLM, prompts: Sequence[Tensor], references: Sequence[Sequence[str]]
+    ) -> float:
+        """Sum of scores of generated answers against any of their references."""
+        if self.tokenizer is None:
+            raise RefineError("validation reads answers as text: give the trainer its tokenizer as processing_class")
+        score, total = MATCHES[self.args.answer_metric], 0.0
         requests = [Request(i, p.tolist(), self.args.max_new_tokens) for i, p in enumerate(prompts)]
         batch_tokens = self.args.per_device_eval_batch_size * self.args.max_length
-        for answered in answer_all(model, requests, end_tokens(model, tokenizer), Decoding(), batch_tokens):
+        for answered in answer_all(model, requests, end_tokens(model, self.tokenizer), Decoding(), batch_tokens):
             for request, tokens in answered:
-                sums["matched"] += score(str(tokenizer.decode(tokens, skip_special_tokens=True)), references[request.key])
-        sums["examples"] = float(len(requests))
-        return sums
+                total += score(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), references[request.key])
+        return total
 
     def summarise(self, sums: Counts) -> dict[str, float]:
         return {
@@ -127,7 +133,7 @@ class InnerUpdate(TrainerCallback):
     def __init__(self, trainer: PostTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.inner_update()
 
 
@@ -140,20 +146,22 @@ class PostTrainer(ReFINETrainer):
 
     args: PostTrainingConfig
 
-    def __init__(self, model: Any = None, args: PostTrainingConfig | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module | None = None, args: PostTrainingConfig | None = None, **kwargs: Any) -> None:
         kwargs.setdefault("data_collator", collate_answers)
-        super().__init__(
-            model=model, args=args if args is not None else PostTrainingConfig(output_dir="runs/posttrain"), **kwargs
-        )
-        self.inner = PHASES[self.args.objective](self.nsp, self.reference_model) if self.args.objective != "none" else None
+        args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
+        super().__init__(model=model, args=args, **kwargs)
+        objective = self.args.objective
+        self.inner = PHASES[objective](self.nsp, self.reference_model) if objective != "none" else None
         self.add_callback(InnerUpdate(self))
         self._current: list[AnswerBatch] = []
         self._choice: tuple[int, random.Random] | None = None
 
     def make_phase(self) -> Phase:
-        return Answers(self.args, self.processing_class)  # type: ignore[arg-type]
+        return Answers(self.args, self.processing_class)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
         samples, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._current = [s["batch"] for s in samples]
         return samples, counted
@@ -161,10 +169,9 @@ class PostTrainer(ReFINETrainer):
     def micro_batch(self, inputs: Mapping[str, Any], generator: torch.Generator, device: torch.device) -> AnswerBatch:
         """Prompt and answer [B, T], and the prompts alone."""
         answers = [self.choose(options, generator) for options in inputs["answers"]]
-        ids, lengths = pad([torch.cat(pair) for pair in zip(inputs["prompts"], answers, strict=True)], device)
-        prompt_ids, prompt_lengths = pad(inputs["prompts"], device)
-        prompts = MicroBatch(Batch.of(prompt_ids, prompt_lengths, inputs.get("columns")), generator)
-        return AnswerBatch(Batch.of(ids, lengths), generator, answer_lengths=tuple(map(len, answers)), prompts=prompts)
+        prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generator)
+        joined = join(inputs["prompts"], answers, device)
+        return AnswerBatch(joined, generator, answer_lengths=tuple(map(len, answers)), prompts=prompts)
 
     def choose(self, options: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         """The answer to be learned. The choices of an optimizer step are seeded like its positions."""
@@ -180,28 +187,34 @@ class PostTrainer(ReFINETrainer):
         if self.inner is None or not self._current:
             return
         start = time.perf_counter()
-        prompts = [b.prompts for b in self._current if b.prompts is not None]
-        size = -(-len(prompts) // self.args.inner_steps)
-        for at in range(0, len(prompts), size):
-            part = prompts[at : at + size]
-            self.inner.prepare(self.model_wrapped, part)
-            self.update(self.inner, part, "inner_")
+        for prompts in deal([b.prompts for b in self._current if b.prompts is not None], self.args.inner_steps):
+            self.prepare(self.inner, prompts)
+            self.update(self.inner, prompts, "inner_")
         self._metrics["seconds_inner"].append(time.perf_counter() - start)
 
     def validation_batches(self, eval_dataset: Any) -> Any:
         """Every process answers its share."""
         data: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        rows = list(data)
-        rows = rows[self.args.process_index :: self.args.world_size]
+        rows = list(data)[self.args.process_index :: self.args.world_size]
         size = self.args.per_device_eval_batch_size
         return [collate_answers(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
-def answer_loss(model: FastWeightForCausalLM, ids: Tensor, lengths: Tensor, answer_lengths: Tensor, normalizer: float) -> Tensor:
-    """Sum of cross-entropies of the last `answer_lengths` [B] tokens of each row / normalizer; ids [B, T], lengths [B]."""
-    hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
-    at = torch.arange(ids.shape[1], device=ids.device)
-    mask = (at < lengths[:, None] - 1) & (at >= (lengths - answer_lengths)[:, None] - 1)
-    targets = nn.functional.pad(ids[:, 1:], (0, 1)).flatten()
+def deal(batches: Sequence[MicroBatch], hands: int) -> list[Sequence[MicroBatch]]:
+    """Micro-batches in their order for so many steps (fewer where there are not enough), their numbers at most one apart."""
+    each, more = divmod(len(batches), hands)
+    ends = [(i + 1) * each + min(i + 1, more) for i in range(min(hands, len(batches)))]
+    return [batches[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.device) -> Batch:
+    """Prompts with their answers behind them."""
+    return Batch.of(*pad([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], device))
+
+
+def answer_loss(model: FastWeightForCausalLM, batch: Batch, answer_lengths: Tensor, normalizer: float) -> Tensor:
+    """Sum of cross-entropies of the last `answer_lengths` [B] tokens of each row / normalizer; answer_lengths on the host."""
+    hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+    mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer
-    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, weights)[0]
+    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, next_tokens(batch), weights)[0]

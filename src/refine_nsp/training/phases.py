@@ -2,13 +2,19 @@
 
 An objective of your own is a subclass that overrides `loss` (and `count`, when it divides by something else):
 
-    class Confident(NextToken):
-        def loss(self, model, batch):
-            hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
-            ...
-            return loss, {"my_figure": figure}
+    from refine_nsp.training.phases import NextToken
 
-    ReFINETrainer(model, args, phase=Confident(args.nsp), ...)
+    class EntropyWeighted(NextToken):
+        # Cross-entropy, a token weighing its prediction's entropy: what the model is unsure of counts more.
+        def loss(self, model, batch):
+            log_p = model(batch.input_ids, lengths=batch.lengths).logits[:, :-1].log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1).detach()
+            nll = -log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+            real = batch.target_mask[:, :-1]
+            loss = (entropy * nll)[real].sum() / batch.totals["targets"]
+            return loss, {"loss_weighted": loss.detach(), "share_unsure": (entropy[real] > 1).double().mean()}
+
+    ReFINETrainer(model, args, phase=EntropyWeighted(args.nsp), train_dataset=rows).train()
 """
 
 from __future__ import annotations
@@ -40,7 +46,8 @@ class MicroBatch:
         sequences: ids, lengths, columns.
         generator: of all randomness; those of one optimizer step share it.
         totals: `Phase.count` summed over the optimizer step and all processes, divided by the number of processes (as gradients are):
-            what sums are divided by, so that 1 x 8 equals 8 x 1. A tensor [B] divides each sequence's sum by its own.
+            what sums are divided by, so that 1 x 8 equals 8 x 1; 1 where nothing was counted. A tensor [B] divides each sequence's
+            sum by its own.
         rollouts: made beforehand, or None.
         result: of the latest step, for a table of completions.
     """
@@ -56,8 +63,12 @@ class MicroBatch:
         return self.sequences.input_ids
 
     @property
-    def lengths(self) -> Tensor:  # [B] long
+    def lengths(self) -> Tensor:  # [B] long, on the host
         return self.sequences.lengths
+
+    @property
+    def target_mask(self) -> Tensor:  # [B, T] bool: t whose next token is real
+        return self.sequences.target_mask
 
     @property
     def num_tokens(self) -> int:
@@ -66,14 +77,11 @@ class MicroBatch:
 
 
 class Phase:
-    """The seam between a phase and the trainer.
+    """The seam between a phase and the trainer, which for an optimizer step calls `prepare`, `count`, and `loss` for each micro-batch.
 
     Attributes:
-        config: settings of the method. shortest: tokens a sequence needs. prepares_steps: whether `prepare` wants the micro-batches of
-            `steps_per_generation` optimizer steps at once.
+        config: settings of the method. reference: frozen model of a KL term, or None.
     """
-
-    prepares_steps = False
 
     def __init__(self, config: NSPConfig, reference: FastWeightForCausalLM | None = None) -> None:
         self.config, self.reference = config, reference
@@ -83,8 +91,14 @@ class Phase:
         """Tokens a sequence needs."""
         return 2
 
+    @property
+    def prepares_steps(self) -> bool:
+        """Whether `prepare` wants the micro-batches of `steps_per_generation` optimizer steps at once."""
+        return False
+
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
-        """What is done before the steps on `batches`, without gradients; `model` may be wrapped: `model(step=lambda m: ...)`."""
+        """What is done before the steps on `batches`; no gradients are kept, and the model is in eval mode. It may be wrapped: run it
+        by `model(step=lambda m: ...)`."""
 
     def count(self, batch: MicroBatch) -> Counts:
         """What the losses of a micro-batch are sums over; see `MicroBatch.totals`."""
@@ -92,10 +106,11 @@ class Phase:
 
     def count_by_sequence(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The same for each sequence [B], where every one has weights, and so a loss, of its own."""
-        return {"targets": (batch.sequences.host_lengths - 1).clamp(min=1).to(torch.float32)}
+        return {"targets": (batch.sequences.lengths - 1).clamp(min=1).to(torch.float32)}
 
     def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log (`loss_*`: shares too)."""
+        """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log: `loss_*` are shares too, which are
+        summed over the micro-batches; others are averaged."""
         raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
 
     def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
@@ -132,7 +147,7 @@ class NextSequence(Phase):
         return self.config.shortest
 
     @property
-    def prepares_steps(self) -> bool:  # type: ignore[override]
+    def prepares_steps(self) -> bool:
         return self.config.rolls_out and self.config.schedule in ("snapshot", "reprefill")
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
@@ -151,7 +166,7 @@ class NextSequence(Phase):
 
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
-        c, lengths = self.config, batch.sequences.host_lengths
+        c, lengths = self.config, batch.sequences.lengths
         if not c.rolls_out and c.weights != "selected":
             return (lengths - 1).clamp(min=0)
         return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)

@@ -24,10 +24,10 @@ from refine_nsp.training.data import collate
 PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
 
 
-def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, config: NSPConfig) -> Dataset:
+def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, config: NSPConfig, quiet: bool = True) -> Dataset:
     """The data with a column `context_scores`, d of every token (as `context_divergence`, float32), read back where they are known.
 
-    Kept in the cache of `datasets`, by model weights, data and settings; written part by part, so that an interrupted scoring goes on.
+    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
@@ -37,32 +37,44 @@ def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, confi
         raise RefineError(
             "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
         )
-    key = Hasher.hash((data._fingerprint, weights_key(model), config.local_window, config.local_span, gain))
+    key = scores_key(data, model, config)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
+
+    def scored(row: Mapping[str, Any]) -> dict[str, list[float]]:
+        return {"context_scores": scores_of(row, model, config, gain, device)}
+
+    features = datasets.Features({**data.features, "context_scores": datasets.Sequence(datasets.Value("float32"))})
     parts = []
     training = model.training
     model.eval()
-    with step_progress(len(data), 0, "context scores", quiet=True) as progress:
+    with step_progress(len(data), 0, "context scores", quiet) as progress:
         for start in range(0, len(data), PART_ROWS):
             rows = data.select(range(start, min(start + PART_ROWS, len(data))))
-            parts.append(
-                rows.map(
-                    lambda row: {"context_scores": scores_of(row, model, config, gain, device)},
-                    cache_file_name=str(folder / f"part-{start}.arrow"),
-                    features=datasets.Features({**data.features, "context_scores": datasets.List(datasets.Value("float32"))}),
-                    load_from_cache_file=True,
-                )
-            )
-            progress.advance(0, len(rows))
+            # Named here: to find a name itself, `datasets` would pickle the model for every part.
+            part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{key}-{start}"}
+            parts.append(rows.map(scored, features=features, load_from_cache_file=True, **part))
+            progress.advance(sum(map(len, parts[-1]["context_scores"])), len(rows))
     model.train(training)
     return concatenate_datasets(parts)
 
 
+def scores_key(data: Dataset, model: nn.Module, config: NSPConfig) -> str:
+    """Name of the scores: they depend on the data, the weights and what is computed with them, and what the score is."""
+    gain = wants_gain(config)
+    return Hasher.hash((data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain))
+
+
+def model_key(model: nn.Module) -> str:
+    """A model's config without where it came from: the same weights with another window are another model."""
+    settings: dict[str, Any] = model(step=lambda m: m.config.to_dict())
+    return Hasher.hash({k: v for k, v in sorted(settings.items()) if k not in ("_name_or_path", "transformers_version")})
+
+
 def wants_gain(config: NSPConfig) -> bool:
     """Which context score a run uses: the gain, or the KL. RefineError when it uses none."""
-    name = config.selection if config.rolls_out or config.weights == "selected" else config.weights
+    name = config.score if config.rolls_out or config.weights == "selected" else config.weights
     if name not in ("context", "context_kl", "context_gain"):
         raise RefineError(
             f"context_scores='cached' has nothing to keep: selection={config.selection!r} and weights={config.weights!r} of "

@@ -24,11 +24,6 @@ from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# What writes to and reads from the fast weights, by family.
-FAST_WEIGHT_NAMES = (
-    "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias",
-    "qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ class TestTimeTrainer:
             return c.parameters == "lora"
         if not c.nsp.rolls_out and c.nsp.weights != "selected":
             return False
-        return not SCORES[c.nsp.selection].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.rolls_out)
+        return not SCORES[c.nsp.score].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.rolls_out)
 
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
@@ -205,11 +200,12 @@ class TestTimeTrainer:
             model.requires_grad_(False)
             for p in parameters:
                 p.requires_grad_(True)
-            model.train()
             for _ in range(c.steps):
                 optimizer.zero_grad(set_to_none=True)
+                batch = self._micro_batch(sequences, generators, shared)
+                model.train()
                 with torch.enable_grad():
-                    loss = self._loss(MicroBatch(sequences, generators), shared)
+                    loss, _ = self.phase.loss(model, batch)
                     loss.backward()
                 clip_gradients(parameters, c.max_grad_norm, shared)
                 optimizer.step()
@@ -221,15 +217,17 @@ class TestTimeTrainer:
             model.train(training)
         return losses
 
-    def _loss(self, batch: MicroBatch, shared: bool) -> Tensor:
-        """Divided by what all rows hold, or each row's part by its own."""
-        device = batch.lengths.device
+    def _micro_batch(self, sequences: Batch, generators: Sequence[torch.Generator], shared: bool) -> MicroBatch:
+        """Prepared and counted; losses are divided by what all rows hold, or each row's part by its own."""
+        batch, device = MicroBatch(sequences, generators), sequences.input_ids.device
+        self.model.eval()
+        with torch.no_grad():
+            self.phase.prepare(self.model, [batch])
         if shared:
-            batch.totals = {name: max(float(n), 1.0) for name, n in self.phase.count(batch).items()}
+            batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
         else:
             batch.totals = {name: n.to(device) for name, n in self.phase.count_by_sequence(batch).items()}
-        self.phase.prepare(self.model, [batch])
-        return self.phase.loss(self.model, batch)[0]
+        return batch
 
 
 def as_rows(prompt: Any) -> list[Tensor]:
@@ -247,17 +245,19 @@ def as_rows(prompt: Any) -> list[Tensor]:
     return [r.long() for r in rows]
 
 
-def chosen_parameters(model: nn.Module, which: str) -> list[nn.Parameter]:
-    """`all`, or those of the fast weights' projections. RefineError when there are none."""
-    found = [
-        p for name, p in model.named_parameters() if which == "all" or any(part in FAST_WEIGHT_NAMES for part in name.split("."))
-    ]
-    if not found:
-        raise RefineError(f"{type(model).__name__} has no parameter named {', '.join(FAST_WEIGHT_NAMES)}")
-    return found
+def chosen_parameters(model: FastWeightForCausalLM, which: str) -> list[nn.Parameter]:
+    """`all`, or those that write and read the fast weights, as each mixer names them."""
+    if which == "all":
+        return list(model.parameters())
+    chosen = []
+    for mixer in model.model.mixers:
+        names = mixer.fast_weight_names
+        assert isinstance(mixer, nn.Module)
+        chosen += [p for name, p in mixer.named_parameters() if name.split(".")[0] in names]
+    return chosen
 
 
-def linear_layers(model: Any) -> list[nn.Linear]:
+def linear_layers(model: FastWeightForCausalLM) -> list[nn.Linear]:
     """Linear layers of the blocks (not the head)."""
     return [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
 

@@ -2,25 +2,26 @@
 
 The trainer draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches; losses are
 normalised by what the whole accumulation holds, so 1 x 8 equals 8 x 1. Randomness comes from a generator seeded by (seed, step, rank): a
-resumed run is the uninterrupted one.
+resumed run is the uninterrupted one. `update` makes further optimizer steps between the Trainer's own, by the same calls.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
 
 from refine_nsp.config import NSPConfig
@@ -54,50 +55,60 @@ class ReFINETrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    model: Any
+    model: nn.Module
+    args: ReFINEConfig
+    processing_class: PreTrainedTokenizerBase | None
 
     def __init__(
         self,
-        model: Any = None,
+        model: nn.Module | None = None,
         args: ReFINEConfig | None = None,
         reference_model: FastWeightForCausalLM | None = None,
         phase: Phase | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = ReFINEConfig(output_dir="runs/refine")
+        args = args if args is not None else ReFINEConfig(output_dir="runs/refine")
         if model is not None and kwargs.get("processing_class") is not None:
             check_vocabulary(model, kwargs["processing_class"])
         args.remove_unused_columns = False
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, **kwargs)
-        self.args: ReFINEConfig = args
-        self.nsp: NSPConfig = settled(args)
+        self.nsp: NSPConfig = args.nsp
         self.reference_model = reference_model
         if reference_model is not None:
             nn.Module.to(reference_model, args.device).eval()
         self.phase = phase if phase is not None else self.make_phase()
         if args.context_scores == "cached" and args.objective == "refine" and self.train_dataset is not None:
             with args.main_process_first(desc="context scores"):
-                self.train_dataset = with_context_scores(self.train_dataset, self.model, self.nsp)
-        self.guard, self.interrupt, self.bar = NonFiniteGuard(args.max_skipped_steps), InterruptCallback(), ProgressCallback()
-        for replaced in (TqdmCallback, PrinterCallback):
-            self.remove_callback(replaced)
-        for callback in (self.guard, self.interrupt, self.bar):
-            self.add_callback(callback)
-        self._metrics: dict[str, list[Any]] = defaultdict(list)
+                self.train_dataset = with_context_scores(self.train_dataset, self.model, self.nsp, quiet=bool(args.disable_tqdm))
+        self._replace_callbacks()
+        self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
         self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
         self._restored: list[MicroBatch] | None = None
         self._last_log = (time.monotonic(), 0)
         self._tokens_seen = 0
         self._shown_at = -1
 
+    def _replace_callbacks(self) -> None:
+        """Our progress instead of transformers', the guard, and a clean end on Ctrl-C."""
+        self.guard, self.interrupt, self.bar = (
+            NonFiniteGuard(self.args.max_skipped_steps),
+            InterruptCallback(),
+            ProgressCallback(),
+        )
+        for replaced in (TqdmCallback, PrinterCallback):
+            self.remove_callback(replaced)
+        for callback in (self.guard, self.interrupt, self.bar):
+            self.add_callback(callback)
+
     def make_phase(self) -> Phase:
         """What `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], None]:
         """The micro-batches of one optimizer step, prepared and counted."""
         if self._restored is not None:
             # The interrupted run had drawn these from the data loader already.
@@ -108,12 +119,15 @@ class ReFINETrainer(Trainer):
         if not self._pending:
             steps = self.args.steps_per_generation if self.phase.prepares_steps else 1
             self._pending = self._draw(epoch_iterator, num_batches * steps, device)
-            self._prepare(self._pending)
+            start = time.perf_counter()
+            self.prepare(self.phase, self._pending)
+            if self.phase.prepares_steps:
+                self._metrics["seconds_generation"].append(time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
         self.set_totals(self.phase, batches)
         return [{"batch": b, "input_ids": b.input_ids} for b in batches], None
 
-    def _draw(self, epoch_iterator: Iterator, count: int, device: torch.device) -> list[MicroBatch]:
+    def _draw(self, epoch_iterator: Iterator[dict[str, Any]], count: int, device: torch.device) -> list[MicroBatch]:
         generator = self.generator_of(self.state.global_step)
         batches = []
         for _ in range(count):
@@ -129,15 +143,16 @@ class ReFINETrainer(Trainer):
 
     def generator_of(self, step: int) -> torch.Generator:
         """All randomness of an optimizer step, so that a resumed run goes on alike."""
+        # Python salts hashes of text only; that of a tuple of ints is a fixed function of them. Another mix, though better stated, would
+        # change what every seed gives.
         return torch.Generator().manual_seed(hash((self.args.seed, step, self.args.process_index)) % 2**63)
 
-    def _prepare(self, batches: list[MicroBatch]) -> None:
-        if not self.phase.prepares_steps:
-            return
-        self.model.eval()
-        start = time.perf_counter()
-        self.phase.prepare(self.model_wrapped, batches)
-        self._metrics["seconds_generation"].append(time.perf_counter() - start)
+    @torch.no_grad()
+    def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
+        """What a phase does before the steps on `batches`, by the model as it is: in eval mode, whatever the last step left."""
+        if batches:
+            self.model.eval()
+            phase.prepare(self.model_wrapped, batches)
 
     def set_totals(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
         """What this optimizer step's sums are divided by, over all processes."""
@@ -151,14 +166,16 @@ class ReFINETrainer(Trainer):
             counted = self.accelerator.reduce(counted, reduction="sum") / self.args.world_size  # DDP averages gradients
             totals = dict(zip(names, counted.tolist(), strict=True))
         for batch in batches:
-            batch.totals = {name: max(float(count), 1.0) for name, count in totals.items()}
+            batch.totals = {name: float(count) or 1.0 for name, count in totals.items()}
 
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's share of the optimizer step's loss."""
+        """This micro-batch's share of the loss of its optimizer step: the Trainer's own, or one of `update`."""
         batch: MicroBatch = inputs["batch"]
+        if "phase" in inputs:
+            return self.phase_loss(inputs["phase"], model, batch, inputs["shares"], inputs["prefix"])
         self.bar.tokens_this_step += batch.num_tokens
         self._tokens_seen += batch.num_tokens
         loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
@@ -174,26 +191,30 @@ class ReFINETrainer(Trainer):
         return loss
 
     def update(self, phase: Phase, batches: Sequence[MicroBatch], prefix: str) -> None:
-        """An optimizer step of another phase between the Trainer's own, made as it makes those: accumulated without synchronising,
-        scaled, clipped, skipped where the gradient is not finite."""
+        """An optimizer step of another phase between the Trainer's own, by the calls that make those: accumulated without
+        synchronising, scaled, clipped, skipped where the gradient is not finite. `prefix`: of its figures' names."""
         model, accelerator = self.model_wrapped, self.accelerator
         assert self.optimizer is not None
-        model.train()
         self.set_totals(phase, batches)
-        synced = accelerator.gradient_state.sync_gradients
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = self.phase_loss(phase, model, batch, len(batches), prefix)
-                accelerator.backward(loss)
-        if self.args.max_grad_norm:
-            accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.guard.on_pre_optimizer_step(self.args, self.state, self.control, model=model)
-        self.optimizer.step()
-        model.zero_grad()
-        accelerator.gradient_state._set_sync_gradients(synced)
+        outer = accelerator.sync_gradients  # of the micro-batch that the Trainer is about to run
+        try:
+            for i, batch in enumerate(batches):
+                last = i == len(batches) - 1
+                accelerator.sync_gradients = last
+                with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model):
+                    super().training_step(model, {"batch": batch, "phase": phase, "shares": len(batches), "prefix": prefix})
+            # Without a limit too: this is what takes the loss scale out of the gradients, before the guard judges them.
+            accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
+            self.guard.on_pre_optimizer_step(self.args, self.state, self.control, model=model)
+            self.optimizer.step()
+            model.zero_grad()
+        finally:
+            accelerator.sync_gradients = outer
+
+    def _always_synchronises(self) -> bool:
+        """Whether every micro-batch is synchronised, for the reasons that the Trainer has."""
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return bool(each) or self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         start = time.perf_counter()
@@ -283,13 +304,6 @@ class ReFINETrainer(Trainer):
             raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
 
 
-def settled(args: ReFINEConfig) -> NSPConfig:
-    """The method's settings with `schedule="auto"` decided: a batch of rollouts that serves several steps is made before them."""
-    if args.nsp.schedule != "auto":
-        return args.nsp
-    return replace(args.nsp, schedule="snapshot" if args.steps_per_generation > 1 else "fused")
-
-
 def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
     """A collated batch on the device. Lengths are read where they are, on the host where nobody has moved them."""
     scores = inputs.get("context_scores")
@@ -298,7 +312,7 @@ def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
     return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device))
 
 
-def mean_of(values: Sequence[Any]) -> float:
+def mean_of(values: Sequence[float | Tensor]) -> float:
     """Mean of numbers and 0-dimensional tensors; the tensors of a log interval are read here, once."""
     tensors = [v.detach().double() for v in values if isinstance(v, Tensor)]
     numbers = [float(v) for v in values if not isinstance(v, Tensor)]
@@ -307,8 +321,8 @@ def mean_of(values: Sequence[Any]) -> float:
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for checkpoint in found:
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    for checkpoint in newest_first:
         if (problem := checkpoint_problem(checkpoint)) is None:
             return str(checkpoint)
         warnings.warn(f"{checkpoint.name} is not complete ({problem}); the one before it is taken", stacklevel=2)

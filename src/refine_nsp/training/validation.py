@@ -25,19 +25,19 @@ def validate(
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     generator = torch.Generator().manual_seed(SEED)  # the same positions at every validation
-    at_random = replace(config, schedule="auto", draw="sample")
+    at_random = replace(config, schedule="auto", selection="uniform", draw=None)
     for inputs in batches:
         batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
-        whole = run(model, batch, at_random, 1.0)
-        mask, targets = batch.target_mask.flatten(), next_tokens(batch)
-        sums["nll"] += float(whole.stats.nll[mask].double().sum())
-        sums["correct"] += float((whole.stats.argmax == targets)[mask].sum())
-        sums["sampled"] += float((-whole.stats.nll[mask].double()).exp().sum())
-        sums["entropy"] += float(whole.stats.entropy[mask].double().sum())
+        sequence_pass = run(model, batch, at_random, 1.0)
+        stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
+        sums["nll"] += float(stats.nll[mask].double().sum())
+        sums["correct"] += float((stats.argmax == targets)[mask].sum())
+        sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
+        sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
         u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generator)
         positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
-        match, similarity, places = greedy_match(whole, positions, config.rollout_length)
+        match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity
         sums["places"] += places

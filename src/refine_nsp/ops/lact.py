@@ -1,0 +1,269 @@
+"""LaCT's fast weights over a sequence, with their state at any position.
+
+Queries are read with the weights of their chunk; a chunk of C tokens is learned from when it is complete *and another token arrives*. So
+after n tokens the weights have had (n - 1) // C updates, and the 1..C tokens since the last one are *open*: the state keeps them, because
+whatever comes next may complete their chunk. That makes every hand-over exact, which the original cannot do: it learns from whole
+sequences only.
+
+A state is a dictionary of tensors, row first: `w0`, `w1`, `w2`, what queries read; `main_*` (pre-norm) and `momentum_*` where the rule
+has them; `open_k`, `open_v`, `open_lr`, `open_momentum`, zeros behind a row's open tokens. How many are open follows from how many tokens
+a row has seen. Such counts, and positions, are tensors on the host: they decide shapes, and a device would have to be waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refine_nsp.ops.lact_update import FastState, Triple, UpdateRule, initial_state, read, row_norms, update
+
+WEIGHTS = ("w0", "w1", "w2")
+State = dict[str, Tensor]
+
+
+class Tokens(NamedTuple):
+    """What is learned from, per token: k, v [B, H, T, Dk], lr [B, H, T, 3 * width] and momentum [B, H, T, 1] (or None)."""
+
+    k: Tensor
+    v: Tensor
+    lr: Tensor  # of w0, w1 and w2 side by side; width 1, or that of the weights' last axis
+    momentum: Tensor | None
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Tokens:
+        """f of every tensor."""
+        return Tokens(f(self.k), f(self.v), f(self.lr), None if self.momentum is None else f(self.momentum))
+
+    def cut(self, tokens: slice, rows: slice = slice(None)) -> Tokens:
+        """Some of the tokens, of some rows."""
+        return self.each(lambda x: x[rows, :, tokens])
+
+    def update_arguments(self) -> tuple[Tensor, Tensor, Triple, Tensor | None]:
+        """k, v, lr and momentum as `update` takes them."""
+        return self.k, self.v, Triple(*self.lr.chunk(3, -1)), self.momentum
+
+    def named(self) -> State:
+        """By their names in a state."""
+        return {f"open_{name}": x for name, x in self._asdict().items() if x is not None}
+
+    @classmethod
+    def of(cls, state: State) -> Tokens:
+        """The open tokens of a state."""
+        return cls(*(state.get(f"open_{name}") for name in cls._fields))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class LaCTStates:
+    """What a pass of `lact` leaves behind, enough for its state after any token."""
+
+    chunks: list[FastState]  # what the queries of each chunk read, [B, H, ..] each
+    tokens: Tokens  # from the start of the first chunk: the open ones of before, then the pass's own
+    opened: Tensor  # [B] long, on the host: how many were open before the pass
+    chunk: int  # C
+
+    def at(self, positions: Tensor) -> State:
+        """State after the token at `positions` [B, P] long (-1: the state before the pass) -> tensors [B, P, ...], differentiable."""
+        C, device = self.chunk, self.tokens.k.device
+        seen = self.opened[:, None] + positions.cpu() + 1  # tokens since the start of the first chunk
+        chunk = torch.div(seen - 1, C, rounding_mode="floor").clamp(min=0)
+        # Only the chunks that are asked for are copied together: a state is as large as thousands of tokens.
+        needed, which = chunk.unique(return_inverse=True)
+        rows, which = torch.arange(len(seen), device=device)[:, None], which.to(device, non_blocking=True)
+        weights = [_named(self.chunks[c]) for c in needed.tolist()]
+        state = {name: torch.stack([w[name] for w in weights])[which, rows] for name in weights[0]}
+        return state | self._open_tokens(chunk * C, seen - chunk * C)
+
+    def _open_tokens(self, first: Tensor, count: Tensor) -> State:
+        """The `count` [B, P] tokens from `first` [B, P] on, zeros behind the shorter ones."""
+        x = self.tokens.k
+        slots = torch.arange(int(count.max()) if count.numel() else 0)
+        index = (first[..., None] + slots).clamp(max=x.shape[2] - 1).to(x.device, non_blocking=True)
+        behind = (slots >= count[..., None]).to(x.device, non_blocking=True)
+        rows = torch.arange(len(first), device=x.device)[:, None, None]
+        taken = {name: z.transpose(1, 2)[rows, index] for name, z in self.tokens.named().items()}  # [B, P, slots, H, ..]
+        return {name: z.masked_fill(behind[..., None, None], 0.0).transpose(2, 3) for name, z in taken.items()}
+
+
+def lact(
+    q: Tensor,
+    tokens: Tokens,
+    initial: Triple,
+    rule: UpdateRule,
+    chunk: int,
+    state: State | None = None,
+    seen: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, LaCTStates]:
+    """Read and learn, chunk by chunk.
+
+    Args:
+        q: [B, H, T, Dk], what reads. tokens: [B, H, T, ...], what is learned from.
+        initial: fast weights before any update, [1, H, ...] or [B, H, ...]; updates keep the norms of their rows.
+        rule: see `UpdateRule`. chunk: C.
+        state: what `LaCTStates.at` gave, [B, ...], or None: nothing seen yet. seen: [B] long on the host, tokens it has seen.
+        lengths: [B] long on the host, real tokens of each row, or None: all T. What is read at pads means nothing.
+
+    Returns:
+        o [B, H, T, Dk], and the states.
+    """
+    (B, _, T, _), C = q.shape, chunk
+    opened = torch.zeros(B, dtype=torch.long) if seen is None else open_count(seen, C)
+    joined = tokens if state is None else _behind_open(Tokens.of(state), tokens, opened)
+    fast = initial_state(_for_rows(initial, B), rule) if state is None else _fast_state(state)
+    total = opened + (T if lengths is None else lengths.cpu())
+    n_chunks = max(1, -(-(int(opened.max()) + T) // C))
+    norms, chunks, outputs = row_norms(initial), [fast], []
+    together = bool((opened == opened[0]).all())  # chunks of all rows begin at the same queries, so they are plain slices
+    for i in range(n_chunks):
+        starts, ends = ((n * C - opened).clamp(0, T) for n in (i, i + 1))
+        reads = fast.weights
+        outputs.append(read(reads, q[:, :, int(starts[0]) : int(ends[0])]) if together else _read_span(reads, q, starts, ends))
+        goes_on = total > (i + 1) * C
+        if i + 1 < n_chunks:
+            if bool(goes_on.any()):
+                learned = update(fast, norms, *joined.cut(slice(i * C, (i + 1) * C)).update_arguments(), rule)
+                fast = learned if bool(goes_on.all()) else _where(goes_on.to(q.device, non_blocking=True), learned, fast)
+            chunks.append(fast)
+    o = torch.cat(outputs, 2) if together else torch.stack(outputs).sum(0)
+    if all(later is fast for later in chunks):
+        o = _with_a_part_in(o, tokens)
+    return o, LaCTStates(chunks, joined, opened, C)
+
+
+def naive_lact(
+    q: Tensor,
+    tokens: Tokens,
+    initial: Triple,
+    rule: UpdateRule,
+    chunk: int,
+    state: State | None = None,
+    seen: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, list[State]]:
+    """Token by token: the definition, and the yardstick for `lact`. Same arguments; o with zeros at pads, and each row's last state."""
+    start = _named(initial_state(_for_rows(initial, len(q)), rule)) if state is None else state
+    norms = row_norms(_for_rows(initial, len(q)))
+    outputs, states = [], []
+    for b in range(len(q)):
+        own = slice(b, b + 1)
+        fast, norm = _fast_state({name: x[own] for name, x in start.items()}), Triple(*(x[own] for x in norms))
+        kept = 0 if state is None or seen is None else int(open_count(seen, chunk)[b])
+        opened = (tokens if state is None else Tokens.of(state)).cut(slice(kept), own)
+        o = []
+        for t in range(q.shape[2] if lengths is None else int(lengths[b])):
+            if opened.k.shape[2] == chunk:
+                fast = update(fast, norm, *opened.update_arguments(), rule)
+                opened = opened.cut(slice(0))
+            opened = _join(opened, tokens.cut(slice(t, t + 1), own))
+            o.append(read(fast.weights, q[own, :, t : t + 1]))
+        outputs.append(torch.cat([*o, torch.zeros_like(q[own, :, len(o) :])], 2))
+        states.append(_named(fast) | opened.named())
+    return torch.cat(outputs), states
+
+
+def lact_branches(q: Tensor, tokens: Tokens, initial: Triple, rule: UpdateRule, chunk: int, state: State, seen: Tensor) -> Tensor:
+    """`lact` of rows that share states: what queries [S*n, H, T, Dk] read, T at most a chunk, n neighbours going on from each state.
+
+    Fast weights are as large as many tokens, so neighbours read the same ones in one product. Only rows that go on beyond their chunk
+    learn from it, and so need weights of their own. state: of S rows; seen: [S] long on the host.
+    """
+    S, (R, H, T, D) = len(seen), q.shape
+    n = R // S
+    folded = q.view(S, n, H, T, D).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, Dk]
+    o = read(_fast_state(state).weights, folded).view(S, H, n, T, D).transpose(1, 2).flatten(0, 1)
+    beyond = open_count(seen, chunk) + T > chunk
+    if not bool(beyond.any()):
+        return _with_a_part_in(o, tokens)
+    owners = beyond.nonzero()[:, 0].repeat_interleave(n)
+    rows, from_state = (x.to(q.device, non_blocking=True) for x in (beyond.repeat_interleave(n).nonzero()[:, 0], owners))
+    own = {name: x.index_select(0, from_state) for name, x in state.items()}
+    learned, _ = lact(
+        q.index_select(0, rows), tokens.each(lambda x: x.index_select(0, rows)), initial, rule, chunk, own, seen[owners]
+    )
+    return o.index_copy(0, rows, learned)
+
+
+def open_count(seen: Tensor, chunk: int) -> Tensor:
+    """How many of the tokens seen [B] are open: a complete chunk stays so until the next token arrives."""
+    return torch.where(seen > 0, (seen - 1) % chunk + 1, 0)
+
+
+def _join(before: Tokens, after: Tokens) -> Tokens:
+    """One behind the other, along time."""
+    later = after.named()
+    return Tokens.of({name: torch.cat([x, later[name]], 2) for name, x in before.named().items()})
+
+
+def _behind_open(before: Tokens, tokens: Tokens, opened: Tensor) -> Tokens:
+    """Each row's open tokens, then its own, without a gap: so chunk boundaries coincide across rows."""
+    width, T = before.k.shape[2], tokens.k.shape[2]
+    slot = torch.arange(int(opened.max()) + T)
+    source = torch.where(slot < opened[:, None], slot, width + slot - opened[:, None]).clamp(max=width + T - 1)
+    source = source.to(tokens.k.device, non_blocking=True)[:, None, :, None]
+    return _join(before, tokens).each(lambda x: x.gather(2, source.expand(-1, x.shape[1], -1, x.shape[3])))
+
+
+def _with_a_part_in(o: Tensor, tokens: Tokens) -> Tensor:
+    """o, on which learning rates and momentum depend with a weight of zero.
+
+    Where no chunk was completed nothing was learned, and their projections would get no gradient: distributed training, which waits for
+    every parameter's, would stop at the first batch of short rows.
+    """
+    for x in (tokens.lr, tokens.momentum):
+        if x is not None and x.requires_grad:
+            o = o + 0.0 * x[:, :, :1].sum().to(o.dtype)
+    return o
+
+
+def _for_rows(weights: Triple, B: int) -> Triple:
+    return Triple(*(w.expand(B, -1, -1, -1) for w in weights))
+
+
+def _read_span(weights: Triple, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Read queries start[b] .. end[b] - 1 of q [B, H, T, Dk] -> the same shape with zeros elsewhere, ready to be summed."""
+    width = int((end - start).max())
+    index = start[:, None] + torch.arange(width)  # [B, width]
+    outside = (index >= end[:, None])[:, None, :, None].to(q.device, non_blocking=True)
+    where = (
+        index.clamp(max=q.shape[2] - 1).to(q.device, non_blocking=True)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    )
+    read_there = read(weights, q.gather(2, where)).masked_fill(outside, 0.0)
+    return read_there.new_zeros(q.shape).scatter_add(2, where, read_there)
+
+
+# --- a fast state by name ---------------------------------------------------------------------------------------------
+
+
+def _named(fast: FastState) -> State:
+    state = dict(zip(WEIGHTS, fast.weights, strict=True))
+    for prefix, triple in (("main", fast.main), ("momentum", fast.momentum)):
+        if triple is not None:
+            state |= {f"{prefix}_{name}": w for name, w in zip(WEIGHTS, triple, strict=True)}
+    return state
+
+
+def _fast_state(state: State) -> FastState:
+    def triple(names: Sequence[str]) -> Triple | None:
+        return Triple(*(state[n] for n in names)) if names[0] in state else None
+
+    return FastState(
+        Triple(*(state[n] for n in WEIGHTS)),
+        triple([f"main_{n}" for n in WEIGHTS]),
+        triple([f"momentum_{n}" for n in WEIGHTS]),
+    )
+
+
+def _where(rows: Tensor, learned: FastState, before: FastState) -> FastState:
+    """`learned` for the rows [B] bool that go on, `before` for the others."""
+
+    def choose(a: Triple | None, b: Triple | None) -> Triple | None:
+        if a is None or b is None:
+            return None
+        return Triple(*(torch.where(rows[:, None, None, None], x, y) for x, y in zip(a, b, strict=True)))
+
+    weights = choose(learned.weights, before.weights)
+    assert weights is not None
+    return FastState(weights, choose(learned.main, before.main), choose(learned.momentum, before.momentum))

@@ -1,0 +1,48 @@
+"""On an accelerator a step waits for the device once, for its positions, and never mixes the host's tensors with the device's."""
+
+import pytest
+import torch
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.step import ReFINEStep
+from tests.device_rules import DeviceRules, host
+from tests.models.families import FAMILY_NAMES, build
+from tests.nsp.test_step import LENGTHS, generator, ids
+
+STEPS = {
+    "exact": ({"estimator": "exact"}, 0),
+    "exact, gain": ({"estimator": "exact", "weights": "context_gain"}, 0),
+    "exact, selected": ({"estimator": "exact", "weights": "selected"}, 0),
+    "paper": ({"reward": "hybrid"}, 1),
+    "context": ({"selection": "context_kl", "num_generations": 2}, 1),
+    # One wait for each of its two passes.
+    "snapshot": ({"schedule": "snapshot", "num_generations": 2}, 2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_asks_the_device_for_its_positions_and_nothing_else(family, name):
+    settings, waits = STEPS[name]
+    config = NSPConfig(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, **settings)
+    step = ReFINEStep(build(family, dtype=torch.float32).train(), config)
+    with DeviceRules() as rules:
+        result = step(ids(), host(LENGTHS.clone()), generator())
+        result.loss.backward()
+    assert not rules.mixed and len(rules.waits) <= waits, rules.waits
+    assert all(isinstance(v, torch.Tensor) for n, v in result.metrics.items() if not n.startswith("seconds"))
+
+
+def test_the_rules_see_what_they_look_for():
+    x, n = torch.randn(3), torch.arange(3)
+    with DeviceRules() as rules:
+        float(x.sum())
+        x.tolist()
+        x.cpu().tolist()
+        bool((x > 0).any())
+        torch.arange(3).tolist()
+        int(torch.arange(3).max())
+        x + torch.arange(3)
+        x + torch.arange(3).to(x.device, non_blocking=True)
+        x + n
+    assert len(rules.waits) == 4 and len(rules.mixed) == 1

@@ -1,0 +1,62 @@
+"""Trainings that tests run in this process and, by `python -m tests.training.jobs JOBS.json`, in several: there must be no difference."""
+
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from tests.models.families import build
+from tests.training import test_nested, test_trainer
+
+SETTINGS = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+
+
+def rows(lengths: list[int]) -> Dataset:
+    g = torch.Generator().manual_seed(0)
+    return Dataset.from_list([{"input_ids": torch.randint(0, 64, (n,), generator=g).tolist()} for n in lengths])
+
+
+def midtrain(folder: Path, lengths: list[int] | None = None, resume: bool = False, **settings) -> None:
+    data = rows(lengths) if lengths is not None else test_trainer.data(16)
+    t = test_trainer.trainer(folder, train_dataset=data, **{**SETTINGS, **settings})
+    t.train(resume_from_checkpoint=resume)
+    t.save_model(str(folder))
+
+
+def posttrain(folder: Path, **settings) -> None:
+    t = test_nested.trainer(
+        folder, build("delta_net"), test_nested.data(16), **{**SETTINGS, **settings, "output_dir": str(folder)}
+    )
+    t.train()
+    t.save_model(str(folder))
+
+
+def forget(folder: Path, checkpoints: list[int]) -> None:
+    """As if a run had been stopped before these."""
+    if PartialState().is_main_process:
+        for step in checkpoints:
+            shutil.rmtree(folder / f"checkpoint-{step}")
+    PartialState().wait_for_everyone()
+
+
+JOBS = {"midtrain": midtrain, "posttrain": posttrain, "forget": forget}
+
+
+def main(path: str) -> None:
+    """Run jobs of kind, folder and settings; what fails says so in its folder, and the next one goes on."""
+    torch.set_num_threads(1)
+    for kind, folder, settings in json.loads(Path(path).read_text()):
+        try:
+            JOBS[kind](Path(folder), **settings)
+        except Exception:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "error.txt").write_text(traceback.format_exc())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

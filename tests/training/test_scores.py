@@ -1,0 +1,121 @@
+"""Cached context scores: those of the online run's first step, kept part by part, and never another model's, text's or setting's."""
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.training import scores
+from refine_nsp.training.scores import scores_key, with_context_scores
+from tests.models.families import build
+from tests.training.test_trainer import assert_close, data, trainer, weights
+
+CONFIG = NSPConfig(selection="context_kl", local_window=8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of our own, in parts of 4 rows."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(scores, "PART_ROWS", 4)
+    return tmp_path / "cache" / "refine_nsp_context_scores"
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Rows that were scored, not read back; scoring stops at the row that `stop_at` names."""
+    rows, original = [], scores.scores_of
+
+    def count(row, *args):
+        if len(rows) == count.stop_at:
+            raise KeyboardInterrupt
+        rows.append(row)
+        return original(row, *args)
+
+    count.stop_at, count.rows = None, rows
+    monkeypatch.setattr(scores, "scores_of", count)
+    return count
+
+
+def packed_data() -> Dataset:
+    g = torch.Generator().manual_seed(0)
+    lengths = [[30, 25], [60], [21, 33]] * 3
+    return Dataset.from_list(
+        [{"input_ids": torch.randint(0, 64, (sum(n),), generator=g).tolist(), "lengths": n} for n in lengths]
+    )
+
+
+@pytest.mark.parametrize("rows", [data, packed_data], ids=["plain", "packed"])
+@pytest.mark.parametrize("settings", [
+    {"selection": "context_kl"},
+    {"selection": "context_gain", "steps_per_generation": 2},
+    {"preset": "exact", "reward_funcs": "prefix_match"},
+    {"preset": "exact", "reward_funcs": "prefix_match", "weights": "context_gain"},
+])  # fmt: skip
+def test_the_first_step_is_that_of_the_online_run(tmp_path, rows, settings):
+    online, cached = (
+        trainer(tmp_path / name, context_scores=name, local_window=8, max_steps=1, train_dataset=rows(), **settings)
+        for name in ("online", "cached")
+    )
+    assert [len(r["context_scores"]) for r in cached.train_dataset] == [len(r["input_ids"]) for r in cached.train_dataset]
+    online.train()
+    cached.train()
+    assert_close(weights(online), weights(cached), atol=1e-6)  # scores are kept in float32
+    for name in ("loss_ntp", "loss_policy"):
+        assert online.state.log_history[0][name] == pytest.approx(cached.state.log_history[0][name], rel=1e-5, abs=1e-9)
+
+
+def test_what_is_on_disk_is_not_scored_again(scored):
+    model, rows = build("delta_net"), data(10)
+    scored.stop_at = 6  # in the second part
+    with pytest.raises(KeyboardInterrupt):
+        with_context_scores(rows, model, CONFIG)
+    assert not model.training
+    scored.stop_at = None
+    first = with_context_scores(rows, model, CONFIG)
+    assert len(scored.rows) == 6 + 6  # the second part from its beginning, and the third; nothing of the first
+    assert first["input_ids"][:] == rows["input_ids"][:]
+    again = with_context_scores(rows, model, CONFIG)
+    assert len(scored.rows) == 12 and again["context_scores"][:] == first["context_scores"][:]
+
+
+def test_scoring_does_not_pickle_the_model(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("datasets hashed the model")
+
+    model = build("delta_net")
+    monkeypatch.setattr(type(model), "__reduce_ex__", refuse)
+    assert len(with_context_scores(data(6), model, CONFIG)) == 6
+
+
+def test_another_model_text_or_setting_is_another_key():
+    model, rows = build("delta_net"), data(10)
+    key = scores_key(rows, model, CONFIG)
+    assert key == scores_key(data(10), build("delta_net"), CONFIG)  # by content, not by object
+    moved = build("delta_net")
+    moved.config._name_or_path = "elsewhere"
+    assert key == scores_key(rows, moved, CONFIG)
+    with torch.no_grad():
+        moved.lm_head.weight[0, 0] += 1e-6
+    windowed = build("lact_swiglu", window_size=12), build("lact_swiglu", window_size=20)  # the same weights
+    others = [
+        scores_key(rows, moved, CONFIG),
+        scores_key(rows, build("delta_net", dtype=torch.float32), CONFIG),
+        scores_key(data(9), model, CONFIG),
+        scores_key(rows, model, NSPConfig(selection="context_gain", local_window=8)),
+        scores_key(rows, model, NSPConfig(selection="context_kl", local_window=9)),
+        scores_key(rows, model, NSPConfig(selection="context_kl", local_window=8, local_span=3)),
+        *(scores_key(rows, m, CONFIG) for m in windowed),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+    # What scores do not depend on shares them.
+    assert key == scores_key(rows, model, NSPConfig(selection="context_kl", local_window=8, rollout_length=2, lambda_rl=1.0))
+
+
+def test_streams_and_settings_without_scores_are_refused():
+    with pytest.raises(RefineError, match="use context_scores='online'"):
+        with_context_scores(data(4).to_iterable_dataset(), build("delta_net"), CONFIG)
+    with pytest.raises(RefineError, match="has nothing to keep: selection='entropy'"):
+        with_context_scores(data(4), build("delta_net"), NSPConfig())

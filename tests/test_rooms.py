@@ -12,23 +12,18 @@ FLOORS = [
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports, wherever in it; what is only for type checkers does not count."""
+    """Modules of the package that a file imports, wherever in it, and whatever for."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = {
-        inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)
-    }  # fmt: skip
-    found = set()
+    modules = set()
     for node in ast.walk(tree):
-        if node in skipped:
-            continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("refine_nsp"):
             for name in node.names:
                 inside = SOURCE / Path(*node.module.split("."), name.name)
                 is_module = inside.is_dir() or inside.with_suffix(".py").exists()
-                found.add(f"{node.module}.{name.name}" if is_module else node.module)
+                modules.add(f"{node.module}.{name.name}" if is_module else node.module)
         if isinstance(node, ast.Import):
-            found |= {n.name for n in node.names if n.name.startswith("refine_nsp")}
-    return found
+            modules |= {n.name for n in node.names if n.name.startswith("refine_nsp")}
+    return modules
 
 
 def modules() -> dict[str, set[str]]:

@@ -10,7 +10,8 @@ from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny.corpus import HELD_OUT, standard_library
 from refine_nsp.tiny.models import NEW_MODELS
-from refine_nsp.tiny.pretrain import Phase, PretrainConfig, encode_texts, pretrain
+from refine_nsp.tiny.pretrain import encode_texts, pretrain
+from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
 from refine_nsp.tiny.probes import make_probes, score_probes, score_text
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
@@ -111,7 +112,7 @@ def test_pretraining_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     texts = standard_library(held_out=True)
     monkeypatch.setattr("refine_nsp.tiny.pretrain.standard_library", lambda held_out: texts[:1] if held_out else texts[1:3])
     sizes = dict(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, tokens_per_step=512,
-                 save_steps=2, log_steps=10, phases=[Phase(4, 64, 0.5, 1.0, 2.0)])  # fmt: skip
+                 save_steps=2, log_steps=10, phases=[PretrainPhase(4, 64, 0.5, 1.0, 2.0)])  # fmt: skip
     whole = refine_nsp.load(pretrain(PretrainConfig(output_dir=str(tmp_path / "a"), **sizes)))[0]
     import refine_nsp.tiny.pretrain as module
 

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pretrain (or go on), and say where the model is."""
-    from refine_nsp.tiny.pretrain import Phase, PretrainConfig, pretrain
+    from refine_nsp.tiny.pretrain import pretrain
+    from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
 
     settings = read_yaml(args.config) if args.config is not None else {}
     known = {f.name for f in fields(PretrainConfig)}
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         if key not in known:
             raise RefineError(f"{args.config}: unknown key {key!r}{closest(key, known)}")
     if "phases" in settings:
-        settings["phases"] = [Phase(**p) for p in settings["phases"]]
+        settings["phases"] = [PretrainPhase(**p) for p in settings["phases"]]
     for name in ("output_dir", "seed", "learning_rate", "tokens_per_step"):
         if (value := getattr(args, name)) is not None:
             settings[name] = value

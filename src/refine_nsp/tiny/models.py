@@ -5,15 +5,13 @@ Without that, recall does not appear within minutes of training.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 from refine_nsp.models.lact import LaCTMixer
-
-if TYPE_CHECKING:
-    from refine_nsp.tiny.pretrain import PretrainConfig
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
 
 def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:

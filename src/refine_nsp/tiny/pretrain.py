@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +30,11 @@ from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.models import NEW_MODELS
+from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
 from refine_nsp.tiny.probes import ProbeSet, make_probes, score_probes, score_text
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """`steps` of `tokens_per_step` tokens in rows of `length`; recall documents are `recall_share` of rows, `dense` facts."""
-
-    steps: int
-    length: int
-    recall_share: float
-    dense: float
-    answer_weight: float
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that decides the base model. `recipes/pretrain_tiny.yaml` is the shipped one.
-
-    Attributes:
-        model_type: `delta_net` or `lact_swiglu`.
-        num_heads: of the delta rule, or of LaCT's attention and fast weights.
-        window: LaCT's attention window and chunk, in tokens; short, so that what is further away must be in the fast weights.
-    """
-
-    output_dir: str = "runs/pretrain"
-    seed: int = 0
-    model_type: str = "delta_net"
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    num_heads: int = 2
-    intermediate_size: int = 384
-    window: int = 64
-    tokens_per_step: int = 4096
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    save_steps: int = 250
-    log_steps: int = 50
-    phases: list[Phase] = field(
-        default_factory=lambda: [
-            Phase(300, 128, 0.6, 1.0, 4.0),
-            Phase(500, 256, 0.4, 0.6, 2.0),
-            Phase(1000, 512, 0.3, 0.3, 1.0),
-        ]
-    )
-
-    @property
-    def total_steps(self) -> int:
-        return sum(p.steps for p in self.phases)
 
 
 def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
@@ -173,7 +124,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 # --- data and steps ---------------------------------------------------------------------------------------------------
 
 
-def phase_of(config: PretrainConfig, step: int) -> Phase:
+def phase_of(config: PretrainConfig, step: int) -> PretrainPhase:
     for phase in config.phases:
         if step < phase.steps:
             return phase
@@ -189,7 +140,7 @@ def schedule(config: PretrainConfig, step: int) -> float:
 
 
 def training_batch(
-    config: PretrainConfig, phase: Phase, step: int, stream: Tensor, tokens: RecallTokens
+    config: PretrainConfig, phase: PretrainPhase, step: int, stream: Tensor, tokens: RecallTokens
 ) -> tuple[Tensor, Tensor]:
     """ids [B, T] and target weights [B, T]; seeded by the step, so a resumed run sees what an uninterrupted one would."""
     rng = random.Random(f"{config.seed}-{step}")

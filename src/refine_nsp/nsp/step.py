@@ -33,22 +33,6 @@ from refine_nsp.nsp.rollout import sample
 from refine_nsp.nsp.selection import select
 
 
-def one_step(
-    model: FastWeightForCausalLM,
-    batch: Batch,
-    config: NSPConfig,
-    draws: Draws,
-    learning: Learning,
-    rollouts: Rollouts | None = None,
-) -> StepResult:
-    """The step by the estimator of `config`: in closed form, on policy, or from `rollouts` made before."""
-    if not config.rolls_out:
-        return refine_in_closed_form(model, batch, config, draws, learning)
-    if rollouts is None:
-        return refine(model, batch, config, draws, learning)
-    return learn_from(model, batch, rollouts, config, learning)
-
-
 def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
     """The step on policy, all from one pass."""
     forward = run(model, batch, config, learning.ntp_normalizer)
@@ -58,23 +42,6 @@ def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws:
     judged = judge(forward, sampled, config)  # section 3.3
     rollouts = compare([judged], config)[0]  # section 3.4
     return learn(forward, prefixes, rollouts, config, learning)
-
-
-@torch.no_grad()
-def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
-    """Judged rollouts, to be compared and learned from later: the same steps without gradients."""
-    forward = run(model, batch, config)
-    positions = select(forward, config, draws.positions)
-    sampled = sample(forward, forward.states(positions), config, draws.tokens)
-    return judge(forward, sampled, config)
-
-
-def learn_from(
-    model: FastWeightForCausalLM, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
-) -> StepResult:
-    """Learn from rollouts that were made before, by this policy or an earlier one."""
-    forward = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
-    return learn(forward, forward.states(rollouts.positions), rollouts, config, learning)
 
 
 def learn(forward: Pass, prefixes: Prefixes, rollouts: Rollouts, config: NSPConfig, learning: Learning) -> StepResult:
@@ -116,6 +83,39 @@ def reference_log_probs(
         return None
     forward = run(reference, batch, replace(config, schedule="snapshot"), positions=rollouts.positions)
     return forward.continue_from(forward.states(rollouts.positions), rollouts.tokens, config.temperature).log_probs
+
+
+@torch.no_grad()
+def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
+    """Judged rollouts, to be compared and learned from later: the same steps without gradients."""
+    forward = run(model, batch, config)
+    positions = select(forward, config, draws.positions)
+    sampled = sample(forward, forward.states(positions), config, draws.tokens)
+    return judge(forward, sampled, config)
+
+
+def learn_from(
+    model: FastWeightForCausalLM, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
+) -> StepResult:
+    """Learn from rollouts that were made before, by this policy or an earlier one."""
+    forward = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
+    return learn(forward, forward.states(rollouts.positions), rollouts, config, learning)
+
+
+def one_step(
+    model: FastWeightForCausalLM,
+    batch: Batch,
+    config: NSPConfig,
+    draws: Draws,
+    learning: Learning,
+    rollouts: Rollouts | None = None,
+) -> StepResult:
+    """The step by the estimator of `config`: in closed form, on policy, or from `rollouts` made before."""
+    if not config.rolls_out:
+        return refine_in_closed_form(model, batch, config, draws, learning)
+    if rollouts is None:
+        return refine(model, batch, config, draws, learning)
+    return learn_from(model, batch, rollouts, config, learning)
 
 
 class ReFINEStep(nn.Module):

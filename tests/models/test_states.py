@@ -99,6 +99,38 @@ def test_rows_that_share_a_state_equal_rows_with_a_copy_each(model):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_blocks_are_named_for_wrappers_which_see_branching_too(family):
+    """FSDP by class name and device maps keep a block together; their hooks sit on its forward, so all passes go through it."""
+    from accelerate import infer_auto_device_map
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = build(family, num_hidden_layers=4)
+    names = model._no_split_modules
+    assert {type(layer).__name__ for layer in model.model.layers} == set(names)
+    size = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    room = {"cpu": int(3.5 * size) + 64 * 32 * 8, "disk": 10**9}  # one block of it is kept free for what comes from the disk
+    split = infer_auto_device_map(model, room, no_split_module_classes=names)
+    assert {split[f"model.layers.{i}"] for i in range(4)} == {"cpu", "disk"}
+
+    snapshots = model(tokens(), snapshot_positions=torch.tensor([[20], [33]])).snapshots
+    plain = model(tokens(4, 3), past_key_values=snapshots, use_cache=False).logits
+    calls = []
+    for layer in model.model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model(tokens(4, 3), past_key_values=snapshots, use_cache=False).logits, plain) and len(calls) == 4
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_mixer_names_what_writes_and_reads_its_fast_weights(family):
+    """Every parameter of a mixer is one of these or belongs to its output; a name without a parameter is a slip."""
+    for mixer in build(family, **({"use_gate": True} if family == "delta_net" else {})).model.mixers:
+        parts = {name.split(".")[0] for name, _ in mixer.named_parameters()}
+        assert set(mixer.fast_weight_names) <= parts
+        assert parts - set(mixer.fast_weight_names) <= {"o_proj", "o_norm", "g_proj", "ttt_norm", "ttt_scale_proj"}
+
+
 @torch.no_grad()
 def test_states_taken_after_the_pass_equal_snapshots_asked_for_before_it(model):
     ids, positions = tokens(), torch.tensor([[3, 90], [64, 149]])

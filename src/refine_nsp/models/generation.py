@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.state import FastWeightCache
 
 PREFILL_BLOCK = 1024  # tokens of a row per forward pass
@@ -40,7 +41,9 @@ class Request:
 
 
 @torch.no_grad()
-def prefill(model: Any, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None) -> tuple[Tensor, FastWeightCache]:
+def prefill(
+    model: FastWeightForCausalLM, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None
+) -> tuple[Tensor, FastWeightCache]:
     """Read rows of tokens, of any lengths >= 1, on from `cache`: the hidden state after each row's last token [B, D], and the states."""
     device = model.device
     lengths = torch.tensor([len(r) for r in rows], device=device)
@@ -61,7 +64,7 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], cache: FastWeightCache | 
 
 @torch.no_grad()
 def decode(
-    model: Any, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
+    model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
     keep_rows: bool = False,
 ) -> list[list[int]]:  # fmt: skip
     """Continue each row until an end token or its budget; returns the tokens without the end token.
@@ -106,7 +109,7 @@ def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Deco
     return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]
 
 
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
     eos = model.generation_config.eos_token_id
     tokens = set(eos) if isinstance(eos, list) else {eos}
@@ -141,7 +144,7 @@ def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
 
 
 def answer_all(
-    model: Any, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
+    model: FastWeightForCausalLM, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Iterator[list[tuple[Request, list[int]]]]:  # fmt: skip
     """Batches of (request, generated tokens without the end token), longest prompts first.

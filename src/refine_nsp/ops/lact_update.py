@@ -62,7 +62,7 @@ def initial_state(weights: Triple, rule: UpdateRule) -> FastState:
 
 def read(weights: Triple, q: Tensor) -> Tensor:
     """f(q): q [.., T, D] -> [.., T, D], in q's dtype."""
-    w0, w1, w2 = (w.to(q.dtype) for w in weights)
+    w0, w1, w2 = (w.to(q.dtype) for w in weights)  # kept wide, multiplied narrow: as the original does
     return (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
 
 
@@ -76,6 +76,7 @@ def gradient_terms(weights: Triple, k: Tensor, v: Tensor, lr: Triple) -> Triple:
     active = F.silu(gate)
     dhidden = v @ w1
     sigma = torch.sigmoid(gate)
+    # Written out, not left to autograd: an update is part of the forward pass, and the outer backward differentiates through it.
     dgate = dhidden * up * sigma * (1 + gate * (1 - sigma))
     d1 = v.mT @ (active * up * lr.w1).to(v.dtype)
     d0 = dgate.mT @ (k * lr.w0).to(k.dtype)
@@ -86,10 +87,11 @@ def gradient_terms(weights: Triple, k: Tensor, v: Tensor, lr: Triple) -> Triple:
 def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Approximate orthogonalisation of each matrix g [.., a, b] (Muon), computed in `dtype`."""
     x = g.to(dtype)
+    # The Gram matrix below has the size of the rows: transposed, it is the smaller of the two.
     wide = x.shape[-2] > x.shape[-1]
     if wide:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values of at most 1, where the polynomials converge
     for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -108,11 +110,14 @@ def update(
     if rule.momentum:
         assert momentum is not None and state.momentum is not None
         mean = momentum.mean(-2, keepdim=True)
+        # The momentum that is kept is that before Newton-Schulz, which would otherwise be fed its own output.
         step = kept = Triple(*(d + m * mean for d, m in zip(step, state.momentum, strict=True)))
     if rule.muon is not None:
+        # A choice of float32 means "exact": in a float64 run that is float64.
         dtype = rule.muon if rule.muon == torch.bfloat16 else torch.promote_types(k.dtype, rule.muon)
         step = Triple(*(newton_schulz(d, dtype) for d in step))
     start = state.main if state.main is not None else state.weights
     moved = Triple(*(w + d for w, d in zip(start, step, strict=True)))
+    # Rows keep the norms they began with: without this the weights would grow with every chunk.
     scaled = (w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * n for w, n in zip(moved, norms, strict=True))
     return FastState(Triple(*scaled), moved if rule.prenorm else None, kept)

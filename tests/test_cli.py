@@ -67,7 +67,7 @@ def test_help_shows_types_choices_and_what_the_preset_makes_the_default(capsys, 
     config.write_text("preset: exact\n")
     assert main(["midtrain", "--help", "--config", str(config)]) == 0
     preset = capsys.readouterr().out
-    assert line_of(preset, "rollout_length").endswith("[1]") and line_of(preset, "estimator").endswith("[exact]")
+    assert line_of(preset, "rollout_length").endswith("[3]") and line_of(preset, "estimator").endswith("[exact]")
     assert main(["posttrain", "--help"]) == 0
     assert line_of(capsys.readouterr().out, "reward_funcs").endswith("[hybrid]")
     assert all(len(line) <= 131 for line in preset.splitlines())

@@ -36,9 +36,11 @@ def to_svg(fig: Figure) -> str:
 
 
 def line_plot(curves: Mapping[str, Curve], title: str, x_label: str = "step", y_label: str = "") -> str:
-    """One line per name, (x, y) each."""
+    """One line per name, (x, y) each; an empty one keeps its colour for other plots."""
     fig, axis = figure(5.2, 2.9)
     for colour, (name, (x, y)) in zip(_colours(len(curves)), curves.items(), strict=True):
+        if not len(x):
+            continue
         axis.plot(x, y, label=name, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3.5)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x_label, fontsize=8)

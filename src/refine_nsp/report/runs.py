@@ -27,6 +27,9 @@ CURVES = (
     ("entropy", "entropy", "nats"),
     ("inner_entropy", "entropy on prompts", "nats"),
     ("entropy_at_positions", "entropy at chosen positions", "nats"),
+    ("entropy_at_weights", "entropy at the closed form's weights", "nats"),
+    ("expected_reward", "expected reward (closed form)", ""),
+    ("inner_expected_reward", "expected reward on prompts (closed form)", ""),
     ("reward_group_std", "reward std within groups", ""),
     ("grad_norm", "gradient norm", ""),
     ("tokens_per_second", "tokens per second", ""),
@@ -102,10 +105,12 @@ def curve_plots(runs: list[Run]) -> str:
     wanted = [*CURVES, *((k, k.replace("_", " "), "") for k in rewards)]
     drawn = []
     for key, title, unit in wanted:
-        curves = {r.name: r.curve(key) for r in runs if len(r.curve(key)[1]) > 1}
-        if key == "loss_policy" and all(abs(y) < ROUNDING for _, ys in curves.values() for y in ys):
-            continue  # advantages sum to 0, so on-policy the loss is rounding; its gradient is what counts
-        if curves:
+        # Runs without a curve stay among them, so that a run has one colour on the page.
+        curves = {r.name: curve if len((curve := r.curve(key))[1]) > 1 else ([], []) for r in runs}
+        if key == "loss_policy":
+            # Advantages sum to 0, so on-policy the loss is rounding; its gradient is what counts.
+            curves = {name: c if any(abs(y) > ROUNDING for y in c[1]) else ([], []) for name, c in curves.items()}
+        if any(ys for _, ys in curves.values()):
             drawn.append(plots.line_plot(curves, title, y_label=unit))
     return html.plots(*drawn) if drawn else "<p class='note'>Fewer than two logged steps: no curves.</p>"
 

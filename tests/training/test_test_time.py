@@ -10,7 +10,15 @@ from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, chose
 from tests.models.families import build
 
 FAMILIES = ["delta_net", "gated_deltanet", "lact_swiglu"]
-NSP = NSPConfig.preset("test_time", schedule="fused", min_prefix=4, positions_per_sequence=2, rollout_length=3)
+SHORT = {"min_prefix": 4, "positions_per_sequence": 2, "rollout_length": 3, "local_window": 6}
+NSP = NSPConfig.preset("test_time", **SHORT)
+# What a prompt can be adapted by: settings of a TestTimeConfig.
+METHODS = {
+    "ntp": {"objective": "ntp"},
+    "refine": {},
+    "exact": {"nsp": NSPConfig.preset("exact", **SHORT)},
+    "exact, selected": {"nsp": NSPConfig.preset("exact", weights="selected", **SHORT)},
+}
 
 
 def config(**settings):
@@ -31,13 +39,13 @@ def same(model, before):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("parameters", ["all", "fast_weights", "lora"])
-@pytest.mark.parametrize("method", ["refine", "ntp"])
+@pytest.mark.parametrize("method", ["ntp", "refine", "exact"])
 def test_outputs_change_inside_and_every_bit_is_back_outside(family, parameters, method):
     model = build(family).eval()
     before, ids = bits(model), prompt()
     flags = [p.requires_grad for p in model.parameters()]
     plain = model(ids[None]).logits
-    ttt = TestTimeTrainer(model, config(parameters=parameters, objective=method, steps=2))
+    ttt = TestTimeTrainer(model, config(parameters=parameters, steps=2, **METHODS[method]))
     with ttt.adapt(ids) as adapted:
         assert adapted is model and not model.training
         assert (model(ids[None]).logits - plain).abs().max() > 1e-6
@@ -105,11 +113,11 @@ def test_only_the_fast_weights_projections_change():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["refine", "ntp"])
+@pytest.mark.parametrize("method", ["ntp", "refine", "exact, selected"])
 def test_prompts_side_by_side_are_prompts_alone(family, method):
     model = build(family).eval()
     prompts = [prompt(60, 1), prompt(47, 2), prompt(33, 3)]
-    ttt = TestTimeTrainer(model, config(parameters="lora", objective=method, steps=3))
+    ttt = TestTimeTrainer(model, config(parameters="lora", steps=3, **METHODS[method]))
     with ttt.adapt(prompts):
         ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         together = model(ids, lengths=torch.tensor([len(p) for p in prompts])).logits
@@ -117,6 +125,22 @@ def test_prompts_side_by_side_are_prompts_alone(family, method):
         with ttt.adapt(p):
             alone = model(p[None]).logits[0]
         torch.testing.assert_close(row[: len(p)], alone, rtol=1e-7, atol=1e-9)
+
+
+def test_what_scores_rows_together_takes_prompts_one_by_one():
+    """Local windows are rows of their own, which adapters of the prompts' rows do not fit."""
+    for nsp in (METHODS["exact"]["nsp"], NSPConfig.preset("context", **SHORT)):
+        ttt = TestTimeTrainer(build("delta_net").eval(), config(parameters="lora", nsp=nsp))
+        assert not ttt.side_by_side()
+        with pytest.raises(RefineError, match="give them one by one"), ttt.adapt([prompt(60, 1), prompt(47, 2)]):
+            pass
+
+
+def test_adapting_by_the_closed_form_raises_the_expected_reward():
+    model, ids = build("delta_net").eval(), prompt(120)
+    ttt = TestTimeTrainer(model, config(steps=6, nsp=NSPConfig.preset("exact", lambda_ntp=0.0, **SHORT)))
+    with ttt.adapt(ids):
+        assert ttt.last.losses[-1] < ttt.last.losses[0] < 0
 
 
 def test_scope_batch_shares_one_update_and_never_goes_on():

@@ -1,15 +1,20 @@
-"""Training: data, the trainers of all three phases, and pretraining of the tiny base."""
+"""Training: data, and the trainers of all three phases."""
 
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.data import DataArguments, prepare_data
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
+from refine_nsp.training.phases import MicroBatch, NextSequence, NextToken, Phase
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 from refine_nsp.training.trainer import ReFINETrainer
 
 __all__ = [
     "AnswerArguments",
     "DataArguments",
+    "MicroBatch",
+    "NextSequence",
+    "NextToken",
+    "Phase",
     "PostTrainer",
     "PostTrainingConfig",
     "ReFINEConfig",

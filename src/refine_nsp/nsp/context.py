@@ -16,7 +16,7 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
 
-TOKENS_AT_ONCE = 8192  # of the local windows, so that memory does not grow with T
+TOKENS_AT_ONCE = 2048  # of the local windows: their activations stand beside those of the whole pass
 
 
 @torch.no_grad()

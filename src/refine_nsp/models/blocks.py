@@ -148,6 +148,34 @@ def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, 
             )
 
 
+class _Kept:
+    """What a pass keeps of its layers' states: those after `final` [B, 1], snapshots after `tokens` [B, P], or all they come from."""
+
+    def __init__(self, final: Tensor | None, tokens: Tensor | None, everything: bool) -> None:
+        self.final, self.tokens, self.everything = final, tokens, everything
+        self.finals: list[LayerState] = []
+        self.snapshots: list[LayerState] = []
+        self.traces: list[LayerTrace] = []
+
+    def take(self, trace: LayerTrace | None) -> None:
+        """A layer's trace; what is not wanted of it is let go before the next layer runs."""
+        if trace is None:
+            return
+        if self.final is not None:
+            self.finals.append(trace.at(self.final))
+        if self.tokens is not None:
+            self.snapshots.append(trace.at(self.tokens))
+        if self.everything:
+            self.traces.append(trace)
+
+    def snapshots_after(self, offsets: Tensor) -> FastWeightCache | None:
+        """The snapshots as B*P rows; offsets [B]: tokens before the pass."""
+        if self.tokens is None:
+            return None
+        lengths = (offsets[:, None] + self.tokens + 1).reshape(-1)
+        return FastWeightCache(self.snapshots, lengths, int(lengths.max()))
+
+
 class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
@@ -205,51 +233,32 @@ class FastWeightModel(FastWeightPreTrainedModel):
         use_cache = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
         past = self._check_past(past_key_values, B, use_cache)
         aligned = alignment(attention_mask, lengths, T)
-        if aligned is not None:
-            x = aligned.align(x)
-        keeps = use_cache or output_states or snapshot_positions is not None or output_hidden_states
-        branches = None
-        if past is not None and past.is_initialized:
-            if not keeps and aligned is None:
-                branches = B // past.batch_size
-            elif past.batch_size != B:
-                past = past.expand(B // past.batch_size)
         row_lengths = None if aligned is None else aligned.lengths
-        offsets = past.lengths if past is not None and past.lengths is not None else torch.zeros(B, dtype=torch.long)
         tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
+        reads_only = not (use_cache or output_states or output_hidden_states) and tokens is None and aligned is None
+        past, branches = self._rows(past, B, reads_only)
+        offsets = past.lengths if past is not None and past.lengths is not None else torch.zeros(B, dtype=torch.long)
         final = (row_lengths if row_lengths is not None else torch.full((B,), T))[:, None] - 1
 
+        kept = _Kept(final if use_cache else None, tokens, output_states)
         hidden: list[Tensor] = []
-        traces: list[LayerTrace] = []
-        finals: list[LayerState] = []
-        snapshots: list[LayerState] = []
+        x = x if aligned is None else aligned.align(x)
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden.append(x if aligned is None else aligned.restore(x))
             state = past.layers[i] if past is not None and past.is_initialized else None
             x, trace = layer(x, row_lengths, state, offsets, branches)
-            if use_cache:
-                finals.append(trace.at(final))
-            if tokens is not None:
-                snapshots.append(trace.at(tokens))
-            if output_states:
-                traces.append(trace)
+            kept.take(trace)
         x = self.norm(x)
-        if aligned is not None:
-            x = aligned.restore(x)
+        x = x if aligned is None else aligned.restore(x)
         if output_hidden_states:
             hidden.append(x)
-
-        taken = None
-        if tokens is not None:
-            prefix_lengths = (offsets[:, None] + tokens + 1).reshape(-1)
-            taken = FastWeightCache(snapshots, prefix_lengths, int(prefix_lengths.max()))
         return FastWeightModelOutput(
             last_hidden_state=x,
-            past_key_values=self._advance(past, finals, offsets + final[:, 0] + 1, T) if use_cache else past,
+            past_key_values=self._advance(past, kept.finals, offsets + final[:, 0] + 1, T) if use_cache else past,
             hidden_states=tuple(hidden) if output_hidden_states else None,
-            snapshots=taken,
-            states=PrefixStates(traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
+            snapshots=kept.snapshots_after(offsets),
+            states=PrefixStates(kept.traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
         )
 
     def branch(self, cache: FastWeightCache, n: int) -> Branches:
@@ -277,6 +286,14 @@ class FastWeightModel(FastWeightPreTrainedModel):
                 "use_cache=False to go on from each with a whole number of rows"
             )
         return past
+
+    @staticmethod
+    def _rows(past: FastWeightCache | None, n_rows: int, reads_only: bool) -> tuple[FastWeightCache | None, int | None]:
+        """The states to go on from, and how many neighbours share each; where states are kept, every row has one of its own."""
+        if past is None or not past.is_initialized:
+            return past, None
+        n = n_rows // past.batch_size
+        return (past, n) if reads_only else (past if n == 1 else past.expand(n), None)
 
     @staticmethod
     def _advance(past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int) -> FastWeightCache:

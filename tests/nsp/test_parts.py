@@ -5,7 +5,7 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.advantage import compute_advantages
-from refine_nsp.nsp.context import context_divergence, next_sum
+from refine_nsp.nsp.context import context_divergence, local_hidden, next_sum
 from refine_nsp.nsp.objective import policy_loss
 from refine_nsp.nsp.records import Batch, inverse_cdf, uniforms
 from refine_nsp.nsp.rewards import compute_rewards, cosine, edit_similarity, exact_match, hybrid, prefix_match, resolve_reward
@@ -279,3 +279,19 @@ def test_every_name_has_its_function():
     assert set(names["draw"]) - {None} == set(DRAWS) and set(names["schedule"]) == set(PASSES)
     assert set(PUBLISHED_SELECTIONS.values()) <= {(score, draw) for score in SCORES for draw in DRAWS}
     assert set(choices_of(TestTimeConfig)["objective"]) == set(PHASES)
+
+
+def test_windows_of_pads_alone_are_not_run(monkeypatch):
+    model, W = build("delta_net"), 8
+    ids, lengths = torch.randint(0, 64, (3, 100), generator=torch.Generator().manual_seed(5)), torch.tensor([100, 20, 41])
+    rows, run = [], model.model.forward
+
+    def spy(input_ids, **kwargs):
+        rows.append(len(input_ids))
+        return run(input_ids, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", spy)
+    local = local_hidden(model, Batch.of(ids, lengths), W, 4)
+    # Windows are read 24 tokens each, from 2W = 16 on: 4 for 100 tokens, 1 for 20, 2 for 41.
+    assert sum(rows) == 7 and local.shape[:2] == (3, 84)
+    assert local[1, :4].any(-1).all() and not local[1, 24:].any() and not local[2, 48:].any()

@@ -34,8 +34,8 @@ def context_divergence(model: FastWeightForCausalLM, batch: Batch, hidden: Tenso
     if batch.scores is not None:
         return batch.scores.to(d)
     first = 2 * config.local_window
-    if d.shape[1] > first:
-        local = local_hidden(model, batch.input_ids, config.local_window, config.local_span)
+    if max(batch.sizes) > first:
+        local = local_hidden(model, batch, config.local_window, config.local_span)
         targets = F.pad(batch.input_ids[:, 1:], (0, 1))[:, first:]
         d[:, first:] = _divergence(model.lm_head.weight, hidden[:, first:], local, targets, gain)
         # Without a target (or at a pad) there is nothing to gain.
@@ -52,17 +52,23 @@ def next_sum(d: Tensor, K: int) -> Tensor:
 
 
 @torch.no_grad()
-def local_hidden(model: FastWeightForCausalLM, input_ids: Tensor, W: int, span: int) -> Tensor:
-    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it."""
-    B, T = input_ids.shape
+def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) -> Tensor:
+    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it; zeros where a window
+    would read pads only."""
+    B, T = batch.input_ids.shape
     stride = (span - 1) * W
-    padded = F.pad(input_ids, (0, -(T - 2 * W) % stride))
+    padded = F.pad(batch.input_ids, (0, -(T - 2 * W) % stride))
     windows = padded[:, W:].unfold(1, span * W, stride)  # [B, n, span * W]; what stands before 2W is scored 0, so never read
-    flat = windows.reshape(-1, span * W)
+    n = windows.shape[1]
+    needed = (2 * W + stride * torch.arange(n) < batch.lengths[:, None]).flatten().nonzero()[:, 0]  # on the host
+    needed = needed.to(batch.input_ids.device, non_blocking=True)
+    rows = windows.reshape(B * n, span * W)[needed]
     parts = [
-        model.model(rows, use_cache=False).last_hidden_state[:, W:] for rows in flat.split(max(1, TOKENS_AT_ONCE // (span * W)))
+        model.model(part, use_cache=False).last_hidden_state[:, W:] for part in rows.split(max(1, TOKENS_AT_ONCE // (span * W)))
     ]
-    return torch.cat(parts).reshape(B, windows.shape[1] * stride, -1)[:, : T - 2 * W]
+    hidden = torch.cat(parts)
+    hidden = hidden.new_zeros(B * n, *hidden.shape[1:]).index_copy(0, needed, hidden) if len(hidden) < B * n else hidden
+    return hidden.reshape(B, n * stride, -1)[:, : T - 2 * W]
 
 
 def _divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:

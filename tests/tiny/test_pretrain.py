@@ -175,6 +175,14 @@ def test_curves_of_every_family(tmp_path, library):
     assert [r["step"] for r in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 4]
 
 
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path, library):
+    pretrain(tiny(tmp_path, {"facts": 0.2}))
+    with pytest.raises(RefineError, match=r"other settings \(hidden_size, phases\).*--restart"):
+        pretrain(tiny(tmp_path, {"facts": 0.3}, hidden_size=32))
+    pretrain(tiny(tmp_path, {"facts": 0.2}, save_steps=1))
+    pretrain(tiny(tmp_path, {"facts": 0.3}, hidden_size=32), resume=False)
+
+
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     measures = Measures.of(config, tokenizer, held_out, encode_texts(tokenizer, held_out))
     model = NEW_MODELS[config.model_type](config, len(tokenizer))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
-    start = load_checkpoint(out, model, optimizer) if resume else 0
+    start = load_checkpoint(out, model, optimizer, config) if resume else 0
     if start == 0:
         (out / "metrics.jsonl").unlink(missing_ok=True)
     model.train()
@@ -74,7 +75,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
                 measured = measures.take(model) if probed else {}
                 append_json_lines(out / "metrics.jsonl", [{"step": done, "time": time.time(), "loss": loss, **measured}])
             if done % config.save_steps == 0 or done == config.total_steps:
-                save_checkpoint(out, model, optimizer, done)
+                save_checkpoint(out, model, optimizer, done, config)
                 write_curves(out)
     # What is stored is what is measured at the end.
     round_to(model.eval(), config.store_dtype)
@@ -212,7 +213,9 @@ def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, step: int) -> None:
+def save_checkpoint(
+    out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, step: int, config: PretrainConfig
+) -> None:  # fmt: skip
     """Weights and optimizer moments as safetensors, under a temporary name until they are complete."""
     from safetensors.torch import save_file
 
@@ -220,12 +223,18 @@ def save_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimize
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
     temporary = out / "checkpoint.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"step": str(step)})
+    save_file(tensors, temporary, metadata={"step": str(step), "settings": json.dumps(decisive(config))})
     os.replace(temporary, out / "checkpoint.safetensors")
 
 
-def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer) -> int:
-    """Steps done, 0 without a checkpoint."""
+def decisive(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that training depends on."""
+    others = ("output_dir", "store_dtype", "save_steps", "log_steps", "probe_steps", "probe_lengths", "probes_per_kind")
+    return {name: value for name, value in asdict(config).items() if name not in others}
+
+
+def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, config: PretrainConfig) -> int:
+    """Steps done, 0 without a checkpoint. RefineError for a checkpoint of a training with other settings."""
     from safetensors import safe_open
 
     path = out / "checkpoint.safetensors"
@@ -233,7 +242,10 @@ def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimize
         return 0
     with safe_open(path, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        step = int(file.metadata()["step"])
+        step, settings = int(file.metadata()["step"]), json.loads(file.metadata().get("settings", "{}"))
+    now = json.loads(json.dumps(decisive(config)))
+    if changed := [name for name, value in settings.items() if now.get(name) != value]:
+        raise RefineError(f"{path} was made with other settings ({', '.join(changed)}); name another output_dir, or --restart")
     model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

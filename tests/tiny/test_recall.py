@@ -10,8 +10,8 @@ from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny.corpus import HELD_OUT, standard_library
 from refine_nsp.tiny.models import NEW_MODELS
-from refine_nsp.tiny.pretrain import encode_texts, pretrain
-from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
+from refine_nsp.tiny.pretrain import encode_texts
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
 from refine_nsp.tiny.probes import make_probes, score_probes, score_text
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
@@ -61,12 +61,19 @@ def test_probe_scores_equal_generation(base, filler):
     assert score_probes(model, probes).greedy == right / 12
 
 
-def test_lact_starts_with_the_key_of_a_value_like_the_query_that_asks_for_it():
+def repeated(start: int, end: int, again: int) -> torch.Tensor:
+    """[1, 60] different tokens, but those from `start` to `end` stand once more from `again` on."""
+    ids = torch.randperm(2000)[None, :60]
+    ids[0, again : again + end - start] = ids[0, start:end]
+    return ids
+
+
+@pytest.mark.parametrize("width", [128, 192])
+def test_lact_starts_with_the_key_of_a_value_like_the_query_that_asks_for_it(width):
     """At initialisation: in the second layer the fast key of a token equals the fast query at the same two tokens' second mention."""
     torch.manual_seed(0)
-    model = NEW_MODELS["lact_swiglu"](PretrainConfig(model_type="lact_swiglu"), 2048)
-    ids = torch.randperm(2000)[None, :60]
-    ids[0, 50:55] = ids[0, 10:15]
+    model = NEW_MODELS["lact_swiglu"](PretrainConfig(model_type="lact_swiglu", hidden_size=width), 2048)
+    ids = repeated(10, 15, again=50)
     seen = []
     mixer = model.model.layers[1].attn
     mixer.register_forward_hook(lambda module, args, out: seen.append(args[0]))
@@ -76,6 +83,29 @@ def test_lact_starts_with_the_key_of_a_value_like_the_query_that_asks_for_it():
         fast_q, tokens = mixer._fast_inputs(seen[0], q, k, v, None)
     similar = fast_q[0, 0, 51:55] @ tokens.k[0, 0, :49].T  # after (a, b) comes c: the key of c, one place on
     assert similar.argmax(-1).tolist() == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
+def test_delta_rules_start_with_the_key_of_a_value_like_the_query_that_asks_for_it(name):
+    torch.manual_seed(0)
+    config = PretrainConfig(model_type=name, hidden_size=192, num_heads=3, intermediate_size=512)
+    model = NEW_MODELS[name](config, 2048)
+    assert 2.0e6 < model.num_parameters() < 2.4e6
+    mixer = model.model.layers[0].attn
+    x = torch.nn.functional.layer_norm(model.model.embeddings(repeated(10, 15, again=50)), [192])
+    with torch.no_grad():
+        q, k = (conv(proj(x), None)[0] for proj, conv in ((mixer.q_proj, mixer.q_conv1d), (mixer.k_proj, mixer.k_conv1d)))
+    similar = torch.nn.functional.normalize(q[51:55], dim=-1) @ torch.nn.functional.normalize(k[:49], dim=-1).T
+    assert similar.argmax(-1).tolist() == [12, 13, 14, 15]  # after (a, b) comes c: the key of c, one place on
+
+
+def test_gated_delta_net_starts_with_a_long_memory():
+    torch.manual_seed(0)
+    model = NEW_MODELS["gated_deltanet"](PretrainConfig(hidden_size=192, num_heads=3), 2048)
+    for layer in model.model.layers:
+        _, g = layer.attn._gates(torch.randn(1, 400, 192), None)  # log decay [B, T, HV]
+        kept = (500 * g.mean(1)).exp()[0]
+        assert kept.min() > 0.5 and kept[0] < kept[-1]
 
 
 def test_t_intervals():
@@ -106,28 +136,3 @@ def test_the_shipped_bases_recall_far_above_chance_and_model_text(name, filler):
 def test_held_out_modules_are_not_trained_on():
     train, held = standard_library(held_out=False), standard_library(held_out=True)
     assert len(held) >= len(HELD_OUT) and not set(train) & set(held)
-
-
-def test_pretraining_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    texts = standard_library(held_out=True)
-    monkeypatch.setattr("refine_nsp.tiny.pretrain.standard_library", lambda held_out: texts[:1] if held_out else texts[1:3])
-    sizes = dict(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, tokens_per_step=512,
-                 save_steps=2, log_steps=10, phases=[PretrainPhase(4, 64, 0.5, 1.0, 2.0)])  # fmt: skip
-    whole = refine_nsp.load(pretrain(PretrainConfig(output_dir=str(tmp_path / "a"), **sizes)))[0]
-    import refine_nsp.tiny.pretrain as module
-
-    real, steps = module.train_step, []
-
-    def cut_off(*args):
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(module, "train_step", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(PretrainConfig(output_dir=str(tmp_path / "b"), **sizes))
-    monkeypatch.setattr(module, "train_step", real)
-    again = refine_nsp.load(pretrain(PretrainConfig(output_dir=str(tmp_path / "b"), **sizes)))[0]
-    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b)

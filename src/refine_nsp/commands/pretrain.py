@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
 
 from refine_nsp.commands.options import read_yaml
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.errors import RefineError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,19 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Pretrain (or go on), and say where the model is."""
     from refine_nsp.tiny.pretrain import pretrain
-    from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
+    from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
     settings = read_yaml(args.config) if args.config is not None else {}
-    known = {f.name for f in fields(PretrainConfig)}
-    for key in settings:
-        if key not in known:
-            raise RefineError(f"{args.config}: unknown key {key!r}{closest(key, known)}")
-    if "phases" in settings:
-        settings["phases"] = [PretrainPhase(**p) for p in settings["phases"]]
     for name in ("output_dir", "seed", "learning_rate", "tokens_per_step"):
         if (value := getattr(args, name)) is not None:
             settings[name] = value
-    config = PretrainConfig(**settings)
+    try:
+        config = PretrainConfig.read(settings)
+    except RefineError as error:
+        raise RefineError(f"{args.config or 'pretrain'}: {error}") from error
     console = Console(stderr=True)
     if args.dry_run:
         console.print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")

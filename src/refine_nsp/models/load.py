@@ -33,7 +33,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
 
     Args:
         name_or_path: for example `"refine-nsp/tiny-delta-net"`.
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: of the weights; None is the one the model's configuration names (of a shipped name float32, however it is stored).
         kwargs: passed to `from_pretrained` (device_map, revision, ...).
 
     Raises:

@@ -296,12 +296,12 @@ def _variables(seed: str, length: int, lines: int) -> Draft:
     rng = random.Random(seed)
     # The benchmark's worked example takes 500 tokens; in short prompts it is cut to keep its share.
     example_lines = max(VARIABLE_HOPS + 1, min(EXAMPLE_LINES, EXAMPLE_LINES * length // 2048))
-    example, answer = _variable_text(random.Random(f"{seed}-example"), example_lines, 3)
-    prompt, variables = _variable_text(rng, lines, 5)
+    example, answer = variable_text(random.Random(f"{seed}-example"), example_lines, 3)
+    prompt, variables = variable_text(rng, lines, 5)
     return f"{example} {' '.join(answer)}\n\n{prompt}", variables, {}
 
 
-def _variable_text(rng: random.Random, lines: int, name_length: int) -> tuple[str, list[str]]:
+def variable_text(rng: random.Random, lines: int, name_length: int) -> tuple[str, list[str]]:
     names: dict[str, None] = {}
     while len(names) < VARIABLE_HOPS + 1:
         names["".join(rng.choices(string.ascii_uppercase, k=name_length))] = None

@@ -5,11 +5,20 @@ Without that, recall does not appear within minutes of training.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypeVar
 
 import torch
 
-from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
+from refine_nsp.errors import RefineError
+from refine_nsp.models import (
+    DeltaNetConfig,
+    DeltaNetForCausalLM,
+    GatedDeltaNetConfig,
+    GatedDeltaNetForCausalLM,
+    LaCTConfig,
+    LaCTForCausalLM,
+)
 from refine_nsp.models.lact import LaCTMixer
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
@@ -17,6 +26,15 @@ from refine_nsp.tiny.pretrain_settings import PretrainConfig
 def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
     """A DeltaNet that starts induction-friendly."""
     return induction_friendly(DeltaNetForCausalLM(DeltaNetConfig(num_heads=config.num_heads, **_sizes(config, vocab_size))))
+
+
+def new_gated_delta_net(config: PretrainConfig, vocab_size: int) -> GatedDeltaNetForCausalLM:
+    """A Gated DeltaNet that starts induction-friendly and with a long memory; its heads share out the width, as DeltaNet's do."""
+    if config.hidden_size % config.num_heads:
+        raise RefineError(f"hidden_size={config.hidden_size} must be a multiple of num_heads={config.num_heads}")
+    width = config.hidden_size // config.num_heads
+    sizes = {"num_heads": config.num_heads, "head_dim": width, "expand_v": 1.0, **_sizes(config, vocab_size)}
+    return remember_long(induction_friendly(GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**sizes))))
 
 
 def new_lact(config: PretrainConfig, vocab_size: int) -> LaCTForCausalLM:
@@ -40,11 +58,12 @@ def _sizes(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-NEW_MODELS = {"delta_net": new_delta_net, "lact_swiglu": new_lact}
+NEW_MODELS = {"delta_net": new_delta_net, "gated_deltanet": new_gated_delta_net, "lact_swiglu": new_lact}
+DeltaRuleModel = TypeVar("DeltaRuleModel", DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
 
 
 @torch.no_grad()
-def induction_friendly(model: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
+def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
     """q and k alike, k one token late: a key stands for the two tokens before it, a query for the two up to it."""
     for layer in model.model.layers:
         mixer = layer.attn
@@ -53,6 +72,19 @@ def induction_friendly(model: DeltaNetForCausalLM) -> DeltaNetForCausalLM:
             conv.weight.mul_(0.1)
             for tap in taps:
                 conv.weight[:, 0, tap] += 1.0
+    return model
+
+
+@torch.no_grad()
+def remember_long(
+    model: GatedDeltaNetForCausalLM, shortest_tokens: float = 1e3, longest_tokens: float = 1e4
+) -> GatedDeltaNetForCausalLM:
+    """A layer's heads forget at first by 1/e in that many tokens, evenly spaced on a log scale; the original in 1 to 1,000 or more."""
+    for layer in model.model.layers:
+        mixer = layer.attn
+        mixer.A_log.zero_()
+        rate = torch.logspace(-math.log10(shortest_tokens), -math.log10(longest_tokens), len(mixer.dt_bias))
+        mixer.dt_bias.copy_(rate.expm1().log())  # softplus of it is the rate
     return model
 
 

@@ -1,8 +1,8 @@
-"""Pretrain a tiny base model, from nothing, on the text every Python installation has and on generated recall documents.
+"""Pretrain a tiny base model, from nothing, on the text every Python installation has and on generated documents.
 
-Recall does not appear by itself in minutes of training. What is done about it is stated in the model card: facts are dense and short
-range first (the sequence length grows by phases), answers weigh more early, and q and k projections start equal with k's convolution
-shifted by one token, so that a key already stands for "what came before this value".
+Recall does not appear by itself in minutes of training. What is done about it is stated in the model card: what is recalled is dense
+and short range first (the sequence length grows by phases), answers weigh more early, and q and k projections start equal with k's
+convolution shifted by one token, so that a key already stands for "what came before this value".
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.tiny.corpus import standard_library
+from refine_nsp.tiny.documents import Writer
+from refine_nsp.tiny.measures import Measures, write_curves
 from refine_nsp.tiny.models import NEW_MODELS
-from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
-from refine_nsp.tiny.probes import ProbeSet, make_probes, score_probes, score_text
+from refine_nsp.tiny.pretrain_settings import FACTS, SHARED, PretrainConfig, PretrainPhase
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,31 +52,36 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     torch.manual_seed(config.seed)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    texts = standard_library(held_out=False)
+    texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    stream = encode_texts(tokenizer, texts)
-    held_out = encode_texts(tokenizer, standard_library(held_out=True))
+    sources = Sources.of(config, tokenizer, texts)
+    measures = Measures.of(config, tokenizer, held_out, encode_texts(tokenizer, held_out))
     model = NEW_MODELS[config.model_type](config, len(tokenizer))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
-    start = load_checkpoint(out, model, optimizer) if resume else 0
-    recall_tokens = RecallTokens.of(tokenizer)
-    probes = make_probes(tokenizer, held_out.tolist(), [(256, 8), (512, 8), (1024, 8)], 64, seed=1)
-    windows = held_out[: 16 * 512].view(16, 512)
+    start = load_checkpoint(out, model, optimizer, config) if resume else 0
+    if start == 0:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     model.train()
     with step_progress(config.total_steps, start, "pretrain") as progress:
         for step in range(start, config.total_steps):
-            phase = phase_of(config, step)
-            ids, weights = training_batch(config, phase, step, stream, recall_tokens)
+            ids, weights = training_batch(config, phase_of(config, step), step, sources)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(config, step)
             loss = train_step(model, optimizer, ids, weights, config.max_grad_norm)
             progress.advance(ids.numel(), 1, {"loss": loss})
             done = step + 1
-            if done % config.log_steps == 0 or done == config.total_steps:
-                log_progress(out, done, loss, model, probes if done % (4 * config.log_steps) == 0 else [], windows)
+            probed = done % config.probe_steps == 0 and done < config.total_steps
+            if probed or done % config.log_steps == 0 or done == config.total_steps:
+                measured = measures.take(model) if probed else {}
+                append_json_lines(out / "metrics.jsonl", [{"step": done, "time": time.time(), "loss": loss, **measured}])
             if done % config.save_steps == 0 or done == config.total_steps:
-                save_checkpoint(out, model, optimizer, done)
-    return save_model(out, model.eval(), tokenizer, config)
+                save_checkpoint(out, model, optimizer, done, config)
+                write_curves(out)
+    # What is stored is what is measured at the end.
+    round_to(model.eval(), config.store_dtype)
+    append_json_lines(out / "metrics.jsonl", [{"step": config.total_steps, "time": time.time(), **measures.take(model)}])
+    write_curves(out)
+    return save_model(out, model, tokenizer, config)
 
 
 # --- model, tokenizer, optimizer --------------------------------------------------------------------------------------
@@ -139,23 +144,57 @@ def schedule(config: PretrainConfig, step: int) -> float:
     return 1.0 - 0.9 * (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
 
 
-def training_batch(
-    config: PretrainConfig, phase: PretrainPhase, step: int, stream: Tensor, tokens: RecallTokens
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Sources:
+    """What rows are made of. stream: all texts, encoded. writer: of the families that are no facts; None where none is trained on."""
+
+    stream: Tensor
+    facts: RecallTokens
+    writer: Writer | None
+
+    @classmethod
+    def of(cls, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sources:
+        writer = Writer.of(tokenizer, texts) if set(config.families) - {FACTS} else None
+        return cls(encode_texts(tokenizer, texts), RecallTokens.of(tokenizer), writer)
+
+
+def training_batch(config: PretrainConfig, phase: PretrainPhase, step: int, sources: Sources) -> tuple[Tensor, Tensor]:
     """ids [B, T] and target weights [B, T]; seeded by the step, so a resumed run sees what an uninterrupted one would."""
     rng = random.Random(f"{config.seed}-{step}")
     rows, weights = [], []
     for _ in range(config.tokens_per_step // phase.length):
-        start = rng.randrange(len(stream) - phase.length)
-        window = stream[start : start + phase.length]
+        start = rng.randrange(len(sources.stream) - phase.length)
+        window = sources.stream[start : start + phase.length]
         weight = torch.ones(phase.length)
-        if rng.random() < phase.recall_share:
-            filler = stream[start : start + 4 * phase.length].tolist()
-            ids, asked = recall_document(rng, tokens, filler, phase.length, phase.dense * (0.5 + 0.5 * rng.random()))
+        family = family_at(phase, rng.random())
+        if family is not None:
+            ids, asked = generated_row(rng, family, phase, sources, start)
             window, weight = torch.tensor(ids), torch.where(torch.tensor(asked), phase.answer_weight, 1.0)
         rows.append(window)
         weights.append(weight)
     return torch.stack(rows), torch.stack(weights)
+
+
+def family_at(phase: PretrainPhase, u: float) -> str | None:
+    """The family of a row, for a uniform draw 0 <= u < 1: the families' shares lie side by side from 0 on; None is plain text."""
+    for family in SHARED:
+        share = phase.shares.get(family, 0.0)
+        if u < share:
+            return family
+        u -= share
+    return None
+
+
+def generated_row(
+    rng: random.Random, family: str, phase: PretrainPhase, sources: Sources, start: int
+) -> tuple[list[int], list[bool]]:
+    """A document of the family in text from `start` on, and which of its tokens are answers."""
+    filler = sources.stream[start : start + (4 if family == FACTS else 1) * phase.length].tolist()
+    dense = phase.dense * (0.5 + 0.5 * rng.random())
+    if family == FACTS:
+        return recall_document(rng, sources.facts, filler, phase.length, dense)
+    assert sources.writer is not None
+    return sources.writer.write(rng, family, filler, phase.length, dense)
 
 
 def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, weights: Tensor, max_grad_norm: float) -> float:
@@ -171,23 +210,12 @@ def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, 
     return float(loss.detach())
 
 
-# --- logs and checkpoints ---------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def log_progress(
-    out: Path, step: int, loss: float, model: FastWeightForCausalLM, probes: Sequence[ProbeSet], windows: Tensor
-) -> None:
-    record: dict[str, Any] = {"step": step, "time": time.time(), "loss": loss}
-    if probes:
-        model.eval()
-        record["eval_loss"] = score_text(model, windows).loss
-        for p in probes:
-            record[f"recall_{p.length}_{p.needles}"] = score_probes(model, p).greedy
-        model.train()
-    append_json_lines(out / "metrics.jsonl", [record])
-
-
-def save_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, step: int) -> None:
+def save_checkpoint(
+    out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, step: int, config: PretrainConfig
+) -> None:  # fmt: skip
     """Weights and optimizer moments as safetensors, under a temporary name until they are complete."""
     from safetensors.torch import save_file
 
@@ -195,12 +223,18 @@ def save_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimize
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
     temporary = out / "checkpoint.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"step": str(step)})
+    save_file(tensors, temporary, metadata={"step": str(step), "settings": json.dumps(decisive(config))})
     os.replace(temporary, out / "checkpoint.safetensors")
 
 
-def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer) -> int:
-    """Steps done, 0 without a checkpoint."""
+def decisive(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that training depends on."""
+    others = ("output_dir", "store_dtype", "save_steps", "log_steps", "probe_steps", "probe_lengths", "probes_per_kind")
+    return {name: value for name, value in asdict(config).items() if name not in others}
+
+
+def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, config: PretrainConfig) -> int:
+    """Steps done, 0 without a checkpoint. RefineError for a checkpoint of a training with other settings."""
     from safetensors import safe_open
 
     path = out / "checkpoint.safetensors"
@@ -208,7 +242,10 @@ def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimize
         return 0
     with safe_open(path, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        step = int(file.metadata()["step"])
+        step, settings = int(file.metadata()["step"]), json.loads(file.metadata().get("settings", "{}"))
+    now = json.loads(json.dumps(decisive(config)))
+    if changed := [name for name, value in settings.items() if now.get(name) != value]:
+        raise RefineError(f"{path} was made with other settings ({', '.join(changed)}); name another output_dir, or --restart")
     model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -220,11 +257,23 @@ def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimize
     return step
 
 
+@torch.no_grad()
+def round_to(model: FastWeightForCausalLM, dtype: str) -> None:
+    """Give the weights values that `dtype` holds exactly; they stay float32."""
+    for weight in model.parameters():
+        weight.copy_(weight.to(getattr(torch, dtype)))
+
+
 def save_model(out: Path, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> Path:
-    """Model, tokenizer and settings in `out/model`, complete or not at all."""
+    """Model, tokenizer and settings in `out/model`, complete or not at all.
+
+    The weights are stored as `config.store_dtype`, while the model's own configuration names the dtype it was trained in, which is
+    what `load` widens them to.
+    """
     temporary, final = out / "model.tmp", out / "model"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    stored = {name: weight.to(getattr(torch, config.store_dtype)) for name, weight in model.state_dict().items()}
+    model.save_pretrained(temporary, state_dict={k: v for k, v in stored.items() if k != "lm_head.weight"})
     tokenizer.save_pretrained(temporary)
     (temporary / "pretrain_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)

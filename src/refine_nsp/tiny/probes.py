@@ -23,7 +23,7 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Probes of one kind: `needles` facts in prompts of `length` tokens. prompts [n][length], answers [n][2 or more]."""
+    """Probes of one kind: up to `needles` facts in prompts of `length` tokens. prompts [n][length], answers [n][1 or more]."""
 
     length: int
     needles: int
@@ -33,11 +33,14 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Means over probes: greedy exact match, log-probability of the answer (nats), probability of sampling it."""
+    """Means over probes: greedy exact match, log-probability of the answer (nats), probability of sampling it; and the share of an
+    answer's tokens that are the argmax, given those before.
+    """
 
     greedy: float
     log_p: float
     sampled: float
+    tokens: float
 
 
 def make_probes(
@@ -57,7 +60,7 @@ def make_probes(
 def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
     """Score one set under the distribution at `temperature`; rows are batched by what fits `BATCH_TOKENS`."""
     rows = [torch.tensor(p + a) for p, a in zip(probes.prompts, probes.answers, strict=True)]
-    answers: list[tuple[bool, float]] = []  # whether greedy, log p
+    answers: list[tuple[float, float]] = []  # share of tokens that are the argmax, log p
     for start in range(0, len(rows), max(1, BATCH_TOKENS // probes.length)):
         batch = rows[start : start + max(1, BATCH_TOKENS // probes.length)]
         lengths = torch.tensor([len(r) for r in batch], device=model.device)
@@ -67,12 +70,13 @@ def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: fl
             logits = model.lm_head(h[probes.length - 1 : n - 1]).float() / temperature
             truth = row[probes.length :].to(logits.device)
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
-            answers.append((bool((logits.argmax(-1) == truth).all()), float(log_p)))
+            answers.append((float((logits.argmax(-1) == truth).double().mean()), float(log_p)))
     count = len(answers)
     return RecallScore(
-        sum(right for right, _ in answers) / count,
+        sum(right == 1.0 for right, _ in answers) / count,
         sum(log_p for _, log_p in answers) / count,
         float(torch.tensor([log_p for _, log_p in answers]).exp().mean()),
+        sum(right for right, _ in answers) / count,
     )
 
 

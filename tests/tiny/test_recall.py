@@ -94,9 +94,18 @@ def test_delta_rules_start_with_the_key_of_a_value_like_the_query_that_asks_for_
     mixer = model.model.layers[0].attn
     x = torch.nn.functional.layer_norm(model.model.embeddings(repeated(10, 15, again=50)), [192])
     with torch.no_grad():
-        q, k = (conv(proj(x), None)[0] for proj, conv in ((mixer.q_proj, mixer.q_conv1d), (mixer.k_proj, mixer.k_conv1d)))
-    similar = torch.nn.functional.normalize(q[51:55], dim=-1) @ torch.nn.functional.normalize(k[:49], dim=-1).T
-    assert similar.argmax(-1).tolist() == [12, 13, 14, 15]  # after (a, b) comes c: the key of c, one place on
+        made = (conv(proj(x), None)[0] for proj, conv in ((mixer.q_proj, mixer.q_conv1d), (mixer.k_proj, mixer.k_conv1d)))
+        q, k = (torch.nn.functional.normalize(z.unflatten(-1, (3, 64)), dim=-1) for z in made)  # [T, heads, 64]
+    similar = torch.einsum("thd,shd->hts", q, k[:49])
+    # The first head reads what it wrote at the same token, without looking back.
+    torch.testing.assert_close(q[:, 0], k[:, 0])
+    # After (a, b, c) comes d: the key of d, one place on; the last head needs two tokens for it, the one before three.
+    assert similar[1, 52:55].argmax(-1).tolist() == [13, 14, 15]
+    assert similar[2, 51:55].argmax(-1).tolist() == [12, 13, 14, 15]
+    for layer in model.model.layers[1:]:
+        o, v = layer.attn.o_proj.weight, layer.attn.v_proj.weight
+        undone = o @ v  # what is read is what was written
+        torch.testing.assert_close(undone, undone[0, 0] * torch.eye(192), atol=1e-4, rtol=0)
 
 
 def test_gated_delta_net_starts_with_a_long_memory():

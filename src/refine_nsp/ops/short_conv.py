@@ -58,22 +58,29 @@ class _ShortConv(torch.autograd.Function):
         dz = dy if z is None else torch.ops.aten.silu_backward(dy, z)
         dx = dz * weight[:, W - 1]
         dweight = torch.empty_like(weight)
-        buffer = dz * x  # of the products of all taps, one after another
-        dweight[:, W - 1] = buffer.sum((0, 1))
+        buffer = dz * x  # of the products of all taps, one after another; what a tap does not reach is set to zero
+        dweight[:, W - 1] = _sum_rows(buffer)
         # Fewer tokens than taps: some reach into the history alone, or, without one, into nothing.
         for i in range(W - 1):
             dweight[:, i] = 0.0
         for tap, back in _taps(W, T):
             dx[:, : T - back].addcmul_(dz[:, back:], weight[:, tap])
-            part = torch.mul(dz[:, back:], x[:, : T - back], out=buffer[:, back:])
-            dweight[:, tap] = part.sum((0, 1))
+            torch.mul(dz[:, back:], x[:, : T - back], out=buffer[:, back:])
+            buffer[:, back - 1] = 0.0
+            dweight[:, tap] = _sum_rows(buffer)
         dhistory = None
         if history is not None:
             dhistory = torch.zeros_like(history)
             for tap, start, count in _history_taps(W, T):
                 dhistory[:, start : start + count].addcmul_(dz[:, :count], weight[:, tap])
                 dweight[:, tap] += (dz[:, :count] * history[:, start : start + count]).sum((0, 1))
-        return dx, dweight, None if bias is None else dz.sum((0, 1)), None, dhistory
+        return dx, dweight, None if bias is None else _sum_rows(dz), None, dhistory
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    """[..., D] -> [D], as a matrix product, several times faster on a CPU than a sum over the outer axes."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.new_ones(1, len(rows)).mm(rows)[0]
 
 
 def _history_taps(W: int, T: int) -> list[tuple[int, int, int]]:

@@ -174,7 +174,7 @@ LISTING_WORDINGS = (
 def listing(rng: random.Random, wording: int, count: int) -> Draft:
     """Lines of keys and values; keys are asked for in another order."""
     line, question, end = LISTING_WORDINGS[wording]
-    kind, digits = rng.choice(("numbers", "word", "words")), rng.randint(1, 6)
+    kind, digits = rng.choice(("numbers", "word", "words")), rng.randint(1, 9)
     space = "" if question.endswith('"') else " "
     items = []
     for key in distinct(rng, "words", count):

@@ -19,6 +19,8 @@ from refine_nsp.models import (
     LaCTConfig,
     LaCTForCausalLM,
 )
+from refine_nsp.models.delta_net import DeltaNetMixer
+from refine_nsp.models.gated_delta_net import GatedDeltaNetMixer
 from refine_nsp.models.lact import LaCTMixer
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
@@ -60,11 +62,16 @@ def _sizes(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
 
 NEW_MODELS = {"delta_net": new_delta_net, "gated_deltanet": new_gated_delta_net, "lact_swiglu": new_lact}
 DeltaRuleModel = TypeVar("DeltaRuleModel", DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
+DeltaRuleMixer = DeltaNetMixer | GatedDeltaNetMixer
 
 
 @torch.no_grad()
 def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
-    """q and k alike, k one token late: a key stands for the two tokens before it, a query for the two up to it."""
+    """q and k alike, k one token late: a key stands for the two tokens before it, a query for the two up to it.
+
+    With three heads or more, recall appears in a tenth of the tokens, because the first two get work of their own and what is read is
+    what was written (`copies`, `look_three_back`, `summarises`).
+    """
     for layer in model.model.layers:
         mixer = layer.attn
         mixer.q_proj.weight.copy_(mixer.k_proj.weight)
@@ -72,7 +79,47 @@ def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
             conv.weight.mul_(0.1)
             for tap in taps:
                 conv.weight[:, 0, tap] += 1.0
+    if model.config.num_heads >= 3:
+        for layer in model.model.layers:
+            copies(layer.attn)
+            look_three_back(layer.attn, head=1)
+        summarises(model.model.layers[0].attn, head=0)
     return model
+
+
+def copies(mixer: DeltaRuleMixer) -> None:
+    """o_proj undoes v_proj, which is orthogonal: a value that is read comes out as the vector it was written from."""
+    width = mixer.v_proj.weight.shape[0]
+    size = mixer.v_proj.weight.std() * width**0.5
+    orthogonal, _ = torch.linalg.qr(torch.randn(width, width))
+    mixer.v_proj.weight.copy_(size * orthogonal)
+    mixer.o_proj.weight.copy_(size * orthogonal.T)
+
+
+def look_three_back(mixer: DeltaRuleMixer, head: int) -> None:
+    """A head whose key stands for the three tokens before it, and its query for the three up to it: keys of several pieces."""
+    channels = _channels(mixer, head)
+    for conv, taps in ((mixer.q_conv1d, (-3, -2, -1)), (mixer.k_conv1d, (-4, -3, -2))):
+        conv.weight[channels] = 0.03 * torch.randn_like(conv.weight[channels])
+        for tap in taps:
+            conv.weight[channels, 0, tap] += (2 / 3) ** 0.5
+
+
+def summarises(mixer: DeltaRuleMixer, head: int) -> None:
+    """A head that reads at every token what it writes there, a random mixture of the last four: a token carries what stood before it."""
+    channels = _channels(mixer, head)
+    for conv in (mixer.q_conv1d, mixer.k_conv1d):
+        conv.weight[channels] = 0.0
+        conv.weight[channels, 0, -1] = 1.0
+    mixture = torch.randn_like(mixer.v_conv1d.weight[channels])
+    mixer.v_conv1d.weight[channels] = 1.5 * mixture / mixture.norm(dim=-1, keepdim=True)
+    mixer.o_proj.weight[:, channels] = mixer.o_proj.weight.std() * torch.randn_like(mixer.o_proj.weight[:, channels])
+
+
+def _channels(mixer: DeltaRuleMixer, head: int) -> slice:
+    """A head's, of q, k and v, which are equally wide here."""
+    width = mixer.q_proj.weight.shape[0] // mixer.config.num_heads
+    return slice(head * width, (head + 1) * width)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from refine_nsp.tiny.pretrain_settings import FACTS, SHARED, PretrainConfig, Pre
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENS_AT_ONCE = 4096
 
 
 def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
@@ -67,7 +68,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
             ids, weights = training_batch(config, phase_of(config, step), step, sources)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(config, step)
-            loss = train_step(model, optimizer, ids, weights, config.max_grad_norm)
+            loss = train_step(model, optimizer, ids, weights, config)
             progress.advance(ids.numel(), 1, {"loss": loss})
             done = step + 1
             probed = done % config.probe_steps == 0 and done < config.total_steps
@@ -197,17 +198,29 @@ def generated_row(
     return sources.writer.write(rng, family, filler, phase.length, dense)
 
 
-def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, weights: Tensor, max_grad_norm: float) -> float:
-    """One update on ids [B, T] long with target weights [B, T]; the loss."""
-    hidden = model.model(ids, use_cache=False).last_hidden_state
-    target_weights = F.pad(weights[:, 1:], (0, 1)).flatten()
-    targets = F.pad(ids[:, 1:], (0, 1)).flatten()
-    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, target_weights / target_weights.sum())
+def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, weights: Tensor, config: PretrainConfig) -> float:
+    """One update on ids [B, T] long with target weights [B, T]; the loss. Rows are run a few at a time, so that they fit into a cache."""
+    target_weights = F.pad(weights[:, 1:], (0, 1))
+    target_weights = target_weights / target_weights.sum()
+    targets = F.pad(ids[:, 1:], (0, 1))
+    rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
+    total = 0.0
     optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    for part in zip(ids.split(rows), targets.split(rows), target_weights.split(rows), strict=True):
+        loss = rows_loss(model, *part, config.bf16)
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
-    return float(loss.detach())
+    return total
+
+
+def rows_loss(model: FastWeightForCausalLM, ids: Tensor, targets: Tensor, target_weights: Tensor, bf16: bool) -> Tensor:
+    """Weighted cross-entropy of some rows, all [B, T]; with `bf16` matrix products run in bfloat16."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        hidden = model.model(ids, use_cache=False).last_hidden_state
+        loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), target_weights.flatten())
+    return loss
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

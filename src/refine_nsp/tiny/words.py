@@ -1,7 +1,8 @@
 """Keys and values of generated documents, drawn at random: numbers, uuids, and pairs of an adjective and a noun as RULER has them.
 
-RULER draws its pairs from the lists of `wonderwords`. No word here is in those lists, so that its keys are new to a model trained on
-these: half are words of the default text, half are made of parts, so that no key can be known by heart.
+RULER draws its pairs from the lists of `wonderwords`. No word here is in those lists (of the words made of parts, one in 10,000), so
+that its keys are new to a model trained on these: some are words of the default text, most are made of parts, so that no key can be
+known by heart.
 """
 
 from __future__ import annotations
@@ -43,12 +44,22 @@ NOUNS = (
     "units users values variables vectors versions views volumes walks weekdays weights widgets windows words workers worlds writers "
     "years zones"
 ).split()
-# Onset, vowel, coda and an ending make a word; these make none that `wonderwords` knows.
+# Onset, vowel, coda and an ending make a word; these make a dozen in 100,000 that `wonderwords` knows.
 ONSETS = "bl br cl cr d dr fl fr gl gr j k l m n p pl pr sl sm sn sp st str sw tr tw v w z".split()
 VOWELS = "a ai e ea i o oo ou u".split()
 CODAS = "d ft ld lf lk lm lp lt p rb rd rf rg rl rm rn rp sh sp th x z".split()
-ADJECTIVE_ENDINGS = "able ful ic ish ive less ous some ward".split()
-NOUN_ENDINGS = "age dom ery et hood ion ist ity ling ment ness ship".split()
+ADJECTIVE_ENDINGS = (
+    "able acious adic al ane ant ar ard arian atic ative atory ble ce ed eed en end ent er ernal ern escent esque est etic ful iant ible "
+    "ic ical id ient ific ile ilian imate ine ing ious ish ist istic ite itive itory ive ivial less like ly ming most noid nal ond oid "
+    "olic oral orn oral ose otic ous ral right rous ry some sonic sy tal ten thy tic tical tive trous ual ular und unct uous ural ure "
+    "urban urn ute valent vant ward ways wise worthy y"
+).split()
+NOUN_ENDINGS = (
+    "ace acity ade age al ament ance and ant arium ary ate ation ator back ball bird board book bow box bread cage cake cap castle cloth "
+    "coat craft cup dom duct eel ella ence end er ery et ette field fish foot form gate glass ground guard hand head hold hood horn house "
+    "ice ine ion ism ist ity kin land let light line ling lock mate ment mill nest ness nut oir oon or ory paper pole pot rack ship "
+    "shore side smith stick stone sure tail tion top trap tude ture ula um ure urn wagon wall ware water way wheel wood work worm yard"
+).split()
 
 
 def made_word(rng: random.Random, endings: Sequence[str]) -> str:
@@ -57,13 +68,16 @@ def made_word(rng: random.Random, endings: Sequence[str]) -> str:
 
 
 def draw(rng: random.Random, kind: str) -> str:
-    """A value of RULER's `numbers` or `uuids`, or a pair like those of its `words`."""
+    """A value of RULER's `numbers` or `uuids`, or a pair like those of its `words`.
+
+    Nouns are nearly always made: those of the default text share a plural ending that RULER's do not have.
+    """
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     adjective = rng.choice(ADJECTIVES) if rng.random() < 0.5 else made_word(rng, ADJECTIVE_ENDINGS)
-    noun = rng.choice(NOUNS) if rng.random() < 0.5 else made_word(rng, NOUN_ENDINGS)
+    noun = rng.choice(NOUNS) if rng.random() < 0.1 else made_word(rng, NOUN_ENDINGS)
     return f"{adjective}-{noun}"
 
 

@@ -38,11 +38,6 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return _ShortConv.apply(x, weight, bias, activation == "silu", history)
 
 
-def _taps(W: int, T: int) -> list[tuple[int, int]]:
-    """(tap, how many tokens back it looks) for the taps that reach into x."""
-    return [(W - 1 - back, back) for back in range(1, min(W, T))]
-
-
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None) -> Tensor:
@@ -56,31 +51,34 @@ class _ShortConv(torch.autograd.Function):
         x, weight, bias, history, z = ctx.saved_tensors
         T, W = x.shape[1], weight.shape[1]
         dz = dy if z is None else torch.ops.aten.silu_backward(dy, z)
-        dx = dz * weight[:, W - 1]
-        dweight = torch.empty_like(weight)
-        buffer = dz * x  # of the products of all taps, one after another; what a tap does not reach is set to zero
-        dweight[:, W - 1] = _sum_rows(buffer)
-        # Fewer tokens than taps: some reach into the history alone, or, without one, into nothing.
-        for i in range(W - 1):
-            dweight[:, i] = 0.0
-        for tap, back in _taps(W, T):
-            dx[:, : T - back].addcmul_(dz[:, back:], weight[:, tap])
-            torch.mul(dz[:, back:], x[:, : T - back], out=buffer[:, back:])
+        wide, taps = x.to(dz.dtype), _taps(weight, dz.dtype)
+        dx = dz * taps[-1]
+        dtaps = torch.zeros_like(taps)
+        buffer = dz * wide  # of the products of all taps, one after another; what a tap does not reach is set to zero
+        dtaps[-1] = _sum_rows(buffer)
+        for tap, back in _reaching(W, T):
+            dx[:, : T - back].addcmul_(dz[:, back:], taps[tap])
+            torch.mul(dz[:, back:], wide[:, : T - back], out=buffer[:, back:])
             buffer[:, back - 1] = 0.0
-            dweight[:, tap] = _sum_rows(buffer)
+            dtaps[tap] = _sum_rows(buffer)
         dhistory = None
         if history is not None:
             dhistory = torch.zeros_like(history)
             for tap, start, count in _history_taps(W, T):
-                dhistory[:, start : start + count].addcmul_(dz[:, :count], weight[:, tap])
-                dweight[:, tap] += (dz[:, :count] * history[:, start : start + count]).sum((0, 1))
-        return dx, dweight, None if bias is None else _sum_rows(dz), None, dhistory
+                dhistory[:, start : start + count].addcmul_(dz[:, :count], taps[tap])
+                dtaps[tap] += (dz[:, :count] * history[:, start : start + count]).sum((0, 1))
+        dbias = None if bias is None else _sum_rows(dz).to(bias.dtype)
+        return dx.to(x.dtype), dtaps.T.to(weight.dtype), dbias, None, dhistory
 
 
-def _sum_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [D], as a matrix product, several times faster on a CPU than a sum over the outer axes."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.new_ones(1, len(rows)).mm(rows)[0]
+def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[W, D], a tap's channels side by side: strided ones cost two to three times as much."""
+    return weight.to(dtype).T.contiguous()
+
+
+def _reaching(W: int, T: int) -> list[tuple[int, int]]:
+    """(tap, how many tokens back it looks) for the taps that reach into x; fewer than W - 1 if there are fewer tokens."""
+    return [(W - 1 - back, back) for back in range(1, min(W, T))]
 
 
 def _history_taps(W: int, T: int) -> list[tuple[int, int, int]]:
@@ -90,11 +88,19 @@ def _history_taps(W: int, T: int) -> list[tuple[int, int, int]]:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> Tensor:
     T, W = x.shape[1], weight.shape[1]
-    z = x * weight[:, W - 1]
-    for tap, back in _taps(W, T):
-        z[:, back:].addcmul_(x[:, : T - back], weight[:, tap])
+    x = x.to(torch.promote_types(x.dtype, weight.dtype))  # once, not in every product of different dtypes
+    taps = _taps(weight, x.dtype)
+    z = x * taps[-1]
+    for tap, back in _reaching(W, T):
+        z[:, back:].addcmul_(x[:, : T - back], taps[tap])
     if history is not None:
         for tap, start, count in _history_taps(W, T):
             # Histories are states, which may be wider than what the layer computes in.
-            z[:, :count].addcmul_(history[:, start : start + count].to(z.dtype), weight[:, tap])
+            z[:, :count].addcmul_(history[:, start : start + count].to(z.dtype), taps[tap])
     return z if bias is None else z.add_(bias)
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    """[..., D] -> [D], as a matrix product, several times faster on a CPU than a sum over the outer axes."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.new_ones(1, len(rows)).mm(rows)[0]

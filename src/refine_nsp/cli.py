@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from refine_nsp.environment import keep_freed_memory
+
 COMMANDS = {
     "quickstart": "mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline)",
     "pretrain": "make a tiny base model from the text on this machine",
@@ -82,6 +84,7 @@ def dispatch(words: list[str]) -> int:
     name, rest = words[0], words[1:]
     module = importlib.import_module(f"refine_nsp.commands.{name}")
     quiet_libraries()
+    keep_freed_memory()
     if name in FROM_DATACLASSES:
         module.run(rest)
         return 0

@@ -1,43 +1,59 @@
-"""The paper's tables and figures at small scale, on the shipped bases, with the controls they need; writes docs/results.md.
+"""The study: what each objective does to the shipped bases, by a test decided beforehand, with its controls; writes docs/results.md.
 
-    python benchmarks/paper_tables.py --scale small --squad squad.jsonl --hotpotqa hotpotqa.jsonl
+    python benchmarks/paper_tables.py --scale medium --squad squad.jsonl --hotpotqa hotpotqa.jsonl --essays essays.jsonl \
+        --novels novels.parquet
 
-Resumable: run it again and only what is missing is done. Without the two files, paragraphs come from the standard library.
+What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done. Without the files, questions are
+on paragraphs of the standard library, and what needs novels is left out. On several machines: the same command with --shard 1/3, 2/3,
+3/3 on each; when one says that others' jobs are missing, gather `jobs` and `models` of all output folders in each and run it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import fields, replace
 from pathlib import Path
 
 from refine_nsp.evaluation.run import claim_folder
-from small_scale.jobs import Study, settings_of
-from small_scale.schedule import run_all, stages
-from small_scale.settings import BASES, SCALES
-from small_scale.tables import write_results
+from study.jobs import Study, settings_of
+from study.material import Files
+from study.schedule import read_shard, run_all, stages
+from study.settings import BASES, SCALES
+from study.tables import write_results
+
+HELP = {
+    "squad": "SQuAD questions (json as published, jsonl or parquet): RULER's qa_1, and paragraphs to ask about",
+    "hotpotqa": "HotpotQA questions, likewise (qa_2)",
+    "essays": "haystack of RULER's needles (default: Python's reference documentation)",
+    "novels": "long text with a column `text`, to measure far context on",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--squad", help="SQuAD questions (json as published, jsonl or parquet) whose paragraphs are used")
-    parser.add_argument("--hotpotqa", help="HotpotQA questions, likewise")
-    parser.add_argument("--models", nargs="+", choices=BASES, default=list(BASES))
-    parser.add_argument("--ablations", nargs="*", choices=BASES, default=["DeltaNet"], help="models the ablations are run on")
+    for f in fields(Files):
+        parser.add_argument(f"--{f.name}", help=HELP[f.name])
+    parser.add_argument("--models", nargs="+", choices=BASES, help="bases to run [all]")
+    parser.add_argument("--shard", type=read_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the jobs")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--output_dir", default="runs/paper_tables", help="results of every job, models, report.html")
     parser.add_argument("--document", type=Path, help="where the tables go [docs/results.md; output_dir for --scale smoke]")
     args = parser.parse_args()
-    out = Path(args.output_dir) / args.scale
-    study = Study(str(out), SCALES[args.scale], args.squad, args.hotpotqa)
+    scale, out = SCALES[args.scale], Path(args.output_dir) / args.scale
+    if args.models:
+        scale = replace(scale, families=tuple(args.models))
+    study = Study(str(out), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}))
     claim_folder(out, settings_of(study))
     started = time.monotonic()
-    run_all(study, stages(study, args.models, args.ablations), args.workers)
+    complete = run_all(study, stages(study), args.workers, args.shard)
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call")
+    if not complete:
+        sys.exit(f"this shard is done as far as it goes; gather jobs and models of the other shards in {out} and run it again")
     default = out / "results.md" if args.scale == "smoke" else Path(__file__).resolve().parents[1] / "docs" / "results.md"
-    page = write_results(study, args.models, args.ablations, args.document or default)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call; {asdict(study.scale)}\n{page}")
+    print(write_results(study, args.scale, args.document or default))
 
 
 if __name__ == "__main__":

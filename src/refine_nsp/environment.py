@@ -45,4 +45,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(setting, value) for setting, value in MALLOC_SETTINGS.items()])
+    if mallopt is None:
+        return False
+    accepted = [mallopt(setting, value) for setting, value in MALLOC_SETTINGS.items()]  # every one of them, refused or not
+    return all(accepted)

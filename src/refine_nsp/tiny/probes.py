@@ -7,7 +7,7 @@ what greedy decoding would produce), log p of the answer, and the probability of
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,27 +57,38 @@ def make_probes(
 
 
 @torch.no_grad()
-def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
-    """Score one set under the distribution at `temperature`; rows are batched by what fits `BATCH_TOKENS`."""
+def answer_logits(model: FastWeightForCausalLM, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [A, V] float32 of each probe's answer, given its prompt and the answer so far, and the answer [A]; rows are batched by
+    what fits `BATCH_TOKENS`."""
     rows = [torch.tensor(p + a) for p, a in zip(probes.prompts, probes.answers, strict=True)]
-    answers: list[tuple[float, float]] = []  # share of tokens that are the argmax, log p
     for start in range(0, len(rows), max(1, BATCH_TOKENS // probes.length)):
         batch = rows[start : start + max(1, BATCH_TOKENS // probes.length)]
         lengths = torch.tensor([len(r) for r in batch], device=model.device)
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
         hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
         for row, h, n in zip(batch, hidden, lengths.tolist(), strict=True):
-            logits = model.lm_head(h[probes.length - 1 : n - 1]).float() / temperature
-            truth = row[probes.length :].to(logits.device)
-            log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
-            answers.append((float((logits.argmax(-1) == truth).double().mean()), float(log_p)))
-    count = len(answers)
+            yield model.lm_head(h[probes.length - 1 : n - 1]).float(), row[probes.length :].to(h.device)
+
+
+def score_answers(answers: Iterable[tuple[Tensor, Tensor]], temperature: float = 1.0) -> RecallScore:
+    """Of `answer_logits`, under the distribution at `temperature`."""
+    right, log_ps = [], []
+    for logits, truth in answers:
+        log_p = (logits / temperature).log_softmax(-1).gather(-1, truth[:, None])
+        right.append(float((logits.argmax(-1) == truth).double().mean()))
+        log_ps.append(float(log_p.sum()))
+    count = len(right)
     return RecallScore(
-        sum(right == 1.0 for right, _ in answers) / count,
-        sum(log_p for _, log_p in answers) / count,
-        float(torch.tensor([log_p for _, log_p in answers]).exp().mean()),
-        sum(right for right, _ in answers) / count,
+        sum(share == 1.0 for share in right) / count,
+        sum(log_ps) / count,
+        float(torch.tensor(log_ps).exp().mean()),
+        sum(right) / count,
     )
+
+
+def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
+    """Score one set under the distribution at `temperature`."""
+    return score_answers(answer_logits(model, probes), temperature)
 
 
 @dataclass(frozen=True)

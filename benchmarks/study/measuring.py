@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from statistics import mean
@@ -12,19 +13,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from refine_nsp import NSPConfig
+from refine_nsp.evaluation.tasks import Context, Task
 from refine_nsp.evaluation.text_metrics import any_match
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.context import context_divergence
+from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.tiny.probes import make_probes, score_probes, score_text
+from refine_nsp.tiny.probes import ProbeSet, answer_logits, score_answers, score_text
 from refine_nsp.training.test_time import TestTimeTrainer
 
 from . import material as m
-from .settings import Scale
+from .settings import FAR_SHARE, SPAN, TEMPERATURES, Scale
 
-NEEDLE_TASKS = ("S", "MK", "MQ", "MV")
 ROWS = 16  # prompts at a time
+BATCH_TOKENS = 16384
 STANDARD_TOKENS, PUBLISHED_TOKENS = 8, 32
 Figures = dict[str, Any]
 
@@ -35,67 +40,88 @@ def sampled(seed: int, temperature: float) -> Decoding:
     return Decoding(greedy=False, temperature=temperature, top_k=50, seed=seed)
 
 
-# --- text and recall --------------------------------------------------------------------------------------------------
+class Clock:
+    """Seconds inside a `with` block."""
+
+    def __enter__(self) -> Clock:
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.seconds = time.perf_counter() - self.start
 
 
-def text_figures(model: FastWeightForCausalLM, material: m.Material, part: str = "report", temperature: float = 1.0) -> Figures:
-    """Next-token figures on held-out text."""
-    return asdict(score_text(model, material.windows[part], temperature))
+# --- recall -----------------------------------------------------------------------------------------------------------
 
 
-def recall_figures(model: FastWeightForCausalLM, material: m.Material, scale: Scale, temperature: float = 1.0) -> Figures:
-    """Mean over kinds of probe: greedy exact match, log p of the answer, probability of sampling it at `temperature`."""
-    kinds = [(n, scale.needles) for n in scale.needle_lengths[-2:]]
-    kinds += [(scale.needle_lengths[-1], 2 * scale.needles)]
-    probes = make_probes(material.tokenizer, material.held_out, kinds, scale.recall_prompts, seed=100)
-    scores = [score_probes(model, p, temperature) for p in probes]
-    return {name: mean(getattr(s, name) for s in scores) for name in ("greedy", "log_p", "sampled")}
-
-
-@torch.no_grad()
-def needle_figures(
-    model: FastWeightForCausalLM, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0
-) -> Figures:
-    """By task and length, the share of asked values found under both protocols."""
-    figures: Figures = {"standard": {}, "published": {}}
-    protocols = {"standard": Decoding(), "published": sampled(seed, temperature)}
-    for task in NEEDLE_TASKS:
-        for length in scale.needle_lengths:
-            prompts = m.needles(material, task, length, scale.needles, scale.needle_prompts, seed=2)
-            shares: dict[str, list[float]] = {name: [] for name in protocols}
-            for at in range(0, len(prompts), ROWS):
-                batch = prompts[at : at + ROWS]
-                read = prefill(model, [p.prompt for p in batch])
-                for name, decoding in protocols.items():
-                    shares[name] += in_turn(model, batch, *read, decoding, at)
-            for name in protocols:
-                figures[name][f"{task} {length}"] = mean(shares[name])
+def ruler_figures(
+    model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> dict[str, dict[str, float]]:
+    """By task and length (a string, as json has it), the mean of RULER's score, answers greedy."""
+    figures: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        rows = list(task.rows(task.ids(), Context(model, tokenizer, BATCH_TOKENS)))
+        by_length: dict[str, list[float]] = {}
+        for row in rows:
+            by_length.setdefault(str(row.meta["length"]), []).append(next(iter(row.scores.values())))
+        figures[task.name] = {length: mean(scores) for length, scores in by_length.items()}
     return figures
 
 
-def in_turn(
-    model: FastWeightForCausalLM,
-    prompts: Sequence[m.Needle],
-    hidden: Tensor,
-    cache: FastWeightCache,
-    decoding: Decoding,
-    first: int = 0,
-) -> list[float]:
-    """Share of each prompt's values found: the model's answer to the first question, the next question after it, and so on.
+def probe_figures(
+    model: FastWeightForCausalLM, probes: Mapping[str, ProbeSet], temperatures: Sequence[float] = (1.0,)
+) -> dict[str, dict[str, Any]]:
+    """By temperature (a string), for each set of probes the figures of a `RecallScore`."""
+    answers = {name: list(answer_logits(model, p)) for name, p in probes.items()}
+    return {str(t): {name: asdict(score_answers(a, t)) for name, a in answers.items()} for t in temperatures}
 
-    first: place of the first prompt among all, by which its draws are chosen.
-    """
-    given: list[list[list[int]]] = [[] for _ in prompts]
-    size = len(prompts[0].answers[0])
-    for turn in range(len(prompts[0].answers)):
-        if turn:
-            more = [g[-1] + p.following[turn - 1] for g, p in zip(given, prompts, strict=True)]
-            hidden, cache = prefill(model, more, cache)
-        requests = [Request((first + i) * len(p.answers) + turn, [], size) for i, p in enumerate(prompts)]
-        for g, tokens in zip(given, decode(model, hidden, cache, requests, set(), decoding, keep_rows=True), strict=True):
-            g.append(tokens)
-    # Each value counts once, however often it is given.
-    return [sum(a in g for a in p.answers) / len(p.answers) for g, p in zip(given, prompts, strict=True)]
+
+def best_temperature(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> float:
+    """The temperature of `probe_figures` at which answers are likeliest."""
+    return max((float(t) for t in figures), key=lambda t: mean(p["log_p"] for p in figures[str(t)].values()))
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def text_figures(model: FastWeightForCausalLM, windows: Tensor, temperature: float = 1.0) -> Figures:
+    """Next-token figures on held-out text."""
+    return asdict(score_text(model, windows, temperature))
+
+
+def best_text_temperature(model: FastWeightForCausalLM, windows: Tensor) -> float:
+    """Where the loss on `windows` is least."""
+    return min(TEMPERATURES, key=lambda t: score_text(model, windows, t).loss)
+
+
+@torch.no_grad()
+def far_tokens(model: FastWeightForCausalLM, windows: Tensor, W: int) -> list[list[int]]:
+    """For each window [T], the tokens t whose next token's prediction depends most on what lies beyond the last W: the greatest
+    `FAR_SHARE` of all windows' context scores."""
+    config = NSPConfig(local_window=W, local_span=SPAN)
+    scores = []
+    for row in windows:
+        batch = Batch.of(row[None])
+        hidden = model.model(batch.input_ids, use_cache=False).last_hidden_state
+        scores.append(context_divergence(model, batch, hidden, config, gain=False)[0, :-1])
+    d = torch.stack(scores)
+    least = d.flatten().topk(round(FAR_SHARE * d.numel())).values[-1]
+    return [(row >= least).nonzero()[:, 0].tolist() for row in d]
+
+
+@torch.no_grad()
+def figures_at(model: FastWeightForCausalLM, windows: Tensor, at: Sequence[Sequence[int]], temperature: float = 1.0) -> Figures:
+    """Loss, accuracy and sampled accuracy of the predictions made at tokens `at` of each window."""
+    nll, right = [], []
+    for row, where in zip(windows, at, strict=True):
+        if where:
+            hidden = model.model(row[None], use_cache=False).last_hidden_state[0, list(where)] / temperature
+            targets = row[1:][list(where)]
+            _, stats = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.ones(len(targets)))
+            nll.append(stats.nll)
+            right.append((stats.argmax == targets).float())
+    losses, hits = torch.cat(nll), torch.cat(right)
+    return {"loss": float(losses.mean()), "accuracy": float(hits.mean()), "sampled_accuracy": float((-losses).exp().mean())}
 
 
 # --- questions on documents -------------------------------------------------------------------------------------------
@@ -106,7 +132,8 @@ def answer_figures(
     model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, asked: Sequence[m.Asked], seed: int, temperature: float = 1.0,
     adapter: TestTimeTrainer | None = None,
 ) -> Figures:  # fmt: skip
-    """Per question: found under both protocols, log p of the answer, mean entropy over its tokens. adapter: one prompt at a time."""
+    """Per question: found under both protocols, log p of the answer, mean entropy over its tokens. adapter: one prompt at a time, and
+    the seconds each took."""
     eos = end_tokens(model, tokenizer)
     figures: dict[str, list[float]] = {"standard": [], "published": [], "log_p": [], "entropy": []}
     size = 1 if adapter is not None else ROWS
@@ -128,6 +155,8 @@ def answer_figures(
             nll, entropy = forced(model, hidden, cache, [q.answer for q in batch], temperature)
             figures["log_p"] += (-nll.sum(1)).tolist()
             figures["entropy"] += entropy.mean(1).tolist()
+        if adapter is not None and adapter.last is not None:
+            figures.setdefault("seconds", []).append(adapter.last.seconds)
     return figures
 
 

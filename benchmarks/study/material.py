@@ -1,0 +1,179 @@
+"""What is trained on and what is measured on: text and generated documents, RULER's prompts, novels, and multi-document questions.
+
+A question's prompt is a row of documents, each a paragraph with one fact ` name = value value;` set into it at a random place; it asks
+for one of the values by name. Paragraphs come from SQuAD and HotpotQA (or, without those files, from the standard library's text);
+paragraphs to train on, to choose settings on and to report on are disjoint, and so are windows of held-out text and the seeds of probes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from refine_nsp.evaluation.tasks import EvaluationArguments, Task, build_tasks
+from refine_nsp.prompts.qa_sources import read_qa
+from refine_nsp.text.reading import read_documents
+from refine_nsp.tiny.corpus import standard_library
+from refine_nsp.tiny.documents import Writer
+from refine_nsp.tiny.families import FAMILIES
+from refine_nsp.tiny.measures import family_probes
+from refine_nsp.tiny.pretrain import Sources, encode_texts, training_batch
+from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
+from refine_nsp.tiny.probes import ProbeSet
+from refine_nsp.tiny.recall import RecallTokens, answer, draw_facts, question, scattered, statement
+
+from .settings import SHARES, Scale
+
+DOCUMENT_TOKENS = 64  # a paragraph, its heading and its facts
+FACTS = 3  # a document
+QUESTION_TOKENS = 20
+PARTS = ("train", "choose", "report")
+TRIAL_SEED = 900  # of rows, prompts and probes that settings are chosen by
+ROWS_SEED = 1000  # rows are those of pretraining steps with seeds from here on, which no base was pretrained with
+
+
+@dataclass(frozen=True)
+class Files:
+    """Real text beside what is generated; each may be missing. Paths."""
+
+    squad: str | None = None
+    hotpotqa: str | None = None
+    essays: str | None = None
+    novels: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the answer's tokens (without EOS), and the answer as text."""
+
+    prompt: list[int]
+    answer: list[int]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Material:
+    """sources: what rows are made of. held_out: tokens of text for filler. windows: text to measure, [n, T] each: `choose`, `report`,
+    `novels`. paragraphs[source][part]: token lists.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens: RecallTokens
+    sources: Sources
+    writer: Writer
+    held_out: list[int]
+    windows: dict[str, Tensor]
+    paragraphs: dict[str, dict[str, list[list[int]]]]
+
+
+def prepare(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files) -> Material:
+    """Read and split everything. The standard library's held-out modules are for measuring only."""
+    training, measuring = standard_library(held_out=False), standard_library(held_out=True)
+    stream, held_out = encode_texts(tokenizer, training), encode_texts(tokenizer, measuring)
+    rows = spread_windows(held_out, 2 * scale.text_windows, scale.mid_length)
+    windows = {"choose": rows[::2], "report": rows[1::2]}
+    if files.novels is not None:
+        windows["novels"] = novel_windows(scale, tokenizer, files.novels)
+    named = {"SQuAD": files.squad, "HotpotQA": files.hotpotqa}
+    texts = {name: read_qa(path).documents for name, path in named.items() if path is not None}
+    if not texts:
+        texts = {"standard library": [p for text in measuring for p in text.split("\n\n") if len(p) > 200]}
+    return Material(
+        tokenizer,
+        RecallTokens.of(tokenizer),
+        Sources(stream, RecallTokens.of(tokenizer), Writer.of(tokenizer, training)),
+        Writer.of(tokenizer, measuring),
+        held_out.tolist(),
+        windows,
+        {name: split(tokenizer, documents) for name, documents in texts.items()},
+    )
+
+
+def spread_windows(stream: Tensor, count: int, length: int) -> Tensor:
+    """[count, length], evenly spread over a stream of tokens."""
+    starts = torch.linspace(0, len(stream) - length, count).long().tolist()
+    return torch.stack([stream[s : s + length] for s in starts])
+
+
+def novel_windows(scale: Scale, tokenizer: PreTrainedTokenizerBase, path: str) -> Tensor:
+    """As many from each novel."""
+    texts = list(read_documents(path, ("text",))["text"])
+    each = -(-scale.novel_windows // len(texts))
+    # Enough characters for each window; whole novels would take minutes to encode and most of it would not be read.
+    spans = [t[i * len(t) // each :][: 8 * scale.novel_length] for t in texts for i in range(each)]
+    rows = [ids[: scale.novel_length] for ids in tokenizer(spans, add_special_tokens=False)["input_ids"]]
+    return torch.tensor([r for r in rows if len(r) == scale.novel_length][: scale.novel_windows])
+
+
+def split(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> dict[str, list[list[int]]]:
+    """Paragraphs long enough, half of them to train on, a quarter each to choose and to report on."""
+    encoded = tokenizer(list(dict.fromkeys(documents)), add_special_tokens=False)["input_ids"]
+    rows = [ids for ids in encoded if len(ids) >= DOCUMENT_TOKENS]
+    random.Random(0).shuffle(rows)
+    half, quarter = len(rows) // 2, len(rows) // 4
+    return dict(zip(PARTS, (rows[:half], rows[half : half + quarter], rows[half + quarter :]), strict=True))
+
+
+# --- text and recall --------------------------------------------------------------------------------------------------
+
+
+def mid_rows(scale: Scale, material: Material, seed: int, steps: int) -> Dataset:
+    """Rows of one seed, the same for all arms (more steps: the same rows first): half text, half generated documents."""
+    config = PretrainConfig(seed=ROWS_SEED + seed, tokens_per_step=scale.mid_rows * scale.mid_length)
+    phase = PretrainPhase(steps, scale.mid_length, SHARES, dense=0.5, answer_weight=1.0)
+    rows = [row for step in range(steps) for row in training_batch(config, phase, step, material.sources)[0].tolist()]
+    return Dataset.from_list([{"input_ids": row} for row in rows])
+
+
+def probes(scale: Scale, material: Material, seed: int) -> dict[str, ProbeSet]:
+    """Recall in every family, in wordings that are trained on and in held-out ones, by length."""
+    return family_probes(material.writer, list(FAMILIES), material.held_out, scale.probe_lengths, scale.probes, seed)
+
+
+def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, seed: int) -> list[Task]:
+    """RULER's needles, and its questions where there are files for them."""
+    asked = [task for task, path in (("qa_1", files.squad), ("qa_2", files.hotpotqa)) if path is not None]
+    return build_tasks(
+        EvaluationArguments(
+            tasks=["niah", *asked], lengths=list(scale.ruler_lengths), samples=scale.ruler_prompts, essays=files.essays,
+            squad=files.squad, hotpotqa=files.hotpotqa, seed=seed,
+        ),
+        tokenizer,
+    )  # fmt: skip
+
+
+# --- questions on documents -------------------------------------------------------------------------------------------
+
+
+def ask(rng: random.Random, material: Material, paragraphs: Sequence[list[int]], length: int) -> Asked:
+    """One question on as many documents as fit `length` tokens of prompt."""
+
+    def encode(text: str) -> list[int]:
+        return list(material.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    documents = (length - QUESTION_TOKENS) // DOCUMENT_TOKENS
+    facts = draw_facts(rng, FACTS * documents)
+    asked = rng.choice(facts)
+    prompt: list[int] = []
+    for i, paragraph in enumerate(rng.sample(list(paragraphs), documents)):
+        head = encode(f"\n\nDocument {i + 1}:\n")
+        inside = [statement(material.tokens, f) for f in facts[i * FACTS : (i + 1) * FACTS]]
+        text = paragraph[: DOCUMENT_TOKENS - len(head) - sum(map(len, inside))]
+        prompt += head + scattered(rng, inside, text)
+    # As in RULER, the prompt ends with the answer's beginning, which names what is asked for.
+    name = material.tokens.names[asked.name]
+    prompt += encode("\n\nQuestion: What is") + name + encode("?\nAnswer:") + question(material.tokens, asked)
+    ids = answer(material.tokens, asked)
+    return Asked(prompt, ids, material.tokenizer.decode(ids).strip())
+
+
+def questions(material: Material, part: str, source: str, length: int, count: int, seed: int = 0) -> list[Asked]:
+    """`count` seeded questions from the paragraphs of a part."""
+    rng = random.Random(f"qa-{part}-{source}-{length}-{seed}")
+    return [ask(rng, material, material.paragraphs[source][part], length) for _ in range(count)]

@@ -1,0 +1,434 @@
+"""From the jobs' figures to docs/results.md, its plots, and the page of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy import stats
+
+from refine_nsp.environment import environment
+from refine_nsp.evaluation.statistics import t_interval
+from refine_nsp.files import write_atomically
+from refine_nsp.report import html, plots
+from refine_nsp.report.tables import Cell, Table
+
+from .jobs import Figures, Job, Study, chosen, settings_of
+from .schedule import arms_of, seeds_of
+from .settings import ARMS, CE, EXACT, MAIN, NTP, POST, SAME_TIME, SHARPENED, STARTS, TEST_TIME
+
+PROTOCOLS = {"standard": "greedy", "published": "sampled as published"}
+NEEDLES_FROM = 1024  # tokens, of the primary outcome
+HALF = "± half a 95 % t-interval over seeds; * beyond it"
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def needles(figures: Figures) -> float:
+    """The primary outcome's figure: mean over RULER's needle tasks of the mean over lengths from `NEEDLES_FROM` on."""
+    tasks = [lengths for name, lengths in figures["ruler"].items() if name.startswith("niah")]
+    return mean(mean(x for length, x in lengths.items() if int(length) >= NEEDLES_FROM) for lengths in tasks)
+
+
+def questions(figures: Figures) -> float:
+    """RULER's questions on documents, over tasks and lengths; nan where there were none."""
+    found = [x for name, lengths in figures["ruler"].items() if name.startswith("qa") for x in lengths.values()]
+    return mean(found) if found else float("nan")
+
+
+def recall(key: str, held_out: bool, source: str = "probes") -> Callable[[Figures], float]:
+    """Of probes in held-out wordings, or in those that are trained on."""
+    return lambda f: mean(p[key] for name, p in f[source].items() if ("held_out" in name) == held_out)
+
+
+def text(key: str, windows: str, source: str = "text") -> Callable[[Figures], float]:
+    return lambda f: f[source][windows][key] if windows in f[source] else float("nan")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure by its name; percent: shown as one."""
+
+    name: str
+    of: Callable[[Figures], float]
+    percent: bool = True
+
+
+OUTCOMES = [
+    Column("RULER needles", needles),
+    Column("RULER questions", questions),
+    Column("probes, greedy", recall("greedy", False)),
+    Column("held-out wordings, greedy", recall("greedy", True)),
+    Column("sampled", recall("sampled", True)),
+    Column("log p", recall("log_p", True), False),
+    Column("log p, best T", recall("log_p", True, "probes_best"), False),
+]
+TEXT_OUTCOMES = [
+    Column("text loss", text("loss", "report"), False),
+    Column("at best T", text("loss", "report", "text_best"), False),
+    Column("accuracy", text("accuracy", "report")),
+    Column("entropy", text("entropy", "report"), False),
+    Column("novels: loss", text("loss", "novels"), False),
+    Column("accuracy", text("accuracy", "novels")),
+    Column("far tokens of text: loss", text("loss", "report", "far"), False),
+    Column("at best T", text("loss", "report", "far_best"), False),
+    Column("accuracy", text("accuracy", "report", "far")),
+    Column("far tokens of novels: loss", text("loss", "novels", "far"), False),
+    Column("at best T", text("loss", "novels", "far_best"), False),
+    Column("accuracy", text("accuracy", "novels", "far")),
+]
+
+
+class Results:
+    """Figures by seed, read from the jobs."""
+
+    def __init__(self, study: Study, family: str) -> None:
+        self.study, self.family = study, family
+
+    def base(self, seeds: Iterable[int] | None = None) -> list[Figures]:
+        """The untouched base on each seed's prompts."""
+        wanted = range(self.study.scale.seeds) if seeds is None else seeds
+        return [self.study.result(Job("base", (self.family, s))) for s in wanted]
+
+    def mid(self, arm: str, seeds: Iterable[int] | None = None) -> list[Figures]:
+        return [self._of("mid", arm, s) for s in (seeds_of(self.study, arm) if seeds is None else seeds)]
+
+    def sharpened(self, arm: str) -> list[Figures]:
+        return [self._of("sharpen", arm, s) for s in range(self.study.scale.seeds)]
+
+    def _of(self, kind: str, arm: str, seed: int) -> Figures:
+        return self.study.result(Job(kind, (self.family, arm, seed)))
+
+    def arms(self) -> list[str]:
+        found = arms_of(self.family)
+        return [*found, SAME_TIME] if self.family == MAIN else found
+
+    def differences(self, column: Column, arm: str, against: str) -> list[float]:
+        """Paired by seed, over the seeds that both arms have."""
+        seeds = min(seeds_of(self.study, arm), seeds_of(self.study, against), key=len)
+        pairs = zip(self.mid(arm, seeds), self.mid(against, seeds), strict=True)
+        return [column.of(a) - column.of(b) for a, b in pairs]
+
+
+def spread(values: Sequence[float], percent: bool = False) -> str:
+    """mean +- standard deviation over seeds."""
+    if values[0] != values[0]:
+        return ""
+    k, digits = (100, 1) if percent else (1, 4)
+    shown = f"{k * mean(values):.{digits}f}"
+    return f"{shown} ± {k * stdev(values):.{digits}f}" if len(values) > 1 else shown
+
+
+def difference(values: Sequence[float], percent: bool = False) -> str:
+    """Mean of paired differences, half its 95 % t-interval, * where the mean exceeds it."""
+    if values[0] != values[0]:
+        return ""
+    k, digits = (100, 1) if percent else (1, 4)
+    d, half = t_interval(values)
+    return f"{k * d:+.{digits}f} ± {k * half:.{digits}f}" + (" *" if abs(d) > half else "")
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+# --- the test ---------------------------------------------------------------------------------------------------------
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Adjusted for testing all of them (Holm, 1979)."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda n: p_values[n])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def primary(everything: Sequence[Results]) -> tuple[Table, str]:
+    """The test that was decided beforehand, and its outcome in a sentence."""
+    column = OUTCOMES[0]
+    contrasts = {f"exact - {other}": other for other in (NTP, CE)}
+    by_base = {name: [r.differences(column, EXACT, other) for r in everything] for name, other in contrasts.items()}
+    overall = {name: [mean(of_seed) for of_seed in zip(*d, strict=True)] for name, d in by_base.items()}
+    p_values = {name: float(stats.ttest_1samp(d, 0.0).pvalue) for name, d in overall.items()}
+    adjusted = holm(p_values)
+    rows: list[list[Cell]] = []
+    for name, values in overall.items():
+        each = [difference(d, True) for d in by_base[name]]
+        rows.append([name, difference(values, True), f"{p_values[name]:.4f}", f"{adjusted[name]:.4f}", *each])
+    columns = ["", "mean of the bases", "p", "p, Holm", *(r.family for r in everything)]
+    notes = [f"percentage points of RULER's needles, greedy, {NEEDLES_FROM} tokens and more; {HALF}; paired t-test over seeds"]
+    return Table("The test decided beforehand", columns, rows, notes), sentence(overall, adjusted)
+
+
+def sentence(overall: Mapping[str, Sequence[float]], adjusted: Mapping[str, float]) -> str:
+    """What the test says."""
+    parts = []
+    for name, values in overall.items():
+        d, half = t_interval(values)
+        verdict = "significant" if adjusted[name] < 0.05 else "not significant"
+        parts.append(f"{name}: {100 * d:+.1f} ± {100 * half:.1f} points (p = {adjusted[name]:.3f} after Holm, {verdict} at 5 %)")
+    return "Greedy recall of RULER's needles at 1,024 tokens and more, " + "; ".join(parts) + "."
+
+
+# --- mid-training -----------------------------------------------------------------------------------------------------
+
+
+def arms_table(results: Results, columns: Sequence[Column], title: str, with_cost: bool) -> Table:
+    """Base and arms, means and standard deviations."""
+    rows: list[list[Cell]] = []
+    for name, figures in {"base": results.base(), **{arm: results.mid(arm) for arm in results.arms()}}.items():
+        cells: list[Cell] = [spread([c.of(f) for f in figures], c.percent) for c in columns]
+        if with_cost:
+            known = "steps" in figures[0]
+            cells += [f"{mean(f[k] for f in figures):.0f}" if known else "" for k in ("steps", "seconds")]
+        rows.append([name, *cells, len(figures)])
+    cost = ["steps", "seconds"] if with_cost else []
+    return Table(f"{results.family}: {title}", ["", *(c.name for c in columns), *cost, "seeds"], rows)
+
+
+def differences_table(results: Results, columns: Sequence[Column], title: str) -> Table:
+    """Arms against NTP, and the closed form against its control."""
+    pairs = [(arm, NTP) for arm in results.arms() if arm != NTP] + [(EXACT, CE)]
+    rows: list[list[Cell]] = [
+        [f"{arm} - {other}", *(difference(results.differences(c, arm, other), c.percent) for c in columns)]
+        for arm, other in pairs
+    ]
+    notes = [f"paired by seed; {HALF}. About one in twenty is beyond it by chance"]
+    return Table(f"{results.family}: {title}", ["", *(c.name for c in columns)], rows, notes)
+
+
+def sharpened_table(results: Results) -> Table:
+    """The closed form against controls that are as sharp."""
+    columns = [c for c in OUTCOMES if c.name in ("sampled", "log p")] + TEXT_OUTCOMES[:1]
+    exact = results.mid(EXACT)
+    rows: list[list[Cell]] = []
+    for arm in SHARPENED:
+        figures = results.sharpened(arm)
+        cells = [difference(paired([c.of(f) for f in exact], [c.of(f) for f in figures]), c.percent) for c in columns]
+        rows.append([f"exact - {arm} at temperature {mean(f['temperature'] for f in figures):.3f}", *cells])
+    notes = [f"the temperature gives the control's text the entropy of exact; {HALF}"]
+    return Table(f"{results.family}: at equal entropy", ["", *(c.name for c in columns)], rows, notes)
+
+
+def lengths_table(results: Results) -> Table:
+    """RULER by task and length: the base, NTP, the control and the closed form."""
+    arms = {"base": results.base(), **{arm: results.mid(arm) for arm in (NTP, CE, EXACT)}}
+    first = arms["base"][0]["ruler"]
+    rows: list[list[Cell]] = [
+        [task, length, *(spread([f["ruler"][task][length] for f in figures], True) for figures in arms.values())]
+        for task, lengths in first.items()
+        for length in sorted(lengths, key=int)
+    ]
+    return Table(f"{results.family}: RULER, % right, greedy", ["task", "tokens", *arms], rows)
+
+
+def settings_table(study: Study) -> Table:
+    """What was chosen for every arm, from how many trials."""
+    rows: list[list[Cell]] = []
+    for arm, spec in ARMS.items():
+        tried = ", ".join(f"{k} {' '.join(f'{v:g}' for v in values)}" for k, values in spec.grid.items())
+        rows.append([arm, ", ".join(f"{k} {v:g}" for k, v in chosen(study, arm).items()), tried, len(spec.trials)])
+    return Table("Settings, chosen on a set that is not reported on", ["", "chosen", "tried", "trials"], rows)
+
+
+# --- post-training and test time --------------------------------------------------------------------------------------
+
+
+def qa_mean(figures: Figures, key: str, protocol: str) -> float:
+    return mean(figures["qa"][key][protocol])
+
+
+class PostResults:
+    """Figures of post-training and of what it starts from, by seed."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.seeds = study, range(study.scale.post_seeds)
+
+    def base(self) -> Figures:
+        return self.study.result(Job("base", (MAIN, 0)))
+
+    def of(self, start: str, variant: str) -> list[Figures]:
+        if variant == "none":
+            return [self.study.result(Job("mid", (MAIN, start, s))) for s in self.seeds]
+        return [self.study.result(Job("post", (start, s, variant))) for s in self.seeds]
+
+    def adapted(self, start: str, variant: str, method: str) -> list[Figures]:
+        return [self.study.result(Job("ttt", (start, s, variant, method))) for s in self.seeds]
+
+    def sharpened(self) -> list[Figures]:
+        return [self.study.result(Job("sharpen_answers", (s,))) for s in self.seeds]
+
+
+def table_4(results: PostResults, protocol: str) -> Table:
+    """Multi-document questions: base, mid-training, post-training; all questions."""
+    first = results.base()
+    keys = list(first["qa"])
+
+    def row(start: str, variant: str, figures: list[Figures], seconds: str = "") -> list[Cell]:
+        cells = [spread([qa_mean(f, k, protocol) for f in figures], True) for k in keys]
+        return [start, variant, *cells, spread([mean(qa_mean(f, k, protocol) for k in keys) for f in figures], True), seconds]
+
+    rows = [row("none", "none", [first])]
+    for start in STARTS:
+        rows.append(row(start, "none", results.of(start, "none")))
+        for variant in POST:
+            figures = results.of(start, variant)
+            rows.append(row(start, variant, figures, f"{mean(f['seconds'] for f in figures):.0f}"))
+    notes = []
+    if protocol == "published":
+        controls = results.sharpened()
+        rows.append(row(NTP, f"SFT, temperature {mean(c['temperature'] for c in controls):.2f}", controls))
+        notes = ["last row: the control, at the temperature that gives its answers the entropy of exact + Nested exact"]
+    title = f"{MAIN}: questions on documents, % right, {PROTOCOLS[protocol]}"
+    return Table(title, ["mid-training", "post-training", *keys, "mean", "seconds"], rows, notes)
+
+
+def questions_against_ntp(results: PostResults) -> Table:
+    """What the closed form changes at each stage, paired by seed."""
+
+    def row(title: str, ours: list[Figures], theirs: list[Figures]) -> list[Cell]:
+        cells: list[Cell] = [title]
+        for figure in ("standard", "published", "log_p"):
+            a, b = ([mean(qa_mean(f, k, figure) for k in f["qa"]) for f in figures] for figures in (ours, theirs))
+            cells.append(difference(paired(a, b), figure != "log_p"))
+        return cells
+
+    rows = [row(f"exact - NTP mid-training, then {v}", results.of(EXACT, v), results.of(NTP, v)) for v in ("none", *POST)]
+    for start in STARTS:
+        rows += [row(f"{v} - SFT, after {start}", results.of(start, v), results.of(start, "SFT")) for v in list(POST)[1:]]
+    rows.append(
+        row("exact + Nested exact - NTP + SFT at the same entropy", results.of(EXACT, "Nested exact"), results.sharpened())
+    )
+    notes = [f"percentage points (log p: nats), mean over the question sets; {HALF}"]
+    return Table(f"{MAIN}: differences on questions", ["", "greedy", "sampled as published", "log p of the answer"], rows, notes)
+
+
+def test_time_table(results: PostResults, figure: str) -> Table:
+    """Test-time training on the first questions of each source; "none" on the same questions."""
+    n, length = results.study.scale.test_time_prompts, results.study.scale.qa_lengths[0]
+
+    def plain(figures: Figures) -> float:
+        return mean(x for k in figures["qa"] if k.endswith(f" {length}") for x in figures["qa"][k][figure][:n])
+
+    rows: list[list[Cell]] = []
+    percent = figure != "log_p"
+    for start in STARTS:
+        for v in ("none", *POST):
+            none = [plain(f) for f in results.of(start, v)]
+            cells: list[Cell] = [start, v, spread(none, percent)]
+            for method in TEST_TIME:
+                after = [mean(f[figure]) for f in results.adapted(start, v, method)]
+                cells += [spread(after, percent), difference(paired(after, none), percent)]
+            rows.append(cells)
+    rates = {m: results.study.result(Job("rate", (m,)))["chosen"] for m in TEST_TIME}
+    seconds = {m: mean(x for f in results.adapted(NTP, "SFT", m) for x in f["seconds"]) for m in TEST_TIME}
+    chosen_rates = ", ".join(f"{m} {rates[m]:g} ({seconds[m]:.2f} s a prompt)" for m in TEST_TIME)
+    notes = [
+        f"the first {n} questions of each source at {length} tokens, one step on each prompt, restored after it; learning rates, chosen on "
+        f"other questions: {chosen_rates}"
+    ]
+    what = "log p of the answer" if figure == "log_p" else "% right, " + PROTOCOLS[figure]
+    columns = [cell for m in TEST_TIME for cell in (m, f"{m} - none")]
+    return Table(f"{MAIN}: test-time training, {what}", ["mid-training", "post-training", "none", *columns], rows, notes)
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def drawings(results: Results) -> dict[str, str]:
+    """SVG by name."""
+    wanted = [OUTCOMES[0], OUTCOMES[2], OUTCOMES[3]]
+    groups = {
+        arm: [tuple(100 * x for x in t_interval(results.differences(c, arm, NTP))) for c in wanted]
+        for arm in results.arms()
+        if arm != NTP
+    }
+    title = f"{results.family}: greedy recall after mid-training"
+    label = "percentage points above NTP, paired by seed, with 95 % t-intervals"
+    return {"arms": plots.forest_plot(groups, [c.name for c in wanted], title, label), **heat_maps(results)}  # type: ignore[arg-type]
+
+
+def heat_maps(results: Results) -> dict[str, str]:
+    """RULER's needles by task and length, before and after."""
+    drawn = {}
+    for name, figures in (("base", results.base()), ("NTP", results.mid(NTP)), ("exact", results.mid(EXACT))):
+        tasks = [t for t in figures[0]["ruler"] if t.startswith("niah")]
+        lengths = sorted(figures[0]["ruler"][tasks[0]], key=int)
+        grid = [[100 * mean(f["ruler"][t][n] for f in figures) for n in lengths] for t in tasks]
+        labels, title = [t.removeprefix("niah_") for t in tasks], f"{results.family}, {name}: needles found, %"
+        drawn[f"needles_{name.lower()}"] = plots.heat_map(grid, lengths, labels, title, "tokens", "task")
+    return drawn
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def sections_of(study: Study, everything: Sequence[Results]) -> dict[str, list[Table]]:
+    """Tables by section."""
+    sections = {"The test": [primary(everything)[0], settings_table(study)]}
+    for r in everything:
+        sections[f"Mid-training, {r.family}"] = [
+            arms_table(r, OUTCOMES, "recall", True), differences_table(r, OUTCOMES, "recall, differences"),
+            arms_table(r, TEXT_OUTCOMES, "text", False), differences_table(r, TEXT_OUTCOMES, "text, differences"),
+            sharpened_table(r), lengths_table(r),
+        ]  # fmt: skip
+    after = PostResults(study)
+    sections["Post-training (in the form of the paper's Table 4)"] = [
+        *(table_4(after, p) for p in PROTOCOLS), questions_against_ntp(after),
+    ]  # fmt: skip
+    sections["Test-time training"] = [test_time_table(after, f) for f in ("standard", "published", "log_p")]
+    return sections
+
+
+def write_results(study: Study, scale: str, document: Path) -> Path:
+    """The document with its plots beside it, and the run's page; returns the page's path."""
+    everything = [Results(study, family) for family in study.scale.families]
+    finding = primary(everything)[1]
+    lines = [introduction(study, scale), f"**{finding}**\n"]
+    page = [html.Section("Finding", f"<p>{finding}</p>")]
+    for title, tables in sections_of(study, everything).items():
+        lines += [f"\n## {title}\n", *(t.markdown() for t in tables)]
+        page.append(html.Section(title, "".join(t.html() for t in tables)))
+    lines.append("\n## Plots\n")
+    for results in everything:
+        drawn = drawings(results)
+        for name, svg in drawn.items():
+            path = write_atomically(
+                document.parent / document.stem / f"{results.family.lower().replace(' ', '_')}_{name}.svg", svg
+            )
+            lines.append(f"![{results.family}: {name.replace('_', ' ')}]({document.stem}/{path.name})")
+        page.append(html.Section(f"{results.family}: plots", html.plots(*drawn.values())))
+    write_atomically(document, "\n".join(lines) + "\n")
+    return write_atomically(study.folder("report.html"), html.page(f"The study, {scale} scale", "", page))
+
+
+def introduction(study: Study, scale: str) -> str:
+    """What the tables are, and how they were made."""
+    s, facts = study.scale, environment()
+    made = {k: facts[k] for k in ("python", "torch", "transformers", "machine", "cpus")}
+    files = " ".join(
+        f"--{k} {Path(v).name}" for k, v in settings_of(study).items() if k in ("squad", "hotpotqa", "essays", "novels") and v
+    )
+    return f"""# Results at small scale
+
+Written by `python benchmarks/paper_tables.py --scale {scale} {files}` ({json.dumps(made)}). What is tested, and how, was written down
+before anything was run: [benchmarks/study/plan.md](../benchmarks/study/plan.md).
+
+Bases of about two million parameters, pretrained on rows of up to 1,024 tokens, are mid-trained for {s.mid_steps} steps of
+{s.mid_rows} x {s.mid_length} tokens (half the rows plain text of the standard library, half generated documents), with {s.seeds} seeds
+for NTP, its control and exact, {s.other_seeds} for the other arms; {MAIN} is then post-trained for {s.post_steps} steps of
+{s.post_prompts} prompts of {s.post_length} tokens ({s.post_seeds} seeds) and adapted at test time by one step a prompt. All arms of a
+seed see the same rows in the same order, and are measured on the same prompts; other seeds have others. Every arm's settings were chosen
+by as many trials of {s.trial_steps} steps, on rows, prompts and text that are not reported on. Far tokens: the 5 % whose prediction
+by the untouched base depends most on context beyond 64 tokens. "Best T": each arm at the best of three temperatures, found
+on the choosing set. Figures are means ± standard deviations over seeds of training; differences are paired by seed.
+
+What this cannot show: whether anything of it holds for models a thousand times larger, for data that is not generated, or
+for contexts longer than {max(*s.ruler_lengths, s.novel_length)} tokens. The bases have read RULER's wording of needles (with other keys
+and values) in pretraining and in mid-training, so needles measure how far a known format is recalled; the held-out wordings do not.
+"""

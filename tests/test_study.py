@@ -1,0 +1,237 @@
+"""The study: prompts of the right length and with their answers, parts that share no paragraph, matched entropies; whole
+and resumed in the slow test."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.study import material as m
+from benchmarks.study import measuring, schedule, tables
+from benchmarks.study.controls import LongCE
+from benchmarks.study.jobs import Job, Study, chosen
+from benchmarks.study.schedule import stages
+from benchmarks.study.settings import ARMS, EXACT, NTP, SCALES, TRIALS
+
+import refine_nsp
+from refine_nsp import NSPConfig, ReFINEConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.models.generation import prefill
+from refine_nsp.nsp.context import context_divergence
+from refine_nsp.nsp.records import Batch
+from refine_nsp.training.phases import MicroBatch
+from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
+
+SCALE = SCALES["smoke"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return refine_nsp.load("refine-nsp/tiny-delta-net")[0]
+
+
+@pytest.fixture(scope="module")
+def material():
+    return m.prepare(SCALE, refine_nsp.load("refine-nsp/tiny-delta-net")[1], m.Files())
+
+
+def test_questions_hold_their_answer_once_and_fit(material):
+    for q in m.questions(material, "report", "standard library", 512, 8):
+        assert 450 < len(q.prompt) <= 512
+        text = material.tokenizer.decode(q.prompt)
+        name = text.rsplit(" =", 1)[0].rsplit(" ", 1)[1]
+        assert text.count(f" {name} = {q.reference};") == 1 and text.endswith(f"What is {name}?\nAnswer: {name} =")
+
+
+def test_parts_share_no_paragraph_and_windows_do_not_overlap_between_them(material):
+    parts = [{tuple(p) for p in rows} for rows in material.paragraphs["standard library"].values()]
+    assert all(parts) and not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    choose, report = ({tuple(r.tolist()) for r in material.windows[p]} for p in ("choose", "report"))
+    assert not choose & report
+
+
+def test_an_adaptation_that_changes_nothing_gives_the_same_answers(model, material):
+    """Sampled ones too: test-time training is compared with none on the same draws."""
+    scale = dataclasses.replace(SCALE, qa_prompts=12, test_time_prompts=12)
+    rows = material.paragraphs["standard library"]
+    two = dataclasses.replace(material, paragraphs={"one": rows, "another": rows})
+    adapter = TestTimeTrainer(model, TestTimeConfig(objective="ntp", learning_rate=1e-12))
+    found = measuring.adapted_figures(model, two, scale, "report", 7, adapter)
+    plain = measuring.qa_figures(model, two, scale, 7)
+    for name in ("standard", "published"):
+        assert found[name] == [x for figures in plain.values() for x in figures[name]]
+
+
+def test_forced_figures_equal_a_whole_forward(model, material):
+    asked = m.questions(material, "report", "standard library", 256, 3)
+    hidden, cache = prefill(model, [q.prompt for q in asked])
+    nll, entropy = measuring.forced(model, hidden, cache, [q.answer for q in asked], 0.7)
+    for i, q in enumerate(asked):
+        with torch.no_grad():
+            logits = model(torch.tensor([q.prompt + q.answer])).logits[0, len(q.prompt) - 1 : -1] / 0.7
+        log_p = logits.log_softmax(-1)
+        torch.testing.assert_close(nll[i], -log_p.gather(-1, torch.tensor(q.answer)[:, None])[:, 0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(entropy[i], -(log_p.exp() * log_p).sum(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_matching_temperature(model, material):
+    asked = m.questions(material, "choose", "standard library", 256, 6)
+    entropy_at = measuring.answer_entropy(model, asked)
+    assert entropy_at(0.8) < entropy_at(1.0)
+    assert measuring.matching_temperature(entropy_at, entropy_at(0.8)) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_every_arm_of_a_seed_sees_the_same_rows(material):
+    shorter, longer = (m.mid_rows(SCALE, material, 0, steps)["input_ids"] for steps in (2, 3))
+    assert longer[: len(shorter)] == shorter
+
+
+def study_at(folder, **changes):
+    return Study(str(folder), dataclasses.replace(SCALE, **changes), m.Files())
+
+
+def finish(study, job, **figures):
+    path = study.path(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures))
+
+
+# --- what is decided beforehand ---------------------------------------------------------------------------------------
+
+
+def test_every_arm_has_the_same_budget_of_trials():
+    assert {len(arm.trials) for arm in ARMS.values()} == {TRIALS}
+    for arm in ARMS.values():
+        for settings in arm.trials:
+            given = {k: v for k, v in settings.items() if k != "gamma"}
+            assert ReFINEConfig(output_dir="x", report_to="none", **arm.settings, **given).learning_rate == given["learning_rate"]
+
+
+def test_settings_are_chosen_by_recall_within_a_limit_on_text_loss(tmp_path):
+    study = study_at(tmp_path)
+    for arm in (NTP, EXACT):
+        for i, settings in enumerate(ARMS[arm].trials):
+            worse = {0: 0.5, 1: 0.03, 2: 0.01}.get(i, 0.019) if arm == EXACT else 0.1 * i
+            finish(
+                study,
+                Job("trial", (arm, i)),
+                settings=settings,
+                text_loss=2.0 + worse,
+                tokens={0: 0.9, 1: 0.8, 2: 0.7}.get(i, 0.6),
+            )
+    assert chosen(study, NTP) == ARMS[NTP].trials[0]
+    assert chosen(study, EXACT) == ARMS[EXACT].trials[2]  # the two that recall more cost too much text
+    for i, settings in enumerate(ARMS[EXACT].trials):
+        finish(study, Job("trial", (EXACT, i)), settings=settings, text_loss=3.0 - 0.1 * i, tokens=1.0 - 0.1 * i)
+    assert chosen(study, EXACT) == ARMS[EXACT].trials[-1]  # all cost too much: the least
+
+
+def test_stages_need_only_earlier_ones(tmp_path):
+    planned = stages(study_at(tmp_path, families=("DeltaNet", "LaCT")))
+    names = [j.name for stage in planned for j in stage]
+    assert len(names) == len(set(names))
+    at = {j.name: i for i, stage in enumerate(planned) for j in stage}
+    assert at["trial-NTP-0"] < at["mid-LaCT-NTP-0"] and at["far-LaCT"] < at["base-LaCT-0"]
+    assert at["mid-DeltaNet-exact_K_3-0"] < at["mid-DeltaNet-NTP_same_wall_time-0"]
+    assert at["mid-LaCT-exact_K_3-1"] < at["sharpen-LaCT-NTP-1"]
+    assert at["mid-DeltaNet-NTP-0"] < at["post-NTP-0-SFT"] < at["rate-exact"] < at["ttt-NTP-0-SFT-exact"]
+    assert "mid-LaCT-paper-0" not in at
+
+
+def test_shards_do_every_job_once_and_wait_for_each_other(tmp_path, monkeypatch):
+    done = []
+
+    class Pool:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *failure):
+            pass
+
+        def submit(self, run, study, job):
+            finish(study, job)
+            done.append(job.name)
+            future = Future()
+            future.set_result(None)
+            return future
+
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", Pool)
+    study, planned = study_at(tmp_path), [[Job("a", (i,)) for i in range(5)], [Job("b", (i,)) for i in range(3)]]
+    assert not schedule.run_all(study, planned, 1, (1, 2))
+    assert done == ["a-0", "a-2", "a-4"]  # the next stage needs what the other shard has not done
+    assert schedule.run_all(study, planned, 1, (2, 2)) is False and done[3:] == ["a-1", "a-3", "b-1"]
+    assert schedule.run_all(study, planned, 1, (1, 2)) and done[6:] == ["b-0", "b-2"]
+    assert schedule.read_shard("2/3") == (2, 3)
+    for wrong in ("0/3", "4/3", "2", "a/b"):
+        with pytest.raises(RefineError, match="i/n"):
+            schedule.read_shard(wrong)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_primary_outcome_counts_needles_of_long_prompts_alone():
+    ruler = {
+        "niah_single_1": {"512": 1.0, "1024": 0.5, "2048": 0.1},
+        "niah_multivalue": {"1024": 0.2, "2048": 0.0},
+        "qa_1": {"1024": 1.0},
+    }
+    assert tables.needles({"ruler": ruler}) == pytest.approx((0.3 + 0.1) / 2)
+    assert tables.questions({"ruler": ruler}) == 1.0
+
+
+def test_holm():
+    assert tables.holm({"a": 0.01, "b": 0.04}) == {"a": 0.02, "b": 0.04}
+    assert tables.holm({"a": 0.03, "b": 0.02}) == {"b": 0.04, "a": 0.04}  # never less than a smaller one's
+    assert tables.holm({"a": 0.7, "b": 0.6}) == {"b": 1.0, "a": 1.0}
+
+
+def test_far_tokens_are_those_the_context_score_is_greatest_at(model, material):
+    windows = material.windows["report"][:2]
+    at = measuring.far_tokens(model, windows, W=32)
+    counted = sum(map(len, at))
+    assert counted == round(0.05 * 2 * (windows.shape[1] - 1))
+    assert all(t >= 64 for row in at for t in row)
+    found = measuring.figures_at(model, windows, at)
+    with torch.no_grad():
+        log_p = model(windows).logits.log_softmax(-1)
+    picked = [(log_p[i, t], windows[i, t + 1]) for i, row in enumerate(at) for t in row]
+    assert found["loss"] == pytest.approx(-sum(float(p[x]) for p, x in picked) / counted, abs=1e-4)
+    assert found["accuracy"] == pytest.approx(sum(float(p.argmax() == x) for p, x in picked) / counted, abs=1e-6)
+
+
+def test_long_ce_weighs_tokens_by_their_gain(model, material):
+    config = NSPConfig(local_window=32, local_span=4)
+    rows = material.windows["report"][:2]
+    batch = MicroBatch(Batch.of(rows), totals={"targets": rows.numel() - 2})
+    loss, metrics = LongCE(config, gamma=5.0).loss(model, batch)
+    with torch.no_grad():
+        hidden = model.model(rows, use_cache=False).last_hidden_state
+        gain = context_divergence(model, batch.sequences, hidden, config, gain=True)[:, :-1]
+        nll = -model(rows).logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    assert float(loss) == pytest.approx(float((gain.exp().clamp(max=5.0) * nll).mean()), rel=1e-5)
+    assert float(metrics["loss_ntp"]) == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert float(gain.exp().max()) > 5.0  # so that the bound binds somewhere
+
+
+@pytest.mark.slow
+def test_the_whole_study_and_that_nothing_is_done_twice(tmp_path):
+    command = [sys.executable, "benchmarks/paper_tables.py", "--scale", "smoke", "--models", "DeltaNet"]
+    command += ["--workers", "1", "--output_dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=1500)
+    results = (tmp_path / "smoke" / "results.md").read_text()
+    for title in ("decided beforehand", "greedy", "sampled as published", "Test-time training", "exact - CE at the same weights"):
+        assert title in results
+    assert (tmp_path / "smoke" / "results" / "deltanet_arms.svg").exists()
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "smoke" / "jobs").glob("*.json")}
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    assert json.loads((tmp_path / "smoke" / "settings.json").read_text())["scale"]["seeds"] == SCALE.seeds

@@ -112,8 +112,9 @@ def mid_train(
     s, material, settings = study.scale, material_of(study), dict(chosen)
     gamma = settings.pop("gamma", None)
     args = ReFINEConfig(
-        output_dir=str(out), max_steps=steps, max_length=s.mid_length, per_device_train_batch_size=s.mid_rows, seed=seed, bf16=s.bf16, use_cpu=True,
-        save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **ARMS[arm].settings, **settings,
+        output_dir=str(out), max_steps=steps, max_length=s.mid_length, per_device_train_batch_size=s.mid_rows, seed=seed,
+        bf16=s.bf16, use_cpu=True, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
+        **ARMS[arm].settings, **settings,
     )  # fmt: skip
     control = ARMS[arm].phase
     with measuring.Clock() as clock:
@@ -238,7 +239,8 @@ def post(study: Study, start: str, seed: int, variant: str) -> Figures:
     args = PostTrainingConfig(
         output_dir=str(study.folder("training", "post", start, variant, seed)), max_steps=s.post_steps,
         per_device_train_batch_size=s.post_prompts, learning_rate=s.post_learning_rate, max_length=s.post_length + 8, seed=seed,
-        bf16=s.bf16, use_cpu=True, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **POST[variant],
+        bf16=s.bf16, use_cpu=True, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
+        **POST[variant],
     )  # fmt: skip
     model = load_model(study.folder("models", "mid", MAIN, start, seed))
     trainer = PostTrainer(model=model, args=args, train_dataset=post_rows(study, seed), processing_class=material.tokenizer)

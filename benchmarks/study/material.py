@@ -33,6 +33,7 @@ from .settings import SHARES, Scale
 DOCUMENT_TOKENS = 64  # a paragraph, its heading and its facts
 FACTS = 3  # a document
 QUESTION_TOKENS = 20
+QA_FROM = 2048  # the documents of one of HotpotQA's questions alone take nearly as much
 PARTS = ("train", "choose", "report")
 TRIAL_SEED = 900  # of rows, prompts and probes that settings are chosen by
 ROWS_SEED = 1000  # rows are those of pretraining steps with seeds from here on, which no base was pretrained with
@@ -137,15 +138,22 @@ def probes(scale: Scale, material: Material, seed: int) -> dict[str, ProbeSet]:
 
 
 def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, seed: int) -> list[Task]:
-    """RULER's needles, and its questions where there are files for them."""
+    """RULER's needles, and its questions where there are files for them and room for their documents."""
+
+    def tasks(names: list[str], lengths: list[int]) -> list[Task]:
+        if not names or not lengths:
+            return []
+        return build_tasks(
+            EvaluationArguments(
+                tasks=names, lengths=lengths, samples=scale.ruler_prompts, essays=files.essays, squad=files.squad, hotpotqa=files.hotpotqa,
+                seed=seed,
+            ),
+            tokenizer,
+        )  # fmt: skip
+
     asked = [task for task, path in (("qa_1", files.squad), ("qa_2", files.hotpotqa)) if path is not None]
-    return build_tasks(
-        EvaluationArguments(
-            tasks=["niah", *asked], lengths=list(scale.ruler_lengths), samples=scale.ruler_prompts, essays=files.essays,
-            squad=files.squad, hotpotqa=files.hotpotqa, seed=seed,
-        ),
-        tokenizer,
-    )  # fmt: skip
+    lengths = list(scale.ruler_lengths)
+    return tasks(["niah"], lengths) + tasks(asked, [n for n in lengths if n >= QA_FROM])
 
 
 # --- questions on documents -------------------------------------------------------------------------------------------

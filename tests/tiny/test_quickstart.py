@@ -8,8 +8,9 @@ import pytest
 from refine_nsp.tiny import quickstart as q
 
 TINY = replace(
-    q.Settings(), seeds=2, steps=1, sequences_per_step=2, max_length=160, probes=((128, 2),), probes_per_kind=4, text_windows=2
-)
+    q.Settings(), seeds=2, steps=1, sequences_per_step=2, max_length=160, probe_lengths=(256,), probes_per_kind=2, text_windows=2,
+    map_lengths=(256,), map_depths=(0.0, 1.0), map_prompts=2,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -23,8 +24,10 @@ def test_quickstart(tmp_path, library, monkeypatch, capsys):
     found = json.loads((tmp_path / "results.json").read_text())
     assert set(found["figures"]) == {"base", *q.ARMS}
     assert all(len(f) == (1 if arm == "base" else 2) for arm, f in found["figures"].items())
-    assert "<svg" in (tmp_path / "report.html").read_text()
-    assert "Exceeding the spread" in " ".join(capsys.readouterr().out.split())
+    page, printed = (tmp_path / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
+    assert "<svg" in page and "needles found" in page
+    assert "Exceeding the spread" in printed and found["finding"] in printed
+    assert [len(found["figures"][arm][0]["map"]) for arm in ("base", *q.MAPPED)] == [2, 2, 2]
 
     def never(*args, **kwargs):
         raise AssertionError("a finished arm was trained again")
@@ -37,9 +40,32 @@ def test_quickstart(tmp_path, library, monkeypatch, capsys):
 
 def test_all_arms_see_the_same_rows(library):
     _, tokenizer = q.load("refine-nsp/tiny-delta-net")
-    stream = q.encode_texts(tokenizer, q.standard_library(held_out=False))
-    rows = [q.training_rows(TINY, 0, tokenizer, stream)["input_ids"] for _ in range(2)]
-    assert rows[0] == rows[1] != q.training_rows(TINY, 1, tokenizer, stream)["input_ids"]
+    sources = q.prepare(TINY, tokenizer, None, "text").sources
+    rows = [q.training_rows(TINY, 0, sources)["input_ids"] for _ in range(2)]
+    assert rows[0] == rows[1] != q.training_rows(TINY, 1, sources)["input_ids"]
+    assert len(rows[0]) == 2 and all(len(row) == 160 for row in rows[0])
+
+
+def test_a_needle_stands_where_its_depth_says(library):
+    _, tokenizer = q.load("refine-nsp/tiny-delta-net")
+    for depth, (probes,) in zip((0.0, 1.0), q.prepare(TINY, tokenizer, None, "text").needle_map, strict=True):
+        for prompt, answer in zip(probes.prompts, probes.answers, strict=True):
+            text, value = tokenizer.decode(prompt), tokenizer.decode(answer).strip()
+            assert len(prompt) == 256 and text.count(value) >= 1
+            at, question = text.index(value), text.rindex("\n")
+            room = question - text.index("\n")
+            assert (at < question - room // 2) == (depth == 0.0), (depth, text)
+
+
+def test_the_finding_says_what_the_figures_say():
+    keys = dict.fromkeys(q.FIGURES, 0.0)
+    results = {arm: [dict(keys) for _ in range(3)] for arm in ("base", *q.ARMS)}
+    for i, gain in enumerate((0.10, 0.11, 0.09)):
+        results[q.EXACT][i] |= {"recall_greedy": gain, "text_loss": 0.01}
+    assert "+10.0 ± 2.5 points of greedy recall over 3 seeds, more than chance" in q.finding(results)
+    results[q.EXACT][0]["recall_greedy"] = -0.1
+    assert "no more than chance" in q.finding(results)
+    assert "one seed" in q.finding({arm: figures[:1] for arm, figures in results.items()})
 
 
 def test_differences_are_paired_and_marked_only_beyond_their_interval():

@@ -168,6 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
         dhidden, dweight = ctx.saved_tensors
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in (dhidden, dweight)]
@@ -305,6 +306,7 @@ class _LinearNextSequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Any) -> Any:
         hidden, weight, targets, token_weights, coefficients, *gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]

@@ -20,9 +20,10 @@ def without_autocast(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        # None: a backward pass none of whose outputs has a gradient.
+        device = next((a.device.type for a in args if isinstance(a, Tensor)), None)
         # Entering the context costs as much as a small op, so only where it changes something.
-        if not torch.is_autocast_enabled(device):
+        if device is None or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

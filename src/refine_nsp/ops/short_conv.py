@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.precision import without_autocast
+
 
 def naive_short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None
@@ -47,6 +49,7 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, history, z = ctx.saved_tensors
         T, W = x.shape[1], weight.shape[1]

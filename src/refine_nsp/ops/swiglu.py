@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.precision import without_autocast
+
 
 def naive_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
@@ -28,6 +30,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         # silu once more, since keeping it from the forward would be a third tensor of the MLP's width for every layer. In place on fresh

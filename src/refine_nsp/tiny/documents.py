@@ -106,9 +106,11 @@ class Writer:
         return [i for ids, _ in pieces for i in ids], [recalled for ids, recalled in pieces for _ in ids]
 
     def probe(
-        self, rng: random.Random, family: str, filler: Sequence[int], length: int, items: int, held_out: bool
-    ) -> tuple[list[int], list[int]]:
+        self, rng: random.Random, family: str, filler: Sequence[int], length: int, items: int, held_out: bool, depth: float | None = None
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
         """A prompt of exactly `length` tokens that states up to `items` things and asks for one; and the answer's tokens.
+
+        depth: where in a haystack of text the statements stand, 0 (at its start) to 1; by default anywhere, in any haystack.
 
         Only questions with one answer: of values that stand apart, the words between would count too.
         """
@@ -116,10 +118,11 @@ class Writer:
             haystack, glue, parts = self._draw(rng, family, length, 1.0, held_out, items, questions=1)
             question, answer = parts.asked[0]
             values = [ids for ids, recalled in answer if recalled]
-            if values == [ids for ids, _ in answer[: len(values)]]:
+            hidden = haystack != "none" or depth is None
+            if hidden and values == [ids for ids, _ in answer[: len(values)]]:
                 break
         parts = Parts(parts.head, parts.statements, parts.foot, [(question, [])])
-        body = self._hide(rng, parts, haystack, glue, filler, length - parts.length)
+        body = self._hide(rng, parts, haystack, glue, filler, length - parts.length, depth)
         ids = [*parts.head, *body, *parts.foot, *question]
         left = length - len(ids)
         before = [*filler[len(filler) - left + 1 :], self.end] if left else []
@@ -198,13 +201,16 @@ class Writer:
     # --- where it is hidden -------------------------------------------------------------------------------------------
 
     def _hide(
-        self, rng: random.Random, parts: Parts, haystack: str, glue: str, filler: Sequence[int], room: int
+        self, rng: random.Random, parts: Parts, haystack: str, glue: str, filler: Sequence[int], room: int, depth: float | None = None
     ) -> list[int]:  # fmt: skip
-        """The statements in up to `room` tokens of a haystack."""
+        """The statements in up to `room` tokens of a haystack, at random places or all at a depth."""
         if haystack == "none":
             return [i for statement in parts.statements for i in statement]
         hay = self._haystack(rng, haystack, filler, room)
-        places = sorted(rng.choice(hay.cuts) for _ in parts.statements)
+        if depth is None:
+            places = sorted(rng.choice(hay.cuts) for _ in parts.statements)
+        else:
+            places = [min(hay.cuts, key=lambda cut: abs(cut - depth * hay.cuts[-1]))] * len(parts.statements)
         ids: list[int] = []
         for statement, start, end in zip(parts.statements, [0, *places[:-1]], places, strict=True):
             ids += [*hay.ids[start:end], *statement]

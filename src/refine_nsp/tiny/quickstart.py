@@ -10,7 +10,8 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -32,9 +33,12 @@ from refine_nsp.report.runs import read_run
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.pretrain import encode_texts
-from refine_nsp.tiny.probes import ProbeSet, make_probes, score_probes, score_text
-from refine_nsp.tiny.recall import RecallTokens, recall_document
+from refine_nsp.tiny.documents import Writer
+from refine_nsp.tiny.measures import HELD_OUT, family_probes
+from refine_nsp.tiny.pretrain import Sources, encode_texts, training_batch
+from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
+from refine_nsp.tiny.probes import ProbeSet, score_probes, score_text
+from refine_nsp.tiny.recall import RecallTokens
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.data import split_documents
 
@@ -44,12 +48,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "ReFINE, context preset": {"preset": "context"},
     "ReFINE, exact": {"preset": "exact"},
 }
-BASELINE = "NTP only"
+BASELINE, EXACT = "NTP only", "ReFINE, exact"
+MAPPED = (BASELINE, EXACT)  # arms whose needles are drawn
+ROWS_SEED = 2000  # rows are those of pretraining steps with seeds from here on, which the base was not pretrained with
+Figures = dict[str, Any]
 FIGURES = {
     "text_loss": "text: NTP loss",
     "text_accuracy": "text: accuracy",
     "text_entropy": "text: entropy",
     "recall_greedy": "recall: greedy EM",
+    "unseen_greedy": "recall, unseen wordings: greedy EM",
     "recall_log_p": "recall: log p",
     "recall_sampled": "recall: sampled EM",
 }
@@ -57,34 +65,44 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the job. Probes are (prompt tokens, needles); the base was trained on rows of up to 512 tokens."""
+    """Sizes of the job; lengths in tokens. The base was trained on rows of up to 1,024, so longer prompts extrapolate.
+
+    Attributes:
+        shares: of the rows by family of generated documents; the others are plain text.
+        probes_per_kind: for each family, wording and length.
+        map_depths: where a needle stands in its prompt, 0 (at the start) to 1. map_prompts: for each length and depth.
+    """
 
     seeds: int = 3
-    steps: int = 48
+    steps: int = 20
     sequences_per_step: int = 4
-    max_length: int = 512
+    max_length: int = 1024
     learning_rate: float = 3e-4
-    recall_share: float = 0.5
-    probes: tuple[tuple[int, int], ...] = ((512, 16), (1024, 16), (1024, 32), (2048, 32))
-    probes_per_kind: int = 48
-    text_windows: int = 48
+    shares: dict[str, float] = field(default_factory=lambda: {"needles": 0.2, "listing": 0.1, "chains": 0.1, "paragraphs": 0.1})
+    probe_lengths: tuple[int, ...] = (1024, 2048)
+    probes_per_kind: int = 8
+    text_windows: int = 24
+    map_lengths: tuple[int, ...] = (256, 512, 1024, 2048)
+    map_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    map_prompts: int = 8
 
 
 def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> Settings:
     """The default job (minutes) or the full one, with the given overrides. RefineError for a count below what it can use."""
-    chosen = Settings(seeds=6, steps=150, probes_per_kind=300) if full else Settings()
+    chosen = Settings(seeds=6, steps=150, probes_per_kind=64) if full else Settings()
     if (seeds is not None and seeds < 1) or (steps is not None and steps < 1):
         raise RefineError(f"--seeds and --steps must be at least 1, got {seeds} and {steps}")
-    return Settings(**{**asdict(chosen), "seeds": seeds or chosen.seeds, "steps": steps or chosen.steps})
+    return replace(chosen, seeds=seeds or chosen.seeds, steps=steps or chosen.steps)
 
 
 @dataclass(frozen=True)
 class Material:
-    """stream: training text ids. windows [n, T]: held-out text. probes: recall, in held-out filler."""
+    """sources: of training rows. windows [n, T]: held-out text. probes: recall, by name. needle_map: a row a depth, a column a length."""
 
-    stream: torch.Tensor
+    sources: Sources
     windows: torch.Tensor
-    probes: list[ProbeSet]
+    probes: dict[str, ProbeSet]
+    needle_map: list[list[ProbeSet]]
 
 
 def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, text_column: str) -> Table:
@@ -93,13 +111,14 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     torch.set_flush_denormal(True)
     tokenizer = load_tokenizer(model_name)
     material = prepare(s, tokenizer, data, text_column)
-    results: dict[str, list[dict[str, float]]] = {"base": [base_figures(out, s, model_name, data, material)]}
+    results: dict[str, list[Figures]] = {"base": [base_figures(out, s, model_name, data, material)]}
     for arm in ARMS:
         results[arm] = [run_arm(out, s, arm, seed, model_name, data, tokenizer, material) for seed in range(s.seeds)]
     tables = [results_table(results), differences_table(results), probes_table(results, s)]
     for table in tables:
         console.print(table.rich())
-    record = {"settings": asdict(s), "figures": results, "tables": [t.as_json() for t in tables]}
+    console.print(finding(results))
+    record = {"settings": asdict(s), "figures": results, "finding": finding(results), "tables": [t.as_json() for t in tables]}
     write_atomically(out / "results.json", json.dumps(record, indent=1) + "\n")
     console.print(f"report: {write_report(out, s, results, model_name, data)}")
     return tables[0]
@@ -110,20 +129,11 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
 
 def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, text_column: str) -> Material:
     """Text to train on and to be judged by; they share no document."""
-    if data is None:
-        train, held_out = standard_library(held_out=False), standard_library(held_out=True)
-    else:
-        documents = read_documents(data, (text_column,))
-        most, rest = split_documents(documents, 0.1, seed=0)
-        train = list(most[text_column])
-        if rest is None:  # one document: its last tenth
-            cut = int(len(train[0]) * 0.9)
-            train, held_out = [train[0][:cut]], [train[0][cut:]]
-        else:
-            held_out = list(rest[text_column])
+    library, other = standard_library(held_out=False), standard_library(held_out=True)
+    train, held_out = (library, other) if data is None else split_texts(data, text_column)
     stream, held_out_stream = encode_texts(tokenizer, train), encode_texts(tokenizer, held_out)
     count = min(s.text_windows, len(held_out_stream) // s.max_length)
-    longest = max(length for length, _ in s.probes)
+    longest = max(*s.probe_lengths, *s.map_lengths)
     if count < 1 or len(held_out_stream) < longest or len(stream) < 2 * s.max_length:
         raise RefineError(
             f"too little text: {len(stream):,} tokens to train on and {len(held_out_stream):,} held out; at least "
@@ -132,20 +142,43 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
     # Windows from all over the held-out text, not its first module only.
     stride = len(held_out_stream) // count
     windows = torch.stack([held_out_stream[i * stride : i * stride + s.max_length] for i in range(count)])
-    return Material(stream, windows, make_probes(tokenizer, held_out_stream.tolist(), s.probes, s.probes_per_kind, seed=12345))
+    writer, filler = Writer.of(tokenizer, other), held_out_stream.tolist()
+    return Material(
+        Sources(stream, RecallTokens.of(tokenizer), Writer.of(tokenizer, library)),
+        windows,
+        family_probes(writer, list(s.shares), filler, s.probe_lengths, s.probes_per_kind, seed=12345),
+        needle_probes(writer, filler, s),
+    )
 
 
-def training_rows(s: Settings, seed: int, tokenizer: PreTrainedTokenizerBase, stream: torch.Tensor) -> Dataset:
-    """The rows of one seed, the same for all arms: windows of text, and recall documents in a share of them."""
-    rng, tokens, rows = random.Random(f"quickstart-{seed}"), RecallTokens.of(tokenizer), []
-    for _ in range(s.steps * s.sequences_per_step):
-        start = rng.randrange(len(stream) - s.max_length)
-        ids = stream[start : start + s.max_length].tolist()
-        if rng.random() < s.recall_share:
-            filler = stream[start : start + 4 * s.max_length].tolist()
-            ids, _ = recall_document(rng, tokens, filler, s.max_length, dense=0.3 * (0.5 + 0.5 * rng.random()))
-        rows.append({"input_ids": ids})
-    return Dataset.from_list(rows)
+def split_texts(data: str, text_column: str) -> tuple[list[str], list[str]]:
+    """Nine tenths of the documents, and the others; of a single one, its last tenth."""
+    most, rest = split_documents(read_documents(data, (text_column,)), 0.1, seed=0)
+    train = list(most[text_column])
+    if rest is not None:
+        return train, list(rest[text_column])
+    cut = int(len(train[0]) * 0.9)
+    return [train[0][:cut]], [train[0][cut:]]
+
+
+def needle_probes(writer: Writer, filler: list[int], s: Settings) -> list[list[ProbeSet]]:
+    """One needle in a haystack, by where it stands (rows) and by the length of the prompt (columns)."""
+
+    def made(depth: float, length: int) -> ProbeSet:
+        rng = random.Random(f"map-{depth}-{length}")
+        starts = [rng.randrange(len(filler) - length) for _ in range(s.map_prompts)]
+        found = [writer.probe(rng, "needles", filler[i : i + length], length, 1, held_out=False, depth=depth) for i in starts]
+        return ProbeSet(length, 1, [p for p, _ in found], [a for _, a in found])
+
+    return [[made(depth, length) for length in s.map_lengths] for depth in s.map_depths]
+
+
+def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
+    """The rows of one seed, the same for all arms: windows of text, and generated documents in some of them."""
+    config = PretrainConfig(seed=ROWS_SEED + seed, tokens_per_step=s.sequences_per_step * s.max_length)
+    phase = PretrainPhase(s.steps, s.max_length, s.shares, dense=0.5, answer_weight=1.0)
+    rows = [row for step in range(s.steps) for row in training_batch(config, phase, step, sources)[0].tolist()]
+    return Dataset.from_list([{"input_ids": row} for row in rows])
 
 
 # --- arms -------------------------------------------------------------------------------------------------------------
@@ -160,7 +193,7 @@ def run_arm(
     data: str | None,
     tokenizer: PreTrainedTokenizerBase,
     material: Material,
-) -> dict[str, float]:
+) -> Figures:
     """Train one arm with one seed and measure it, or read what an earlier, interrupted job measured."""
     folder = out / f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}"
     key = {"settings": asdict(s), "arm": ARMS[arm], "seed": seed, "model": model_name, "data": data}
@@ -173,25 +206,27 @@ def run_arm(
         per_device_train_batch_size=s.sequences_per_step, learning_rate=s.learning_rate, seed=seed, logging_steps=5,
         save_strategy="no", report_to="none", dataloader_num_workers=0, train_sampling_strategy="sequential", **ARMS[arm],
     )  # fmt: skip
-    trainer = ReFINETrainer(
-        model=model, args=args, train_dataset=training_rows(s, seed, tokenizer, material.stream), processing_class=tokenizer
-    )
+    rows = training_rows(s, seed, material.sources)
+    trainer = ReFINETrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     runtime = trainer.train().metrics["train_runtime"]
     figures = {**measure(model.eval(), material), "seconds": runtime}
+    if seed == 0 and arm in MAPPED:
+        figures["map"] = needle_map(model, material)
     write_atomically(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
-def base_figures(out: Path, s: Settings, model_name: str, data: str | None, material: Material) -> dict[str, float]:
+def base_figures(out: Path, s: Settings, model_name: str, data: str | None, material: Material) -> Figures:
     key = {"settings": asdict(s), "arm": None, "seed": None, "model": model_name, "data": data}
     if (known := read_result(out / "base", key)) is not None:
         return known
-    figures = {**measure(load(model_name)[0], material), "seconds": 0.0}
+    model = load(model_name)[0].eval()
+    figures = {**measure(model, material), "seconds": 0.0, "map": needle_map(model, material)}
     write_atomically(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
-def read_result(folder: Path, key: dict[str, Any]) -> dict[str, float] | None:
+def read_result(folder: Path, key: dict[str, Any]) -> Figures | None:
     """Figures of a finished arm with exactly these settings."""
     path = folder / "result.json"
     if not path.exists():
@@ -200,19 +235,27 @@ def read_result(folder: Path, key: dict[str, Any]) -> dict[str, float] | None:
     return record["figures"] if record["key"] == json.loads(json.dumps(key)) else None
 
 
-def measure(model: FastWeightForCausalLM, material: Material) -> dict[str, float]:
+def measure(model: FastWeightForCausalLM, material: Material) -> Figures:
     """All figures of one model."""
     text = score_text(model, material.windows)
-    recall = {f"{p.length}/{p.needles}": score_probes(model, p) for p in material.probes}
+    recall = {name: score_probes(model, p) for name, p in material.probes.items()}
+    known = [r for name, r in recall.items() if HELD_OUT not in name]
+    unseen = [r for name, r in recall.items() if HELD_OUT in name]
     return {
         "text_loss": text.loss,
         "text_accuracy": text.accuracy,
         "text_entropy": text.entropy,
-        "recall_greedy": mean(r.greedy for r in recall.values()),
+        "recall_greedy": mean(r.greedy for r in known),
+        "unseen_greedy": mean(r.greedy for r in unseen),
         "recall_log_p": mean(r.log_p for r in recall.values()),
         "recall_sampled": mean(r.sampled for r in recall.values()),
-        **{f"greedy {k}": r.greedy for k, r in recall.items()},
+        **{f"greedy {name}": r.greedy for name, r in recall.items()},
     }
+
+
+def needle_map(model: FastWeightForCausalLM, material: Material) -> list[list[float]]:
+    """Share of needles found, greedy: a row for each depth, a column for each length."""
+    return [[score_probes(model, p).greedy for p in row] for row in material.needle_map]
 
 
 # --- tables and page --------------------------------------------------------------------------------------------------
@@ -223,7 +266,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4f} ± {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def results_table(results: dict[str, list[dict[str, float]]]) -> Table:
+def results_table(results: dict[str, list[Figures]]) -> Table:
     rows: list[list[Cell]] = [
         [title, *(spread([f[key] for f in seeds]) for seeds in results.values())] for key, title in FIGURES.items()
     ]
@@ -232,12 +275,12 @@ def results_table(results: dict[str, list[dict[str, float]]]) -> Table:
     return Table("Base and arms", ["", *results], rows, [note])
 
 
-def paired(results: dict[str, list[dict[str, float]]], arm: str, key: str) -> tuple[float, float]:
+def paired(results: dict[str, list[Figures]], arm: str, key: str) -> tuple[float, float]:
     """Mean difference to the baseline, paired by seed, and half the width of its 95 % t-interval (nan with one seed)."""
     return t_interval([a[key] - b[key] for a, b in zip(results[arm], results[BASELINE], strict=True)])
 
 
-def differences_table(results: dict[str, list[dict[str, float]]]) -> Table:
+def differences_table(results: dict[str, list[Figures]]) -> Table:
     arms = [arm for arm in ARMS if arm != BASELINE]
     seeds, rows, exceeding = len(results[BASELINE]), [], []
     for key, title in FIGURES.items():
@@ -259,16 +302,38 @@ def differences_table(results: dict[str, list[dict[str, float]]]) -> Table:
     return Table(f"Differences to {BASELINE}, same data order", ["", *arms], rows, notes)
 
 
-def probes_table(results: dict[str, list[dict[str, float]]], s: Settings) -> Table:
+def probes_table(results: dict[str, list[Figures]], s: Settings) -> Table:
     rows: list[list[Cell]] = []
-    for length, needles in s.probes:
-        key = f"greedy {length}/{needles}"
-        rows.append([f"{length} tokens, {needles} needles", *(spread([f[key] for f in seeds]) for seeds in results.values())])
+    for name in (key for key in results["base"][0] if key.startswith("greedy ")):
+        title = name.removeprefix("greedy ").replace(HELD_OUT, ", unseen wording").replace("_", ", ")
+        rows.append([f"{title} tokens", *(spread([f[name] for f in seeds]) for seeds in results.values())])
     note = f"{s.probes_per_kind} probes a kind; the arms train on rows of {s.max_length} tokens, so longer prompts extrapolate"
     return Table("Greedy recall by kind of probe", ["", *results], rows, [note])
 
 
-def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float]]], model_name: str, data: str | None) -> Path:
+def finding(results: dict[str, list[Figures]]) -> str:
+    """What the job says of the closed form, in a sentence."""
+    (d, half), (loss, loss_half) = (paired(results, EXACT, key) for key in ("recall_greedy", "text_loss"))
+    seeds = len(results[BASELINE])
+    if seeds == 1:
+        said = f"{100 * d:+.1f} points of greedy recall (one seed, so no more can be said)"
+    else:
+        clear = "more than" if abs(d) > half else "no more than"
+        said = f"{100 * d:+.1f} ± {100 * half:.1f} points of greedy recall over {seeds} seeds, {clear} chance would give"
+    return f"Finding: {EXACT} against {BASELINE}: {said}; text loss {loss:+.4f}" + (f" ± {loss_half:.4f}." if seeds > 1 else ".")
+
+
+def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[str]:
+    """Heat maps before and after."""
+    drawn = []
+    for name in ("base", *MAPPED):
+        grid = [[100 * x for x in row] for row in results[name][0]["map"]]
+        lengths, depths = [f"{n:,}" for n in s.map_lengths], [f"{d:.0%}" for d in s.map_depths]
+        drawn.append(plots.heat_map(grid, lengths, depths, f"{name}: needles found, %", "tokens", "depth"))
+    return drawn
+
+
+def write_report(out: Path, s: Settings, results: dict[str, list[Figures]], model_name: str, data: str | None) -> Path:
     arms = [a for a in ARMS if a != BASELINE]
     drawn = []
     for keys, title in ((("recall_greedy", "recall_sampled"), "recall"), (("text_loss", "text_accuracy"), "held-out text")):
@@ -276,6 +341,8 @@ def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float
         drawn.append(plots.forest_plot(groups, [FIGURES[k] for k in keys], f"{title}: difference to {BASELINE}", "difference"))
     runs = [read_run(p.parent) for p in sorted(out.glob("*-seed0/metrics.jsonl"))]
     sections = [
+        html.Section("Finding", f"<p>{escape(finding(results))}</p>"),
+        html.Section("A needle in a haystack, before and after (seed 0)", html.plots(*needle_maps(results, s))),
         html.Section("Results", results_table(results).html() + differences_table(results).html() + html.plots(*drawn)),
         html.Section("Recall by length and number of needles", probes_table(results, s).html()),
         html.Section("Training curves (seed 0)", run_curves(runs)),
@@ -283,5 +350,5 @@ def write_report(out: Path, s: Settings, results: dict[str, list[dict[str, float
                      + html.preformatted("arms", json.dumps(ARMS, indent=1))
                      + html.preformatted("environment", json.dumps(environment(), indent=1))),
     ]  # fmt: skip
-    lead = f"{model_name}, mid-trained on {data or 'the Python standard library and generated recall documents'}"
+    lead = f"{model_name}, mid-trained on {data or 'the Python standard library and generated documents'}"
     return write_atomically(out / "report.html", html.page("Mid-training, with and without ReFINE", lead, sections))

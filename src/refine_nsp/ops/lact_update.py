@@ -9,10 +9,11 @@ dtype of keys and values, as in the original.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 NORM_EPSILON = 1e-5
@@ -119,5 +120,25 @@ def update(
     start = state.main if state.main is not None else state.weights
     moved = Triple(*(w + d for w, d in zip(start, step, strict=True)))
     # Rows keep the norms they began with: without this the weights would grow with every chunk.
-    scaled = (w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * n for w, n in zip(moved, norms, strict=True))
+    scaled = (_RowsOfNorm.apply(w, n) for w, n in zip(moved, norms, strict=True))
     return FastState(Triple(*scaled), moved if rule.prenorm else None, kept)
+
+
+class _RowsOfNorm(torch.autograd.Function):
+    """w [.., a, b] with the norms of its rows made n [.., a, 1]: w n / (|w| + epsilon)."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, n: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        ctx.save_for_backward(w, n, norm)
+        return w * (n / (norm + NORM_EPSILON))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        w, n, norm = ctx.saved_tensors
+        factor = 1 / (norm + NORM_EPSILON)
+        dn = (dy * w).sum(-1, keepdim=True) * factor
+        # A row of zeros has no direction to follow; its dn is 0 already.
+        along = dn * factor * n / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return (dy * (n * factor)).addcmul_(w, along, value=-1.0), dn.sum_to_size(n.shape)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.precision import without_autocast
+
 NORM_EPSILON = 1e-5
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
@@ -153,6 +155,7 @@ class _HiddenTerms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, of_hidden: Tensor, of_dgate: Tensor, of_dup: Tensor) -> Any:
         gate, up, dhidden = ctx.saved_tensors
         sigma = torch.sigmoid(gate)
@@ -176,6 +179,7 @@ class _WithRowNorms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         w, n, norm = ctx.saved_tensors
         factor = 1 / (norm + NORM_EPSILON)

@@ -166,7 +166,7 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
                 mixer.o_proj.weight[beside, rows] = 0.7 * token * torch.eye(quarter)
                 look_back(mixer, head, head + 1)
             continue
-        # At this size the epsilon of the norm behind the fast weights takes half of what they read; at a tenth, nearly all of it.
+        # At this size the epsilon of the norm behind the fast weights takes a third of what they read; at a fifteenth, nearly all of it.
         mixer.w1 *= 0.3
         mixer.lr_proj.bias.view(2, 3)[:, 1] = 15.0  # of w1, by head: a rate of about 8
         undone(v, mixer.o_proj.weight, size=0.3)  # small values, which the silu in front of the fast weights hardly bends

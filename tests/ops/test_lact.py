@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from refine_nsp.ops.lact import Tokens, lact, lact_branches, naive_lact
-from refine_nsp.ops.lact_update import Triple, UpdateRule
+from refine_nsp.ops.lact_update import (
+    Triple,
+    UpdateRule,
+    hidden_terms,
+    naive_hidden_terms,
+    naive_with_row_norms,
+    with_row_norms,
+)
 
 H, D, DH, C = 2, 4, 6, 5
 RULES = {
@@ -44,6 +51,16 @@ def assert_same(fast: list, naive: list, leaves: list[torch.Tensor]) -> None:
     for x, y in zip(*gradients, strict=True):
         zero = torch.zeros(()) if x is None and y is None else torch.zeros_like(x if x is not None else y)
         torch.testing.assert_close(zero if x is None else x, zero if y is None else y, rtol=1e-8, atol=1e-10)
+
+
+def test_the_elementwise_parts_of_an_update():
+    torch.manual_seed(0)
+    inputs = [leaf(2, H, C, DH) for _ in range(3)]
+    assert_same(list(hidden_terms(*inputs)), list(naive_hidden_terms(*inputs)), inputs)
+    w, norms = leaf(2, H, DH, D), leaf(1, H, DH, 1)
+    with torch.no_grad():
+        w[0, 0, 0] = 0.0  # has no direction, so it stays
+    assert_same([with_row_norms(w, norms)], [naive_with_row_norms(w, norms)], [w, norms])
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -130,7 +130,7 @@ def test_short_conv(T, W, history, bias, activation):
     assert_same(short_conv, naive_short_conv, inputs)
 
 
-@pytest.mark.parametrize("window", [1, 3, 40, 200, 500])
+@pytest.mark.parametrize("window", [1, 3, 40, 100, 200, 500])
 @pytest.mark.parametrize("slots", [0, 7])
 def test_window_attention(window, slots):
     T = 300

@@ -85,6 +85,27 @@ def test_lact_starts_with_the_key_of_a_value_like_the_query_that_asks_for_it(wid
     assert similar.argmax(-1).tolist() == [12, 13, 14, 15]
 
 
+def test_lact_starts_by_reading_what_was_written():
+    """At initialisation, beyond the attention window: at a token's second mention the fast weights read what stood behind the first."""
+    torch.manual_seed(0)
+    model = NEW_MODELS["lact_swiglu"](PretrainConfig(model_type="lact_swiglu", hidden_size=192), 2048)
+    ids = torch.randperm(2000)[None, :100].repeat(1, 2)
+    inputs, read = [], []
+    mixer = model.model.layers[1].attn
+    mixer.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    mixer.ttt_norm.register_forward_hook(lambda module, args, out: read.append(out[0]))  # [heads, T, 96]
+    with torch.no_grad():
+        model.model(ids, use_cache=False)
+        written = torch.nn.functional.silu(mixer.qkv(inputs[0])[0, :100, -192:]).unflatten(-1, (2, 96)).transpose(0, 1)
+    again = read[0][:, 101:199]
+    similar = torch.nn.functional.normalize(again, dim=-1) @ torch.nn.functional.normalize(written, dim=-1).mT
+    assert (similar.argmax(-1) == torch.arange(2, 100)).float().mean() > 0.3  # of 100 tokens
+    assert again.square().mean().sqrt() > 0.3  # as large as other things in the residual stream, not lost in the norm's epsilon
+    for layer in model.model.layers[1:]:
+        undone = layer.attn.o_proj.weight @ layer.attn.qkv.weight[-192:]
+        torch.testing.assert_close(undone, undone[0, 0] * torch.eye(192), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["delta_net", "gated_deltanet"])
 def test_delta_rules_start_with_the_key_of_a_value_like_the_query_that_asks_for_it(name):
     torch.manual_seed(0)

@@ -41,6 +41,11 @@ class Tokens(NamedTuple):
         """Some of the tokens, of some rows."""
         return self.each(lambda x: x[rows, :, tokens])
 
+    def split(self, size: int) -> list[Tokens]:
+        """Stretches of `size` tokens, the last perhaps shorter."""
+        parts = {name: x.split(size, 2) for name, x in self.named().items()}
+        return [Tokens.of(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+
     def update_arguments(self) -> tuple[Tensor, Tensor, Triple, Tensor | None]:
         """k, v, lr and momentum as `update` takes them."""
         return self.k, self.v, Triple(*self.lr.chunk(3, -1)), self.momentum
@@ -117,14 +122,17 @@ def lact(
     n_chunks = max(1, -(-(int(opened.max()) + T) // C))
     norms, chunks, outputs = row_norms(initial), [fast], []
     together = bool((opened == opened[0]).all())  # chunks of all rows begin at the same queries, so they are plain slices
+    bounds = (torch.arange(n_chunks + 1)[:, None] * C - opened).clamp(0, T)  # [n + 1, B], of each chunk's queries
+    # Split once: the gradient of a slice is as large as what it was cut from, that of all parts is put together once.
+    queries = q.split(bounds[:, 0].diff().tolist(), 2) if together else ()
+    learned_from = joined.split(C)
     for i in range(n_chunks):
-        starts, ends = ((n * C - opened).clamp(0, T) for n in (i, i + 1))
         reads = fast.weights
-        outputs.append(read(reads, q[:, :, int(starts[0]) : int(ends[0])]) if together else _read_span(reads, q, starts, ends))
+        outputs.append(read(reads, queries[i]) if together else _read_span(reads, q, bounds[i], bounds[i + 1]))
         goes_on = total > (i + 1) * C
         if i + 1 < n_chunks:
             if bool(goes_on.any()):
-                learned = update(fast, norms, *joined.cut(slice(i * C, (i + 1) * C)).update_arguments(), rule)
+                learned = update(fast, norms, *learned_from[i].update_arguments(), rule)
                 fast = learned if bool(goes_on.all()) else _where(goes_on.to(q.device, non_blocking=True), learned, fast)
             chunks.append(fast)
     o = torch.cat(outputs, 2) if together else torch.stack(outputs).sum(0)

@@ -9,11 +9,14 @@ dtype of keys and values, as in the original.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from refine_nsp.ops.precision import without_autocast
 
 NORM_EPSILON = 1e-5
 NEWTON_SCHULZ = (
@@ -72,15 +75,11 @@ def gradient_terms(weights: Triple, k: Tensor, v: Tensor, lr: Triple) -> Triple:
     k, v: [.., C, D]; lr: [.., C, 1] (or a width that broadcasts) for each weight.
     """
     w0, w1, w2 = (w.to(k.dtype) for w in weights)
-    gate, up = k @ w0.mT, k @ w2.mT
-    active = F.silu(gate)
-    dhidden = v @ w1
-    sigma = torch.sigmoid(gate)
     # Written out, not left to autograd: an update is part of the forward pass, and the outer backward differentiates through it.
-    dgate = dhidden * up * sigma * (1 + gate * (1 - sigma))
-    d1 = v.mT @ (active * up * lr.w1).to(v.dtype)
+    hidden, dgate, dup = hidden_terms(k @ w0.mT, k @ w2.mT, v @ w1)
+    d1 = v.mT @ (hidden * lr.w1).to(v.dtype)
     d0 = dgate.mT @ (k * lr.w0).to(k.dtype)
-    d2 = (dhidden * active).mT @ (k * lr.w2).to(k.dtype)
+    d2 = dup.mT @ (k * lr.w2).to(k.dtype)
     return Triple(d0, d1, d2)
 
 
@@ -119,5 +118,72 @@ def update(
     start = state.main if state.main is not None else state.weights
     moved = Triple(*(w + d for w, d in zip(start, step, strict=True)))
     # Rows keep the norms they began with: without this the weights would grow with every chunk.
-    scaled = (w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * n for w, n in zip(moved, norms, strict=True))
+    scaled = (with_row_norms(w, n) for w, n in zip(moved, norms, strict=True))
     return FastState(Triple(*scaled), moved if rule.prenorm else None, kept)
+
+
+# --- elementwise parts with hand-written backwards: on a CPU they cost memory passes, not arithmetic, so few are made ---------
+
+
+def naive_hidden_terms(gate: Tensor, up: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden = silu(gate) up, and the gradients of gate and up for hidden's gradient `dhidden`; all [.., C, Dh]."""
+    sigma = torch.sigmoid(gate)
+    return gate * sigma * up, dhidden * up * sigma * (1 + gate * (1 - sigma)), dhidden * gate * sigma
+
+
+def naive_with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
+    """w [.., a, b], its rows made as long as `norms` [.., a, 1] says."""
+    return w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * norms
+
+
+def hidden_terms(gate: Tensor, up: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`naive_hidden_terms`, in the inputs' dtype."""
+    return _HiddenTerms.apply(gate, up, dhidden)
+
+
+def with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
+    """`naive_with_row_norms`; norms may broadcast."""
+    return _WithRowNorms.apply(w, norms)
+
+
+class _HiddenTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, dhidden: Tensor) -> Any:
+        ctx.save_for_backward(gate, up, dhidden)
+        active = F.silu(gate)
+        return active * up, torch.ops.aten.silu_backward(dhidden * up, gate), active.mul_(dhidden)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, of_hidden: Tensor, of_dgate: Tensor, of_dup: Tensor) -> Any:
+        gate, up, dhidden = ctx.saved_tensors
+        sigma = torch.sigmoid(gate)
+        active = gate * sigma
+        rest = active * sigma
+        slope = (sigma + active).sub_(rest)
+        curve = (sigma + slope).sub_(rest).mul_(1 - sigma)  # the slope's slope
+        sloped = of_dgate * slope
+        of_up = (of_hidden * active).addcmul_(sloped, dhidden)
+        of_dhidden = (of_dup * active).addcmul_(sloped, up)
+        of_gate = curve.mul_(of_dgate).mul_(up).addcmul_(slope, of_dup).mul_(dhidden)
+        return of_gate.addcmul_(slope.mul_(of_hidden), up), of_up, of_dhidden
+
+
+class _WithRowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, n: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        ctx.save_for_backward(w, n, norm)
+        return w * (n / (norm + NORM_EPSILON))
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        w, n, norm = ctx.saved_tensors
+        factor = 1 / (norm + NORM_EPSILON)
+        dn = (dy * w).sum(-1, keepdim=True) * factor
+        # A row of zeros has no direction to follow; its dn is 0 already.
+        along = dn * factor * n / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return (dy * (n * factor)).addcmul_(w, along, value=-1.0), dn.sum_to_size(n.shape)

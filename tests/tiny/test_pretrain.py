@@ -215,6 +215,14 @@ def test_float32_is_stored_as_it_is(tmp_path, library):
     assert json.loads((folder / "pretrain_config.json").read_text())["phases"][0]["shares"] == {"facts": 0.5}
 
 
+def test_the_card_says_what_was_trained_and_measured(tmp_path, library):
+    folder = pretrain(tiny(tmp_path, {"facts": 0.2, "needles": 0.3}, 128, bf16=True))
+    card, last = (folder / "README.md").read_text(), read_json_lines(tmp_path / "metrics.jsonl")[-1]
+    assert "4 of 4 steps of 512 tokens" in card and "bfloat16 products" in card and "Overlap with RULER" in card
+    assert f"cross-entropy {last['eval_loss']:.2f} nats" in card and "needles, held-out wordings" in card
+    assert "| 4 | 128 | 2 | 20 | 30 |" in card and "listing" not in card
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_names_load_as_float32_unless_told_otherwise(name):
     assert {p.dtype for p in refine_nsp.load(name)[0].parameters()} == {torch.float32}

@@ -12,7 +12,7 @@ from refine_nsp.errors import RefineError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="YAML with the fields of PretrainConfig (recipes/pretrain_tiny.yaml)")
+    parser.add_argument("--config", type=Path, help="YAML with the fields of PretrainConfig (recipes/pretrain_delta_net.yaml)")
     parser.add_argument("--output_dir")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--learning_rate", type=float)

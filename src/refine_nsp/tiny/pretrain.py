@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
-from refine_nsp.files import append_json_lines
+from refine_nsp.files import append_json_lines, read_json_lines
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
+from refine_nsp.tiny.card import model_card
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
 from refine_nsp.tiny.measures import Measures, write_curves
@@ -82,7 +83,7 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     round_to(model.eval(), config.store_dtype)
     append_json_lines(out / "metrics.jsonl", [{"step": config.total_steps, "time": time.time(), **measures.take(model)}])
     write_curves(out)
-    return save_model(out, model, tokenizer, config)
+    return save_model(out, model, tokenizer, config, model_card(model, config, read_json_lines(out / "metrics.jsonl")))
 
 
 # --- model, tokenizer, optimizer --------------------------------------------------------------------------------------
@@ -277,8 +278,10 @@ def round_to(model: FastWeightForCausalLM, dtype: str) -> None:
         weight.copy_(weight.to(getattr(torch, dtype)))
 
 
-def save_model(out: Path, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig) -> Path:
-    """Model, tokenizer and settings in `out/model`, complete or not at all.
+def save_model(
+    out: Path, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig, card: str
+) -> Path:
+    """Model, tokenizer, settings and card in `out/model`, complete or not at all.
 
     The weights are stored as `config.store_dtype`, while the model's own configuration names the dtype it was trained in, which is
     what `load` widens them to.
@@ -289,6 +292,7 @@ def save_model(out: Path, model: FastWeightForCausalLM, tokenizer: PreTrainedTok
     model.save_pretrained(temporary, state_dict={k: v for k, v in stored.items() if k != "lm_head.weight"})
     tokenizer.save_pretrained(temporary)
     (temporary / "pretrain_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     return final

@@ -49,7 +49,7 @@ class PretrainPhase:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides the base model. `recipes/pretrain_tiny.yaml` is the shipped one.
+    """Everything that decides the base model. those of the shipped bases: recipes/pretrain_*.yaml.
 
     Attributes:
         model_type: `delta_net`, `gated_deltanet` or `lact_swiglu`.

@@ -2,14 +2,15 @@
 
 import json
 from dataclasses import replace
+from statistics import mean
 
 import pytest
 
 from refine_nsp.tiny import quickstart as q
 
 TINY = replace(
-    q.Settings(), seeds=2, steps=1, sequences_per_step=2, max_length=160, probe_lengths=(256,), probes_per_kind=2, text_windows=2,
-    map_lengths=(256,), map_depths=(0.0, 1.0), map_prompts=2,
+    q.Settings(), seeds=2, steps=1, sequences_per_step=2, max_length=160, lengths=(256,), depths=(0.0, 1.0), prompts_per_cell=2,
+    text_windows=2,
 )  # fmt: skip
 
 
@@ -48,13 +49,13 @@ def test_all_arms_see_the_same_rows(library):
 
 def test_a_needle_stands_where_its_depth_says(library):
     _, tokenizer = q.load("refine-nsp/tiny-delta-net")
-    for depth, (probes,) in zip((0.0, 1.0), q.prepare(TINY, tokenizer, None, "text").needle_map, strict=True):
-        for prompt, answer in zip(probes.prompts, probes.answers, strict=True):
-            text, value = tokenizer.decode(prompt), tokenizer.decode(answer).strip()
-            assert len(prompt) == 256 and text.count(value) >= 1
-            at, question = text.index(value), text.rindex("\n")
-            room = question - text.index("\n")
-            assert (at < question - room // 2) == (depth == 0.0), (depth, text)
+    places = []
+    for (probes,) in q.prepare(replace(TINY, prompts_per_cell=12, lengths=(512,)), tokenizer, None, "text").needles:
+        assert all(len(prompt) == 512 for prompt in probes.prompts)
+        texts = [(tokenizer.decode(p), tokenizer.decode(a).strip()) for p, a in zip(probes.prompts, probes.answers, strict=True)]
+        assert all(value in text for text, value in texts)
+        places.append(mean(text.index(value) / len(text) for text, value in texts))
+    assert places[0] < 0.4 and places[1] > 0.6, places
 
 
 def test_the_finding_says_what_the_figures_say():

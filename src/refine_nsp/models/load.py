@@ -13,7 +13,7 @@ from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.families import FAMILIES
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-lact")}
+SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-gated-deltanet", "tiny-lact")}
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

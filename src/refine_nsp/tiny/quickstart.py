@@ -34,7 +34,6 @@ from refine_nsp.report.tables import Cell, Table
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.measures import HELD_OUT, family_probes
 from refine_nsp.tiny.pretrain import Sources, encode_texts, training_batch
 from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
 from refine_nsp.tiny.probes import ProbeSet, score_probes, score_text
@@ -69,8 +68,7 @@ class Settings:
 
     Attributes:
         shares: of the rows by family of generated documents; the others are plain text.
-        probes_per_kind: for each family, wording and length.
-        map_depths: where a needle stands in its prompt, 0 (at the start) to 1. map_prompts: for each length and depth.
+        depths: where a needle stands in its prompt, 0 (at the start) to 1. prompts_per_cell: for each depth and length.
     """
 
     seeds: int = 3
@@ -79,17 +77,15 @@ class Settings:
     max_length: int = 1024
     learning_rate: float = 3e-4
     shares: dict[str, float] = field(default_factory=lambda: {"needles": 0.2, "listing": 0.1, "chains": 0.1, "paragraphs": 0.1})
-    probe_lengths: tuple[int, ...] = (1024, 2048)
-    probes_per_kind: int = 8
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    prompts_per_cell: int = 8
     text_windows: int = 24
-    map_lengths: tuple[int, ...] = (256, 512, 1024, 2048)
-    map_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    map_prompts: int = 8
 
 
 def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> Settings:
     """The default job (minutes) or the full one, with the given overrides. RefineError for a count below what it can use."""
-    chosen = Settings(seeds=6, steps=150, probes_per_kind=64) if full else Settings()
+    chosen = Settings(seeds=6, steps=150, prompts_per_cell=32) if full else Settings()
     if (seeds is not None and seeds < 1) or (steps is not None and steps < 1):
         raise RefineError(f"--seeds and --steps must be at least 1, got {seeds} and {steps}")
     return replace(chosen, seeds=seeds or chosen.seeds, steps=steps or chosen.steps)
@@ -97,12 +93,13 @@ def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Material:
-    """sources: of training rows. windows [n, T]: held-out text. probes: recall, by name. needle_map: a row a depth, a column a length."""
+    """sources: of training rows. windows [n, T]: held-out text. needles, unseen: probes with one needle, in wordings that are trained
+    on and in others; a row a depth, a column a length."""
 
     sources: Sources
     windows: torch.Tensor
-    probes: dict[str, ProbeSet]
-    needle_map: list[list[ProbeSet]]
+    needles: list[list[ProbeSet]]
+    unseen: list[list[ProbeSet]]
 
 
 def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, text_column: str) -> Table:
@@ -114,7 +111,7 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     results: dict[str, list[Figures]] = {"base": [base_figures(out, s, model_name, data, material)]}
     for arm in ARMS:
         results[arm] = [run_arm(out, s, arm, seed, model_name, data, tokenizer, material) for seed in range(s.seeds)]
-    tables = [results_table(results), differences_table(results), probes_table(results, s)]
+    tables = [results_table(results), differences_table(results), lengths_table(results, s)]
     for table in tables:
         console.print(table.rich())
     console.print(finding(results))
@@ -133,7 +130,7 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
     train, held_out = (library, other) if data is None else split_texts(data, text_column)
     stream, held_out_stream = encode_texts(tokenizer, train), encode_texts(tokenizer, held_out)
     count = min(s.text_windows, len(held_out_stream) // s.max_length)
-    longest = max(*s.probe_lengths, *s.map_lengths)
+    longest = max(s.lengths)
     if count < 1 or len(held_out_stream) < longest or len(stream) < 2 * s.max_length:
         raise RefineError(
             f"too little text: {len(stream):,} tokens to train on and {len(held_out_stream):,} held out; at least "
@@ -146,8 +143,8 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
     return Material(
         Sources(stream, RecallTokens.of(tokenizer), Writer.of(tokenizer, library)),
         windows,
-        family_probes(writer, list(s.shares), filler, s.probe_lengths, s.probes_per_kind, seed=12345),
-        needle_probes(writer, filler, s),
+        needle_probes(writer, filler, s, held_out=False),
+        needle_probes(writer, filler, s, held_out=True),
     )
 
 
@@ -161,16 +158,16 @@ def split_texts(data: str, text_column: str) -> tuple[list[str], list[str]]:
     return [train[0][:cut]], [train[0][cut:]]
 
 
-def needle_probes(writer: Writer, filler: list[int], s: Settings) -> list[list[ProbeSet]]:
+def needle_probes(writer: Writer, filler: list[int], s: Settings, held_out: bool) -> list[list[ProbeSet]]:
     """One needle in a haystack, by where it stands (rows) and by the length of the prompt (columns)."""
 
     def made(depth: float, length: int) -> ProbeSet:
-        rng = random.Random(f"map-{depth}-{length}")
-        starts = [rng.randrange(len(filler) - length) for _ in range(s.map_prompts)]
-        found = [writer.probe(rng, "needles", filler[i : i + length], length, 1, held_out=False, depth=depth) for i in starts]
+        rng = random.Random(f"needles-{held_out}-{depth}-{length}")
+        starts = [rng.randrange(len(filler) - length) for _ in range(s.prompts_per_cell)]
+        found = [writer.probe(rng, "needles", filler[i : i + length], length, 1, held_out, depth) for i in starts]
         return ProbeSet(length, 1, [p for p, _ in found], [a for _, a in found])
 
-    return [[made(depth, length) for length in s.map_lengths] for depth in s.map_depths]
+    return [[made(depth, length) for length in s.lengths] for depth in s.depths]
 
 
 def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
@@ -210,8 +207,6 @@ def run_arm(
     trainer = ReFINETrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     runtime = trainer.train().metrics["train_runtime"]
     figures = {**measure(model.eval(), material), "seconds": runtime}
-    if seed == 0 and arm in MAPPED:
-        figures["map"] = needle_map(model, material)
     write_atomically(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
@@ -220,8 +215,7 @@ def base_figures(out: Path, s: Settings, model_name: str, data: str | None, mate
     key = {"settings": asdict(s), "arm": None, "seed": None, "model": model_name, "data": data}
     if (known := read_result(out / "base", key)) is not None:
         return known
-    model = load(model_name)[0].eval()
-    figures = {**measure(model, material), "seconds": 0.0, "map": needle_map(model, material)}
+    figures = {**measure(load(model_name)[0].eval(), material), "seconds": 0.0}
     write_atomically(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
@@ -236,26 +230,20 @@ def read_result(folder: Path, key: dict[str, Any]) -> Figures | None:
 
 
 def measure(model: FastWeightForCausalLM, material: Material) -> Figures:
-    """All figures of one model."""
+    """All figures of one model; `map`: the share of needles found, greedy, a row a depth, a column a length."""
     text = score_text(model, material.windows)
-    recall = {name: score_probes(model, p) for name, p in material.probes.items()}
-    known = [r for name, r in recall.items() if HELD_OUT not in name]
-    unseen = [r for name, r in recall.items() if HELD_OUT in name]
+    known, unseen = ([[score_probes(model, p) for p in row] for row in grid] for grid in (material.needles, material.unseen))
+    every = [score for row in (*known, *unseen) for score in row]
     return {
         "text_loss": text.loss,
         "text_accuracy": text.accuracy,
         "text_entropy": text.entropy,
-        "recall_greedy": mean(r.greedy for r in known),
-        "unseen_greedy": mean(r.greedy for r in unseen),
-        "recall_log_p": mean(r.log_p for r in recall.values()),
-        "recall_sampled": mean(r.sampled for r in recall.values()),
-        **{f"greedy {name}": r.greedy for name, r in recall.items()},
+        "recall_greedy": mean(score.greedy for row in known for score in row),
+        "unseen_greedy": mean(score.greedy for row in unseen for score in row),
+        "recall_log_p": mean(score.log_p for score in every),
+        "recall_sampled": mean(score.sampled for score in every),
+        "map": [[score.greedy for score in row] for row in known],
     }
-
-
-def needle_map(model: FastWeightForCausalLM, material: Material) -> list[list[float]]:
-    """Share of needles found, greedy: a row for each depth, a column for each length."""
-    return [[score_probes(model, p).greedy for p in row] for row in material.needle_map]
 
 
 # --- tables and page --------------------------------------------------------------------------------------------------
@@ -302,13 +290,14 @@ def differences_table(results: dict[str, list[Figures]]) -> Table:
     return Table(f"Differences to {BASELINE}, same data order", ["", *arms], rows, notes)
 
 
-def probes_table(results: dict[str, list[Figures]], s: Settings) -> Table:
+def lengths_table(results: dict[str, list[Figures]], s: Settings) -> Table:
+    """Needles found by length, over depths."""
     rows: list[list[Cell]] = []
-    for name in (key for key in results["base"][0] if key.startswith("greedy ")):
-        title = name.removeprefix("greedy ").replace(HELD_OUT, ", unseen wording").replace("_", ", ")
-        rows.append([f"{title} tokens", *(spread([f[name] for f in seeds]) for seeds in results.values())])
-    note = f"{s.probes_per_kind} probes a kind; the arms train on rows of {s.max_length} tokens, so longer prompts extrapolate"
-    return Table("Greedy recall by kind of probe", ["", *results], rows, [note])
+    for i, length in enumerate(s.lengths):
+        found = ([mean(row[i] for row in f["map"]) for f in seeds] for seeds in results.values())
+        rows.append([f"{length:,} tokens", *(spread(values) for values in found)])
+    note = f"{s.prompts_per_cell * len(s.depths)} prompts a length; the arms train on rows of {s.max_length:,} tokens"
+    return Table("Greedy recall of a needle by length", ["", *results], rows, [note])
 
 
 def finding(results: dict[str, list[Figures]]) -> str:
@@ -324,11 +313,12 @@ def finding(results: dict[str, list[Figures]]) -> str:
 
 
 def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[str]:
-    """Heat maps before and after."""
+    """Heat maps before and after, mean over seeds."""
     drawn = []
     for name in ("base", *MAPPED):
-        grid = [[100 * x for x in row] for row in results[name][0]["map"]]
-        lengths, depths = [f"{n:,}" for n in s.map_lengths], [f"{d:.0%}" for d in s.map_depths]
+        maps = [f["map"] for f in results[name]]
+        grid = [[100 * mean(m[i][j] for m in maps) for j in range(len(s.lengths))] for i in range(len(s.depths))]
+        lengths, depths = [f"{n:,}" for n in s.lengths], [f"{d:.0%}" for d in s.depths]
         drawn.append(plots.heat_map(grid, lengths, depths, f"{name}: needles found, %", "tokens", "depth"))
     return drawn
 
@@ -342,9 +332,9 @@ def write_report(out: Path, s: Settings, results: dict[str, list[Figures]], mode
     runs = [read_run(p.parent) for p in sorted(out.glob("*-seed0/metrics.jsonl"))]
     sections = [
         html.Section("Finding", f"<p>{escape(finding(results))}</p>"),
-        html.Section("A needle in a haystack, before and after (seed 0)", html.plots(*needle_maps(results, s))),
+        html.Section("A needle in a haystack, before and after", html.plots(*needle_maps(results, s))),
         html.Section("Results", results_table(results).html() + differences_table(results).html() + html.plots(*drawn)),
-        html.Section("Recall by length and number of needles", probes_table(results, s).html()),
+        html.Section("Recall by length", lengths_table(results, s).html()),
         html.Section("Training curves (seed 0)", run_curves(runs)),
         html.Section("How it was made", html.preformatted("settings", json.dumps(asdict(s), indent=1))
                      + html.preformatted("arms", json.dumps(ARMS, indent=1))

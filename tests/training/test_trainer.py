@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
-from refine_nsp.training.trainer import last_complete_checkpoint
+from refine_nsp.training.checkpoints import last_complete_checkpoint
 from tests.models.families import FAMILY_NAMES, build
 
 

@@ -7,11 +7,9 @@ global batch): so 1 x 8 equals 8 x 1, on any number of processes, and a resumed 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,17 +26,17 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
-from refine_nsp.nsp.records import Batch, Rollouts
+from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import InterruptCallback, NonFiniteGuard, ProgressCallback
+from refine_nsp.training.checkpoints import Dealing, check_dealing, last_complete_checkpoint, load_pending, save_pending
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.scores import with_context_scores
 
 P = TypeVar("P", bound=Phase)
-ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
 
 
 class ReFINETrainer(Trainer):
@@ -152,6 +150,12 @@ class ReFINETrainer(Trainer):
         """What a phase gets of a collated batch."""
         return MicroBatch(to_batch(inputs, device), generators)
 
+    @property
+    def dealing(self) -> Dealing:
+        """How this run deals the examples of an optimizer step out."""
+        w, b = self.args.world_size, self._train_batch_size
+        return Dealing(w, self.args.gradient_accumulation_steps, b // w if self.args.accelerator_config.split_batches else b)
+
     def generators(self, step: int, drawn: int, places: Sequence[tuple[int, int]]) -> list[torch.Generator]:
         """All randomness of the rows of a micro-batch, the process' `drawn`-th (from 0) drawn as optimizer step `step` begins: for each
         one seeded by seed, step, index of its example among all that are drawn then, and its document in that example.
@@ -159,9 +163,8 @@ class ReFINETrainer(Trainer):
         Batches of b examples are dealt to processes in turn, so that index follows from the place in the batch, and is the same
         whatever processes and micro-batches share the examples out.
         """
-        w, b = self.args.world_size, self._train_batch_size
-        b = b // w if self.args.accelerator_config.split_batches else b
-        first = (drawn * w + self.args.process_index) * b
+        dealing = self.dealing
+        first = (drawn * dealing.processes + self.args.process_index) * dealing.batch
         return [generator_of(self.args.seed, step, first + example, document) for example, document in places]
 
     @torch.no_grad()
@@ -311,9 +314,9 @@ class ReFINETrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
         if resume_from_checkpoint:
-            self._restored = load_pending(
-                Path(resume_from_checkpoint) / ROLLOUTS_FILE.format(self.args.process_index), self.args.device
-            )
+            checkpoint = Path(resume_from_checkpoint)
+            check_dealing(checkpoint, self.dealing)
+            self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
         self._last_log = (time.monotonic(), 0)
         try:
             output = super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -327,9 +330,11 @@ class ReFINETrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             if self._pending and self._pending[0].rollouts is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                save_pending(folder / ROLLOUTS_FILE.format(self.args.process_index), self._pending)
+                save_pending(folder, self.args.process_index, self._pending)
+            if self.args.should_save:
+                self.dealing.save(folder)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
@@ -362,55 +367,3 @@ def mean_of(values: Sequence[float | Tensor]) -> float:
     tensors = [v.detach().double() for v in values if isinstance(v, Tensor)]
     numbers = [float(v) for v in values if not isinstance(v, Tensor)]
     return (sum(torch.stack(tensors).tolist() if tensors else []) + sum(numbers)) / len(values)
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
-    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for checkpoint in newest_first:
-        if (problem := checkpoint_problem(checkpoint)) is None:
-            return str(checkpoint)
-        warnings.warn(f"{checkpoint.name} is not complete ({problem}); the one before it is taken", stacklevel=2)
-    return None
-
-
-def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None when it can. The trainer state is written last."""
-    path = folder / "trainer_state.json"
-    if not path.exists():
-        return "no trainer_state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return "trainer_state.json is empty or cut off"
-    return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
-
-
-_TENSORS = ("positions", "tokens", "log_probs", "rewards", "advantages", "entropy")
-
-
-def save_pending(path: Path, batches: Sequence[MicroBatch]) -> None:
-    """Micro-batches that wait with their rollouts, as safetensors."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    for i, batch in enumerate(batches):
-        tensors |= {f"{i}.input_ids": batch.input_ids, f"{i}.lengths": batch.lengths}
-        tensors |= {f"{i}.{name}": getattr(batch.rollouts, name).contiguous() for name in _TENSORS}
-    save_file(tensors, path, metadata={"count": str(len(batches))})
-
-
-def load_pending(path: Path, device: torch.device) -> list[MicroBatch] | None:
-    """What `save_pending` wrote; None when there is nothing."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    batches = []
-    with safe_open(path, "pt") as file:
-        for i in range(int(file.metadata()["count"])):
-            tensors = {name: file.get_tensor(f"{i}.{name}").to(device) for name in _TENSORS}
-            rollouts = Rollouts(**tensors, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
-            sequences = Batch.of(file.get_tensor(f"{i}.input_ids").to(device), file.get_tensor(f"{i}.lengths"))
-            batches.append(MicroBatch(sequences, rollouts=rollouts))
-    return batches

@@ -30,9 +30,16 @@ def packed_rows() -> Dataset:
 
 
 def midtrain(
-    folder: Path, lengths: list[int] | None = None, packed: bool = False, resume: bool = False, evaluate: bool = False, **settings
+    folder: Path,
+    lengths: list[int] | None = None,
+    packed: bool = False,
+    streamed: bool = False,
+    resume: bool = False,
+    evaluate: bool = False,
+    **settings,
 ) -> None:
     data = packed_rows() if packed else rows(lengths) if lengths is not None else test_trainer.data(16)
+    data = data.to_iterable_dataset() if streamed else data
     if evaluate:
         settings["eval_dataset"] = test_trainer.data(7)
     t = test_trainer.trainer(folder, train_dataset=data, **{**SETTINGS, **settings})

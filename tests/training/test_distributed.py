@@ -30,6 +30,7 @@ ALIKE = {
     "lact, one scale": ("midtrain", {**GROUPS, "family": "lact_swiglu", "selection": "context_kl", "local_window": 8}, 2, 4),
     "several steps from one batch of rollouts": ("midtrain", {**GROUPS, "steps_per_generation": 2}, 2, 1),
     "packed": ("midtrain", {"packed": True, "num_generations": 2, "lambda_rl": 1.0}, 2, 4),
+    "streamed, twice": ("midtrain", {"streamed": True, "max_steps": 3, "lambda_rl": 1.0}, 2, 8),
     "exact": ("midtrain", EXACT, 2, 4),
     "lact, exact": ("midtrain", {**EXACT, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
     "lact, short rows": ("midtrain", SHORT_LACT, 4, 8),

@@ -1,8 +1,9 @@
 """ReFINE in transformers' Trainer (paper, section 3.5: mid-training), with everything else left to the Trainer.
 
 The trainer draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches; losses are
-normalised by what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its place in the step's
-global batch): so 1 x 8 equals 8 x 1, on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer steps between the Trainer's own, by the same calls.
+normalised by what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the
+step): so 1 x 8 equals 8 x 1, on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer
+steps between the Trainer's own, by the same calls.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
@@ -35,6 +37,7 @@ from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.scores import with_context_scores
+from refine_nsp.training.stream import Stream, check_streaming
 
 P = TypeVar("P", bound=Phase)
 
@@ -71,6 +74,8 @@ class ReFINETrainer(Trainer):
         if model is not None and kwargs.get("processing_class") is not None:
             check_vocabulary(model, kwargs["processing_class"])
         args.remove_unused_columns = False
+        if isinstance(kwargs.get("train_dataset"), IterableDataset):
+            check_streaming(args)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, **kwargs)
         self.nsp: NSPConfig = args.nsp
@@ -81,6 +86,9 @@ class ReFINETrainer(Trainer):
         if args.context_scores == "cached" and args.objective == "refine" and self.train_dataset is not None:
             with args.main_process_first(desc="context scores"):
                 self.train_dataset = with_context_scores(self.train_dataset, self.model, self.nsp, quiet=bool(args.disable_tqdm))
+        if isinstance(self.train_dataset, IterableDataset):
+            # As far as steps and data loaders read ahead.
+            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
         self._replace_callbacks()
         self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
         self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
@@ -318,9 +326,13 @@ class ReFINETrainer(Trainer):
             check_dealing(checkpoint, self.dealing)
             self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
         self._last_log = (time.monotonic(), 0)
+        skips = self.args.ignore_data_skip
+        if resume_from_checkpoint and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
+            self.args.ignore_data_skip = True  # it is there already
         try:
             output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
+            self.args.ignore_data_skip = skips
             self.bar.on_train_end(self.args, self.state, self.control)
             self.interrupt.restore()
         if self.interrupt.interrupted:
@@ -335,6 +347,8 @@ class ReFINETrainer(Trainer):
                 save_pending(folder, self.args.process_index, self._pending)
             if self.args.should_save:
                 self.dealing.save(folder)
+                if isinstance(self.train_dataset, Stream):
+                    self.train_dataset.save(folder, self.state.global_step * self.dealing.examples)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of RuntimeError
             shutil.rmtree(folder, ignore_errors=True)

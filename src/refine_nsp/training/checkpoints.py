@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import merge_fsdp_weights
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor
 
 from refine_nsp.errors import RefineError
@@ -18,6 +21,8 @@ from refine_nsp.training.phases import MicroBatch
 
 ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
 DEALING_FILE = "dealing.json"
+# Of a model and its tokenizer, beside the weights.
+PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,23 @@ def checkpoint_problem(folder: Path) -> str | None:
     except ValueError:
         return "trainer_state.json is empty or cut off"
     return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Make a plain folder, as `from_pretrained` reads it, of a checkpoint whose weights are in shards.
+
+    Raises:
+        RefineError: the checkpoint has none.
+    """
+    shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    if not (shards / ".metadata").exists():
+        plain = (checkpoint / "model.safetensors").exists() or (checkpoint / "model.safetensors.index.json").exists()
+        raise RefineError(f"{checkpoint} {'is a plain folder already' if plain else f'holds no sharded weights ({shards.name})'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_fsdp_weights(str(shards), str(folder))
+    for pattern in PLAIN_FILES:
+        for file in checkpoint.glob(pattern):
+            shutil.copy(file, folder)
 
 
 # --- rollouts that wait for their steps -------------------------------------------------------------------------------

@@ -339,6 +339,20 @@ class ReFINETrainer(Trainer):
             raise KeyboardInterrupt
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer.save_model. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its shards, and has
+        with them what `export_checkpoint` makes a plain folder of."""
+        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        if not _internal_call or output_dir is None:
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            for part in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
+                if part is not None:
+                    part.save_pretrained(folder)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:

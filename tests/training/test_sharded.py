@@ -19,7 +19,7 @@ SHARDED = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after
 CHECKPOINTING = {**SHARDED, "activation_checkpointing": True}
 GRADIENTS = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 ROLLOUTS = {**GROUPS, "lambda_rl": 1.0}
-# Kind, settings, how it is sharded, rows of a micro-batch.
+# Kind, settings, how it is sharded, rows of a micro-batch (twice as many where one process is alone).
 ALIKE = {
     "rollouts": ("midtrain", {**ROLLOUTS, "schedule": "snapshot", "evaluate": True}, SHARDED, 2),
     "rollouts within the pass, checkpointing": ("midtrain", {**ROLLOUTS, "schedule": "fused"}, CHECKPOINTING, 4),
@@ -55,7 +55,7 @@ def two(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ALIKE)
 def test_shards_equal_one_process_with_the_same_global_batch(tmp_path, two, name):
     kind, settings, _, size = ALIKE[name]
-    JOBS[kind](tmp_path, **batches(size, 1), **plain(settings))
+    JOBS[kind](tmp_path, **batches(2 * size, 1), **plain(settings))
     assert_close(weights_of(tmp_path), weights_of(two / name), 1e-9)
     for figures, own in zip(figures_of(two / name), figures_of(tmp_path), strict=True):
         assert figures == pytest.approx(own, rel=1e-6, abs=1e-9)

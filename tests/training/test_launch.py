@@ -84,12 +84,18 @@ def test_a_run_starts_by_accelerate_launch(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"document {i}: " + "alpha beta gamma delta " * 30}) for i in range(12)))
     command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config("eight_gpus")), "--cpu",
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config("eight_gpus")),
         "--num_processes", "2", "-m", "refine_nsp.cli", "midtrain", "--model_name_or_path", "refine-nsp/tiny-delta-net",
         "--dataset_name", str(text), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_length", "64",
-        "--per_device_train_batch_size", "1", "--logging_steps", "1", "--preset", "exact",
+        "--per_device_train_batch_size", "1", "--logging_steps", "1", "--preset", "exact", "--use_cpu", "true",
     ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+    }
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "model.safetensors").exists()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import merge_fsdp_weights
@@ -176,6 +177,6 @@ def stack_rows(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def micro_batch_of(tensors: dict[str, Tensor], device: torch.device) -> MicroBatch:
     """A micro-batch that waits with its rollouts."""
-    known = {name: tensors[name].to(device) for name in _TENSORS}
+    known: dict[str, Any] = {name: tensors[name].to(device) for name in _TENSORS}
     rollouts = Rollouts(**known, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
     return MicroBatch(Batch.of(tensors["input_ids"].to(device), tensors["lengths"]), rollouts=rollouts)

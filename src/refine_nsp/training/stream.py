@@ -79,4 +79,5 @@ def check_streaming(args: TrainingArguments) -> None:
             "checkpoint cannot note; leave it at 0"
         )
     # Else the first process would read for all and send them batches cut from one padded to the longest of all rows.
-    args.accelerator_config.dispatch_batches = False
+    accelerator_config: Any = args.accelerator_config
+    accelerator_config.dispatch_batches = False

@@ -161,8 +161,8 @@ class ReFINETrainer(Trainer):
     @property
     def dealing(self) -> Dealing:
         """How this run deals the examples of an optimizer step out."""
-        w, b = self.args.world_size, self._train_batch_size
-        return Dealing(w, self.args.gradient_accumulation_steps, b // w if self.args.accelerator_config.split_batches else b)
+        w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
+        return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
 
     def generators(self, step: int, drawn: int, places: Sequence[tuple[int, int]]) -> list[torch.Generator]:
         """All randomness of the rows of a micro-batch, the process' `drawn`-th (from 0) drawn as optimizer step `step` begins: for each

@@ -52,6 +52,7 @@ def test_a_stream_goes_on_at_every_place(tmp_path, tokenizer, packing):
         again = Stream(streamed(tmp_path, tokenizer, packing), every=7, keep=2)
         assert again.load(tmp_path)
         assert take(again, count - row) == rows[row:]
+    assert take(again, 20) == rows[:20]  # without a place, from the beginning
 
 
 @pytest.mark.parametrize(

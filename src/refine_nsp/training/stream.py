@@ -33,13 +33,17 @@ class Stream(IterableDataset[dict[str, Any]]):
 
     def __init__(self, data: datasets.IterableDataset, every: int, keep: int) -> None:
         self.data, self.every = data, every
-        self.row = 0  # of the next one
-        self.epoch = 0
+        self.row, self.epoch = 0, 0  # of the next one
+        self.start: dict[str, Any] | None = None  # where the next iteration begins
         self.places: deque[tuple[int, dict[str, Any]]] = deque(maxlen=keep)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        start, self.start = self.start, None
+        self.places.clear()
+        # A place belongs to its epoch: in the following ones `datasets` begins at the beginning.
+        self.data.load_state_dict(None if start is None else start["state"])
+        self.row, self.epoch = (0, 0) if start is None else (start["row"], start["state"]["epoch"])
         while True:
-            # A place belongs to its epoch: in the following ones `datasets` begins at the beginning.
             self.data.set_epoch(self.epoch)
             for example in self.data:
                 self.row += 1
@@ -62,10 +66,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         path = folder / STREAM_FILE
         if not path.exists():
             return False
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        self.row, self.epoch = saved["row"], saved["state"]["epoch"]
-        self.places.append((self.row, saved["state"]))
-        self.data.load_state_dict(saved["state"])
+        self.start = json.loads(path.read_text(encoding="utf-8"))
         return True
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
@@ -78,6 +79,12 @@ class ReFINETrainer(Trainer):
             check_streaming(args)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, **kwargs)
+        if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
+            warnings.warn(
+                "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
+                "holds the whole model",
+                stacklevel=2,
+            )
         self.nsp: NSPConfig = args.nsp
         self.reference_model = reference_model
         if reference_model is not None:

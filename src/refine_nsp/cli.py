@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "two evaluations, example by example, with significance",
     "generate": "continue a prompt, streaming",
     "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
+    "export": "a plain model folder from a checkpoint in shards",
     "report": "one HTML page comparing runs",
 }
 FROM_DATACLASSES = (

@@ -13,7 +13,7 @@ from datasets import Dataset
 from tests.models.families import build
 from tests.training import test_nested, test_trainer
 
-SETTINGS = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+SETTINGS = {"max_steps": 2}
 
 
 def rows(lengths: list[int]) -> Dataset:
@@ -21,10 +21,31 @@ def rows(lengths: list[int]) -> Dataset:
     return Dataset.from_list([{"input_ids": torch.randint(0, 64, (n,), generator=g).tolist()} for n in lengths])
 
 
-def midtrain(folder: Path, lengths: list[int] | None = None, resume: bool = False, **settings) -> None:
-    data = rows(lengths) if lengths is not None else test_trainer.data(16)
+def packed_rows() -> Dataset:
+    g = torch.Generator().manual_seed(0)
+    lengths = [[30, 25], [60], [21, 33], [14, 20, 18]] * 4
+    return Dataset.from_list(
+        [{"input_ids": torch.randint(0, 64, (sum(n),), generator=g).tolist(), "lengths": n} for n in lengths]
+    )
+
+
+def midtrain(
+    folder: Path,
+    lengths: list[int] | None = None,
+    packed: bool = False,
+    streamed: bool = False,
+    resume: bool = False,
+    evaluate: bool = False,
+    **settings,
+) -> None:
+    data = packed_rows() if packed else rows(lengths) if lengths is not None else test_trainer.data(16)
+    data = data.to_iterable_dataset() if streamed else data
+    if evaluate:
+        settings["eval_dataset"] = test_trainer.data(7)
     t = test_trainer.trainer(folder, train_dataset=data, **{**SETTINGS, **settings})
     t.train(resume_from_checkpoint=resume)
+    if evaluate:
+        t.evaluate()
     t.save_model(str(folder))
 
 
@@ -44,7 +65,14 @@ def forget(folder: Path, checkpoints: list[int]) -> None:
     PartialState().wait_for_everyone()
 
 
-JOBS = {"midtrain": midtrain, "posttrain": posttrain, "forget": forget}
+def copy(folder: Path, source: str) -> None:
+    """A folder as another is now."""
+    if PartialState().is_main_process:
+        shutil.copytree(source, folder)
+    PartialState().wait_for_everyone()
+
+
+JOBS = {"midtrain": midtrain, "posttrain": posttrain, "forget": forget, "copy": copy}
 
 
 def main(path: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 import refine_nsp
+from refine_nsp.text import reading
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, prepare_data, split_documents
 from tests.models.families import FAMILY_NAMES, build
@@ -125,6 +126,17 @@ def test_packing_does_not_change_the_loss(family):
         together = run(model, Batch.of(batch["input_ids"], batch["lengths"]), NSPConfig(), 1.0).loss_ntp
         alone = sum(run(model, Batch.of(torch.tensor([w])), NSPConfig(), 1.0).loss_ntp for w in windows)
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [3, 4, 2**20])
+def test_files_are_checked_block_by_block(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(reading, "BLOCK", block)
+    (tmp_path / "good.txt").write_text("ünïcödé € 😀")
+    assert read_documents(str(tmp_path / "good.txt"))["text"][:] == ["ünïcödé € 😀"]
+    for name, content, at in (("bad.txt", "aé€".encode() + b"\xff" + b"b", 6), ("cut.txt", "aé€".encode()[:-1], 3)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(refine_nsp.RefineError, match=f"not UTF-8: byte .* at offset {at}"):
+            read_documents(str(tmp_path / name))
 
 
 def test_bad_files_are_named(tmp_path, tokenizer):

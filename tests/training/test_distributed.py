@@ -1,4 +1,4 @@
-"""Two processes over gloo: the same gradients and the same model as one process with the double batch. They are launched once for all."""
+"""Two processes over gloo give the losses and the model of one with the same global batch. They are launched once for all."""
 
 import json
 import os
@@ -10,57 +10,70 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refine_nsp.training.trainer import ROLLOUTS_FILE
+from refine_nsp.training.checkpoints import ROLLOUTS_FILE
 from tests.training.jobs import JOBS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Short local windows, so that short rows have weights too.
 EXACT = {"preset": "exact", "reward_funcs": "prefix_match", "rollout_length": 2, "local_window": 8}
+GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"}
 # A chunk of this LaCT is 16 tokens: no row is long enough for the fast weights to learn, so their learning rates move nothing.
 SHORT_LACT = {
     "family": "lact_swiglu", "lengths": [12 + i % 4 for i in range(16)], "objective": "ntp", "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "ddp_find_unused_parameters": False,
 }  # fmt: skip
-# What of these runs is random is either drawn alike or has no weight: each process draws its own rollouts.
+# Steps are of 8 rows of several lengths, shuffled. Sizes: of a micro-batch with two processes, and with one.
 ALIKE = {
-    "ntp": ("midtrain", {"objective": "ntp"}),
-    "refine": ("midtrain", {"lambda_rl": 0.0}),
-    "exact": ("midtrain", EXACT),
-    "exact, accumulated": ("midtrain", {**EXACT, "gradient_accumulation_steps": 2}),
-    "nested ntp": ("posttrain", {"objective": "ntp"}),
-    "nested exact": ("posttrain", EXACT),
-    "nested exact, accumulated": ("posttrain", {**EXACT, "gradient_accumulation_steps": 4, "inner_steps": 2}),
-    "lact, short rows": ("midtrain", SHORT_LACT),
+    "ntp": ("midtrain", {"objective": "ntp", "evaluate": True}, 4, 8),
+    "paper": ("midtrain", {"lambda_rl": 1.0}, 4, 2),
+    "one scale within the pass": ("midtrain", {**GROUPS, "schedule": "fused", "lambda_rl": 1.0}, 4, 8),
+    "lact, one scale": ("midtrain", {**GROUPS, "family": "lact_swiglu", "selection": "context_kl", "local_window": 8}, 2, 4),
+    "several steps from one batch of rollouts": ("midtrain", {**GROUPS, "steps_per_generation": 2}, 2, 1),
+    "packed": ("midtrain", {"packed": True, "num_generations": 2, "lambda_rl": 1.0}, 2, 4),
+    "streamed, twice": ("midtrain", {"streamed": True, "max_steps": 3, "lambda_rl": 1.0}, 2, 8),
+    "exact": ("midtrain", EXACT, 2, 4),
+    "lact, exact": ("midtrain", {**EXACT, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
+    "lact, short rows": ("midtrain", SHORT_LACT, 4, 8),
+    "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
+    "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
+    "nested exact": ("posttrain", EXACT, 4, 8),
 }
-THREE_STEPS = {"max_steps": 3, "steps_per_generation": 3, "per_device_train_batch_size": 2}
+THREE_STEPS = {**GROUPS, "max_steps": 3, "steps_per_generation": 3, "lambda_rl": 1.0}
+SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
-def batch_size(name: str) -> int:
-    """Of each of the two processes; two steps then use all 16 rows at most."""
-    return 4 // ALIKE[name][1].get("gradient_accumulation_steps", 1)
+def batches(size: int, processes: int) -> dict[str, int]:
+    """Settings that make steps of 8 rows."""
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size // processes}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """What two processes made of all jobs: a folder each."""
+    """What two processes made of all jobs: a folder each. Beside them `one`: a run that one process was stopped in."""
     folder = tmp_path_factory.mktemp("two")
+    JOBS["midtrain"](folder / "one", **THREE_STEPS, **SAVED, **batches(8, 1))
+    JOBS["forget"](folder / "one", [2, 3])
+    three = {**THREE_STEPS, **batches(2, 2)}
     jobs = [
-        ("midtrain", "straight", THREE_STEPS),
-        ("midtrain", "stopped", {**THREE_STEPS, "save_strategy": "steps", "save_steps": 1}),
+        ("midtrain", "straight", three),
+        ("midtrain", "stopped", {**three, **SAVED}),
         ("forget", "stopped", {"checkpoints": [2, 3]}),
-        ("midtrain", "stopped", {**THREE_STEPS, "resume": True}),
+        ("copy", "alone", {"source": str(folder / "stopped")}),
+        ("midtrain", "stopped", {**three, "resume": True}),
+        ("midtrain", "one", {**THREE_STEPS, **batches(1, 2), "resume": True}),
     ]
-    jobs += [
-        (kind, name, {"per_device_train_batch_size": batch_size(name), **settings}) for name, (kind, settings) in ALIKE.items()
-    ]
+    jobs += [(kind, name, {**batches(size, 2), **settings}) for name, (kind, settings, size, _) in ALIKE.items()]
     (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.training.jobs"]
-    done = subprocess.run(
-        [*command, str(folder / "jobs.json")], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(folder / "jobs.json", "tests.training.jobs")
     return folder
+
+
+def launch(jobs: Path, module: str) -> None:
+    """Two processes that run jobs."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", module, str(jobs)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,20 +82,31 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def figures_of(folder: Path) -> list[dict[str, float]]:
+    """Losses, and all validation, of each log."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = [{k: v for k, v in line.items() if "loss" in k or k.startswith("eval_")} for line in lines]
+    return [{k: v for k, v in figures.items() if "runtime" not in k and k != "train_loss"} for figures in wanted]
+
+
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_processes_equal_one_with_the_double_batch(tmp_path, two, name):
-    kind, settings = ALIKE[name]
-    JOBS[kind](tmp_path, per_device_train_batch_size=2 * batch_size(name), **settings)
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, two, name):
+    kind, settings, _, alone = ALIKE[name]
+    JOBS[kind](tmp_path, **batches(alone, 1), **settings)
     assert_close(weights_of(two / name), weights_of(tmp_path), 1e-9)
+    for figures, own in zip(figures_of(two / name), figures_of(tmp_path), strict=True):
+        assert figures == pytest.approx(own, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize(("name", "other"), [("exact", "ntp"), ("nested exact", "nested ntp")])
-def test_the_runs_that_are_alike_had_something_to_weigh(two, name, other):
+@pytest.mark.parametrize(
+    ("name", "other"), [("paper", "ntp"), ("exact", "ntp"), ("nested", "nested ntp"), ("nested exact", "nested ntp")]
+)
+def test_the_runs_that_are_alike_had_something_to_learn_from(two, name, other):
     a, b = weights_of(two / name), weights_of(two / other)
     assert max(float((a[n] - b[n]).abs().max()) for n in a) > 1e-3
 
@@ -91,3 +115,10 @@ def test_two_processes_resume_with_the_rollouts_each_had_left(two):
     left = [load_file(two / "stopped" / "checkpoint-1" / ROLLOUTS_FILE.format(rank)) for rank in (0, 1)]
     assert not torch.equal(left[0]["0.input_ids"], left[1]["0.input_ids"])
     assert_close(weights_of(two / "stopped"), weights_of(two / "straight"), 1e-12)
+
+
+def test_a_run_goes_on_alike_on_another_number_of_processes(two):
+    straight = weights_of(two / "straight")
+    JOBS["midtrain"](two / "alone", **THREE_STEPS, **batches(4, 1), resume=True)
+    assert_close(weights_of(two / "alone"), straight, 1e-9)  # from two processes to one
+    assert_close(weights_of(two / "one"), straight, 1e-9)  # and from one to two

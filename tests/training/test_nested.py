@@ -10,6 +10,7 @@ from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_tokenizer
 from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training import AnswerArguments, PostTrainer, PostTrainingConfig, prepare_answers
 from refine_nsp.training.nested import answer_loss, deal
@@ -81,7 +82,7 @@ def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
     if inner != "none":
         prompts = [torch.tensor(r["prompt_ids"]) for r in rows]
         ids, lengths = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), torch.tensor([len(p) for p in prompts])
-        result = ReFINEStep(model, t.nsp)(ids, lengths, t.generator_of(0))
+        result = ReFINEStep(model, t.nsp)(ids, lengths, t.generators(0, 0, [(0, 0), (1, 0)]))
         update(result.loss if inner == "refine" else result.loss_ntp)
     ids, lengths = batch_of(rows)
     update(answer_loss(model, Batch.of(ids, lengths), torch.full((2,), 4), 8.0))
@@ -106,7 +107,7 @@ GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_
     ids=["none", "ntp", "refine", "snapshot", "exact", "inner_steps", "inner_steps snapshot"],
 )
 def test_one_batch_of_8_is_8_of_1(tmp_path, settings):
-    """Rollouts too: the draws of a step are one block, a row a sequence, however the sequences are dealt out."""
+    """Rollouts too: a sequence has draws of its own, however the sequences are dealt out."""
     least = settings.get("inner_steps", 1)  # an inner step needs a micro-batch of its own
     big, small = (
         trainer(tmp_path, per_device_train_batch_size=8 // n, gradient_accumulation_steps=n, **settings) for n in (least, 8)
@@ -167,7 +168,8 @@ def test_a_random_reference_is_seeded_and_the_first_is_the_first(tmp_path):
     batch = t.data_collator(rows)
 
     def answer_lengths(seed):
-        return t.micro_batch(batch, torch.Generator().manual_seed(seed), torch.device("cpu")).answer_lengths
+        generators = [generator_of(seed, i) for i in range(len(rows))]
+        return t.micro_batch(batch, generators, torch.device("cpu")).answer_lengths
 
     drawn = {answer_lengths(s) for s in range(20)}
     assert len(drawn) > 5 and all(set(d) <= {4, 6} for d in drawn)

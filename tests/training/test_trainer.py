@@ -10,8 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from refine_nsp.errors import RefineError
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
-from refine_nsp.training.trainer import last_complete_checkpoint
+from refine_nsp.training.checkpoints import last_complete_checkpoint
 from tests.models.families import FAMILY_NAMES, build
 
 
@@ -102,6 +103,29 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, conten
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
         again.train(resume_from_checkpoint=True)
     assert_close(weights(again), weights(straight), atol=1e-12)
+
+
+def test_shards_that_are_not_made_are_missed(tmp_path):
+    with pytest.warns(UserWarning, match="FSDP was asked for, but .*: every process holds the whole model"):
+        trainer(tmp_path, fsdp=True)
+
+
+def test_a_checkpoint_of_other_steps_is_refused(tmp_path):
+    trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(
+        RefineError, match=r"1 gradient_accumulation_steps x 4 a batch = 4 examples a step, and this run has .* = 2"
+    ):
+        trainer(tmp_path, per_device_train_batch_size=2).train(resume_from_checkpoint=True)
+    trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_rollouts_that_wait_in_packed_examples_are_not_dealt_out_anew(tmp_path):
+    rows = Dataset.from_list([{"input_ids": list(range(1, 61)), "lengths": [25, 35]}] * 8)
+    settings = {"train_dataset": rows, "steps_per_generation": 2, "max_steps": 2}
+    trainer(tmp_path, save_strategy="steps", save_steps=1, **settings).train()
+    other = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
+    with pytest.raises(RefineError, match="they are not whole batches"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_several_steps_learn_from_one_batch_of_rollouts(tmp_path):

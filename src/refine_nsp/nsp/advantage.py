@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,13 @@ class Advantages:
 
 
 @torch.no_grad()
-def compare(parts: Sequence[Judged], config: NSPConfig) -> list[Rollouts]:
-    """Judged rollouts with their advantages, formed over all parts together: a global scale is one for all that are learned from."""
-    advantages = compute_advantages(torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts]), config)
+def compare(parts: Sequence[Judged], config: NSPConfig, sum_over: Callable[[Tensor], Tensor] | None = None) -> list[Rollouts]:
+    """Judged rollouts with their advantages, formed over all parts together: a global scale is one for all that are learned from.
+
+    sum_over: see `compute_advantages`.
+    """
+    rewards, valid = torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts])
+    advantages = compute_advantages(rewards, valid, config, sum_over)
     metrics = {
         "reward_group_std": advantages.group_std,
         "groups_without_spread": advantages.share_without_spread,
@@ -38,11 +42,17 @@ def compare(parts: Sequence[Judged], config: NSPConfig) -> list[Rollouts]:
     return [Rollouts(**k, advantages=a) for k, a in zip(known, values, strict=True)]
 
 
-def compute_advantages(rewards: Tensor, valid: Tensor, config: NSPConfig) -> Advantages:
+def compute_advantages(
+    rewards: Tensor, valid: Tensor, config: NSPConfig, sum_over: Callable[[Tensor], Tensor] | None = None
+) -> Advantages:
     """(reward - baseline) / scale within groups, rewards [B, P, N] and valid [B, P] bool -> values [B, P, N], 0 where invalid.
 
     Groups: the P*N rollouts of a sequence (the paper, at N = 1) or the N of a position. Baseline: the group's mean, or the mean of
     the others. Scale: the group's unbiased std + 1e-6, one std of all baselined rewards + 1e-6, or 1.
+
+    Args:
+        sum_over: adds a tensor up over all processes, where several learn from one step; the one std is then over the rewards of all.
+            They must all come here equally often. Called for `advantage_scale="global"` alone, with [sum of squares, count].
     """
     B, P, N = rewards.shape
     shape = (B, P * N) if config.group == "sequence" else (B * P, N)
@@ -61,8 +71,9 @@ def compute_advantages(rewards: Tensor, valid: Tensor, config: NSPConfig) -> Adv
     if config.advantage_scale == "std":
         advantage = advantage / (std + EPSILON)
     elif config.advantage_scale == "global":
-        total = advantage.square().sum() / mask.sum().clamp(min=1)
-        advantage = advantage / (total.sqrt() + EPSILON)
+        sums = torch.stack([advantage.square().sum(), mask.sum().to(advantage.dtype)])
+        squares, rollouts = sum_over(sums) if sum_over is not None else sums
+        advantage = advantage / ((squares / rollouts.clamp(min=1)).sqrt() + EPSILON)
     groups = exists.sum().clamp(min=1)
     return Advantages(
         advantage.reshape(B, P, N),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -177,11 +177,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Learning:
-    """What the losses are divided by (None: their own counts), and the frozen model of the KL term."""
+    """What the losses are divided by (None: their own counts), the frozen model of the KL term, and the sum over processes that a
+    global advantage scale needs (None: this process is alone)."""
 
     ntp_normalizer: Normalizer = None
     policy_normalizer: Normalizer = None
     reference: FastWeightForCausalLM | None = None
+    sum_over: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

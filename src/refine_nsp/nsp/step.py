@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +40,7 @@ def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws:
     prefixes = forward.states(positions)
     sampled = sample(forward, prefixes, config, draws.tokens)  # section 3.2
     judged = judge(forward, sampled, config)  # section 3.3
-    rollouts = compare([judged], config)[0]  # section 3.4
+    rollouts = compare([judged], config, learning.sum_over)[0]  # section 3.4
     return learn(forward, prefixes, rollouts, config, learning)
 
 
@@ -180,17 +180,25 @@ class ReFINEStep(nn.Module):
         scores: Tensor | None = None,
     ) -> Rollouts:
         """Rollouts of the current policy, without gradients: what several optimizer steps can learn from (`learn`)."""
-        return self.rollouts([self._batch(input_ids, lengths, columns, scores)], generator)[0]
+        return self.rollouts([self._batch(input_ids, lengths, columns, scores)], [generator])[0]
 
-    def rollouts(self, batches: Sequence[Batch], generator: Generators = None) -> list[Rollouts]:
-        """Those of several batches, compared with each other together."""
+    def rollouts(
+        self,
+        batches: Sequence[Batch],
+        generators: Sequence[Generators],
+        sum_over: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Rollouts]:
+        """Those of several batches, each by its generators, compared with each other together.
+
+        sum_over: adds a tensor up over all processes, where several roll out for one step (`compute_advantages`).
+        """
         if not self.config.rolls_out:
             raise RefineError(f"estimator={self.config.estimator!r} rolls nothing out; only estimator='sampled' does")
         judged = []
-        for batch in batches:
+        for batch, generator in zip(batches, generators, strict=True):
             draws = Draws.of(batch, self.config, generator)
             judged.append(self.model(step=lambda m, b=batch, d=draws: roll_out(m, b, self.config, d)))
-        return compare(judged, self.config)
+        return compare(judged, self.config, sum_over)
 
     def learn(
         self,

@@ -117,7 +117,9 @@ def lact(
     (B, _, T, _), C = q.shape, chunk
     opened = torch.zeros(B, dtype=torch.long) if seen is None else open_count(seen, C)
     joined = tokens if state is None else _behind_open(Tokens.of(state), tokens, opened)
-    fast = initial_state(_for_rows(initial, B), rule) if state is None else _fast_state(state)
+    # Copied: states are read after the pass, and where a model is in shards a block's own parameters are gone by then.
+    fresh = Triple(*(w.clone() for w in initial)) if state is None else initial
+    fast = initial_state(_for_rows(fresh, B), rule) if state is None else _fast_state(state)
     total = opened + (T if lengths is None else lengths.cpu())
     n_chunks = max(1, -(-(int(opened.max()) + T) // C))
     norms, chunks, outputs = row_norms(initial), [fast], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from refine_nsp.errors import RefineError, closest, first_line
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py")
+BLOCK = 2**20  # bytes
+READ_AHEAD = BLOCK  # of a file that is streamed, to see what it is
 
 
 def read_documents(
@@ -30,7 +33,7 @@ def read_documents(
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         loaded = load_from_disk(str(path))
         data = loaded[split] if isinstance(loaded, DatasetDict) else loaded
-    elif files := _files(name, path):
+    elif files := _files(name, path, READ_AHEAD if streaming else None):
         data = _load_files(files, streaming)
     else:
         data = _load_hub(name, config, split, streaming)
@@ -44,8 +47,8 @@ def read_documents(
     return data
 
 
-def _files(name: str, path: Path) -> list[Path]:
-    """The files meant by a path, folder or glob; empty when it can only be a hub name."""
+def _files(name: str, path: Path, checked_bytes: int | None) -> list[Path]:
+    """The files meant by a path, folder or glob, checked; empty when it can only be a hub name."""
     known = (*FORMATS, *TEXT_ENDINGS)
     if path.is_file():
         files = [path]
@@ -62,11 +65,12 @@ def _files(name: str, path: Path) -> list[Path]:
             raise RefineError(f"no file or folder {name!r}")
         return []
     for file in files:
-        _check_file(file)
+        _check_file(file, checked_bytes)
     return files
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, checked_bytes: int | None) -> None:
+    """checked_bytes: of its text are read to see that it is UTF-8; None: all."""
     if file.stat().st_size == 0:
         raise RefineError(f"{file} is empty")
     if file.suffix not in FORMATS and file.suffix not in TEXT_ENDINGS:
@@ -74,12 +78,24 @@ def _check_file(file: Path) -> None:
             f"{file}: unknown format {file.suffix or '(no ending)'}; expected {', '.join((*FORMATS, *TEXT_ENDINGS))}"
         )
     if file.suffix in TEXT_ENDINGS or FORMATS[file.suffix] == "json":
-        try:
-            file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RefineError(
-                f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it first"
-            ) from error
+        _check_utf8(file, checked_bytes)
+
+
+def _check_utf8(file: Path, checked_bytes: int | None) -> None:
+    """In blocks: a file may be larger than memory."""
+    size = file.stat().st_size
+    decoder, at, end = getincrementaldecoder("utf-8")(), 0, size if checked_bytes is None else min(size, checked_bytes)
+    with file.open("rb") as stream:
+        while at < end:
+            block = stream.read(min(BLOCK, end - at))
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            try:
+                decoder.decode(block, final=at + len(block) >= size)
+            except UnicodeDecodeError as error:
+                raise RefineError(
+                    f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at - waiting + error.start}; convert it first"
+                ) from error
+            at += len(block)
 
 
 def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:

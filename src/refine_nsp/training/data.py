@@ -119,24 +119,28 @@ def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
 
 
 def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """input_ids [B, T] right-padded with 0, lengths [B]; context_scores [B, T] where rows have them; other columns as lists of B values.
+    """input_ids [B, T] right-padded with 0, lengths [B]; context_scores [B, T] where rows have them; other columns as lists of B values;
+    _places: for each row its (example, document) in the batch, by which its randomness is seeded.
 
     A packed example becomes a row per document: no state is shared. Its other columns are lists with a value per document.
     """
     rows: list[Tensor] = []
+    places: list[tuple[int, int]] = []
     scores: list[Tensor] = []
     columns: dict[str, list[Any]] = {}
-    for example in examples:
+    for i, example in enumerate(examples):
         packed = "lengths" in example
         cuts = list(example["lengths"]) if packed else [len(example["input_ids"])]
         rows += torch.as_tensor(example["input_ids"]).split(cuts)
+        places += [(i, document) for document in range(len(cuts))]
         for name, value in example.items():
             if name == "context_scores":
                 scores += torch.as_tensor(value).split(cuts)
             elif name not in ("input_ids", "lengths"):
                 columns.setdefault(name, []).extend(value if packed else [value])
     padded = torch.nn.utils.rnn.pad_sequence
-    batch = {"input_ids": padded(rows, batch_first=True), "lengths": torch.tensor([len(r) for r in rows])}
+    lengths = torch.tensor([len(r) for r in rows])
+    batch: dict[str, Any] = {"input_ids": padded(rows, batch_first=True), "lengths": lengths, "_places": places}
     if scores:
         batch["context_scores"] = padded(scores, batch_first=True)
     return {**batch, **columns}

@@ -151,10 +151,9 @@ class PostTrainer(ReFINETrainer):
         args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
         super().__init__(model=model, args=args, **kwargs)
         objective = self.args.objective
-        self.inner = PHASES[objective](self.nsp, self.reference_model) if objective != "none" else None
+        self.inner = self.shared(PHASES[objective](self.nsp, self.reference_model)) if objective != "none" else None
         self.add_callback(InnerUpdate(self))
         self._current: list[AnswerBatch] = []
-        self._choice: tuple[int, random.Random] | None = None
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
@@ -166,21 +165,16 @@ class PostTrainer(ReFINETrainer):
         self._current = [s["batch"] for s in samples]
         return samples, counted
 
-    def micro_batch(self, inputs: Mapping[str, Any], generator: torch.Generator, device: torch.device) -> AnswerBatch:
+    def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
         """Prompt and answer [B, T], and the prompts alone."""
-        answers = [self.choose(options, generator) for options in inputs["answers"]]
-        prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generator)
+        answers = [self.choose(options, g) for options, g in zip(inputs["answers"], generators, strict=True)]
+        prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generators)
         joined = join(inputs["prompts"], answers, device)
-        return AnswerBatch(joined, generator, answer_lengths=tuple(map(len, answers)), prompts=prompts)
+        return AnswerBatch(joined, generators, answer_lengths=tuple(map(len, answers)), prompts=prompts)
 
     def choose(self, options: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """The answer to be learned. The choices of an optimizer step are seeded like its positions."""
-        if self.args.reference == "first":
-            return options[0]
-        seed = generator.initial_seed()
-        if self._choice is None or self._choice[0] != seed:
-            self._choice = (seed, random.Random(seed))
-        return self._choice[1].choice(options)
+        """The answer to be learned; chosen by the seed of the sequence's positions, and leaving their draws as they are."""
+        return options[0] if self.args.reference == "first" else random.Random(generator.initial_seed()).choice(options)
 
     def inner_update(self) -> None:
         """The optimizer steps on this batch's prompts, the answers unseen."""
@@ -191,13 +185,6 @@ class PostTrainer(ReFINETrainer):
             self.prepare(self.inner, prompts)
             self.update(self.inner, prompts, "inner_")
         self._metrics["seconds_inner"].append(time.perf_counter() - start)
-
-    def validation_batches(self, eval_dataset: Any) -> Any:
-        """Every process answers its share."""
-        data: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
-        rows = list(data)[self.args.process_index :: self.args.world_size]
-        size = self.args.per_device_eval_batch_size
-        return [collate_answers(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
 def deal(batches: Sequence[MicroBatch], hands: int) -> list[Sequence[MicroBatch]]:

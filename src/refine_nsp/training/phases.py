@@ -19,7 +19,7 @@ An objective of your own is a subclass that overrides `loss` (and `count`, when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class MicroBatch:
 
     Attributes:
         sequences: ids, lengths, columns.
-        generator: of all randomness; those of one optimizer step share it.
+        generator: of all randomness: one for each sequence, seeded by what the sequence is, not by what stands beside it; or one for all.
         totals: `Phase.count` summed over the optimizer step and all processes, divided by the number of processes (as gradients are):
             what sums are divided by, so that 1 x 8 equals 8 x 1; 1 where nothing was counted. A tensor [B] divides each sequence's
             sum by its own.
@@ -81,7 +81,11 @@ class Phase:
 
     Attributes:
         config: settings of the method. reference: frozen model of a KL term, or None.
+        sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one. Set by
+            the trainer.
     """
+
+    sum_over: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: NSPConfig, reference: FastWeightForCausalLM | None = None) -> None:
         self.config, self.reference = config, reference
@@ -154,7 +158,8 @@ class NextSequence(Phase):
         """Rollouts for all batches by the current policy, unless each step makes its own."""
         if not self.prepares_steps or not batches:
             return
-        made = ReFINEStep(model, self.config, self.reference).rollouts([b.sequences for b in batches], batches[0].generator)
+        step = ReFINEStep(model, self.config, self.reference)
+        made = step.rollouts([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
         for batch, rollouts in zip(batches, made, strict=True):
             batch.rollouts = rollouts.without_hidden()
 
@@ -172,7 +177,7 @@ class NextSequence(Phase):
         return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)
 
     def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference)
+        learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)
         # Rollouts that were made before have used their draws up.
         draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS
         result = one_step(model, batch.sequences, self.config, draws, learning, batch.rollouts)

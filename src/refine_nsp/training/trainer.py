@@ -1,13 +1,13 @@
 """ReFINE in transformers' Trainer (paper, section 3.5: mid-training), with everything else left to the Trainer.
 
 The trainer draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches; losses are
-normalised by what the whole accumulation holds, so 1 x 8 equals 8 x 1. Randomness comes from a generator seeded by (seed, step, rank): a
-resumed run is the uninterrupted one. `update` makes further optimizer steps between the Trainer's own, by the same calls.
+normalised by what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the
+step): so 1 x 8 equals 8 x 1, on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer
+steps between the Trainer's own, by the same calls.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -16,10 +16,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
@@ -28,15 +29,18 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
-from refine_nsp.nsp.records import Batch, Rollouts
+from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import InterruptCallback, NonFiniteGuard, ProgressCallback
+from refine_nsp.training.checkpoints import Dealing, check_dealing, last_complete_checkpoint, load_pending, save_pending
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.scores import with_context_scores
+from refine_nsp.training.stream import Stream, check_streaming
 
-ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
+P = TypeVar("P", bound=Phase)
 
 
 class ReFINETrainer(Trainer):
@@ -71,16 +75,27 @@ class ReFINETrainer(Trainer):
         if model is not None and kwargs.get("processing_class") is not None:
             check_vocabulary(model, kwargs["processing_class"])
         args.remove_unused_columns = False
+        if isinstance(kwargs.get("train_dataset"), IterableDataset):
+            check_streaming(args)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, **kwargs)
+        if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
+            warnings.warn(
+                "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
+                "holds the whole model",
+                stacklevel=2,
+            )
         self.nsp: NSPConfig = args.nsp
         self.reference_model = reference_model
         if reference_model is not None:
             nn.Module.to(reference_model, args.device).eval()
-        self.phase = phase if phase is not None else self.make_phase()
+        self.phase = self.shared(phase if phase is not None else self.make_phase())
         if args.context_scores == "cached" and args.objective == "refine" and self.train_dataset is not None:
             with args.main_process_first(desc="context scores"):
                 self.train_dataset = with_context_scores(self.train_dataset, self.model, self.nsp, quiet=bool(args.disable_tqdm))
+        if isinstance(self.train_dataset, IterableDataset):
+            # As far as steps and data loaders read ahead.
+            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
         self._replace_callbacks()
         self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
         self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
@@ -105,6 +120,15 @@ class ReFINETrainer(Trainer):
         """What `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
+    def shared(self, phase: P) -> P:
+        """A phase that knows how to add up over the processes of this run."""
+        phase.sum_over = self.sum_over_processes if self.args.world_size > 1 else None
+        return phase
+
+    def sum_over_processes(self, x: Tensor) -> Tensor:
+        """The sum of all processes' x; every process must ask for it."""
+        return self.accelerator.reduce(x, reduction="sum")
+
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -128,24 +152,35 @@ class ReFINETrainer(Trainer):
         return [{"batch": b, "input_ids": b.input_ids} for b in batches], None
 
     def _draw(self, epoch_iterator: Iterator[dict[str, Any]], count: int, device: torch.device) -> list[MicroBatch]:
-        generator = self.generator_of(self.state.global_step)
-        batches = []
+        batches: list[MicroBatch] = []
         for _ in range(count):
             inputs = next(epoch_iterator, None)
             if inputs is None:
                 break
-            batches.append(self.micro_batch(inputs, generator, device))
+            generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
+            batches.append(self.micro_batch(inputs, generators, device))
         return batches
 
-    def micro_batch(self, inputs: Mapping[str, Any], generator: torch.Generator, device: torch.device) -> MicroBatch:
+    def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
         """What a phase gets of a collated batch."""
-        return MicroBatch(to_batch(inputs, device), generator)
+        return MicroBatch(to_batch(inputs, device), generators)
 
-    def generator_of(self, step: int) -> torch.Generator:
-        """All randomness of an optimizer step, so that a resumed run goes on alike."""
-        # Python salts hashes of text only; that of a tuple of ints is a fixed function of them. Another mix, though better stated, would
-        # change what every seed gives.
-        return torch.Generator().manual_seed(hash((self.args.seed, step, self.args.process_index)) % 2**63)
+    @property
+    def dealing(self) -> Dealing:
+        """How this run deals the examples of an optimizer step out."""
+        w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
+        return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
+
+    def generators(self, step: int, drawn: int, places: Sequence[tuple[int, int]]) -> list[torch.Generator]:
+        """All randomness of the rows of a micro-batch, the process' `drawn`-th (from 0) drawn as optimizer step `step` begins: for each
+        one seeded by seed, step, index of its example among all that are drawn then, and its document in that example.
+
+        Batches of b examples are dealt to processes in turn, so that index follows from the place in the batch, and is the same
+        whatever processes and micro-batches share the examples out.
+        """
+        dealing = self.dealing
+        first = (drawn * dealing.processes + self.args.process_index) * dealing.batch
+        return [generator_of(self.args.seed, step, first + example, document) for example, document in places]
 
     @torch.no_grad()
     def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
@@ -163,7 +198,7 @@ class ReFINETrainer(Trainer):
         if self.args.world_size > 1 and totals:
             names = sorted(totals)
             counted = torch.tensor([totals[n] for n in names], device=self.args.device, dtype=torch.float64)
-            counted = self.accelerator.reduce(counted, reduction="sum") / self.args.world_size  # DDP averages gradients
+            counted = self.sum_over_processes(counted) / self.args.world_size  # DDP averages gradients
             totals = dict(zip(names, counted.tolist(), strict=True))
         for batch in batches:
             batch.totals = {name: float(count) or 1.0 for name, count in totals.items()}
@@ -229,13 +264,16 @@ class ReFINETrainer(Trainer):
             self._metrics.clear()
             now, (then, seen) = time.monotonic(), self._last_log
             if self._tokens_seen > seen:
-                means["tokens_per_second"] = (self._tokens_seen - seen) * self.args.world_size / max(now - then, 1e-9)
+                means["tokens_per_second"] = (self._tokens_seen - seen) / max(now - then, 1e-9)
             self._last_log = (now, self._tokens_seen)
             if "seconds_step" in means:
                 inside = (
                     0.0 if self.phase.prepares_steps else means.get("seconds_select", 0.0) + means.get("seconds_rollout", 0.0)
                 )
                 means["seconds_backward_and_forward"] = means.pop("seconds_step") - inside
+            means = mean_over_processes(means)
+            if "tokens_per_second" in means:
+                means["tokens_per_second"] *= self.args.world_size
             logs = {**logs, **means, "skipped_steps": self.guard.skipped}
         super().log(logs, start_time)
 
@@ -258,8 +296,8 @@ class ReFINETrainer(Trainer):
         sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
+        if self.args.world_size > 1 and not self._is_sharded:
+            total = self.sum_over_processes(total)
         figures = self.phase.summarise(dict(zip(keys, total.tolist(), strict=True)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
@@ -267,9 +305,21 @@ class ReFINETrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def validation_batches(self, eval_dataset: Any) -> Any:
-        """This process' share of the validation set, collated."""
-        return self.get_eval_dataloader(eval_dataset)
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a forward pass needs the other processes, which hold parts of the weights."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def validation_batches(self, eval_dataset: Any) -> Iterator[dict[str, Any]]:
+        """This process' share of the validation rows, collated; all of them where the model is sharded, whose processes must run
+        together. Each row is there once, with its index in the set in `_places`: figures are the same on any number of processes."""
+        data: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        of, among = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
+        indices, size = range(of, len(data), among), self.args.per_device_eval_batch_size
+        for at in range(0, len(indices), size):
+            chosen = indices[at : at + size]
+            batch = self.data_collator([data[i] for i in chosen])
+            yield {**batch, "_places": [(chosen[example], document) for example, document in places_of(batch)]}
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -279,25 +329,47 @@ class ReFINETrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
         if resume_from_checkpoint:
-            self._restored = load_pending(
-                Path(resume_from_checkpoint) / ROLLOUTS_FILE.format(self.args.process_index), self.args.device
-            )
+            checkpoint = Path(resume_from_checkpoint)
+            check_dealing(checkpoint, self.dealing)
+            self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
         self._last_log = (time.monotonic(), 0)
+        skips = self.args.ignore_data_skip
+        if resume_from_checkpoint and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
+            self.args.ignore_data_skip = True  # it is there already
         try:
             output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
+            self.args.ignore_data_skip = skips
             self.bar.on_train_end(self.args, self.state, self.control)
             self.interrupt.restore()
         if self.interrupt.interrupted:
             raise KeyboardInterrupt
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer.save_model. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its shards, and has
+        with them what `export_checkpoint` makes a plain folder of."""
+        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        if not _internal_call or output_dir is None:
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            for part in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
+                if part is not None:
+                    part.save_pretrained(folder)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             if self._pending and self._pending[0].rollouts is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                save_pending(folder / ROLLOUTS_FILE.format(self.args.process_index), self._pending)
+                save_pending(folder, self.args.process_index, self._pending)
+            if self.args.should_save:
+                self.dealing.save(folder)
+                if isinstance(self.train_dataset, Stream):
+                    self.train_dataset.save(folder, self.state.global_step * self.dealing.examples)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
@@ -307,9 +379,22 @@ class ReFINETrainer(Trainer):
 def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
     """A collated batch on the device. Lengths are read where they are, on the host where nobody has moved them."""
     scores = inputs.get("context_scores")
-    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores")}
+    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places")}
     ids = inputs["input_ids"].to(device)
     return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device))
+
+
+def places_of(inputs: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
+    """(example, document) of each row of a collated batch; where a collator does not say, a row is an example."""
+    rows = inputs["input_ids"] if "input_ids" in inputs else inputs["prompts"]
+    return inputs.get("_places", [(i, 0) for i in range(len(rows))])
+
+
+def mean_over_processes(figures: Mapping[str, float]) -> dict[str, float]:
+    """Each figure's mean over the processes that have it; every process must ask for it."""
+    everywhere = gather_object([figures])
+    names = dict.fromkeys(name for own in everywhere for name in own)
+    return {name: mean_of([own[name] for own in everywhere if name in own]) for name in names}
 
 
 def mean_of(values: Sequence[float | Tensor]) -> float:
@@ -317,55 +402,3 @@ def mean_of(values: Sequence[float | Tensor]) -> float:
     tensors = [v.detach().double() for v in values if isinstance(v, Tensor)]
     numbers = [float(v) for v in values if not isinstance(v, Tensor)]
     return (sum(torch.stack(tensors).tolist() if tensors else []) + sum(numbers)) / len(values)
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
-    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for checkpoint in newest_first:
-        if (problem := checkpoint_problem(checkpoint)) is None:
-            return str(checkpoint)
-        warnings.warn(f"{checkpoint.name} is not complete ({problem}); the one before it is taken", stacklevel=2)
-    return None
-
-
-def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None when it can. The trainer state is written last."""
-    path = folder / "trainer_state.json"
-    if not path.exists():
-        return "no trainer_state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return "trainer_state.json is empty or cut off"
-    return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
-
-
-_TENSORS = ("positions", "tokens", "log_probs", "rewards", "advantages", "entropy")
-
-
-def save_pending(path: Path, batches: Sequence[MicroBatch]) -> None:
-    """Micro-batches that wait with their rollouts, as safetensors."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    for i, batch in enumerate(batches):
-        tensors |= {f"{i}.input_ids": batch.input_ids, f"{i}.lengths": batch.lengths}
-        tensors |= {f"{i}.{name}": getattr(batch.rollouts, name).contiguous() for name in _TENSORS}
-    save_file(tensors, path, metadata={"count": str(len(batches))})
-
-
-def load_pending(path: Path, device: torch.device) -> list[MicroBatch] | None:
-    """What `save_pending` wrote; None when there is nothing."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    batches = []
-    with safe_open(path, "pt") as file:
-        for i in range(int(file.metadata()["count"])):
-            tensors = {name: file.get_tensor(f"{i}.{name}").to(device) for name in _TENSORS}
-            rollouts = Rollouts(**tensors, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
-            sequences = Batch.of(file.get_tensor(f"{i}.input_ids").to(device), file.get_tensor(f"{i}.lengths"))
-            batches.append(MicroBatch(sequences, rollouts=rollouts))
-    return batches

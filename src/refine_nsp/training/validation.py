@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.continuation import greedy_match
 from refine_nsp.nsp.passes import next_tokens, run
 from refine_nsp.nsp.records import Batch, uniforms
+from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
 
 SEED = 0
@@ -20,12 +21,12 @@ SEED = 0
 
 @torch.no_grad()
 def validate(
-    model: FastWeightForCausalLM, batches: Iterable[dict[str, Tensor]], config: NSPConfig, device: torch.device
+    model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device
 ) -> dict[str, float]:
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
-    generator = torch.Generator().manual_seed(SEED)  # the same positions at every validation
     at_random = replace(config, schedule="auto", selection="uniform", draw=None)
+    rows = 0
     for inputs in batches:
         batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
         sequence_pass = run(model, batch, at_random, 1.0)
@@ -35,7 +36,11 @@ def validate(
         sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
-        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generator)
+        # The same positions at every validation, whatever stands beside a row.
+        where = inputs.get("_places", [(rows + i, 0) for i in range(len(batch.sizes))])
+        rows += len(batch.sizes)
+        generators = [generator_of(SEED, *place) for place in where]
+        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
         positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
         match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
         sums["match"] += match

@@ -1,0 +1,21 @@
+"""`refine-nsp export CHECKPOINT FOLDER`: a plain model folder from a checkpoint whose weights are in shards (FSDP)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint-N of a run with sharded weights")
+    parser.add_argument("folder", type=Path, help="where the plain model goes")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the folder and name it."""
+    from rich.console import Console
+
+    from refine_nsp.training.checkpoints import export_checkpoint
+
+    export_checkpoint(args.checkpoint, args.folder)
+    Console(stderr=True).print(f"model: {args.folder}")

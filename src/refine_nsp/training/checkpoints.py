@@ -1,0 +1,182 @@
+"""What a checkpoint has beside transformers' own files, and whether one can be gone on from: alike, also on another number of processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import merge_fsdp_weights
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+from refine_nsp.files import write_atomically
+from refine_nsp.nsp.records import Batch, Rollouts
+from refine_nsp.training.phases import MicroBatch
+
+ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
+DEALING_FILE = "dealing.json"
+# Of a model and its tokenizer, beside the weights.
+PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How the examples of an optimizer step are dealt out: `batch` for each of `micro_batches` on each of `processes`."""
+
+    processes: int
+    micro_batches: int
+    batch: int
+
+    @property
+    def examples(self) -> int:
+        """Of an optimizer step."""
+        return self.processes * self.micro_batches * self.batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.processes} processes x {self.micro_batches} gradient_accumulation_steps x {self.batch} a batch = {self.examples} "
+            "examples a step"
+        )
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / DEALING_FILE, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def of(cls, folder: Path) -> Dealing | None:
+        """That of a checkpoint; None where it does not say."""
+        path = folder / DEALING_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def check_dealing(folder: Path, own: Dealing) -> None:
+    """RefineError unless a checkpoint's steps have as many examples as this run's: only then is it known which come next."""
+    made = Dealing.of(folder)
+    if made is not None and made.examples != own.examples:
+        raise RefineError(
+            f"{folder} was made with {made}, and this run has {own}: it would go on at another example. Keep the product, for example by "
+            f"gradient_accumulation_steps; or begin a new run from the weights (model_name_or_path={folder})"
+        )
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    for checkpoint in newest_first:
+        if (problem := checkpoint_problem(checkpoint)) is None:
+            return str(checkpoint)
+        warnings.warn(f"{checkpoint.name} is not complete ({problem}); the one before it is taken", stacklevel=2)
+    return None
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None when it can. The trainer state is written last."""
+    path = folder / "trainer_state.json"
+    if not path.exists():
+        return "no trainer_state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return "trainer_state.json is empty or cut off"
+    return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Make a plain folder, as `from_pretrained` reads it, of a checkpoint whose weights are in shards.
+
+    Raises:
+        RefineError: the checkpoint has none.
+    """
+    shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    if not (shards / ".metadata").exists():
+        plain = (checkpoint / "model.safetensors").exists() or (checkpoint / "model.safetensors.index.json").exists()
+        raise RefineError(f"{checkpoint} {'is a plain folder already' if plain else f'holds no sharded weights ({shards.name})'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_fsdp_weights(str(shards), str(folder))
+    for pattern in PLAIN_FILES:
+        for file in checkpoint.glob(pattern):
+            shutil.copy(file, folder)
+
+
+# --- rollouts that wait for their steps -------------------------------------------------------------------------------
+_TENSORS = ("positions", "tokens", "log_probs", "rewards", "advantages", "entropy")
+
+
+def save_pending(folder: Path, process: int, batches: Sequence[MicroBatch]) -> None:
+    """A process' micro-batches that wait with their rollouts, as safetensors."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        tensors |= {f"{i}.input_ids": batch.input_ids, f"{i}.lengths": batch.lengths}
+        tensors |= {f"{i}.{name}": getattr(batch.rollouts, name).contiguous() for name in _TENSORS}
+    save_file(tensors, folder / ROLLOUTS_FILE.format(process), metadata={"count": str(len(batches))})
+
+
+def load_pending(folder: Path, process: int, own: Dealing, device: torch.device) -> list[MicroBatch] | None:
+    """What `save_pending` wrote, for this process; None when there is nothing.
+
+    Where the checkpoint's steps were dealt out otherwise, its rows are dealt out anew, so that every step learns from those it would
+    have learned from.
+
+    Raises:
+        RefineError: files of other processes are missing, or a micro-batch is not whole (packed documents, the end of an epoch).
+    """
+    made = Dealing.of(folder)
+    if made is None or made == own:
+        path = folder / ROLLOUTS_FILE.format(process)
+        return [micro_batch_of(tensors, device) for tensors in read_pending(path)] if path.exists() else None
+    paths = [folder / ROLLOUTS_FILE.format(p) for p in range(made.processes)]
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return None
+    by_process = [read_pending(path) for path in there]
+    whole = all(len(tensors["lengths"]) == made.batch for waiting in by_process for tensors in waiting)
+    if len(there) < made.processes or not whole:
+        raise RefineError(
+            f"{folder} has rollouts that wait for their steps, made with {made}, and cannot deal them out for {own}: "
+            f"{'files of other processes are not here' if whole else 'they are not whole batches'}. Resume as it was made"
+        )
+    # Batches were dealt to processes in turn.
+    rows = [row_of(tensors, i) for turn in zip(*by_process, strict=True) for tensors in turn for i in range(made.batch)]
+    mine = [rows[at : at + own.batch] for at in range(process * own.batch, len(rows), own.processes * own.batch)]
+    return [micro_batch_of(stack_rows(batch), device) for batch in mine]
+
+
+def read_pending(path: Path) -> list[dict[str, Tensor]]:
+    """The tensors of each micro-batch that waits."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = ("input_ids", "lengths", *_TENSORS)
+        return [{name: file.get_tensor(f"{i}.{name}") for name in names} for i in range(int(file.metadata()["count"]))]
+
+
+def row_of(tensors: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    """One sequence, without its padding."""
+    length = int(tensors["lengths"][i])
+    return {name: t[i, :length] if name in ("input_ids", "entropy") else t[i] for name, t in tensors.items()}
+
+
+def stack_rows(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sequences as a micro-batch, right-padded with 0."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        name: pad([row[name] for row in rows], batch_first=True)
+        if name in ("input_ids", "entropy")
+        else torch.stack([row[name] for row in rows])
+        for name in rows[0]
+    }
+
+
+def micro_batch_of(tensors: dict[str, Tensor], device: torch.device) -> MicroBatch:
+    """A micro-batch that waits with its rollouts."""
+    known: dict[str, Any] = {name: tensors[name].to(device) for name in _TENSORS}
+    rollouts = Rollouts(**known, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
+    return MicroBatch(Batch.of(tensors["input_ids"].to(device), tensors["lengths"]), rollouts=rollouts)

@@ -1,0 +1,84 @@
+"""Text read as it is needed, gone on with where a checkpoint left it: nothing that was read before is read, or tokenized, again."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+
+from refine_nsp.errors import RefineError
+from refine_nsp.files import write_atomically
+
+STREAM_FILE = "stream.json"
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """Rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
+
+    Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, and kept
+    for the latest steps: data loaders read ahead of the step that a checkpoint is of.
+
+    Args:
+        data: as `prepare_data` streams it. every: rows of an optimizer step. keep: places kept.
+
+    Raises:
+        RefineError: while it is read, when there is no row in it.
+    """
+
+    def __init__(self, data: datasets.IterableDataset, every: int, keep: int) -> None:
+        self.data, self.every = data, every
+        self.row, self.epoch = 0, 0  # of the next one
+        self.start: dict[str, Any] | None = None  # where the next iteration begins
+        self.places: deque[tuple[int, dict[str, Any]]] = deque(maxlen=keep)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start, self.start = self.start, None
+        self.places.clear()
+        # A place belongs to its epoch: in the following ones `datasets` begins at the beginning.
+        self.data.load_state_dict(None if start is None else start["state"])
+        self.row, self.epoch = (0, 0) if start is None else (start["row"], start["state"]["epoch"])
+        while True:
+            self.data.set_epoch(self.epoch)
+            for example in self.data:
+                self.row += 1
+                if self.row % self.every == 0:
+                    self.places.append((self.row, self.data.state_dict()))
+                yield example
+            if self.row == 0:
+                raise RefineError(
+                    "the streamed text has no document that is long enough, which min_prefix, one position and K need"
+                )
+            self.epoch += 1
+
+    def save(self, folder: Path, row: int) -> None:
+        """Note in a checkpoint how to go on at `row`, the end of an optimizer step."""
+        state = next(state for at, state in self.places if at == row)
+        write_atomically(folder / STREAM_FILE, json.dumps({"row": row, "state": state}) + "\n")
+
+    def load(self, folder: Path) -> bool:
+        """Go on where a checkpoint says; False where it does not say."""
+        path = folder / STREAM_FILE
+        if not path.exists():
+            return False
+        self.start = json.loads(path.read_text(encoding="utf-8"))
+        return True
+
+
+def check_streaming(args: TrainingArguments) -> None:
+    """Have every process read the stream itself; RefineError for settings by which its place would not be known."""
+    if args.max_steps <= 0:
+        raise RefineError("streamed text has no known end: set max_steps")
+    if args.dataloader_num_workers > 0:
+        raise RefineError(
+            f"dataloader_num_workers={args.dataloader_num_workers} would read streamed text in other processes, whose place in it a "
+            "checkpoint cannot note; leave it at 0"
+        )
+    # Else the first process would read for all and send them batches cut from one padded to the longest of all rows.
+    accelerator_config: Any = args.accelerator_config
+    accelerator_config.dispatch_batches = False

@@ -1,0 +1,80 @@
+"""Two processes that hold half of every weight each (FSDP2, over gloo) give the model of one process; their checkpoints resume and
+become plain folders. They are launched once for all."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from refine_nsp.cli import main
+from refine_nsp.errors import RefineError
+from refine_nsp.training.checkpoints import export_checkpoint
+from tests.models.families import build
+from tests.training.jobs import JOBS
+from tests.training.test_distributed import EXACT, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
+
+SHARDED = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
+CHECKPOINTING = {**SHARDED, "activation_checkpointing": True}
+GRADIENTS = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+ROLLOUTS = {**GROUPS, "lambda_rl": 1.0}
+# Kind, settings, how it is sharded, rows of a micro-batch (twice as many where one process is alone).
+ALIKE = {
+    "rollouts": ("midtrain", {**ROLLOUTS, "schedule": "snapshot", "evaluate": True}, SHARDED, 2),
+    "rollouts within the pass, checkpointing": ("midtrain", {**ROLLOUTS, "schedule": "fused"}, CHECKPOINTING, 4),
+    "lact, checkpointing": ("midtrain", {**ROLLOUTS, "family": "lact_swiglu", "schedule": "snapshot"}, CHECKPOINTING, 2),
+    "lact, exact, gradient_checkpointing": ("midtrain", {**EXACT, **GRADIENTS, "family": "lact_swiglu"}, SHARDED, 4),
+    "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
+}
+FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
+
+
+def plain(settings: dict) -> dict:
+    """Without what belongs to shards."""
+    return {k: v for k, v in settings.items() if not k.startswith(("fsdp", "gradient_checkpointing"))}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True}
+    jobs = [
+        ("midtrain", "straight", {**four, **SAVED, "fsdp_config": SHARDED}),
+        ("copy", "stopped", {"source": str(folder / "straight")}),
+        ("forget", "stopped", {"checkpoints": [2, 3, 4]}),
+        ("midtrain", "stopped", {**four, "fsdp_config": CHECKPOINTING, "resume": True}),
+    ]
+    for name, (kind, settings, sharded, size) in ALIKE.items():
+        jobs.append((kind, name, {**batches(size, 2), **settings, "fsdp": True, "fsdp_config": sharded}))
+    (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
+    launch(folder / "jobs.json", "tests.training.sharded_jobs")
+    return folder
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_shards_equal_one_process_with_the_same_global_batch(tmp_path, two, name):
+    kind, settings, _, size = ALIKE[name]
+    JOBS[kind](tmp_path, **batches(2 * size, 1), **plain(settings))
+    assert_close(weights_of(tmp_path), weights_of(two / name), 1e-9)
+    for figures, own in zip(figures_of(two / name), figures_of(tmp_path), strict=True):
+        assert figures == pytest.approx(own, rel=1e-6, abs=1e-9)
+
+
+def test_checkpoints_in_shards_resume(two):
+    checkpoint = two / "straight" / "checkpoint-1"
+    assert (checkpoint / "pytorch_model_fsdp_0" / ".metadata").exists() and not (checkpoint / "model.safetensors").exists()
+    assert_close(weights_of(two / "stopped"), weights_of(two / "straight"), 1e-12)
+
+
+def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
+    assert main(["export", str(two / "straight" / "checkpoint-4"), str(tmp_path / "model")]) == 0
+    exported, saved = load_file(tmp_path / "model" / "model.safetensors"), weights_of(two / "straight")
+    assert exported.keys() == saved.keys() == build("delta_net").state_dict().keys()
+    assert_close(exported, saved, 0.0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert_close(dict(model.named_parameters()), saved, 0.0)
+    with pytest.raises(RefineError, match="is a plain folder already"):
+        export_checkpoint(tmp_path / "model", tmp_path / "again")
+    with pytest.raises(RefineError, match="holds no sharded weights"):
+        export_checkpoint(tmp_path / "nothing", tmp_path / "again")

@@ -71,7 +71,6 @@ def returned(state: Tensor) -> Tensor:
 class _Replacing:
     """Mixed into a cache's recurrent layers: their states are replaced, not copied into."""
 
-    __slots__ = ()  # so that a layer can become one
     conv_states: dict[int, Any]
     recurrent_states: dict[int, Any]
     conv_kernel_size: dict[int, Any]
@@ -105,8 +104,17 @@ class _Replacing:
 
 
 @cache
-def _replacing(layer_class: type) -> type:
+def _replacing_class(layer_class: type) -> type:
     return type(layer_class.__name__, (_Replacing, layer_class), {})
+
+
+def replacing(layer: Any) -> Any:
+    """A fresh layer of a cache, replacing its states if it has such."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return layer
+    same: Any = object.__new__(_replacing_class(type(layer)))
+    same.__dict__.update(layer.__dict__)
+    return same
 
 
 class ReferenceCache(DynamicCache):
@@ -121,9 +129,8 @@ class ReferenceCache(DynamicCache):
     def __init__(self, config: Any, layers: Sequence[LayerState] = (), columns: int = 0) -> None:
         super().__init__(config=config)
         self.columns = columns
+        self.layers = [replacing(layer) for layer in self.layers]
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer.__class__ = _replacing(type(layer))
             if hasattr(layer, "record_past"):
                 layer.record_past = True  # windows stay whole until the pass is over; no convolution is updated in place
         for layer, state in zip(self.layers, layers, strict=False):

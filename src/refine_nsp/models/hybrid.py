@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from refine_nsp.errors import RefineError
+from refine_nsp.errors import RefineError, first_line
 from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModelOutput
 from refine_nsp.models.by_reference import EXACT_KINDS, RECURRENT_KINDS, ReferenceCache, kinds_of, nothing_yet, prefix, trimmed
 from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
@@ -371,7 +371,7 @@ class StatefulTrunk:
     # --- the model as it is -------------------------------------------------------------------------------------------
     def plain(self, x: Tensor, **arguments: Any) -> Tensor:
         """Hidden states [B, T, D] of the model's own forward pass."""
-        forward = plain_class(type(self)).forward
+        forward = type(self)._refine_plain.forward  # type: ignore[attr-defined]
         return forward(self, **{"input_ids" if x.ndim == 2 else "inputs_embeds": x}, **arguments).last_hidden_state
 
     @contextmanager
@@ -403,11 +403,6 @@ class StatefulTrunk:
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
-def plain_class(stateful: type) -> Any:
-    """transformers' class of a class made here."""
-    return next(c for c in stateful.__mro__ if c.__module__.startswith("transformers") and "_refine_plain" not in vars(c))
-
-
 @functools.cache
 def trunk_class(plain: type) -> type:
     """The class of a trunk, answering the calls of this package too."""
@@ -488,7 +483,7 @@ def _install(model: Any) -> None:
 
 def head_factor(config: Any) -> float:
     """What a model multiplies its logits by (Granite divides, Falcon-H1 multiplies)."""
-    fields = config.to_dict()
+    fields = config.get_text_config(decoder=True).to_dict()
     return float(fields.get("lm_head_multiplier") or 1.0) / float(fields.get("logits_scaling") or 1.0)
 
 
@@ -529,7 +524,7 @@ def check(model: Any) -> None:
 def _check_head(model: Any) -> None:
     ids = _few_tokens(model, 1, 4)
     with model.model.as_it_is():
-        logits = plain_class(type(model)).forward(model, input_ids=ids, use_cache=False).logits
+        logits = type(model)._refine_plain.forward(model, input_ids=ids, use_cache=False).logits
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     ours = head(model.model(ids, use_cache=False).last_hidden_state)
@@ -558,7 +553,7 @@ def state_problem(trunk: Any) -> str | None:
             expected = torch.stack([whole[0, 3 + start : 3 + end], whole[1, 7 + start : 7 + end]])
             worst = max(worst, float((h - expected).abs().mean() / whole.std().clamp(min=1e-12)))
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return f"a pass with a cache fails: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        return f"a pass with a cache fails: {type(error).__name__}: {first_line(error)}"
     return None if worst <= TOLERANCE[whole.dtype] else f"a pass with a cache differs by {worst:.2g} of the spread"
 
 

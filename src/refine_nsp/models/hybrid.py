@@ -386,8 +386,8 @@ class StatefulTrunk:
     def checkpointed(self, forward: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """forward(*tensors), a segment of a pass. With gradient checkpointing the whole segment is run again in the backward pass:
         transformers' layers, checkpointed one by one, would drop the cache."""
-        layers = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]  # type: ignore[attr-defined]
-        if not (layers and self.training and torch.is_grad_enabled()):
+        layers = [m for m in self.modules() if vars(m).get("gradient_checkpointing")]  # type: ignore[attr-defined]
+        if not (layers and self.training):
             return forward(*tensors)
 
         def unwrapped(*given: Tensor) -> tuple[Tensor, ...]:
@@ -399,7 +399,7 @@ class StatefulTrunk:
                 for layer in layers:
                     layer.gradient_checkpointing = True
 
-        return checkpoint(unwrapped, *tensors, use_reentrant=False)
+        return checkpoint(unwrapped, *tensors, use_reentrant=False) if torch.is_grad_enabled() else unwrapped(*tensors)
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -542,6 +542,9 @@ def state_problem(trunk: Any) -> str | None:
     if not isinstance(trunk.keeping, ByReference):
         unknown = sorted(set(kinds_of(trunk.config)[0]) - set(EXACT_KINDS))
         return f"its layers keep {', '.join(unknown)}, of which {', '.join(EXACT_KINDS)} are known"
+    limits = {tuple(limit) for m in trunk.modules() if (limit := vars(m).get("time_step_limit")) is not None}
+    if limits - {(0.0, math.inf)}:
+        return f"a single token goes on without its time step's limits {sorted(limits)[0]}, unlike several"
     ids = _few_tokens(trunk, 2, 12)
     whole = trunk.plain(ids, use_cache=False)
     try:

@@ -58,9 +58,10 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     if not ours and model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # of a model of several kinds of input
     try:
+        # Shapes that differ are let through to be named below with all else that differs.
         model, names = model_class.from_pretrained(
             where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, **kwargs,
+            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
         )  # fmt: skip
     except (OSError, RuntimeError) as error:
         raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
@@ -96,7 +97,7 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
     """RefineError unless a checkpoint has the model's parameters, all of them and no others."""
     problems = [
-        f"{len(found[kind])} {what}: {', '.join(sorted(map(str, found[kind])))}"
+        f"{len(found[kind])} {what}: {', '.join(sorted(key if isinstance(key, str) else str(key[0]) for key in found[kind]))}"
         for kind, what in (("missing_keys", "missing"), ("unexpected_keys", "unknown to the model"), ("mismatched_keys", "of another shape"))
         if found[kind]
     ]

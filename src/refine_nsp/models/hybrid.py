@@ -435,7 +435,14 @@ def causal_class(plain: type) -> type:
         with self.model.as_it_is():
             return plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    members: dict[str, Any] = {"__init__": __init__, "forward": forward}
+    def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        # `save_pretrained` may write other names than the model's (experts one by one); resuming reads them back by name alone,
+        # and would leave what it does not find as it is.
+        if not strict and state_dict.keys() - self.state_dict().keys():
+            state_dict = type(self).from_pretrained(None, config=self.config, state_dict=state_dict, dtype=self.dtype).state_dict()
+        return plain.load_state_dict(self, state_dict, strict=strict, assign=assign)  # type: ignore[attr-defined]
+
+    members: dict[str, Any] = {"__init__": __init__, "forward": forward, "load_state_dict": load_state_dict}
     prefix_name = plain.base_model_prefix  # type: ignore[attr-defined]
     if prefix_name != "model":
         members["model"] = property(lambda self: getattr(self, prefix_name))

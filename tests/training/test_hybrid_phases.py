@@ -37,7 +37,9 @@ def test_midtraining_and_what_it_saves(tmp_path, name, settings):
     assert 0 <= t.evaluate()["eval_accuracy"] <= 1
     t.save_model(str(tmp_path / "saved"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert type(again) is type(plain(name)) and all(torch.equal(x, again.state_dict()[k]) for k, x in t.model.state_dict().items())
+    assert type(again) is type(plain(name)) and all(
+        torch.equal(x, again.state_dict()[k]) for k, x in t.model.state_dict().items()
+    )
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

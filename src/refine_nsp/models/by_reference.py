@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import (
-    Cache,
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
@@ -215,6 +214,3 @@ def nothing_yet(layers: Sequence[LayerState]) -> list[LayerState]:
         {name: x[:, :, :0] if name in ("keys", "values") else torch.zeros_like(x) for name, x in layer.items()}
         for layer in layers
     ]
-
-
-__all__ = ["EXACT_KINDS", "RECURRENT_KINDS", "Cache", "ReferenceCache", "kinds_of", "nothing_yet", "prefix", "trimmed"]

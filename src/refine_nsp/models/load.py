@@ -54,7 +54,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         _check_folder(folder)
     config = _load_config(where)
     ours = config.model_type in FAMILIES
-    model_class = AutoModelForCausalLM if ours else class_for(config)
+    model_class: Any = AutoModelForCausalLM if ours else class_for(config)
     if not ours and model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # of a model of several kinds of input
     try:
@@ -98,7 +98,11 @@ def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
     """RefineError unless a checkpoint has the model's parameters, all of them and no others."""
     problems = [
         f"{len(found[kind])} {what}: {', '.join(sorted(key if isinstance(key, str) else str(key[0]) for key in found[kind]))}"
-        for kind, what in (("missing_keys", "missing"), ("unexpected_keys", "unknown to the model"), ("mismatched_keys", "of another shape"))
+        for kind, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unknown to the model"),
+            ("mismatched_keys", "of another shape"),
+        )
         if found[kind]
     ]
     if problems:

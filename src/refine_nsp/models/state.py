@@ -162,7 +162,11 @@ def _all_rows(parts: Sequence[Tensor], at_start: bool) -> Tensor:
     """Tensors [S, ...] -> the rows of all, every other axis zero-padded (at its end, or start) to the longest."""
     shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
     padding = [
-        [pad for n, m in zip(reversed(shape), reversed(x.shape[1:]), strict=True) for pad in ((n - m, 0) if at_start else (0, n - m))]
+        [
+            pad
+            for n, m in zip(reversed(shape), reversed(x.shape[1:]), strict=True)
+            for pad in ((n - m, 0) if at_start else (0, n - m))
+        ]
         for x in parts
     ]
     return torch.cat([F.pad(x, p) if any(p) else x for x, p in zip(parts, padding, strict=True)])

@@ -245,7 +245,7 @@ def class_for(config: Any) -> Any:
         raise RefineError(
             f"transformers has no causal language model for {config.model_type!r}; expected a model that predicts the next token of a text"
         )
-    return causal_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return causal_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])  # type: ignore[arg-type]
 
 
 def with_states(model: Any) -> Any:

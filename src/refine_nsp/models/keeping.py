@@ -138,6 +138,11 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
+def in_order(parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
+    """States in parts as one batch; slots: the rows that each part's are to be, on the host."""
+    return parts[0] if len(parts) == 1 else FastWeightCache.concatenate(parts).index(torch.cat(list(slots)).argsort())
+
+
 def before_any(states: FastWeightCache) -> FastWeightCache:
     """The states before any token, of the shapes of `states`."""
     return FastWeightCache(nothing_yet(states.layers), torch.zeros(states.batch_size, dtype=torch.long))
@@ -173,10 +178,7 @@ class Taken:
 
     def all_rows(self) -> FastWeightCache:
         """B*P rows, row-major, without the columns of keys that none of them has."""
-        if len(self.parts) == 1:
-            states = self.parts[0]
-        else:
-            states = FastWeightCache.concatenate(self.parts).index(torch.cat(self.slots).argsort())
+        states = in_order(self.parts, self.slots)
         assert states.lengths is not None
         columns = int(states.lengths.max()) if len(states.lengths) else 0
         return FastWeightCache(trimmed(states.layers, columns) if columns else states.layers, states.lengths, columns)
@@ -199,7 +201,7 @@ class Slices:
 
 @dataclass(frozen=True)
 class Tails:
-    """States every `step` tokens (the first before any), from which the few tokens up to a position are run again, all in one batch."""
+    """States every `step` tokens (the first before any), from which the few tokens up to a position are run again."""
 
     keeping: ByReference
     x: Tensor
@@ -208,20 +210,26 @@ class Tails:
 
     def at(self, tokens: Tensor) -> FastWeightCache:
         counts = (tokens + 1).flatten()  # [B*P] tokens of each prefix
-        of_row = torch.arange(len(self.x)).repeat_interleave(tokens.shape[1])
+        row = torch.arange(len(self.x)).repeat_interleave(tokens.shape[1])
         kept = ((counts - 2).clamp(min=0) // self.step).clamp(max=len(self.kept) - 1)  # two tokens or more, see `segments`
-        first, rest = kept * self.step, counts - kept * self.step
+        first = kept * self.step
+        parts, slots = [], []
+        for count in (counts - first).unique().tolist():  # tails of one length together, so that none is padded or cut
+            slot = (counts - first == count).nonzero()[:, 0]
+            start = self._starts(kept[slot], row[slot])
+            if count:
+                columns = (first[slot, None] + torch.arange(count)).to(self.x.device)
+                _, after = self.keeping.segment(self.x[row[slot].to(self.x.device)[:, None], columns], start)
+                start = FastWeightCache(prefix(after.layers, self.keeping.windows, 0), after.lengths, after.columns)
+            parts.append(start)
+            slots.append(slot)
+        return in_order(parts, slots)
+
+    def _starts(self, kept: Tensor, rows: Tensor) -> FastWeightCache:
+        """Of each row the states kept there, both [S] on the host."""
         used = kept.unique().tolist()
         slots = [(kept == i).nonzero()[:, 0] for i in used]
-        parts = [self.kept[i].index(of_row[slot]) for i, slot in zip(used, slots, strict=True)]
-        start = FastWeightCache.concatenate(parts).index(torch.cat(slots).argsort())
-        width = int(rest.max()) if len(rest) else 0
-        if width == 0:
-            return start
-        columns = (first[:, None] + torch.arange(width)).clamp(max=self.x.shape[1] - 1).to(self.x.device)
-        _, states = self.keeping.run(self.x[of_row.to(self.x.device)[:, None], columns], start, rest[:, None] - 1)
-        assert states is not None
-        return states
+        return in_order([self.kept[i].index(rows[slot]) for i, slot in zip(used, slots, strict=True)], slots)
 
 
 class ByTokens:

@@ -69,6 +69,13 @@ class StatefulTrunk:
         """What messages call the model."""
         return f"{self.config.model_type} ({type(self).__name__})"
 
+    @property
+    def kernels(self) -> str:
+        """What computes it, and how its states are kept, in words."""
+        return (
+            f"transformers' own; states {'by reference' if isinstance(self.keeping, ByReference) else 'read again from tokens'}"
+        )
+
     def read(
         self,
         input_ids: Tensor | None = None,
@@ -170,8 +177,8 @@ class StatefulTrunk:
     def checkpointed(self, forward: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """forward(*tensors), a segment of a pass. With gradient checkpointing the whole segment is run again in the backward pass:
         transformers' layers, checkpointed one by one, would drop the cache."""
-        layers = [m for m in self.modules() if vars(m).get("gradient_checkpointing")]  # type: ignore[attr-defined]
-        if not (layers and self.training):
+        layers = [m for m in self.modules() if vars(m).get("gradient_checkpointing")] if self.training else []  # type: ignore[attr-defined]
+        if not layers:
             return forward(*tensors)
 
         def unwrapped(*given: Tensor) -> tuple[Tensor, ...]:

@@ -201,7 +201,10 @@ class Slices:
 
 @dataclass(frozen=True)
 class Tails:
-    """States every `step` tokens (the first before any), from which the few tokens up to a position are run again."""
+    """States every `step` tokens (the first before any), from which the few tokens up to a position are run again.
+
+    All B*P rows together and in order, although some end before others: rows may have adapters of their own, which go by their order.
+    """
 
     keeping: ByReference
     x: Tensor
@@ -212,24 +215,17 @@ class Tails:
         counts = (tokens + 1).flatten()  # [B*P] tokens of each prefix
         row = torch.arange(len(self.x)).repeat_interleave(tokens.shape[1])
         kept = ((counts - 2).clamp(min=0) // self.step).clamp(max=len(self.kept) - 1)  # two tokens or more, see `segments`
-        first = kept * self.step
-        parts, slots = [], []
-        for count in (counts - first).unique().tolist():  # tails of one length together, so that none is padded or cut
-            slot = (counts - first == count).nonzero()[:, 0]
-            start = self._starts(kept[slot], row[slot])
-            if count:
-                columns = (first[slot, None] + torch.arange(count)).to(self.x.device)
-                _, after = self.keeping.segment(self.x[row[slot].to(self.x.device)[:, None], columns], start)
-                start = FastWeightCache(prefix(after.layers, self.keeping.windows, 0), after.lengths, after.columns)
-            parts.append(start)
-            slots.append(slot)
-        return in_order(parts, slots)
-
-    def _starts(self, kept: Tensor, rows: Tensor) -> FastWeightCache:
-        """Of each row the states kept there, both [S] on the host."""
         used = kept.unique().tolist()
         slots = [(kept == i).nonzero()[:, 0] for i in used]
-        return in_order([self.kept[i].index(rows[slot]) for i, slot in zip(used, slots, strict=True)], slots)
+        start = in_order([self.kept[i].index(row[slot]) for i, slot in zip(used, slots, strict=True)], slots)
+        first, rest = kept * self.step, counts - kept * self.step
+        width = int(rest.max()) if len(rest) else 0
+        if width == 0:
+            return start
+        columns = (first[:, None] + torch.arange(width)).clamp(max=self.x.shape[1] - 1).to(self.x.device)
+        _, states = self.keeping.run(self.x[row.to(self.x.device)[:, None], columns], start, rest[:, None] - 1)
+        assert states is not None
+        return states
 
 
 class ByTokens:

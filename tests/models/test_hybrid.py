@@ -5,7 +5,14 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Llama4TextConfig, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Llama4TextConfig,
+    PhiConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
@@ -244,6 +251,19 @@ def test_missing_and_unknown_parameters_are_refused_with_their_names(tmp_path):
     save_file(tensors | {"model.norm.weight": torch.zeros(3)}, path, metadata={"format": "pt"})
     with pytest.raises(RefineError, match=r"1 of another shape: model\.norm\.weight"):
         load_model(tmp_path)
+
+
+def test_the_text_model_of_a_checkpoint_of_several_kinds_of_input_loads(tmp_path):
+    """As Qwen3.5's are on the hub: under other names, beside a vision tower."""
+    torch.manual_seed(0)
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, num_position_embeddings=16)
+    tokens_of_images = dict(image_token_id=60, video_token_id=61, vision_start_token_id=62, vision_end_token_id=63)
+    config = Qwen3_5Config(text_config=plain("qwen3_5").config.to_dict(), vision_config=vision, **tokens_of_images)
+    original = Qwen3_5ForConditionalGeneration(config).eval()
+    original.save_pretrained(tmp_path)
+    model, ids = load_model(tmp_path), tokens() % 60
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, original(input_ids=ids).logits)
 
 
 def test_what_is_asked_of_the_plain_model_is_answered_by_it():

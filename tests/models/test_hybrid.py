@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    JambaConfig,
     Llama4TextConfig,
     PhiConfig,
     Qwen3_5Config,
@@ -302,11 +303,13 @@ def test_states_of_an_unknown_kind_are_read_again_and_that_is_said_once(float64)
     _schedules_agree(model)
 
 
-def test_states_that_do_not_pass_the_check_are_read_again(float64, monkeypatch):
-    """As if a layer went on otherwise from a cache than without."""
-    model = plain("qwen3_next")
-    monkeypatch.setattr("refine_nsp.models.by_reference._Replacing.update_recurrent_state", lambda self, x, *args, **kwargs: x)
-    with pytest.warns(UserWarning, match="differs by|fails"):
+def test_states_that_do_not_pass_the_check_are_read_again(float64):
+    """Jamba's layers forget their state where several tokens follow, which an untrained model's output hardly shows."""
+    torch.manual_seed(0)
+    config = JambaConfig(**COMMON, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).double()
+    with pytest.warns(UserWarning, match="do not go on from their recurrent state"):
         with_states(model)
     _schedules_agree(model)
 
@@ -326,7 +329,7 @@ def _schedules_agree(model) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Gemma2Config(**COMMON, head_dim=8, num_hidden_layers=1, final_logit_softcapping=0.01), "bend or cap"),
+        (Gemma2Config(**COMMON, head_dim=8, num_hidden_layers=1), "caps its logits"),
         (PhiConfig(**COMMON, num_hidden_layers=1), "head has a bias"),
     ],
 )

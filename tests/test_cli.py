@@ -190,10 +190,10 @@ def test_bad_models(tmp_path, text, capsys):
     fails(capsys, model(str(empty)), "no config.json")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (other / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (other / "model.safetensors").write_bytes(b"")
     (other / "tokenizer.json").write_bytes((SHIPPED[BASE] / "tokenizer.json").read_bytes())
-    fails(capsys, model(str(other)), "has no fast weights handled here")
+    fails(capsys, model(str(other)), "has no causal language model for 'vit'")
     pickled = tmp_path / "pickled"
     build("delta_net").save_pretrained(pickled)
     (pickled / "model.safetensors").unlink()

@@ -17,6 +17,7 @@ from refine_nsp.models import (
     LaCTConfig,
     LaCTForCausalLM,
     load,
+    with_states,
 )
 from refine_nsp.nsp.step import ReFINEStep
 
@@ -46,6 +47,7 @@ __all__ = [
     "TestTimeConfig",
     "TestTimeTrainer",
     "load",
+    "with_states",
 ]
 
 

@@ -92,6 +92,6 @@ def model_facts(model: FastWeightForCausalLM, ids: Tensor) -> Table:
         ["layers, hidden size, vocabulary", f"{len(model.model.layers)}, {model.config.hidden_size}, {model.config.vocab_size}"],
         ["weights", str(next(model.parameters()).dtype).removeprefix("torch.")],
         ["state of one row", f"{cache.nbytes / 2**20:.2f} MiB after {len(ids)} tokens"],
-        ["kernels", "PyTorch operations of this package"],
+        ["kernels", model.model.kernels],
     ]
     return Table("Model", ["what", "value"], rows)

@@ -180,6 +180,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
     mixer_class: ClassVar[type[Any]]
+    kernels: ClassVar[str] = "PyTorch operations of this package"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

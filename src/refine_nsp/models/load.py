@@ -1,8 +1,9 @@
-"""Load a fast-weight model and its tokenizer from the package, a folder or the hub, with errors a user can act on."""
+"""Load a model and its tokenizer from the package, a folder or the hub, with errors a user can act on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.families import FAMILIES
+from refine_nsp.models.hybrid import check, class_for
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-gated-deltanet", "tiny-lact")}
@@ -32,13 +34,14 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
     """Model (eval mode) and tokenizer of a shipped name, a folder in the hub's layout, or a hub name.
 
     Args:
-        name_or_path: for example `"refine-nsp/tiny-delta-net"`.
+        name_or_path: for example `"refine-nsp/tiny-delta-net"`; of any causal language model of transformers too
+            (docs/models_and_states.md).
         dtype: of the weights; None is the one the model's configuration names (of a shipped name float32, however it is stored).
         kwargs: passed to `from_pretrained` (device_map, revision, ...).
 
     Raises:
-        RefineError: no such folder or name, not a fast-weight model, a pickle checkpoint, no tokenizer, or a tokenizer with
-            more tokens than the model has embeddings.
+        RefineError: no such folder or name, no causal language model, a pickle checkpoint, missing or unknown parameters (with the
+            list), or no tokenizer.
     """
     return load_model(name_or_path, dtype, **kwargs), load_tokenizer(name_or_path)
 
@@ -50,17 +53,21 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     if folder.exists():
         _check_folder(folder)
     config = _load_config(where)
-    if config.model_type not in FAMILIES:
-        raise RefineError(
-            f"{where} holds a {config.model_type!r} model, which has no fast weights handled here; "
-            f"expected one of {', '.join(FAMILIES)}"
-        )
+    ours = config.model_type in FAMILIES
+    model_class: Any = AutoModelForCausalLM if ours else class_for(config)
+    if not ours and model_class.config_class is not type(config):
+        config = config.get_text_config(decoder=True)  # of a model of several kinds of input
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False, **kwargs
-        )
-    except OSError as error:
+        # Shapes that differ are let through to be named below with all else that differs.
+        model, names = model_class.from_pretrained(
+            where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
+        )  # fmt: skip
+    except (OSError, RuntimeError) as error:
         raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
+    _check_names(where, names)
+    if not ours:
+        check(model)
     return model.eval()
 
 
@@ -84,6 +91,24 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         raise RefineError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}; "
             "use the tokenizer the model was trained with"
+        )
+
+
+def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
+    """RefineError unless a checkpoint has the model's parameters, all of them and no others."""
+    problems = [
+        f"{len(found[kind])} {what}: {', '.join(sorted(key if isinstance(key, str) else str(key[0]) for key in found[kind]))}"
+        for kind, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unknown to the model"),
+            ("mismatched_keys", "of another shape"),
+        )
+        if found[kind]
+    ]
+    if problems:
+        raise RefineError(
+            f"the weights of {where} are not those of its config.json: {'; '.join(problems)}; expected the files that belong together "
+            "(a missing parameter would be random, an unknown one unused)"
         )
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 LayerState = dict[str, Tensor]  # every tensor [R, ...]
+NEWEST_LAST = ("keys", "values", "tokens")  # of as many tokens as the longest row has: shorter rows have their hole at the start
 
 
 class LayerTrace(Protocol):
@@ -69,10 +70,17 @@ class FastWeightCache(Cache):
     @classmethod
     def stack(cls, caches: Sequence[FastWeightCache]) -> FastWeightCache:
         """P caches of B rows each -> B*P rows, row b*P + p. States of different fill are zero-padded to the longest. Differentiable."""
+        rows = torch.arange(caches[0].batch_size * len(caches)).view(len(caches), -1).T.flatten()
+        return cls.concatenate(caches).index(rows)
+
+    @classmethod
+    def concatenate(cls, caches: Sequence[FastWeightCache]) -> FastWeightCache:
+        """The rows of all caches, one cache's behind the other's, zero-padded to the longest fill. Differentiable."""
         layers = [
-            {name: _stack_rows([c.layers[i][name] for c in caches]) for name in layer} for i, layer in enumerate(caches[0].layers)
+            {name: _all_rows([c.layers[i][name] for c in caches], name in NEWEST_LAST) for name in layer}
+            for i, layer in enumerate(caches[0].layers)
         ]
-        return cls(layers, _stack_rows([c._lengths() for c in caches]), max(c.columns for c in caches))
+        return cls(layers, torch.cat([c._lengths() for c in caches]), max(c.columns for c in caches))
 
     @property
     def nbytes(self) -> int:
@@ -150,11 +158,18 @@ class FastWeightCache(Cache):
         return [False] * len(self.layers)
 
 
-def _stack_rows(parts: Sequence[Tensor]) -> Tensor:
-    """P tensors [B, ...] -> [B*P, ...], row b*P + p, zero-padded at the end of every axis to the longest."""
-    shape = [max(sizes) for sizes in zip(*(x.shape for x in parts), strict=True)]
-    padding = [[pad for n, m in zip(reversed(shape), reversed(x.shape), strict=True) for pad in (0, n - m)] for x in parts]
-    return torch.stack([F.pad(x, p) for x, p in zip(parts, padding, strict=True)], 1).flatten(0, 1)
+def _all_rows(parts: Sequence[Tensor], at_start: bool) -> Tensor:
+    """Tensors [S, ...] -> the rows of all, every other axis zero-padded (at its end, or start) to the longest."""
+    shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
+    padding = [
+        [
+            pad
+            for n, m in zip(reversed(shape), reversed(x.shape[1:]), strict=True)
+            for pad in ((n - m, 0) if at_start else (0, n - m))
+        ]
+        for x in parts
+    ]
+    return torch.cat([F.pad(x, p) if any(p) else x for x, p in zip(parts, padding, strict=True)])
 
 
 def rows_of_their_own(state: LayerState, offsets: Tensor, branches: int) -> tuple[LayerState, Tensor]:

@@ -1,0 +1,216 @@
+"""What transformers' own layers keep, taken and handed back by reference.
+
+The stock cache copies states in place, which breaks gradients and changes snapshots under their owners' hands. Here a pass starts from
+plain dictionaries of tensors and ends in others; nothing that was handed over is written to.
+
+Keys and values are held with the newest token last: rows of different lengths have their holes at the start, so that a sliding window
+counts tokens, and a prefix' keys are a slice of the whole pass' keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from refine_nsp.models.state import LayerState
+
+# What a layer can keep so that its state is exact: keys and values of all tokens or of a window, states of one size, both, or nothing.
+EXACT_KINDS = ("full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "dummy")
+RECURRENT_KINDS = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+
+
+def kinds_of(config: Any) -> tuple[list[str], list[int | None]]:
+    """What each layer of a model keeps, and the window of its keys and values (None: all of them)."""
+    kinds, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return list(kinds), [s.get("sliding_window") for s in settings]
+
+
+class Lent(Tensor):
+    """A copy of a state, lent to a layer that may write to it: what it writes with `copy_` is kept aside, as part of its graph."""
+
+    written: Tensor | None
+
+    @classmethod
+    def of(cls, state: Tensor) -> Lent:
+        """A clone, since a kernel may write where no function sees it."""
+        lent = state.clone().as_subclass(cls)
+        lent.written = None
+        return lent
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == Tensor.copy_ and isinstance(args[0], Lent):
+            args[0].written = args[1]
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def returned(state: Tensor) -> Tensor:
+    """A state as its layer left it."""
+    if not isinstance(state, Lent):
+        return state
+    return state.as_subclass(Tensor) if state.written is None else state.written
+
+
+class _Replacing:
+    """Mixed into a cache's recurrent layers: their states are replaced, not copied into."""
+
+    conv_states: dict[int, Any]
+    recurrent_states: dict[int, Any]
+    conv_kernel_size: dict[int, Any]
+    has_previous_state: dict[int, bool]
+    is_conv_states_initialized: dict[int, bool]
+    is_recurrent_states_initialized: dict[int, bool]
+    number_of_states: int
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The state's inputs and the new ones; the last `conv_kernel_size` become the state."""
+        width = conv_kernel_size if conv_kernel_size is not None else conv_states.shape[-1]
+        past = self.conv_states[state_idx]
+        inputs = conv_states if past is None else torch.cat([past, conv_states], -1)
+        inputs = F.pad(inputs, (max(0, width - inputs.shape[-1]), 0))
+        self._set("conv", state_idx, inputs[..., inputs.shape[-1] - width :])
+        return inputs
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        self._set("recurrent", state_idx, recurrent_states)
+        return recurrent_states
+
+    def _set(self, what: str, state_idx: int, state: Tensor) -> None:
+        self.has_previous_state[state_idx] = True
+        if what == "conv":
+            self.conv_states[state_idx], self.is_conv_states_initialized[state_idx] = state, True
+            self.conv_kernel_size[state_idx] = state.shape[-1]
+        else:
+            self.recurrent_states[state_idx], self.is_recurrent_states_initialized[state_idx] = state, True
+
+
+@cache
+def _replacing_class(layer_class: type) -> type:
+    return type(layer_class.__name__, (_Replacing, layer_class), {})
+
+
+def replacing(layer: Any) -> Any:
+    """A fresh layer of a cache, replacing its states if it has such."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return layer
+    same: Any = object.__new__(_replacing_class(type(layer)))
+    same.__dict__.update(layer.__dict__)
+    return same
+
+
+class ReferenceCache(DynamicCache):
+    """transformers' cache for one pass that goes on from the states of its layers; they are read, never written.
+
+    Args:
+        config: of the model.
+        layers: a state each, tensors [B, ...], or empty: nothing yet.
+        columns: tokens of the longest row so far; keys and values of all tokens are so wide.
+    """
+
+    def __init__(self, config: Any, layers: Sequence[LayerState] = (), columns: int = 0) -> None:
+        super().__init__(config=config)
+        self.columns = columns
+        self.layers = [replacing(layer) for layer in self.layers]
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = True  # windows stay whole until the pass is over; no convolution is updated in place
+        for layer, state in zip(self.layers, layers, strict=False):
+            self._fill(layer, state)
+
+    def _fill(self, layer: Any, state: LayerState) -> None:
+        for name, tensor in state.items():
+            if name not in ("keys", "values"):
+                what, index = name.rsplit("_", 1)
+                layer._set(what, int(index), tensor)
+        if "keys" in state:
+            layer.lazy_initialization(state["keys"], state["values"])
+            layer.keys, layer.values = state["keys"], state["values"]
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = self.columns
+
+    def states(self) -> list[LayerState]:
+        """Of every layer: `keys`, `values` [B, Ha, S, Dk], `conv_i` [B, channels, W], `recurrent_i` [B, ...]."""
+        return [self._state(layer) for layer in self.layers]
+
+    @staticmethod
+    def _state(layer: Any) -> LayerState:
+        state: LayerState = {}
+        if isinstance(layer, DynamicLayer) and layer.keys is not None:
+            assert layer.values is not None
+            state |= {"keys": layer.keys, "values": layer.values}
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for what, kept in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
+                state |= {f"{what}_{i}": returned(x) for i, x in kept.items() if x is not None}
+        return state
+
+    # --- what models call ---------------------------------------------------------------------------------------------
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._lend(super().get_conv_state(layer_idx, state_idx), self.layers[layer_idx], "conv", state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._lend(super().get_recurrent_state(layer_idx, state_idx), self.layers[layer_idx], "recurrent", state_idx)
+
+    @staticmethod
+    def _lend(state: Tensor | None, layer: Any, what: str, state_idx: int) -> Tensor | None:
+        if state is None:
+            return None
+        lent = Lent.of(state)
+        layer._set(what, state_idx, lent)
+        return lent
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) if self._attends else self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, layer_idx) if self._attends else (self.columns + query_length, 0)
+
+    @property
+    def _attends(self) -> bool:
+        return any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+
+
+def prefix(layers: Sequence[LayerState], windows: Sequence[int | None], drop: int) -> list[LayerState]:
+    """States without their `drop` newest tokens (which only keys and values can be without), windows cut to what the next token reads."""
+
+    def cut(x: Tensor, window: int | None) -> Tensor:
+        end = x.shape[2] - drop
+        return x[:, :, 0 if window is None else max(0, end - window + 1) : end]
+
+    return [
+        {name: cut(x, window) if name in ("keys", "values") else x for name, x in layer.items()}
+        for layer, window in zip(layers, windows, strict=True)
+    ]
+
+
+def trimmed(layers: Sequence[LayerState], columns: int) -> list[LayerState]:
+    """Keys and values without the columns that are a hole in every row."""
+    return [
+        {name: x[:, :, -columns:] if name in ("keys", "values") and x.shape[2] > columns else x for name, x in layer.items()}
+        for layer in layers
+    ]
+
+
+def nothing_yet(layers: Sequence[LayerState]) -> list[LayerState]:
+    """States before any token, of the shapes of `layers`."""
+    return [
+        {name: x[:, :, :0] if name in ("keys", "values") else torch.zeros_like(x) for name, x in layer.items()}
+        for layer in layers
+    ]

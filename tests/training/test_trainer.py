@@ -105,9 +105,10 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, conten
     assert_close(weights(again), weights(straight), atol=1e-12)
 
 
-def test_shards_that_are_not_made_are_missed(tmp_path):
+def test_shards_that_are_not_made_are_missed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` does
     with pytest.warns(UserWarning, match="FSDP was asked for, but .*: every process holds the whole model"):
-        trainer(tmp_path, fsdp=True)
+        trainer(tmp_path)
 
 
 def test_a_checkpoint_of_other_steps_is_refused(tmp_path):

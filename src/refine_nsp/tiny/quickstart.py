@@ -79,7 +79,7 @@ class Settings:
     shares: dict[str, float] = field(default_factory=lambda: {"needles": 0.2, "listing": 0.1, "chains": 0.1, "paragraphs": 0.1})
     lengths: tuple[int, ...] = (512, 1024, 2048)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    prompts_per_cell: int = 8
+    prompts_per_cell: int = 4
     text_windows: int = 24
 
 

@@ -148,6 +148,15 @@ def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, 
             )
 
 
+def check_rows(past: FastWeightCache, n_rows: int, use_cache: bool) -> None:
+    """RefineError unless `n_rows` rows can go on from the states of `past`: as many if these are replaced, else a multiple of them."""
+    if n_rows % past.batch_size or (use_cache and past.batch_size != n_rows):
+        raise RefineError(
+            f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
+            "use_cache=False to go on from each with a whole number of rows"
+        )
+
+
 class _Kept:
     """What a pass keeps of its layers' states: those after `final` [B, 1], snapshots after `tokens` [B, P], or all they come from."""
 
@@ -281,11 +290,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
             return None
         if not isinstance(past, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past).__name__}")
-        if past.is_initialized and (n_rows % past.batch_size or (use_cache and past.batch_size != n_rows)):
-            raise RefineError(
-                f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
-                "use_cache=False to go on from each with a whole number of rows"
-            )
+        if past.is_initialized:
+            check_rows(past, n_rows, use_cache)
         return past
 
     @staticmethod

@@ -26,7 +26,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModelOutput
+from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModelOutput, check_rows
 from refine_nsp.models.by_reference import EXACT_KINDS, kinds_of
 from refine_nsp.models.keeping import ByReference, ByTokens, Keeping, StatesOfPass
 from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
@@ -131,11 +131,7 @@ class StatefulTrunk:
         """States to go on from, of `n_rows` rows; None: none yet."""
         if past is None or not past.is_initialized:
             return None
-        if n_rows % past.batch_size or (use_cache and past.batch_size != n_rows):
-            raise RefineError(
-                f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
-                "use_cache=False to go on from each with a whole number of rows"
-            )
+        check_rows(past, n_rows, use_cache)
         return past if past.batch_size == n_rows else past.expand(n_rows // past.batch_size)
 
     @staticmethod
@@ -358,7 +354,15 @@ def state_problem(trunk: Any) -> str | None:
         worst = max(_hidden_error(trunk.keeping, ids, whole), _state_error(trunk.keeping, ids))
         if _forgets(trunk.keeping, ids):
             return "its layers do not go on from their recurrent state where several tokens follow"
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the states
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # as foreign code fails; the warning says how
         return f"a pass with a cache fails: {type(error).__name__}: {first_line(error)}"
     return None if worst <= TOLERANCE[whole.dtype] else f"a pass that goes on from a state differs by {worst:.2g}"
 

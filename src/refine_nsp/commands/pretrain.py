@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--tokens_per_step", type=int)
+    parser.add_argument(
+        "--stop_after", type=int, metavar="STEPS", help="measure and save the model after so many steps; run again to go on"
+    )
     parser.add_argument("--restart", action="store_true", help="do not go on from the checkpoint in output_dir")
     parser.add_argument("--dry_run", action="store_true", help="show what would run, touch nothing")
 
@@ -38,4 +41,4 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         console.print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")
         return
-    console.print(f"model: {pretrain(config, resume=not args.restart)}")
+    console.print(f"model: {pretrain(config, resume=not args.restart, stop_after=args.stop_after)}")

@@ -45,7 +45,7 @@ def model_card(model: FastWeightForCausalLM, config: PretrainConfig, records: Se
         f"**Made by** `refine-nsp pretrain`, seed {config.seed}: {done:,} of {config.total_steps:,} steps of {config.tokens_per_step:,} "
         f"tokens ({done * config.tokens_per_step / 1e6:.1f} M tokens), AdamW, learning rate {config.learning_rate:g} with warm-up and "
         f"linear decay, {'bfloat16 products, ' if config.bf16 else ''}weights stored as {config.store_dtype}. Everything that decides it is"
-        " in `pretrain_config.json`; the same settings, seed, Python and processor give the same model.\n",
+        " in `pretrain_config.json`; the same settings, seed and Python give the same model up to rounding.\n",
         phases_table(config).markdown(),
         "**Data.** The source of the Python standard library as installed (licence: PSF-2.0), read from disk, without the modules "
         f"{', '.join(HELD_OUT_MODULES)}; and generated documents:\n",

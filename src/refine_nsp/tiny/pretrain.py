@@ -39,14 +39,19 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENS_AT_ONCE = 4096
 
 
-def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
-    """Train, or go on from the last checkpoint in `output_dir`; returns the folder of the finished model.
+def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None = None) -> Path:
+    """Train, or go on from the last checkpoint in `output_dir`; returns the folder of the model.
+
+    Args:
+        stop_after: steps after which the model is measured and saved as it is; the same command without it goes on from there.
 
     Raises:
         RefineError: no step to make, or rows longer than a step's tokens.
     """
     if config.total_steps < 1 or any(p.length > config.tokens_per_step for p in config.phases):
         raise RefineError("pretrain needs phases with at least one step, each row no longer than tokens_per_step")
+    if stop_after is not None and stop_after < 1:
+        raise RefineError(f"stop_after={stop_after}: a model is saved after at least one step")
     if config.model_type == "lact_swiglu" and config.num_heads != 2:
         raise RefineError(f"num_heads={config.num_heads}: this LaCT starts with two heads that look one and two tokens back")
     if config.model_type not in NEW_MODELS:
@@ -64,24 +69,25 @@ def pretrain(config: PretrainConfig, resume: bool = True) -> Path:
     if start == 0:
         (out / "metrics.jsonl").unlink(missing_ok=True)
     model.train()
-    with step_progress(config.total_steps, start, "pretrain") as progress:
-        for step in range(start, config.total_steps):
+    last = config.total_steps if stop_after is None else max(start, min(stop_after, config.total_steps))
+    with step_progress(last, start, "pretrain") as progress:
+        for step in range(start, last):
             ids, weights = training_batch(config, phase_of(config, step), step, sources)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(config, step)
             loss = train_step(model, optimizer, ids, weights, config)
             progress.advance(ids.numel(), 1, {"loss": loss})
             done = step + 1
-            probed = done % config.probe_steps == 0 and done < config.total_steps
-            if probed or done % config.log_steps == 0 or done == config.total_steps:
+            probed = done % config.probe_steps == 0 and done < last
+            if probed or done % config.log_steps == 0 or done == last:
                 measured = measures.take(model) if probed else {}
                 append_json_lines(out / "metrics.jsonl", [{"step": done, "time": time.time(), "loss": loss, **measured}])
-            if done % config.save_steps == 0 or done == config.total_steps:
+            if done % config.save_steps == 0 or done == last:
                 save_checkpoint(out, model, optimizer, done, config)
                 write_curves(out)
     # What is stored is what is measured at the end.
     round_to(model.eval(), config.store_dtype)
-    append_json_lines(out / "metrics.jsonl", [{"step": config.total_steps, "time": time.time(), **measures.take(model)}])
+    append_json_lines(out / "metrics.jsonl", [{"step": last, "time": time.time(), **measures.take(model)}])
     write_curves(out)
     return save_model(out, model, tokenizer, config, model_card(model, config, read_json_lines(out / "metrics.jsonl")))
 

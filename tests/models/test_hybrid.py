@@ -25,6 +25,7 @@ from refine_nsp.models.load import load_model
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.step import ReFINEStep
 from tests.models.transformers_models import COMMON, NAMES, Float64Stays, plain, stateful
+from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
 TIGHT = dict(rtol=1e-9, atol=1e-11)
 T = 50
@@ -46,40 +47,15 @@ def tokens(rows: int = 3, length: int = T, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
-
-def assert_same_gradients(a: dict, b: dict, tolerance: float = 1e-8) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert float((a[name] - b[name]).norm()) <= tolerance * float(b[name].norm()) + 1e-12, name
-
-
 # --- states -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_all_schedules_give_the_same_loss_and_gradients(name, float64):
-    model, found, chosen = stateful(name).train(), {}, None
+    model = stateful(name).train()
     assert isinstance(model.model.keeping, ByReference)
-    for schedule in ("reprefill", "snapshot", "fused"):
-        config = NSPConfig(positions_per_sequence=2, num_generations=2, rollout_length=3, schedule=schedule, reward="hybrid",
-                           min_prefix=5, baseline="leave_one_out")  # fmt: skip
-        step = ReFINEStep(model, config)
-        sampled = step(tokens(), lengths=LENGTHS, generator=torch.Generator().manual_seed(0))
-        sampled.loss.backward()
-        from_sampling = gradients(model)
-        chosen = chosen or (sampled.positions, sampled.rollouts, sampled.log_probs - 0.3)
-        assert torch.equal(sampled.positions, chosen[0]) and torch.equal(sampled.rollouts, chosen[1])
-        given = step.score(tokens(), *chosen[:2], lengths=LENGTHS, old_log_probs=chosen[2])
-        given.loss.backward()
-        found[schedule] = (sampled.loss, from_sampling, given.loss, gradients(model))
-    for schedule in ("snapshot", "fused"):
-        for i in (0, 2):
-            torch.testing.assert_close(found[schedule][i], found["reprefill"][i], rtol=1e-8, atol=1e-10)
-        for i in (1, 3):
-            assert_same_gradients(found[schedule][i], found["reprefill"][i])
+    assert_schedules_agree(
+        model, tokens(), LENGTHS, positions_per_sequence=2, num_generations=2, rollout_length=3, reward="hybrid", min_prefix=5,
+        baseline="leave_one_out",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

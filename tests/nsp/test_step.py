@@ -8,6 +8,7 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.step import ReFINEStep
 from tests.models.families import FAMILY_NAMES, build
+from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
 LENGTHS = torch.tensor([150, 97, 70])
 
@@ -20,43 +21,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return grads
-
-
-def assert_same_gradients(a: dict, b: dict, tolerance: float = 1e-8) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        scale = b[name].norm()
-        assert float((a[name] - b[name]).norm()) <= tolerance * float(scale) + 1e-12, name
-
-
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("N", [1, 3])
 def test_all_schedules_give_the_same_loss_and_gradients(family, N):
-    model = build(family).train()
-    found = {}
-    chosen = None
-    for schedule in ("reprefill", "snapshot", "fused"):
-        config = NSPConfig(positions_per_sequence=3, num_generations=N, schedule=schedule, reward="hybrid", kl_coef=0.1,
-                           entropy_coef=0.01, min_prefix=5, baseline="leave_one_out" if N > 1 else "mean")  # fmt: skip
-        step = ReFINEStep(model, config, reference_model=build(family, seed=7))
-        sampled = step(ids(), lengths=LENGTHS, generator=generator())
-        sampled.loss.backward()
-        from_sampling = gradients(model)
-        if chosen is None:
-            chosen = (sampled.positions, sampled.rollouts, sampled.log_probs - 0.3)
-        assert torch.equal(sampled.positions, chosen[0]) and torch.equal(sampled.rollouts, chosen[1])
-        given = step.score(ids(), *chosen[:2], lengths=LENGTHS, old_log_probs=chosen[2])
-        given.loss.backward()
-        found[schedule] = (sampled.loss, from_sampling, given.loss, gradients(model))
-    for schedule in ("snapshot", "fused"):
-        for i in (0, 2):
-            torch.testing.assert_close(found[schedule][i], found["reprefill"][i], rtol=1e-8, atol=1e-10)
-        for i in (1, 3):
-            assert_same_gradients(found[schedule][i], found["reprefill"][i])
+    assert_schedules_agree(
+        build(family).train(), ids(), LENGTHS, build(family, seed=7), positions_per_sequence=3, num_generations=N, reward="hybrid",
+        kl_coef=0.1, entropy_coef=0.01, min_prefix=5, baseline="leave_one_out" if N > 1 else "mean",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -74,6 +74,8 @@ def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
     assert_close(exported, saved, 0.0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert_close(dict(model.named_parameters()), saved, 0.0)
+    with pytest.raises(RefineError, match="is not empty"):
+        export_checkpoint(two / "straight" / "checkpoint-4", tmp_path / "model")
     with pytest.raises(RefineError, match="is a plain folder already"):
         export_checkpoint(tmp_path / "model", tmp_path / "again")
     with pytest.raises(RefineError, match="holds no sharded weights"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -88,20 +89,25 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Make a plain folder, as `from_pretrained` reads it, of a checkpoint whose weights are in shards.
+    """Make a plain folder, as `from_pretrained` reads it, of a checkpoint whose weights are in shards; complete or not at all.
 
     Raises:
-        RefineError: the checkpoint has none.
+        RefineError: the checkpoint has none, or the folder has something in it.
     """
     shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
     if not (shards / ".metadata").exists():
         plain = (checkpoint / "model.safetensors").exists() or (checkpoint / "model.safetensors.index.json").exists()
         raise RefineError(f"{checkpoint} {'is a plain folder already' if plain else f'holds no sharded weights ({shards.name})'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    merge_fsdp_weights(str(shards), str(folder))
+    if folder.exists() and any(folder.iterdir()):
+        raise RefineError(f"{folder} is not empty; name a new folder")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    merge_fsdp_weights(str(shards), str(temporary))
     for pattern in PLAIN_FILES:
         for file in checkpoint.glob(pattern):
-            shutil.copy(file, folder)
+            shutil.copy(file, temporary)
+    os.replace(temporary, folder)
 
 
 # --- rollouts that wait for their steps -------------------------------------------------------------------------------

@@ -244,10 +244,11 @@ def post(study: Study, start: str, seed: int, variant: str) -> Figures:
     )  # fmt: skip
     model = load_model(study.folder("models", "mid", MAIN, start, seed))
     trainer = PostTrainer(model=model, args=args, train_dataset=post_rows(study, seed), processing_class=material.tokenizer)
-    seconds = trainer.train().metrics["train_runtime"]
+    with measuring.Clock() as clock:
+        trainer.train()
     model = trainer.model.eval()
     figures = {
-        "seconds": seconds,
+        "seconds": clock.seconds,
         "qa": measuring.qa_figures(model, material, s, seed),
         "text": measuring.text_figures(model, material.windows["report"]),
         "choose_answer_entropy": measuring.answer_entropy(model, choosing_questions(study))(1.0),

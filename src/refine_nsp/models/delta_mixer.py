@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from refine_nsp.models.state import LayerState, last_inputs
-from refine_nsp.ops.delta_rule import DeltaStates
+from refine_nsp.ops.delta_rule import DeltaStates, OneToken
 from refine_nsp.ops.norm import rms_norm_gated
 from refine_nsp.ops.short_conv import short_conv
 
@@ -51,7 +51,7 @@ class GatedRMSNorm(nn.Module):
 class DeltaTrace:
     """One pass of a delta-rule mixer: its chunk states, and the inputs of its convolutions with what came before them."""
 
-    states: DeltaStates
+    states: DeltaStates | OneToken
     conv_inputs: dict[str, tuple[Tensor, Tensor | None, int]]  # name -> inputs [B, T, D], history [B, W-1, D], width
 
     def at(self, positions: Tensor) -> LayerState:

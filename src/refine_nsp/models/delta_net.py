@@ -145,7 +145,8 @@ class DeltaNetMixer(nn.Module):
         if self.config.qk_norm == "sum" and mask is not None:
             # A pad whose activations sum to zero would give 0/0, and 0 * NaN writes NaN even with beta 0.
             k = k.masked_fill(~mask[..., None], 0.0)
-        o, states = delta_rule(q, k, v, self._beta(x, lengths), None, None if state is None else state["recurrent"])
+        before = None if state is None else state["recurrent"]
+        o, states = delta_rule(q, k, v, self._beta(x, lengths), initial_state=before, lengths=lengths)
         if self.config.use_gate:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (self.config.num_heads, self.head_v_dim)))
         else:

@@ -151,7 +151,7 @@ class GatedDeltaNetMixer(nn.Module):
         q, k = (l2_norm(z.unflatten(-1, (c.num_heads, c.head_dim))) for z in (q, k))
         v = v.unflatten(-1, (c.value_heads, c.head_v_dim))
         beta, g = self._gates(x, lengths)
-        o, states = delta_rule(q, k, v, beta, g, None if state is None else state["recurrent"])
+        o, states = delta_rule(q, k, v, beta, g, None if state is None else state["recurrent"], lengths=lengths)
         if c.use_gate:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (c.value_heads, c.head_v_dim)))
         else:

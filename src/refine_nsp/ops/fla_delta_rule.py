@@ -139,51 +139,54 @@ def reverse_states(
 
 @triton.autotune(
     configs=[
-        triton.Config({"BV": BV}, num_warps=warps, num_stages=stages) for BV in (32, 16, 64) for warps in (4, 2) for stages in (2, 3)
+        triton.Config({"BV": BV}, num_warps=warps, num_stages=stages) for BV in (32, 16, 64) for warps in (4, 8) for stages in (2, 3)
     ],
     key=["H", "HV", "Dk", "Dv", "GATED"],
 )
 @triton.jit(do_not_specialize=["T"])
-def _reverse_states(
-    q: Any, k: Any, w: Any, b: Any, do: Any, du_inside: Any, dstarts: Any, dfinal: Any, dafter: Any, dinitial: Any, du: Any, scale: Any,
-    T: Any, H: tl.constexpr, HV: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, GATED: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr,
-) -> None:  # fmt: skip
+def _reverse_states(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows but its own
+    q, k, w, b, do, du_inside, dstarts, dfinal, dafter, dinitial, du, scale, T,
+    H: tl.constexpr, HV: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATED: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
     """One head of one row, BV columns of its state, last chunk first."""
     columns, head_of_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, head = head_of_row // HV, head_of_row % HV
     n = tl.cdiv(T, CHUNK)
-    i, j = tl.arange(0, BK), columns * BV + tl.arange(0, BV)
+    i, j, t = tl.arange(0, BK), columns * BV + tl.arange(0, BV), tl.arange(0, CHUNK)
+    # Offsets inside a chunk are 32 bits wide, and the same for every chunk: 64-bit ones of whole tiles would fill the registers.
     entry, there = i[:, None] * Dv + j[None, :], (i[:, None] < Dk) & (j[None, :] < Dv)
+    shared, own = t[:, None] * (H * Dk) + i[None, :], t[:, None] * (HV * Dk) + i[None, :]
+    values = t[:, None] * (HV * Dv) + j[None, :]
+    q += head // (HV // H) * Dk
+    k += head // (HV // H) * Dk
     dS = tl.zeros([BK, BV], dtype=tl.float32)
     if FINAL:
         dS += tl.load(dfinal + head_of_row * Dk * Dv + entry, mask=there, other=0.0).to(tl.float32)
     for back in range(n):
         c = n - 1 - back
-        t = c * CHUNK + tl.arange(0, CHUNK)
-        real = t < T
-        token = row * T + t
-        keys = real[:, None] & (i[None, :] < Dk)
-        values = real[:, None] & (j[None, :] < Dv)
-        shared = (token * H + head // (HV // H))[:, None] * Dk + i[None, :]
-        own = (token * HV + head)[:, None] * Dk + i[None, :]
-        written = (token * HV + head)[:, None] * Dv + j[None, :]
-        state = ((row * n + c) * HV + head) * Dk * Dv + entry
-        tl.store(dafter + state, dS.to(dafter.dtype.element_ty), mask=there)
-        k_c = tl.load(k + shared, mask=keys, other=0.0)
-        q_c = tl.load(q + shared, mask=keys, other=0.0)
-        w_c = tl.load(w + own, mask=keys, other=0.0)
-        do_c = tl.load(do + written, mask=values, other=0.0)
+        first = row * T + c * CHUNK  # 64 bits
+        real = t < T - c * CHUNK
+        real_keys, real_values = real[:, None] & (i[None, :] < Dk), real[:, None] & (j[None, :] < Dv)
+        state = ((row * n + c) * HV + head) * Dk * Dv
+        tl.store(dafter + state + entry, dS.to(dafter.dtype.element_ty), mask=there)
+        of_values = (first * HV + head) * Dv
+        k_c = tl.load(k + first * H * Dk + shared, mask=real_keys, other=0.0)
         du_c = tl.dot(k_c, dS.to(k_c.dtype))
         if GATED:
-            b_c = tl.load(b + token * HV + head, mask=real, other=0.0)
-            last = tl.load(b + (row * T + tl.minimum(c * CHUNK + CHUNK, T) - 1) * HV + head)
+            b_c = tl.load(b + first * HV + head + t * HV, mask=real, other=0.0)
+            last = tl.load(b + (first + tl.minimum(CHUNK, T - c * CHUNK) - 1) * HV + head)
             du_c *= tl.where(real, tl.exp2(last - b_c), 0.0)[:, None]
+        du_c += tl.load(du_inside + of_values + values, mask=real_values, other=0.0)
+        tl.store(du + of_values + values, du_c.to(du.dtype.element_ty), mask=real_values)
+        q_c = tl.load(q + first * H * Dk + shared, mask=real_keys, other=0.0)
+        do_c = tl.load(do + of_values + values, mask=real_values, other=0.0)
+        if GATED:
             dS *= tl.exp2(last)
             q_c = (q_c * tl.exp2(b_c)[:, None]).to(do_c.dtype)
-        du_c += tl.load(du_inside + written, mask=values, other=0.0)
-        tl.store(du + written, du_c.to(du.dtype.element_ty), mask=values)
-        dS += tl.dot(tl.trans(q_c), do_c) * scale - tl.dot(tl.trans(w_c), du_c.to(w_c.dtype))
-        dS += tl.load(dstarts + state, mask=there, other=0.0).to(tl.float32)
+        w_c = tl.load(w + (first * HV + head) * Dk + own, mask=real_keys, other=0.0)
+        dS += tl.dot(tl.trans(q_c), do_c) * scale
+        dS -= tl.dot(tl.trans(w_c), du_c.to(w_c.dtype))
+        dS += tl.load(dstarts + state + entry, mask=there, other=0.0).to(tl.float32)
     if INITIAL:
         tl.store(dinitial + head_of_row * Dk * Dv + entry, dS, mask=there)

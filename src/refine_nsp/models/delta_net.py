@@ -20,7 +20,7 @@ from refine_nsp.models.blocks import (
     RMSNorm,
     refuse_unsupported,
 )
-from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, real_token_mask
+from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, delta_rule_exception, real_token_mask
 from refine_nsp.models.state import LayerState, rows_of_their_own
 from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
@@ -131,6 +131,10 @@ class DeltaNetMixer(nn.Module):
         else:
             self.o_norm = RMSNorm(self.head_v_dim, config.norm_eps)
         self.o_proj = nn.Linear(config.value_width, config.hidden_size, bias=False)
+
+    @property
+    def without_kernels(self) -> str | None:
+        return delta_rule_exception(self.head_k_dim, gated=False)
 
     def forward(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None

@@ -24,7 +24,7 @@ from refine_nsp.models.blocks import (
     RMSNorm,
     refuse_unsupported,
 )
-from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, real_token_mask
+from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, delta_rule_exception, real_token_mask
 from refine_nsp.models.state import LayerState, rows_of_their_own
 from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
@@ -139,6 +139,10 @@ class GatedDeltaNetMixer(nn.Module):
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-3, 16).log_())
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+
+    @property
+    def without_kernels(self) -> str | None:
+        return delta_rule_exception(self.config.head_dim, gated=True)
 
     def forward(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None

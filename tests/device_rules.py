@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 READS = {
@@ -20,6 +21,7 @@ READS = {
     torch.allclose,
 } - {Tensor.__len__}  # fmt: skip
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}  # by host tensors too: they are sent along
+READING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "unique_consecutive"}
 FACTORIES = {
     torch.arange, torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.eye,
 }  # fmt: skip
@@ -52,6 +54,8 @@ class DeviceRules(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in READS and tensors and not on_host(tensors[0]):
             self.waits.append(place())
+        if func in INDEXING and any(x.dtype == torch.bool and not on_host(x) for x in tree_leaves(args[1]) if isinstance(x, Tensor)):
+            self.waits.append(place())  # how many are true decides a shape, or an index is made of them
         moved = func is Tensor.to and (isinstance(args[1] if len(args) > 1 else None, torch.device) or "device" in kwargs)
         if moved:
             return tensors[0].detach().clone() if on_host(tensors[0]) else out
@@ -64,6 +68,21 @@ class DeviceRules(TorchFunctionMode):
                 if isinstance(x, Tensor):
                     host(x)
         return out
+
+
+class Readings(TorchDispatchMode):
+    """Attributes: ops: those of a device that its host would have to wait for, backward passes included, wherever tensors are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[-1].split(".")[0]
+        masks = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype == torch.bool]
+        if name in READING_OPS or (name.startswith("index") and masks):
+            self.ops.append(f"{name} {place()}")
+        return func(*args, **(kwargs or {}))
 
 
 def place() -> str:

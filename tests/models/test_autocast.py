@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from tests.models.families import build
 
@@ -41,3 +43,35 @@ def test_a_backward_pass_started_under_autocast_is_as_good(family):
     _, outside = gradients(model, True)
     _, inside = gradients(model, True, backward_inside=True)
     assert torch.nn.functional.cosine_similarity(outside, inside, 0) > 0.9999
+
+
+STEPS = {"exact": {"estimator": "exact"}, "fused": {"schedule": "fused"}, "snapshot": {"schedule": "snapshot", "num_generations": 2}}
+
+
+@FAMILIES
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["master weights", "bfloat16 weights"])
+def test_a_step_in_bfloat16_with_or_without_master_weights(family, name, weights):
+    model = build(family, dtype=torch.float32).train()
+    config = NSPConfig(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, lambda_rl=0.1, **STEPS[name])
+    exact = gradients(model, False)[1]
+    exact_loss = ReFINEStep(model, config)(IDS, generator=torch.Generator().manual_seed(0)).loss_ntp.item()
+    model.to(weights)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        result = ReFINEStep(model, config)(IDS, generator=torch.Generator().manual_seed(0))
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32 and float(result.loss_ntp.detach()) == pytest.approx(exact_loss, rel=0.02)
+    assert all(p.grad.dtype == weights and bool(p.grad.isfinite().all()) for p in model.parameters())
+    rounded = torch.cat([p.grad.flatten() for p in model.parameters()]).float()
+    assert torch.nn.functional.cosine_similarity(exact, rounded, 0) > 0.9  # the policy's part apart, which is small here
+
+
+@FAMILIES
+@torch.no_grad()
+def test_states_of_a_bfloat16_model_are_float32(family):
+    model = build(family, dtype=torch.bfloat16)
+    cache = model.model(IDS, snapshot_positions=torch.tensor([[17, 99], [3, 63]]), use_cache=True)
+    for layer in (*cache.snapshots.layers, *cache.past_key_values.layers):
+        fast = [x for name, x in layer.items() if name == "recurrent" or name[:2] in ("w0", "w1", "w2") or name[:4] in ("main", "mome")]
+        assert fast and all(x.dtype == torch.float32 for x in fast)

@@ -5,7 +5,7 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.step import ReFINEStep
-from tests.device_rules import DeviceRules, host
+from tests.device_rules import DeviceRules, Readings, host
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, generator, ids
 
@@ -28,7 +28,9 @@ def test_a_step_asks_the_device_for_its_positions_and_nothing_else(family, name)
     step = ReFINEStep(build(family, dtype=torch.float32).train(), config)
     with DeviceRules() as rules:
         result = step(ids(), host(LENGTHS.clone()), generator())
+    with Readings() as backward:
         result.loss.backward()
+    assert not backward.ops
     assert not rules.mixed and len(rules.waits) <= waits, rules.waits
     assert all(isinstance(v, torch.Tensor) for n, v in result.metrics.items() if not n.startswith("seconds"))
 
@@ -45,4 +47,14 @@ def test_the_rules_see_what_they_look_for():
         x + torch.arange(3)
         x + torch.arange(3).to(x.device, non_blocking=True)
         x + n
-    assert len(rules.waits) == 4 and len(rules.mixed) == 1
+        x[x > 0]
+        x[torch.zeros(3, dtype=torch.bool)]
+    assert len(rules.waits) == 5 and len(rules.mixed) == 1
+    y = torch.randn(4, requires_grad=True)
+    total = y.clamp(min=0).square().sum() + y[y > 0].sum()
+    with Readings() as readings:
+        total.backward()
+        float(x.sum())
+        x[x > 0]
+        x[n]
+    assert len(readings.ops) == 3, readings.ops  # the gradient of what was picked by a mask, and two of the three lines

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from refine_nsp.errors import RefineError
 from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
+from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
 from refine_nsp.ops.swiglu import swiglu
 
@@ -63,10 +64,14 @@ class Mixer(Protocol):
         fast_weight_names: its submodules and parameters that write to and read from the fast weights.
         shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
             again costs less than carrying a state on for every row.
+        without_kernels: what of it runs on PyTorch's operations although kernels are there, in words; or None.
     """
 
     fast_weight_names: tuple[str, ...]
     shares_states: bool
+
+    @property
+    def without_kernels(self) -> str | None: ...
 
     def __call__(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None
@@ -189,8 +194,6 @@ class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
     mixer_class: ClassVar[type[Any]]
-    kernels: ClassVar[str] = "PyTorch operations of this package"
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -203,6 +206,12 @@ class FastWeightModel(FastWeightPreTrainedModel):
     def mixers(self) -> list[Mixer]:
         """One a layer."""
         return [cast(FastWeightBlock, layer).attn for layer in self.layers]
+
+    @property
+    def kernels(self) -> str:
+        """What computes it, and why: one line."""
+        exceptions = sorted({mixer.without_kernels for mixer in self.mixers if mixer.without_kernels is not None})
+        return "; ".join([str(chosen()), *(exceptions if chosen().name == "fla" else [])])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings

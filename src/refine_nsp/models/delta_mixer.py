@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from refine_nsp.models.state import LayerState, last_inputs
-from refine_nsp.ops.delta_rule import DeltaStates
+from refine_nsp.ops.delta_rule import DeltaStates, OneToken
+from refine_nsp.ops.kernels import delta_rule_problem
 from refine_nsp.ops.norm import rms_norm_gated
 from refine_nsp.ops.short_conv import short_conv
 
@@ -51,7 +52,7 @@ class GatedRMSNorm(nn.Module):
 class DeltaTrace:
     """One pass of a delta-rule mixer: its chunk states, and the inputs of its convolutions with what came before them."""
 
-    states: DeltaStates
+    states: DeltaStates | OneToken
     conv_inputs: dict[str, tuple[Tensor, Tensor | None, int]]  # name -> inputs [B, T, D], history [B, W-1, D], width
 
     def at(self, positions: Tensor) -> LayerState:
@@ -74,3 +75,9 @@ def real_token_mask(lengths: Tensor | None, n_tokens: int, device: torch.device)
     if lengths is None:
         return None
     return (torch.arange(n_tokens) < lengths[:, None])[..., None].to(device, non_blocking=True)
+
+
+def delta_rule_exception(key_width: int, gated: bool) -> str | None:
+    """`Mixer.without_kernels` of heads of this width."""
+    problem = delta_rule_problem(None, key_width, gated)
+    return None if problem is None else f"the delta rule on PyTorch's operations ({problem})"

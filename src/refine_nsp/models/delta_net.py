@@ -20,7 +20,7 @@ from refine_nsp.models.blocks import (
     RMSNorm,
     refuse_unsupported,
 )
-from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, real_token_mask
+from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, delta_rule_exception, real_token_mask
 from refine_nsp.models.state import LayerState, rows_of_their_own
 from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
@@ -132,6 +132,10 @@ class DeltaNetMixer(nn.Module):
             self.o_norm = RMSNorm(self.head_v_dim, config.norm_eps)
         self.o_proj = nn.Linear(config.value_width, config.hidden_size, bias=False)
 
+    @property
+    def without_kernels(self) -> str | None:
+        return delta_rule_exception(self.head_k_dim, gated=False)
+
     def forward(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
     ) -> tuple[Tensor, DeltaTrace]:
@@ -145,7 +149,8 @@ class DeltaNetMixer(nn.Module):
         if self.config.qk_norm == "sum" and mask is not None:
             # A pad whose activations sum to zero would give 0/0, and 0 * NaN writes NaN even with beta 0.
             k = k.masked_fill(~mask[..., None], 0.0)
-        o, states = delta_rule(q, k, v, self._beta(x, lengths), None, None if state is None else state["recurrent"])
+        before = None if state is None else state["recurrent"]
+        o, states = delta_rule(q, k, v, self._beta(x, lengths), initial_state=before, lengths=lengths)
         if self.config.use_gate:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (self.config.num_heads, self.head_v_dim)))
         else:

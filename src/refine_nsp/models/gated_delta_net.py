@@ -24,7 +24,7 @@ from refine_nsp.models.blocks import (
     RMSNorm,
     refuse_unsupported,
 )
-from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, real_token_mask
+from refine_nsp.models.delta_mixer import DeltaTrace, GatedRMSNorm, ShortConv, conv_trace, delta_rule_exception, real_token_mask
 from refine_nsp.models.state import LayerState, rows_of_their_own
 from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
@@ -140,6 +140,10 @@ class GatedDeltaNetMixer(nn.Module):
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
 
+    @property
+    def without_kernels(self) -> str | None:
+        return delta_rule_exception(self.config.head_dim, gated=True)
+
     def forward(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
     ) -> tuple[Tensor, DeltaTrace]:
@@ -151,7 +155,7 @@ class GatedDeltaNetMixer(nn.Module):
         q, k = (l2_norm(z.unflatten(-1, (c.num_heads, c.head_dim))) for z in (q, k))
         v = v.unflatten(-1, (c.value_heads, c.head_v_dim))
         beta, g = self._gates(x, lengths)
-        o, states = delta_rule(q, k, v, beta, g, None if state is None else state["recurrent"])
+        o, states = delta_rule(q, k, v, beta, g, None if state is None else state["recurrent"], lengths=lengths)
         if c.use_gate:
             o = self.o_norm(o, self.g_proj(x).unflatten(-1, (c.value_heads, c.head_v_dim)))
         else:

@@ -175,6 +175,7 @@ class LaCTMixer(nn.Module):
 
     fast_weight_names = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
     shares_states = True
+    without_kernels = "fast weights and window attention on PyTorch's operations"
 
     def __init__(self, config: LaCTConfig) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest, first_line
-from refine_nsp.models.families import FAMILIES
+from refine_nsp.models.families import FAMILIES, register
 from refine_nsp.models.hybrid import check, class_for
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -113,6 +113,7 @@ def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
 
 
 def _load_config(where: str) -> Any:
+    register()  # again: another library may have been imported since
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except RefineError:

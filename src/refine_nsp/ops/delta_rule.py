@@ -17,14 +17,17 @@ n counts chunks; D without indices is either width of a head. In the code P is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refine_nsp.ops.precision import without_autocast
+from refine_nsp.ops.kernels import delta_rule_runs
+from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 
 def _default_chunk(head: int) -> int:
@@ -53,33 +56,35 @@ def naive_delta_rule(
 class DeltaStates:
     """What a pass of `delta_rule` leaves behind, enough for its state after any token."""
 
-    starts: Tensor  # [n + 1, B, HV, Dk, Dv], state before each chunk, and after the last
-    u: Tensor  # [n, B, HV, C, Dv], what each token wrote
+    starts: Tensor  # [n or more, B, HV, Dk, Dv], state before each chunk; of kernels in the inputs' dtype
+    final: Tensor  # [B, HV, Dk, Dv], state after each row's last real token, float32 or better
+    written: Callable[[], Tensor]  # -> u [n, B, HV, C, Dv], what each token wrote
     k: Tensor  # [B, T, H, Dk]
     g: Tensor | None  # [B, T, HV]
+    chunk: int  # C
+    lengths: Tensor | None  # [B] long, on the host; None: all T
 
     @without_autocast
     def at(self, positions: Tensor) -> Tensor:
         """State after the token at `positions` [B, P] long, best on the host (-1: the start) -> [B, P, HV, Dk, Dv], differentiable."""
-        n, B, HV, C, _ = self.u.shape
-        T, group, device = self.k.shape[1], HV // self.k.shape[2], self.u.device
+        C, (B, P), T, device = self.chunk, positions.shape, self.k.shape[1], self.k.device
         consumed = positions.cpu() + 1
-        r = (consumed % C).to(device, non_blocking=True)
-        chunk = torch.div(consumed, C, rounding_mode="floor").to(device, non_blocking=True)
-        rows = torch.arange(B, device=device)[:, None]
-        start = self.starts[chunk, rows]  # [B, P, HV, Dk, Dv]
-        if not bool((consumed % C).any()):
-            return start  # all at the beginning of a chunk, as when decoding: nothing to add
-        tokens = chunk[..., None] * C + torch.arange(C, device=device)  # [B, P, C]
-        inside = torch.arange(C, device=device) < r[..., None]
+        if bool((consumed >= (T if self.lengths is None else self.lengths[:, None])).all()):
+            return self.final[:, None].expand(-1, P, -1, -1, -1)  # as when decoding, or before it: nothing to add
+        # A position at a chunk's end counts as its last token: no chunk begins behind the last one.
+        chunk = torch.div(consumed - 1, C, rounding_mode="floor").clamp(min=0)
+        r = (consumed - chunk * C).to(device, non_blocking=True)
+        chunk = chunk.to(device, non_blocking=True)
+        rows, dtype = torch.arange(B, device=device)[:, None], self.final.dtype
+        start, u = self.starts[chunk, rows].to(dtype), self.written()[chunk, rows].to(dtype)  # [B, P, HV, Dk, Dv], [B, P, HV, C, Dv]
+        inside = torch.arange(C, device=device) < r[..., None]  # [B, P, C]
         # Past the end there is nothing `inside`, but something must be there to index.
-        tokens = tokens.clamp(max=T - 1)
-        k = self.k[rows[..., None], tokens].to(start.dtype).repeat_interleave(group, 3)  # [B, P, C, HV, Dk]
-        u = self.u[chunk.clamp(max=n - 1), rows]  # [B, P, HV, C, Dv]
+        tokens = (chunk[..., None] * C + torch.arange(C, device=device)).clamp(max=T - 1)
+        k = self.k[rows[..., None], tokens].to(dtype).repeat_interleave(u.shape[2] // self.k.shape[2], 3)  # [B, P, C, HV, Dk]
         if self.g is None:
             k = k.masked_fill(~inside[..., None, None], 0.0)
         else:
-            g = self.g[rows[..., None], tokens].to(start.dtype).masked_fill(~inside[..., None], 0.0)
+            g = self.g[rows[..., None], tokens].to(dtype).masked_fill(~inside[..., None], 0.0)
             total = g.sum(2, keepdim=True)  # [B, P, 1, HV], b[r - 1]: g is 0 from r on
             # From r on the exponent is 0, so the factor would be 1 there.
             decay = (total - g.cumsum(2)).exp().masked_fill(~inside[..., None], 0.0)
@@ -87,7 +92,22 @@ class DeltaStates:
         return start + torch.einsum("bpchk,bphcv->bphkv", k, u)
 
 
-@without_autocast
+@dataclass(frozen=True)
+class OneToken:
+    """`DeltaStates` of a pass of one token."""
+
+    initial: Tensor | None  # [B, HV, Dk, Dv], or zeros
+    final: Tensor
+
+    def at(self, positions: Tensor) -> Tensor:
+        """As `DeltaStates.at`."""
+        after, final = positions.cpu() >= 0, self.final[:, None]
+        if bool(after.all()):
+            return final.expand(-1, positions.shape[1], -1, -1, -1)
+        initial = torch.zeros_like(final) if self.initial is None else self.initial[:, None]
+        return torch.where(after[..., None, None, None].to(final.device, non_blocking=True), final, initial)
+
+
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -96,8 +116,9 @@ def delta_rule(
     g: Tensor | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int | None = None,
-) -> tuple[Tensor, DeltaStates]:
-    """The (gated) delta rule in chunks, with a hand-written backward.
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, DeltaStates | OneToken]:
+    """The (gated) delta rule in chunks, on the kernels chosen (`ops/kernels.py`) or PyTorch's operations with a hand-written backward.
 
     Args:
         q, k: [B, T, H, Dk], already normalised; q is scaled by Dk**-0.5 inside.
@@ -105,24 +126,50 @@ def delta_rule(
         beta: [B, T, HV], write strength; 0 writes nothing (pads).
         g: [B, T, HV] log decay (<= 0), or None for the plain rule.
         initial_state: [B, HV, Dk, Dv] or None for zeros.
-        chunk_size: tokens per chunk; by default 32 for heads of up to 64 and 64 for larger ones, the fastest measured.
+        chunk_size: tokens per chunk of PyTorch's operations; by default 32 for heads of up to 64 and 64 for larger ones, the fastest
+            measured.
+        lengths: [B] long, on the host: how many of a row's tokens are real, all others writing nothing; None: all.
 
     Returns:
-        o [B, T, HV, Dv] and the states, both in float32 (float64 for float64 inputs).
+        o [B, T, HV, Dv] and the states, both in float32 (float64 for float64 inputs); on kernels o is in the inputs' dtype.
     """
-    T, H, HV = q.shape[1], q.shape[2], v.shape[2]
+    H, HV = q.shape[2], v.shape[2]
     if HV % H:
         raise ValueError(f"the {HV} value heads must be a multiple of the {H} query/key heads")
+    dtype = autocast_dtype(q)
+    if delta_rule_runs(q, dtype, q.shape[-1], g is not None):
+        return _on_kernels(q.to(dtype), k.to(dtype), v.to(dtype), beta, g, initial_state, lengths)
+    return _in_chunks(q, k, v, beta, g, initial_state, chunk_size, lengths)
+
+
+@without_autocast
+def _on_kernels(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, DeltaStates | OneToken]:
+    from refine_nsp.ops import fla_delta_rule as kernels  # needs Triton, so only here
+
+    S0 = None if initial_state is None else initial_state.to(torch.float32)
+    g = None if g is None else g.to(torch.float32)
+    if q.shape[1] == 1 and not torch.is_grad_enabled():
+        o, final = kernels.one_token(q, k, v, beta, g, S0)
+        return o, OneToken(S0, final)
+    o, starts, u, final = kernels.chunked(q, k, v, beta, g, S0)
+    return o, DeltaStates(starts.transpose(0, 1), final, partial(kernels.in_chunks, u), k, g, kernels.C, lengths)
+
+
+@without_autocast
+def _in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None, chunk_size: int | None, lengths: Tensor | None
+) -> tuple[Tensor, DeltaStates]:
+    T, HV = q.shape[1], v.shape[2]
     C = min(chunk_size or _default_chunk(max(q.shape[-1], v.shape[-1])), T)
     # A state is a sum over the sequence: in bfloat16 it would soon round away what a single token writes.
     dtype = torch.promote_types(q.dtype, torch.float32)
     chunks = [_to_chunks(x, C, HV, dtype) for x in (q, k, v)]
     gates = [None if x is None else _to_chunks(x[..., None], C, HV, dtype).squeeze(-1) for x in (beta, g)]
-    if initial_state is not None:
-        initial_state = initial_state.to(dtype)
-    o, starts, u = _ChunkedDeltaRule.apply(*chunks, *gates, initial_state)
+    o, starts, u = _ChunkedDeltaRule.apply(*chunks, *gates, None if S0 is None else S0.to(dtype))
     o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-    return o, DeltaStates(starts, u, k, g)
+    return o, DeltaStates(starts, starts[-1], lambda: u, k, g, C, lengths)
 
 
 def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:

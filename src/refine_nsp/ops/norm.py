@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.kernels import fused
 from refine_nsp.ops.precision import without_autocast
 
 
@@ -33,16 +34,28 @@ def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
+    if fused(x):
+        from refine_nsp.ops import fla_elementwise
+
+        return fla_elementwise.rms_norm(x, weight, eps)
     return _ScaledNorm.apply(x, weight, eps, x.shape[-1])
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
+    if fused(x):
+        from refine_nsp.ops import fla_elementwise
+
+        return fla_elementwise.l2_norm(x, eps)
     return _ScaledNorm.apply(x, None, eps, 1)
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm(x) * weight * silu(gate), all [..., D]."""
+    if fused(x):
+        from refine_nsp.ops import fla_elementwise
+
+        return fla_elementwise.rms_norm_gated(x, gate, weight, eps).to(gate.dtype)
     return rms_norm(x, weight, eps).to(gate.dtype) * F.silu(gate)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.kernels import fused
 from refine_nsp.ops.precision import without_autocast
 
 
@@ -37,6 +38,10 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     """
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    if fused(x):
+        from refine_nsp.ops import fla_elementwise
+
+        return fla_elementwise.short_conv(x, weight, bias, activation, history)
     return _ShortConv.apply(x, weight, bias, activation == "silu", history)
 
 

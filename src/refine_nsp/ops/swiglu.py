@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.kernels import fused
 from refine_nsp.ops.precision import without_autocast
 
 
@@ -19,6 +20,10 @@ def naive_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, any equal shapes."""
+    if fused(gate):
+        from refine_nsp.ops import fla_elementwise
+
+        return fla_elementwise.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)
 
 

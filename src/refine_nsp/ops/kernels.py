@@ -1,0 +1,134 @@
+"""Which kernels the operations run on: PyTorch's own, or flash-linear-attention's (Triton) on a CUDA device.
+
+Decided once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flash-linear-attention 0.6 where it and a CUDA device are
+there, `torch` never, `fla` demands it. Nothing needs it: without, the same is computed by PyTorch. What a kernel cannot do (a head size,
+a dtype) falls back to PyTorch by name, said once.
+
+Under Triton's interpreter (`TRITON_INTERPRET=1`) kernels run on the CPU, on tiny inputs, which is how they are tested without a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+
+VARIABLE = "REFINE_NSP_KERNELS"
+CHOICES = ("auto", "torch", "fla")
+WIDEST_KEY = 256  # of flash-linear-attention's delta-rule kernels
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of elementwise kernels, which compute in float32
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """name: "torch" or "fla". why: for people, one line. device: where its kernels run. gated: why not for the gated rule, or None."""
+
+    name: str
+    why: str
+    device: str = "cuda"
+    gated: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+@functools.cache
+def chosen() -> Kernels:
+    """The kernels of this process. RefineError: an unknown choice, or `fla` where it cannot run."""
+    wanted = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+    if wanted not in CHOICES:
+        raise RefineError(f"{VARIABLE}={wanted!r}: expected one of {', '.join(CHOICES)}")
+    if wanted == "torch":
+        return Kernels("torch", f"{VARIABLE}=torch")
+    problem = _problem()
+    if problem is None:
+        return Kernels("fla", _versions(), "cpu" if interpreted() else "cuda", _gated_problem())
+    if wanted == "fla":
+        raise RefineError(f"{VARIABLE}=fla, but {problem}; unset it to run on PyTorch's operations")
+    return Kernels("torch", problem)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels are interpreted on the CPU instead of compiled."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def fused(x: Tensor) -> bool:
+    """Whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
+    # The device first: on a CPU nothing else is asked, so nothing is imported.
+    return (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
+
+
+def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) -> bool:
+    """Whether the delta rule of inputs on x's device, multiplied in `dtype`, runs on kernels; where it does not, why is said once."""
+    if not fused(x):
+        return False
+    problem = delta_rule_problem(dtype, key_width, gated)
+    if problem is not None:
+        _say_once(f"the delta rule runs on PyTorch's operations: {problem}")
+    return problem is None
+
+
+def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -> str | None:
+    """Why flash-linear-attention's kernels are not used for such a delta rule, or None. dtype None: that of a run to come."""
+    if key_width > WIDEST_KEY:
+        return f"query/key heads of {key_width} are wider than the {WIDEST_KEY} its kernels support"
+    if dtype == torch.float32 and not interpreted():
+        return "float32 would be multiplied in TF32 there; for speed use bfloat16 (autocast or weights)"
+    return chosen().gated if gated else None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _problem() -> str | None:
+    """Why flash-linear-attention cannot be used here, or None."""
+    if not (torch.cuda.is_available() or interpreted()):
+        return "no CUDA device"
+    if find_spec("fla") is None or find_spec("triton") is None:
+        return "flash-linear-attention is not installed: pip install 'refine-nsp[gpu]'"
+    import fla
+
+    # Its inner functions are called, whose signatures belong to a minor version.
+    if not fla.__version__.startswith("0.6."):
+        return f"flash-linear-attention {fla.__version__} is installed; 0.6 is what this was written for: pip install 'refine-nsp[gpu]'"
+    return None
+
+
+def _gated_problem() -> str | None:
+    """Its own refusal, asked before a backward pass is half done."""
+    if interpreted():
+        return None
+    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+
+    broken = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1 and find_spec("tilelang") is None
+    if not broken:
+        return None
+    return (
+        f"Triton {installed('triton')} computes the gated rule's gradient wrongly on Hopper, and flash-linear-attention refuses it; "
+        "Triton 3.7.1 or newer, or tilelang, mends it"
+    )
+
+
+def _versions() -> str:
+    where = "under Triton's interpreter" if interpreted() else torch.cuda.get_device_name()
+    found = installed("flash-linear-attention") or installed("fla-core") or "0.6"
+    return f"flash-linear-attention {found}, Triton {installed('triton')}, {where}"

@@ -63,7 +63,9 @@ class NSPConfig:
         likelihood_share: of the log-probability in the objective of `exact`, 0 to 1: it keeps log p better, and recalls less.
         schedule: where the states of prefixes come from; all give the same loss and gradients. `fused`: from the gradient pass
             itself; `snapshot`: from one more pass without gradients; `reprefill`: every prefix is run again, as published; `auto`:
-            `fused`, but in training `snapshot` where rollouts serve several steps or are compared across micro-batches.
+            `fused`, but `snapshot` by segments, and in training where rollouts serve several steps or are compared across micro-batches.
+        segment_tokens: longer sequences are run in segments of so many tokens, through their states: activations of one segment at a
+            time, the same loss and gradients, one more forward pass (docs/scaling.md). Default: in one piece.
         reward: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or
             several. Default: `cosine`, and for `exact` and `likelihood` `prefix_match`, which has a closed form.
         reward_weights: one weight per reward; None: all 1.
@@ -97,6 +99,7 @@ class NSPConfig:
     weights: Literal["context", "context_gain", "selected"] = "context"
     likelihood_share: float = 0.0
     schedule: Literal["auto", "fused", "snapshot", "reprefill"] = "auto"
+    segment_tokens: int | None = None
     reward: RewardSpec | list[RewardSpec] | None = None
     reward_weights: list[float] | None = None
     selection: Literal["entropy", "context_kl", "context_gain", "none", "uniform", "argmax", "argmin"] = "entropy"
@@ -136,6 +139,12 @@ class NSPConfig:
                 raise RefineError(f"{name} must not be negative, got {value}")
         if self.local_span < 2:
             raise RefineError(f"local_span must be at least 2 (windows of two times local_window), got {self.local_span}")
+        if self.segment_tokens is not None and self.segment_tokens < 2:
+            raise RefineError(
+                f"segment_tokens must be at least 2, got {self.segment_tokens}; leave it out to run sequences in one piece"
+            )
+        if self.segment_tokens is not None and self.schedule == "reprefill":
+            raise RefineError("schedule='reprefill' runs every prefix in one piece; with segment_tokens use schedule='snapshot'")
         if not 0 <= self.likelihood_share <= 1:
             raise RefineError(f"likelihood_share must be between 0 and 1, got {self.likelihood_share}")
         if self.smoothing_window is not None and (self.smoothing_window < 1 or self.smoothing_window % 2 == 0):
@@ -172,6 +181,12 @@ class NSPConfig:
     def rolls_out(self) -> bool:
         """Whether rollouts are sampled."""
         return self.estimator == "sampled"
+
+    @property
+    def rolls_out_first(self) -> bool:
+        """Whether rollouts are sampled in a pass of their own, without gradients, before they are learned from."""
+        by_itself = self.schedule == "auto" and self.segment_tokens is not None
+        return self.rolls_out and (by_itself or self.schedule in ("snapshot", "reprefill"))
 
     @property
     def rewards(self) -> list[RewardSpec]:

@@ -32,6 +32,7 @@ ALIKE = {
     "packed": ("midtrain", {"packed": True, "num_generations": 2, "lambda_rl": 1.0}, 2, 4),
     "streamed, twice": ("midtrain", {"streamed": True, "max_steps": 3, "lambda_rl": 1.0}, 2, 8),
     "exact": ("midtrain", EXACT, 2, 4),
+    "by segments": ("midtrain", {**GROUPS, "segment_tokens": 17, "lambda_rl": 1.0}, 2, 4),
     "lact, exact": ("midtrain", {**EXACT, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
     "lact, short rows": ("midtrain", SHORT_LACT, 4, 8),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),

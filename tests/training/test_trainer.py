@@ -63,6 +63,20 @@ def test_one_batch_of_8_equals_8_batches_of_1(tmp_path, settings):
     assert a["loss_ntp"] == pytest.approx(b["loss_ntp"], rel=1e-6)
 
 
+@pytest.mark.parametrize("settings", [
+    {"objective": "ntp"},
+    {"schedule": "snapshot", "num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"},
+    {"preset": "exact", "reward_funcs": "prefix_match", "local_window": 8, "gradient_checkpointing": True},
+])  # fmt: skip
+def test_a_run_by_segments_is_the_run_in_one_piece(tmp_path, settings):
+    """Also micro-batch by micro-batch, and with blocks that are computed again inside the segments."""
+    whole = trainer(tmp_path / "a", per_device_train_batch_size=8, **{**settings, "gradient_checkpointing": False})
+    parts = trainer(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, segment_tokens=17, **settings)
+    whole.train()
+    parts.train()
+    assert_close(weights(whole), weights(parts))
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_ntp_objective_is_plain_cross_entropy(tmp_path, family):
     t = trainer(tmp_path, family, objective="ntp", max_steps=1, train_dataset=data(4, mixed=False))

@@ -17,7 +17,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import local_hidden
-from refine_nsp.nsp.passes import Pass, by_sequence, next_token_loss, next_tokens, target_weights
+from refine_nsp.nsp.passes import Pass, by_sequence, next_token_loss, next_tokens, run_hidden, target_weights
 from refine_nsp.nsp.records import Batch, Draws, Learning, Metrics, StepResult, masked_mean
 from refine_nsp.nsp.selection import count_positions, select
 from refine_nsp.ops.linear_cross_entropy import SequenceTerm, linear_next_sequence
@@ -42,7 +42,7 @@ def refine_in_closed_form(
     learning: Learning,
 ) -> StepResult:
     """Run, weigh, and learn: one pass over the sequences, and one over their local windows where scores are not known beforehand."""
-    hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+    hidden = run_hidden(model, batch, config)
     weighing = weigh(model, batch, hidden, config, draws)
     return learn_expected(model, batch, hidden, weighing, config, learning)
 

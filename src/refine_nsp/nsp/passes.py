@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.segments import read_by_segments
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.records import Batch, Continuation, Normalizer, Prefixes, gather_positions
 from refine_nsp.ops.linear_cross_entropy import TokenStats, linear_cross_entropy, token_log_probs
@@ -109,6 +110,10 @@ def run(
     """Run the sequences; keep what states need, for `positions` only when those are known already."""
     kind = PASSES[config.schedule]
     recompute = kind is Recomputed
+    if (size := segment_size(batch, config)) is not None:
+        parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
+        loss, stats = next_token_loss(model, parts.hidden, batch, normalizer)
+        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else lambda _: parts.snapshots)  # type: ignore[arg-type,return-value]
     out = model.model(
         batch.input_ids,
         lengths=batch.lengths,
@@ -119,6 +124,19 @@ def run(
     loss, stats = next_token_loss(model, out.last_hidden_state, batch, normalizer)
     take = (lambda _: out.snapshots) if out.states is None else out.states.at
     return kind(model, batch, out.last_hidden_state, loss, stats, take)
+
+
+def run_hidden(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig) -> Tensor:
+    """Final-norm output [B, T, D] of the sequences, where no states are asked for."""
+    if (size := segment_size(batch, config)) is not None:
+        return read_by_segments(model.model, batch.input_ids, batch.lengths, size).hidden
+    return model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+
+
+def segment_size(batch: Batch, config: NSPConfig) -> int | None:
+    """Tokens of a segment, where sequences are longer than one."""
+    size = config.segment_tokens
+    return size if size is not None and batch.input_ids.shape[1] > size else None
 
 
 def next_token_loss(

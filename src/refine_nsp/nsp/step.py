@@ -167,7 +167,7 @@ class ReFINEStep(nn.Module):
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
         draws = Draws.of(batch, self.config, generator)
         rollouts = None
-        if self.config.rolls_out and self.config.schedule in ("snapshot", "reprefill"):
+        if self.config.rolls_out_first:
             rollouts = compare([self.model(step=lambda m: roll_out(m, batch, self.config, draws))], self.config)[0]
         return self.model(step=lambda m: one_step(m, batch, self.config, draws, learning, rollouts))
 

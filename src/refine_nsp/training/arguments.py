@@ -99,8 +99,10 @@ class ReFINEConfig(TrainingArguments):
             self._check_method()
 
     def _schedule(self) -> Literal["fused", "snapshot"]:
-        """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else."""
-        return "snapshot" if self.steps_per_generation > 1 or self._compares_micro_batches else "fused"
+        """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else. By
+        segments, states are cheaper where positions are known."""
+        first = self.steps_per_generation > 1 or self._compares_micro_batches or self.nsp.segment_tokens is not None
+        return "snapshot" if first else "fused"
 
     @property
     def _compares_micro_batches(self) -> bool:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from refine_nsp.config import check_choice
+from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
-from refine_nsp.nsp.passes import next_tokens
+from refine_nsp.nsp.passes import next_tokens, run_hidden
 from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
@@ -88,7 +88,7 @@ class Answers(Phase):
 
     def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         assert isinstance(batch, AnswerBatch)
-        loss = answer_loss(model, batch.sequences, torch.tensor(batch.answer_lengths), batch.totals["answers"])
+        loss = answer_loss(model, batch.sequences, torch.tensor(batch.answer_lengths), batch.totals["answers"], self.config)
         return loss, {"loss_answer": loss.detach()}
 
     @torch.no_grad()
@@ -100,7 +100,8 @@ class Answers(Phase):
         for batch in batches:
             answers = [options[0] for options in batch["answers"]]
             answer_lengths = torch.tensor([len(a) for a in answers])
-            sums["nll"] += float(answer_loss(model, join(batch["prompts"], answers, model.device), answer_lengths, 1.0))
+            joined = join(batch["prompts"], answers, model.device)
+            sums["nll"] += float(answer_loss(model, joined, answer_lengths, 1.0, self.config))
             sums["targets"] += float(answer_lengths.sum())
             prompts += batch["prompts"]
             references += batch["references"]
@@ -199,9 +200,11 @@ def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.dev
     return Batch.of(*pad([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], device))
 
 
-def answer_loss(model: FastWeightForCausalLM, batch: Batch, answer_lengths: Tensor, normalizer: float) -> Tensor:
+def answer_loss(
+    model: FastWeightForCausalLM, batch: Batch, answer_lengths: Tensor, normalizer: float, config: NSPConfig
+) -> Tensor:
     """Sum of cross-entropies of the last `answer_lengths` [B] tokens of each row / normalizer; answer_lengths on the host."""
-    hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+    hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer
     return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, next_tokens(batch), weights)[0]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.passes import next_token_loss
+from refine_nsp.nsp.passes import next_token_loss, run_hidden
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
 from refine_nsp.nsp.selection import count_positions
 from refine_nsp.nsp.step import ReFINEStep, one_step
@@ -138,7 +138,7 @@ class NextToken(Phase):
     """Next-token prediction: the cross-entropy alone."""
 
     def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        hidden = model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+        hidden = run_hidden(model, batch.sequences, self.config)
         loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
         return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
 
@@ -152,7 +152,7 @@ class NextSequence(Phase):
 
     @property
     def prepares_steps(self) -> bool:
-        return self.config.rolls_out and self.config.schedule in ("snapshot", "reprefill")
+        return self.config.rolls_out_first
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
         """Rollouts for all batches by the current policy, unless each step makes its own."""

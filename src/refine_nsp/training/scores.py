@@ -17,6 +17,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import context_divergence
+from refine_nsp.nsp.passes import run_hidden
 from refine_nsp.nsp.records import Batch
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
@@ -90,8 +91,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
 
     def score(m: FastWeightForCausalLM) -> Tensor:
-        hidden = m.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
-        return context_divergence(m, batch, hidden, config, gain)
+        return context_divergence(m, batch, run_hidden(m, batch, config), config, gain)
 
     d = model(step=score).float().cpu()
     return torch.cat([x[:n] for x, n in zip(d, batch.sizes, strict=True)]).tolist()

@@ -1,0 +1,192 @@
+"""A pass by segments: activations of one segment at a time, whatever the length, and the gradient of the whole.
+
+A segment goes from the states that the one before left to its hidden states, the snapshots inside it, and the states it leaves. Autograd
+keeps these alone, and runs a segment again when its turn comes in the backward pass, the last one first; the gradient of the states
+handed over is that of everything behind them, so nothing is truncated. Segments may end anywhere: an open chunk is part of its state.
+
+What still grows with T: the hidden states [B, T, D], and the states between segments (their size times T / segment, but keys and values
+of attention layers, which are there once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.hybrid import StatefulTrunk
+from refine_nsp.models.keeping import ByTokens, in_order
+from refine_nsp.models.state import NEWEST_LAST, FastWeightCache
+
+
+@dataclass(frozen=True)
+class Handed:
+    """States of B rows between two segments, in the parts that segments wrote.
+
+    layers: by name a tensor, or several where every segment adds its own (keys and values of all tokens): a whole state each time would
+    hold all those before it again. added: the names, by layer, of what was written behind the states before.
+    """
+
+    layers: list[dict[str, tuple[Tensor, ...]]]
+    lengths: Tensor
+    columns: int
+    added: list[set[str]]
+
+    def cache(self) -> FastWeightCache:
+        """To go on from."""
+        layers = [
+            {name: torch.cat(parts, 2) if len(parts) > 1 else parts[0] for name, parts in layer.items()} for layer in self.layers
+        ]
+        return FastWeightCache(layers, self.lengths, self.columns)
+
+    def behind(self, before: Handed | None) -> Handed:
+        """With all the parts, where a segment returned only its own."""
+        if before is None:
+            return self
+        layers = [
+            {name: (*old[name], *parts) if name in added else parts for name, parts in new.items()}
+            for old, new, added in zip(before.layers, self.layers, self.added, strict=True)
+        ]
+        return Handed(layers, self.lengths, self.columns, self.added)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sequences [B, T] long of a trunk, real tokens on the left; lengths: [B] long, on the host."""
+
+    trunk: Any
+    input_ids: Tensor
+    lengths: Tensor
+
+    def run(
+        self, start: int, end: int, before: Handed | None, slots: Sequence[int], positions: Tensor, hands_over: bool = True
+    ) -> tuple[Tensor, FastWeightCache | None, Handed | None]:
+        """Hidden states of tokens start..end-1, states at the positions [B, P] numbered `slots` (row-major), and the states at the end."""
+        ids, lengths = self.input_ids[:, start:end], self._lengths(start, end)
+        relative, rows = _relative(positions - start, slots) if slots else (None, None)
+
+        def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, Handed | None]:
+            past = None if before is None else before.cache()
+            out = self.trunk(ids, lengths=lengths, past_key_values=past, use_cache=hands_over, snapshot_positions=relative)
+            left = _written(out.past_key_values, before) if hands_over else None
+            return out.last_hidden_state, None if rows is None else out.snapshots.index(rows), left
+
+        # Its activations are computed again in the backward pass.
+        hidden, snapshots, left = checkpoint(forward, ids, use_reentrant=False) if torch.is_grad_enabled() else forward(ids)
+        return hidden, snapshots, None if left is None else left.behind(before)
+
+    def _lengths(self, start: int, end: int) -> Tensor | None:
+        """Real tokens of each row in a segment. Behind a row's last nobody asks for a state; transformers' layers, which would need masks
+        to leave pads out, may therefore read them."""
+        return None if isinstance(self.trunk, StatefulTrunk) else (self.lengths - start).clamp(0, end - start)
+
+
+@dataclass(frozen=True)
+class PassBySegments:
+    """What a pass leaves. hidden: [B, T, D]; snapshots: of the positions it was given, or None; before: states before each segment,
+    which begins at `starts`."""
+
+    segments: Segments
+    hidden: Tensor
+    snapshots: FastWeightCache | None
+    starts: list[int]
+    before: list[Handed | None]
+
+    def at(self, positions: Tensor) -> FastWeightCache:
+        """States after the tokens at `positions` [B, P] long (-1: before the first), as B*P rows, row-major; differentiable where the pass
+        is. The segments that hold them are run once more, up to the last of them."""
+        positions = positions.cpu()
+        flat = positions.flatten()
+        # Two tokens or more: a single one is code of its own in some models (see `ByReference.segments`).
+        which = (torch.searchsorted(torch.tensor(self.starts), flat) - 1).clamp(min=0)
+        parts, order = [], []
+        for i in which.unique().tolist():
+            slots = (which == i).nonzero()[:, 0]
+            end = int(flat[slots].max().clamp(min=0)) + 1
+            _, taken, _ = self.segments.run(
+                self.starts[i], end, self.before[i], slots.tolist(), positions, hands_over=False
+            )  # fmt: skip
+            assert taken is not None
+            parts.append(taken)
+            order.append(slots)
+        return in_order(parts, order)
+
+
+def read_by_segments(
+    trunk: Any, input_ids: Tensor, lengths: Tensor, size: int, positions: Tensor | None = None
+) -> PassBySegments:
+    """Run a trunk over [B, T] ids in segments of about `size` tokens (two or more).
+
+    Args:
+        trunk: a model below its head, as `FastWeightForCausalLM.model`.
+        lengths: [B] long, on the host; rows are padded on the right.
+        positions: [B, P] long, input columns of the last tokens of prefixes (-1: before the first), when known beforehand.
+
+    Raises:
+        RefineError: a model whose states are tokens: it would read all before a segment with it.
+    """
+    if isinstance(trunk, StatefulTrunk) and isinstance(trunk.keeping, ByTokens):
+        raise RefineError(
+            f"segment_tokens={size}: {trunk.label} cannot go on from a state, which segments do; leave segment_tokens out (to save memory: "
+            "gradient_checkpointing)"
+        )
+    positions = torch.zeros(len(input_ids), 0, dtype=torch.long) if positions is None else positions.cpu()
+    segments, flat = Segments(trunk, input_ids, lengths), positions.flatten()
+    ends = segment_ends(input_ids.shape[1], size, set(flat.tolist()))
+    hidden: list[Tensor] = []
+    before: list[Handed | None] = [None]
+    parts: list[FastWeightCache] = []
+    order: list[Tensor] = []
+    for start, end in pairwise([0, *ends]):
+        inside = ((flat < end) & (flat >= start)) | ((flat < 0) & (start == 0))
+        slots = inside.nonzero()[:, 0]
+        h, taken, after = segments.run(start, end, before[-1], slots.tolist(), positions, hands_over=end < ends[-1])
+        hidden.append(h)
+        before.append(after)
+        if taken is not None:
+            parts.append(taken)
+            order.append(slots)
+    snapshots = in_order(parts, order) if parts else None
+    return PassBySegments(segments, torch.cat(hidden, 1), snapshots, [0, *ends[:-1]], before[:-1])
+
+
+def segment_ends(n_tokens: int, size: int, positions: set[int]) -> list[int]:
+    """Where segments of about `size` tokens end: none has a single token, nor a position at its first (see `PassBySegments.at`), where
+    that can be. How many there are follows from `n_tokens` alone: processes that hold shards of a model run together."""
+    ends: list[int] = []
+    for end in range(size, n_tokens - 1, size):
+        free = (e for e in range(end, max(end - size, ends[-1] if ends else 0) + 1, -1) if e not in positions)
+        ends.append(next(free, end))
+    return [*ends, n_tokens]
+
+
+def _relative(positions: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The positions [B, P] numbered `slots` as [B, P'], -1 where a row has fewer, and which of these B*P' they are, in their order."""
+    B, P = positions.shape
+    by_row: list[list[int]] = [[] for _ in range(B)]
+    for slot in slots:
+        by_row[slot // P].append(int(positions[slot // P, slot % P]))
+    width = max(map(len, by_row))
+    relative = torch.tensor([row + [-1] * (width - len(row)) for row in by_row]).clamp(min=-1)
+    return relative, torch.tensor([b * width + i for b, row in enumerate(by_row) for i in range(len(row))])
+
+
+def _written(after: FastWeightCache, before: Handed | None) -> Handed:
+    """The states after a segment; of keys and values that it added to, what it added."""
+    assert after.lengths is not None
+    columns = 0 if before is None else before.columns
+    new = after.columns - columns
+    layers: list[dict[str, tuple[Tensor, ...]]] = []
+    added = []
+    for layer in after.layers:
+        grew = {name for name, x in layer.items() if name in NEWEST_LAST and columns and x.shape[2] == after.columns}
+        # A copy: a slice would keep all of what it was cut from.
+        layers.append({name: (x[:, :, -new:].clone() if name in grew else x,) for name, x in layer.items()})
+        added.append(grew)
+    return Handed(layers, after.lengths, after.columns, added)

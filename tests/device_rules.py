@@ -21,7 +21,16 @@ READS = {
     torch.allclose,
 } - {Tensor.__len__}  # fmt: skip
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}  # by host tensors too: they are sent along
-READING_OPS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "unique_consecutive"}
+READING_OPS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+}
 FACTORIES = {
     torch.arange, torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.eye,
 }  # fmt: skip
@@ -54,7 +63,9 @@ class DeviceRules(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in READS and tensors and not on_host(tensors[0]):
             self.waits.append(place())
-        if func in INDEXING and any(x.dtype == torch.bool and not on_host(x) for x in tree_leaves(args[1]) if isinstance(x, Tensor)):
+        if func in INDEXING and any(
+            x.dtype == torch.bool and not on_host(x) for x in tree_leaves(args[1]) if isinstance(x, Tensor)
+        ):
             self.waits.append(place())  # how many are true decides a shape, or an index is made of them
         moved = func is Tensor.to and (isinstance(args[1] if len(args) > 1 else None, torch.device) or "device" in kwargs)
         if moved:

@@ -45,7 +45,11 @@ def test_a_backward_pass_started_under_autocast_is_as_good(family):
     assert torch.nn.functional.cosine_similarity(outside, inside, 0) > 0.9999
 
 
-STEPS = {"exact": {"estimator": "exact"}, "fused": {"schedule": "fused"}, "snapshot": {"schedule": "snapshot", "num_generations": 2}}
+STEPS = {
+    "exact": {"estimator": "exact"},
+    "fused": {"schedule": "fused"},
+    "snapshot": {"schedule": "snapshot", "num_generations": 2},
+}
 
 
 @FAMILIES
@@ -73,5 +77,9 @@ def test_states_of_a_bfloat16_model_are_float32(family):
     model = build(family, dtype=torch.bfloat16)
     cache = model.model(IDS, snapshot_positions=torch.tensor([[17, 99], [3, 63]]), use_cache=True)
     for layer in (*cache.snapshots.layers, *cache.past_key_values.layers):
-        fast = [x for name, x in layer.items() if name == "recurrent" or name[:2] in ("w0", "w1", "w2") or name[:4] in ("main", "mome")]
+        fast = [
+            x
+            for name, x in layer.items()
+            if name == "recurrent" or name[:2] in ("w0", "w1", "w2") or name[:4] in ("main", "mome")
+        ]
         assert fast and all(x.dtype == torch.float32 for x in fast)

@@ -129,7 +129,11 @@ def test_segments_end_where_no_model_needs_code_of_its_own():
     assert segment_ends(10, 4, set()) == [4, 8, 10]
     assert segment_ends(9, 4, set()) == [4, 9]  # not a single token
     assert segment_ends(10, 4, {4}) == [3, 8, 10]  # no position at a first token
-    assert segment_ends(12, 4, set(range(12))) == [4, 8, 12]  # where there is such a place; their number depends on the length alone
+    assert segment_ends(12, 4, set(range(12))) == [
+        4,
+        8,
+        12,
+    ]  # where there is such a place; their number depends on the length alone
 
 
 @pytest.mark.parametrize(

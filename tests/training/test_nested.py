@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from refine_nsp.cli import main
+from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_tokenizer
 from refine_nsp.nsp.records import Batch
@@ -55,7 +56,7 @@ def batch_of(rows, which=0):
 def test_the_answer_loss_is_the_mean_over_answer_tokens(family):
     model, rows = build(family), list(data(3))
     ids, lengths = batch_of(rows)
-    got = answer_loss(model, Batch.of(ids, lengths), torch.full((3,), 4), 12.0)
+    got = answer_loss(model, Batch.of(ids, lengths), torch.full((3,), 4), 12.0, NSPConfig())
     by_hand = []
     for r in rows:
         logits = (

@@ -194,6 +194,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
     mixer_class: ClassVar[type[Any]]
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)

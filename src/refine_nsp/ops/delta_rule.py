@@ -76,7 +76,10 @@ class DeltaStates:
         r = (consumed - chunk * C).to(device, non_blocking=True)
         chunk = chunk.to(device, non_blocking=True)
         rows, dtype = torch.arange(B, device=device)[:, None], self.final.dtype
-        start, u = self.starts[chunk, rows].to(dtype), self.written()[chunk, rows].to(dtype)  # [B, P, HV, Dk, Dv], [B, P, HV, C, Dv]
+        start, u = (
+            self.starts[chunk, rows].to(dtype),
+            self.written()[chunk, rows].to(dtype),
+        )  # [B, P, HV, Dk, Dv], [B, P, HV, C, Dv]
         inside = torch.arange(C, device=device) < r[..., None]  # [B, P, C]
         # Past the end there is nothing `inside`, but something must be there to index.
         tokens = (chunk[..., None] * C + torch.arange(C, device=device)).clamp(max=T - 1)
@@ -159,7 +162,14 @@ def _on_kernels(
 
 @without_autocast
 def _in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None, chunk_size: int | None, lengths: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    S0: Tensor | None,
+    chunk_size: int | None,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, DeltaStates]:
     T, HV = q.shape[1], v.shape[2]
     C = min(chunk_size or _default_chunk(max(q.shape[-1], v.shape[-1])), T)

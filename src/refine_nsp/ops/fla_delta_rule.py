@@ -95,7 +95,7 @@ class _KernelDeltaRule(torch.autograd.Function):
         if du is not None:
             own += du
         dfinal = None if dfinal is None else dfinal.contiguous()
-        reverse: dict[str, Any] = dict(q=q, k=k, w=w, g=b, h0=S0, dht=dfinal, do=do, dv=own, scale=scale)
+        reverse = {"q": q, "k": k, "w": w, "g": b, "h0": S0, "dht": dfinal, "do": do, "dv": own, "scale": scale}
         if dstarts is None:
             dafter, dS0, du = chunk_gated_delta_rule_bwd_dhu(**reverse, chunk_size=C)
         else:
@@ -139,7 +139,10 @@ def reverse_states(
 
 @triton.autotune(
     configs=[
-        triton.Config({"BV": BV}, num_warps=warps, num_stages=stages) for BV in (32, 16, 64) for warps in (4, 8) for stages in (2, 3)
+        triton.Config({"BV": BV}, num_warps=warps, num_stages=stages)
+        for BV in (32, 16, 64)
+        for warps in (4, 8)
+        for stages in (2, 3)
     ],
     key=["H", "HV", "Dk", "Dv", "GATED"],
 )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from fla.modules.activations import swiglu
 from fla.modules.causal_conv1d import causal_conv1d
-from fla.modules.norm.l2norm import l2_norm
 from fla.modules.norm.fused_norm_gate import rms_norm_gated as _rms_norm_gated
+from fla.modules.norm.l2norm import l2_norm
 from fla.modules.norm.layernorm import rms_norm as _rms_norm
 from torch import Tensor
 from torch.nn import functional as F

@@ -72,7 +72,9 @@ def installed(package: str) -> str | None:
 def fused(x: Tensor) -> bool:
     """Whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
     # The device first: on a CPU nothing else is asked, so nothing is imported.
-    return (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
+    return (
+        (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
+    )
 
 
 def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) -> bool:

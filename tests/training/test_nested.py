@@ -86,7 +86,7 @@ def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
         result = ReFINEStep(model, t.nsp)(ids, lengths, t.generators(0, 0, [(0, 0), (1, 0)]))
         update(result.loss if inner == "refine" else result.loss_ntp)
     ids, lengths = batch_of(rows)
-    update(answer_loss(model, Batch.of(ids, lengths), torch.full((2,), 4), 8.0))
+    update(answer_loss(model, Batch.of(ids, lengths), torch.full((2,), 4), 8.0, NSPConfig()))
     for name, value in weights(model).items():
         torch.testing.assert_close(t.model.state_dict()[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 

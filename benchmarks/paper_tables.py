@@ -3,9 +3,10 @@
     python benchmarks/paper_tables.py --scale medium --squad squad.jsonl --hotpotqa hotpotqa.jsonl --essays essays.jsonl \
         --novels novels.parquet
 
-What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done. Without the files, questions are
-on paragraphs of the standard library, and what needs novels is left out. On several machines: the same command with --shard 1/3, 2/3,
-3/3 on each; when one says that others' jobs are missing, gather `jobs` and `models` of all output folders in each and run it again.
+What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done; figures of finished jobs are in
+benchmarks/study/records (--records), and models are trained again where only their figures were kept. Without the files, questions are on
+paragraphs of the standard library, and what needs novels is left out. On several machines: the same command with --shard 1/3, 2/3, 3/3
+on each; when one says that others' jobs are missing, gather the records of all in each and run it again.
 """
 
 from __future__ import annotations
@@ -40,18 +41,22 @@ def main() -> None:
     parser.add_argument("--shard", type=read_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the jobs")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--output_dir", default="runs/paper_tables", help="results of every job, models, report.html")
+    parser.add_argument(
+        "--records", help="where the jobs' figures are kept, as in benchmarks/study/records/medium [with the rest]"
+    )
     parser.add_argument("--document", type=Path, help="where the tables go [docs/results.md; output_dir for --scale smoke]")
     args = parser.parse_args()
     scale, out = SCALES[args.scale], Path(args.output_dir) / args.scale
     if args.models:
         scale = replace(scale, families=tuple(args.models))
-    study = Study(str(out), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}))
-    claim_folder(out, settings_of(study))
+    records = Path(args.records or out)
+    study = Study(str(out), str(records), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}))
+    claim_folder(records, settings_of(study))
     started = time.monotonic()
     complete = run_all(study, stages(study), args.workers, args.shard)
     print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call")
     if not complete:
-        sys.exit(f"this shard is done as far as it goes; gather jobs and models of the other shards in {out} and run it again")
+        sys.exit(f"this shard is done as far as it goes; gather the other shards' records in {records} and run it again")
     default = out / "results.md" if args.scale == "smoke" else Path(__file__).resolve().parents[1] / "docs" / "results.md"
     print(write_results(study, args.scale, args.document or default))
 

@@ -3,6 +3,7 @@ and resumed in the slow test."""
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -92,7 +93,7 @@ def test_every_arm_of_a_seed_sees_the_same_rows(material):
 
 
 def study_at(folder, **changes):
-    return Study(str(folder), dataclasses.replace(SCALE, **changes), m.Files())
+    return Study(str(folder), str(folder), dataclasses.replace(SCALE, **changes), m.Files())
 
 
 def finish(study, job, **figures):
@@ -234,4 +235,12 @@ def test_the_whole_study_and_that_nothing_is_done_twice(tmp_path):
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "smoke" / "jobs").glob("*.json")}
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     assert {p: p.stat().st_mtime_ns for p in files} == files
+    # Of a study whose figures alone were kept, the models are trained again, and give the same figures.
+    shutil.rmtree(tmp_path / "smoke" / "models")
+    again = [tmp_path / "smoke" / "jobs" / f"{name}.json" for name in ("sharpen-DeltaNet-NTP-1", "sharpen_answers-1")]
+    before = [path.read_text() for path in again]
+    for path in again:
+        path.unlink()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    assert [path.read_text() for path in again] == before
     assert json.loads((tmp_path / "smoke" / "settings.json").read_text())["scale"]["seeds"] == SCALE.seeds

@@ -35,9 +35,11 @@ REPORT_SEED = 100  # of prompts and probes; a seed of training adds to it
 
 @dataclass(frozen=True)
 class Study:
-    """Where results go, and what everything depends on."""
+    """Where results go, and what everything depends on. records: the jobs' figures, which are small and worth keeping; out: models and
+    other things that are made again where they are missing."""
 
     out: str
+    records: str
     scale: Scale
     files: m.Files
 
@@ -45,7 +47,7 @@ class Study:
         return Path(self.out).joinpath(*(plain(n) for n in names))
 
     def path(self, job: Job) -> Path:
-        return self.folder("jobs", f"{job.name}.json")
+        return Path(self.records, "jobs", f"{job.name}.json")
 
     def result(self, job: Job) -> Figures:
         """Figures of a finished job."""
@@ -207,11 +209,21 @@ def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
     return figures
 
 
+def mid_model(study: Study, family: str, arm: str, seed: int) -> FastWeightForCausalLM:
+    """The model of a finished job, trained again where only its figures were kept."""
+    folder = study.folder("models", "mid", family, arm, seed)
+    if not folder.exists():
+        done = study.result(Job("mid", (family, arm, seed)))
+        training = study.folder("training", family, arm, seed)
+        keep(mid_train(study, family, arm, done["settings"], seed, done["steps"], training)[0], folder)
+    return load_model(folder)
+
+
 def sharpen(study: Study, family: str, arm: str, seed: int) -> Figures:
     """An arm with its temperature changed until its entropy on held-out text is that of the closed form's."""
     s, material = study.scale, material_of(study)
     wanted = study.result(Job("mid", (family, EXACT, seed)))["choose_entropy"]
-    model = load_model(study.folder("models", "mid", family, arm, seed)).eval()
+    model = mid_model(study, family, arm, seed).eval()
     choose, report = material.windows["choose"], material.windows["report"]
     at = measuring.matching_temperature(lambda t: measuring.text_figures(model, choose, t)["entropy"], wanted)
     probed = measuring.probe_figures(model, m.probes(s, material, REPORT_SEED + seed), (at,))
@@ -233,8 +245,8 @@ def post_rows(study: Study, seed: int) -> Dataset:
     )
 
 
-def post(study: Study, start: str, seed: int, variant: str) -> Figures:
-    """Post-train a mid-trained model, and measure it on questions."""
+def post_train(study: Study, start: str, seed: int, variant: str) -> tuple[FastWeightForCausalLM, float]:
+    """A mid-trained model after post-training, and the seconds that took."""
     s, material = study.scale, material_of(study)
     args = PostTrainingConfig(
         output_dir=str(study.folder("training", "post", start, variant, seed)), max_steps=s.post_steps,
@@ -242,20 +254,25 @@ def post(study: Study, start: str, seed: int, variant: str) -> Figures:
         bf16=s.bf16, use_cpu=True, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
         **POST[variant],
     )  # fmt: skip
-    model = load_model(study.folder("models", "mid", MAIN, start, seed))
+    model = mid_model(study, MAIN, start, seed)
     trainer = PostTrainer(model=model, args=args, train_dataset=post_rows(study, seed), processing_class=material.tokenizer)
     with measuring.Clock() as clock:
         trainer.train()
-    model = trainer.model.eval()
-    figures = {
-        "seconds": clock.seconds,
+    keep(trainer.model, study.folder("models", "post", start, variant, seed))
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    return trainer.model.eval(), clock.seconds
+
+
+def post(study: Study, start: str, seed: int, variant: str) -> Figures:
+    """Post-train a mid-trained model, and measure it on questions."""
+    s, material = study.scale, material_of(study)
+    model, seconds = post_train(study, start, seed, variant)
+    return {
+        "seconds": seconds,
         "qa": measuring.qa_figures(model, material, s, seed),
         "text": measuring.text_figures(model, material.windows["report"]),
         "choose_answer_entropy": measuring.answer_entropy(model, choosing_questions(study))(1.0),
     }
-    keep(model, study.folder("models", "post", start, variant, seed))
-    shutil.rmtree(args.output_dir, ignore_errors=True)
-    return figures
 
 
 def choosing_questions(study: Study) -> list[m.Asked]:
@@ -273,7 +290,7 @@ def sharpen_answers(study: Study, seed: int) -> Figures:
     """NTP, then SFT, with the temperature at which the entropy of its answers is that of exact, then Nested exact."""
     s, material = study.scale, material_of(study)
     wanted = study.result(Job("post", (EXACT, seed, "Nested exact")))["choose_answer_entropy"]
-    model = load_model(weights_of(study, NTP, "SFT", seed)).eval()
+    model = model_before(study, NTP, "SFT", seed).eval()
     at = measuring.matching_temperature(measuring.answer_entropy(model, choosing_questions(study)), wanted)
     return {"temperature": at, "qa": measuring.qa_figures(model, material, s, seed, at)}
 
@@ -281,11 +298,14 @@ def sharpen_answers(study: Study, seed: int) -> Figures:
 # --- test time --------------------------------------------------------------------------------------------------------
 
 
-def weights_of(study: Study, start: str, variant: str, seed: int) -> Path:
-    """Folder of a model before test time; variant "none": as mid-training left it."""
+def model_before(study: Study, start: str, variant: str, seed: int) -> FastWeightForCausalLM:
+    """A model before test time, trained again where its weights are missing; variant "none": as mid-training left it."""
     if variant == "none":
-        return study.folder("models", "mid", MAIN, start, seed)
-    return study.folder("models", "post", start, variant, seed)
+        return mid_model(study, MAIN, start, seed)
+    folder = study.folder("models", "post", start, variant, seed)
+    if not folder.exists():
+        post_train(study, start, seed, variant)
+    return load_model(folder)
 
 
 def adapted(study: Study, model: FastWeightForCausalLM, method: str, learning_rate: float, part: str, seed: int) -> Figures:
@@ -297,16 +317,16 @@ def adapted(study: Study, model: FastWeightForCausalLM, method: str, learning_ra
 
 def rate(study: Study, method: str) -> Figures:
     """The test-time learning rate, by log p of answers of the choosing set, from one model (NTP, then SFT, seed 0)."""
-    folder = weights_of(study, NTP, "SFT", 0)
     rates = study.scale.test_time_learning_rates
-    by_rate = {str(lr): mean(adapted(study, load_model(folder).eval(), method, lr, "choose", 0)["log_p"]) for lr in rates}
+    models = {lr: model_before(study, NTP, "SFT", 0).eval() for lr in rates}
+    by_rate = {str(lr): mean(adapted(study, model, method, lr, "choose", 0)["log_p"]) for lr, model in models.items()}
     return {"log_p": by_rate, "chosen": max(rates, key=lambda lr: by_rate[str(lr)])}
 
 
 def ttt(study: Study, start: str, seed: int, variant: str, method: str) -> Figures:
     """Answer the first questions, each from weights adapted to it."""
     best = study.result(Job("rate", (method,)))["chosen"]
-    return adapted(study, load_model(weights_of(study, start, variant, seed)).eval(), method, best, "report", seed)
+    return adapted(study, model_before(study, start, variant, seed).eval(), method, best, "report", seed)
 
 
 KINDS: dict[str, Callable[..., Figures]] = {

@@ -26,20 +26,16 @@ def arms_of(family: str) -> list[str]:
 
 
 def stages(study: Study) -> list[list[Job]]:
-    """Seed by seed within a stage, so that whatever the machine does meets all arms alike."""
+    """The primary test first, then what is described.
+
+    Seed by seed within a stage, so that whatever the machine does meets all arms alike.
+    """
     s = study.scale
-    trials = [Job("trial", (arm, i)) for arm in ARMS for i in range(len(ARMS[arm].trials))]
     first = [Job("far", (f,)) for f in s.families]
-    mids = [
-        Job("mid", (f, arm, seed))
-        for seed in range(s.seeds)
-        for f in s.families
-        for arm in arms_of(f)
-        if seed in seeds_of(study, arm)
-    ]
     bases = [Job("base", (f, seed)) for seed in range(s.seeds) for f in s.families]
-    same_time = [Job("mid", (MAIN, SAME_TIME, seed)) for seed in seeds_of(study, SAME_TIME)]
     sharpened = [Job("sharpen", (f, arm, seed)) for seed in range(s.seeds) for f in s.families for arm in SHARPENED]
+    others = [arm for arm in ARMS if arm not in PRIMARY]
+    same_time = [Job("mid", (MAIN, SAME_TIME, seed)) for seed in seeds_of(study, SAME_TIME)]
     post_seeds = range(s.post_seeds)
     posts = [Job("post", (start, seed, v)) for seed in post_seeds for v in POST for start in STARTS]
     rates = [Job("rate", (method,)) for method in TEST_TIME]
@@ -51,7 +47,26 @@ def stages(study: Study) -> list[list[Job]]:
         for start in STARTS
         for v in ("none", *POST)
     ]
-    return [first + trials, mids + bases, same_time + sharpened, posts, rates + answers, adapted]
+    return [
+        first + trials(PRIMARY), mids(study, PRIMARY) + bases, sharpened,
+        trials(others), mids(study, others) + same_time,
+        posts, rates + answers, adapted,
+    ]  # fmt: skip
+
+
+def trials(arms: Sequence[str]) -> list[Job]:
+    return [Job("trial", (arm, i)) for arm in arms for i in range(len(ARMS[arm].trials))]
+
+
+def mids(study: Study, arms: Sequence[str]) -> list[Job]:
+    """Mid-training of these arms on the bases that have them."""
+    return [
+        Job("mid", (f, arm, seed))
+        for seed in range(study.scale.seeds)
+        for f in study.scale.families
+        for arm in arms_of(f)
+        if arm in arms and seed in seeds_of(study, arm)
+    ]
 
 
 def run_all(study: Study, planned: Sequence[Sequence[Job]], workers: int, shard: tuple[int, int] = (1, 1)) -> bool:

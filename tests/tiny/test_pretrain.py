@@ -242,3 +242,17 @@ def test_shipped_names_load_as_float32_unless_told_otherwise(name):
 def test_unknown_models_are_refused(tmp_path):
     with pytest.raises(RefineError, match="gated_deltanet"):
         pretrain(replace(tiny(tmp_path, {}), model_type="mamba"))
+
+
+def test_a_base_is_gone_on_from(library, tmp_path):
+    """With nothing to do but measure it is that base; its sizes must be those of the settings."""
+    first = pretrain(tiny(tmp_path / "first", {"facts": 0.5}))
+    settings = dict(start_from=str(first), seed=1)
+    again = pretrain(tiny(tmp_path / "still", {"facts": 0.5}, learning_rate=0.0, **settings))
+    further = pretrain(tiny(tmp_path / "further", {"facts": 0.5}, **settings))
+    weights = [refine_nsp.load(folder)[0].state_dict() for folder in (first, again, further)]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    assert not all(torch.equal(weights[2][name], value) for name, value in weights[0].items())
+    assert f"going on from `{first}`" in (further / "README.md").read_text()
+    with pytest.raises(RefineError, match="of other sizes"):
+        pretrain(tiny(tmp_path / "other", {"facts": 0.5}, **{**settings, "hidden_size": 32}))

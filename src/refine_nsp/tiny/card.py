@@ -42,10 +42,11 @@ def model_card(model: FastWeightForCausalLM, config: PretrainConfig, records: Se
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_heads} heads, tied embeddings, byte-level BPE of "
         f"{config.vocab_size:,} pieces with single digits. Small enough to ship and to mid-train in minutes on a laptop: a base for "
         "experiments with recall, not a language model for use.\n",
-        f"**Made by** `refine-nsp pretrain`, seed {config.seed}: {done:,} of {config.total_steps:,} steps of {config.tokens_per_step:,} "
-        f"tokens ({done * config.tokens_per_step / 1e6:.1f} M tokens), AdamW, learning rate {config.learning_rate:g} with warm-up and "
-        f"linear decay, {'bfloat16 products, ' if config.bf16 else ''}weights stored as {config.store_dtype}. Everything that decides it is"
-        " in `pretrain_config.json`; the same settings, seed and Python give the same model up to rounding.\n",
+        f"**Made by** `refine-nsp pretrain`, {going_on(config)}seed {config.seed}: {done:,} of {config.total_steps:,} steps of "
+        f"{config.tokens_per_step:,} tokens ({done * config.tokens_per_step / 1e6:.1f} M tokens), AdamW, learning rate "
+        f"{config.learning_rate:g} with warm-up and linear decay, {'bfloat16 products, ' if config.bf16 else ''}weights stored as "
+        f"{config.store_dtype}. Everything that decides it is in `pretrain_config.json`; the same settings, seed and Python give the same "
+        "model up to rounding.\n",
         phases_table(config).markdown(),
         "**Data.** The source of the Python standard library as installed (licence: PSF-2.0), read from disk, without the modules "
         f"{', '.join(HELD_OUT_MODULES)}; and generated documents:\n",
@@ -69,6 +70,10 @@ def model_card(model: FastWeightForCausalLM, config: PretrainConfig, records: Se
         "documents. Nothing shown with it says how methods compare at full scale.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def going_on(config: PretrainConfig) -> str:
+    return f"going on from `{config.start_from}` with new optimizer moments, " if config.start_from is not None else ""
 
 
 def phases_table(config: PretrainConfig) -> Table:

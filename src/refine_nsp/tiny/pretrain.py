@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines, read_json_lines
 from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.load import load_model, load_tokenizer
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
 from refine_nsp.tiny.card import model_card
@@ -60,10 +61,10 @@ def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
-    tokenizer = train_tokenizer(texts, config.vocab_size)
+    tokenizer = train_tokenizer(texts, config.vocab_size) if config.start_from is None else load_tokenizer(config.start_from)
     sources = Sources.of(config, tokenizer, texts)
     measures = Measures.of(config, tokenizer, held_out, encode_texts(tokenizer, held_out))
-    model = NEW_MODELS[config.model_type](config, len(tokenizer))
+    model = starting_model(config, len(tokenizer))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
     start = load_checkpoint(out, model, optimizer, config) if resume else 0
     if start == 0:
@@ -93,6 +94,21 @@ def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None
 
 
 # --- model, tokenizer, optimizer --------------------------------------------------------------------------------------
+
+
+def starting_model(config: PretrainConfig, vocab_size: int) -> FastWeightForCausalLM:
+    """A new model, or a new one with the weights of `start_from`. RefineError where that one has other sizes."""
+    model = NEW_MODELS[config.model_type](config, vocab_size)
+    if config.start_from is not None:
+        base = load_model(config.start_from)
+        try:
+            model.load_state_dict(base.state_dict())
+        except RuntimeError as error:
+            raise RefineError(
+                f"start_from={config.start_from} is a {base.config.model_type} of other sizes than these settings' "
+                f"{config.model_type}; its own are in its pretrain_config.json"
+            ) from error
+    return model
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -53,6 +53,8 @@ class PretrainConfig:
 
     Attributes:
         model_type: `delta_net`, `gated_deltanet` or `lact_swiglu`.
+        start_from: folder or shipped name of a base of these sizes to go on from, with its tokenizer and new optimizer moments; None
+            starts from nothing.
         num_heads: of the delta rule, or of LaCT's attention and fast weights.
         window: LaCT's attention window and chunk, in tokens; short, so that what is further away must be in the fast weights.
         bf16: matrix products run in bfloat16 (autocast), a quarter to a half faster on CPUs that have them; weights stay float32.
@@ -64,6 +66,7 @@ class PretrainConfig:
     output_dir: str = "runs/pretrain"
     seed: int = 0
     model_type: str = "delta_net"
+    start_from: str | None = None
     vocab_size: int = 2048
     hidden_size: int = 128
     num_hidden_layers: int = 4

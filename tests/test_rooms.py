@@ -6,8 +6,8 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the ground up. Files beside the rooms stand on the floor of their name.
 FLOORS = [
-    "errors", "files", "processes", "progress", "environment", "config", "ops", "text", "models", "nsp", "prompts", "evaluation",
-    "training", "report", "tiny", "commands", "cli",
+    "errors", "files", "stopping", "processes", "progress", "environment", "config", "ops", "text", "models", "nsp", "prompts",
+    "evaluation", "training", "report", "tiny", "commands", "cli",
 ]  # fmt: skip
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from refine_nsp.environment import keep_freed_memory
+from refine_nsp.stopping import TERMINATED_CODE, Terminated, terminate
 
 COMMANDS = {
     "quickstart": "mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline)",
@@ -30,6 +33,7 @@ FROM_DATACLASSES = (
     "evaluate",
     "inspect",
 )  # flags and YAML; the others have a few flags of their own
+GO_ON = "run the same command again (training: with --resume_from_checkpoint last) to go on"
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
 
@@ -38,11 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if main_thread else None
     try:
         return dispatch(words)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again (training: with --resume_from_checkpoint last) to go on\n")
+        sys.stderr.write(f"interrupted; {GO_ON}\n")
         return INTERRUPTED
+    except Terminated:
+        sys.stderr.write(f"terminated; {GO_ON}\n")
+        return TERMINATED_CODE
     except BrokenPipeError:  # what read our output (head, less) has gone; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
@@ -54,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"refine-nsp: {describe(error)}\n")
         return FAILED
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def describe(error: Exception) -> str:

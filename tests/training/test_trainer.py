@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -117,6 +119,71 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, conten
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
         again.train(resume_from_checkpoint=True)
     assert_close(weights(again), weights(straight), atol=1e-12)
+
+
+SEALED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "rollouts.process0.safetensors",
+          "dealing.json", "training_args.bin")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sealed_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sealed")
+    settings = dict(steps_per_generation=3, schedule="snapshot", train_dataset=data(32))
+    trainer(folder, max_steps=4, save_strategy="steps", save_steps=2, **settings).train()
+    return folder
+
+
+@pytest.mark.parametrize("harm", ["cut off", "emptied", "one byte changed", "removed"])
+@pytest.mark.parametrize("name", SEALED)
+def test_any_damage_to_the_newest_checkpoint_is_noticed(tmp_path, sealed_run, name, harm):
+    shutil.copytree(sealed_run, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-4" / name
+    content = file.read_bytes()
+    if harm == "removed":
+        file.unlink()
+    else:
+        middle = len(content) // 2
+        changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes({"cut off": content[:middle], "emptied": b"", "one byte changed": changed}[harm])
+    with pytest.warns(UserWarning, match=f"checkpoint-4 is not complete .{name}.*; the one before it is taken"):
+        assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    if harm == "cut off" and name == SEALED[0]:
+        with pytest.raises(RefineError, match=f"cannot resume from .*checkpoint-4: {name} has .* bytes"):
+            trainer(tmp_path / "run", max_steps=4).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_seal_that_is_cut_off_and_folders_of_other_names(tmp_path, sealed_run):
+    shutil.copytree(sealed_run, tmp_path / "run")
+    seal = tmp_path / "run" / "checkpoint-4" / "sealed.json"
+    seal.write_text(seal.read_text()[:40])
+    (tmp_path / "run" / "checkpoint-best").mkdir()
+    with pytest.warns(UserWarning, match="sealed.json is empty or cut off"):
+        assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    seal.unlink()  # as other programs write checkpoints
+    assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-4")
+
+
+def test_pickles_in_a_checkpoint_are_not_run(tmp_path, sealed_run):
+    """What `torch.load` reads on resume may hold tensors and plain values, and no code."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        folder = tmp_path / name / "checkpoint-4"
+        shutil.copytree(sealed_run / "checkpoint-4", folder)
+        torch.save({"state": Touch(str(tmp_path / "touched"))}, folder / name)
+        (folder / "sealed.json").unlink()
+        t = trainer(tmp_path / name, max_steps=6, steps_per_generation=3, schedule="snapshot")
+        with pytest.raises(pickle.UnpicklingError):
+            t.train(resume_from_checkpoint=str(folder))
+    assert not (tmp_path / "touched").exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def test_shards_that_are_not_made_are_missed(tmp_path, monkeypatch):
@@ -250,17 +317,21 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(tmp_path):
     assert all(torch.equal(after[n], before[n]) for n in before if n != "lm_head.weight")
 
 
-def test_ctrl_c_saves_a_checkpoint_and_stops(tmp_path):
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_ctrl_c_and_sigterm_save_a_checkpoint_and_stop(tmp_path, number, ends):
     from transformers import TrainerCallback
 
     class Press(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
+    before = signal.getsignal(number)
     t = trainer(tmp_path / "a", max_steps=5, callbacks=[Press()])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ends) as stop:
         t.train()
+    assert signal.getsignal(number) is before
+    assert number == signal.SIGINT or stop.value.code == 143
     assert last_complete_checkpoint(tmp_path / "a").endswith("checkpoint-3")
     again = trainer(tmp_path / "a", max_steps=5)
     again.train(resume_from_checkpoint=True)

@@ -57,10 +57,16 @@ def run(argv: Sequence[str]) -> None:
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)
-    trainer.train(resume_from_checkpoint=resume_from(args))
-    if validation is not None:
+    train_and_save(trainer, out)
+
+
+def train_and_save(trainer: ReFINETrainer, out: Path) -> None:
+    """The run itself, from where it stands; then its model, its last figures and its report."""
+    trainer.train(resume_from_checkpoint=resume_from(trainer.args))
+    save(trainer, out)  # before anything else can go wrong
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
-    save(trainer, out)
+        trainer.save_state()
     if trainer.is_world_process_zero():
         Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
 

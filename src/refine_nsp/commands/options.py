@@ -141,6 +141,7 @@ class Options:
             s.preset_flag: None for s in self.shown if s.has_preset
         }
         hints = {flag: get_type_hints(s.cls)[f.name] for s in self.shown for flag, f in s.flags().items()}
+        self.code = [flag for flag, hint in hints.items() if any(_is_callable(part) for part in get_args(hint))]
         for flag, action in self.actions.items():
             if flag in self.choices:
                 action.choices = None  # the dataclass checks them, in the words of all our errors
@@ -152,10 +153,12 @@ class Options:
         """The filled dataclasses, and whether --dry_run was given. Prints help and exits where asked; RefineError for unknowns."""
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", type=Path)
-        for flag in ("--help", "-h", "--help_all", "--dry_run"):
+        for flag in ("--help", "-h", "--help_all", "--dry_run", "--allow_code_in_config"):
             first.add_argument(flag, action="store_true", dest=flag.strip("-"))
         own, rest = first.parse_known_args(list(argv))
         from_file = self._read(own.config) if own.config is not None else {}
+        if not own.allow_code_in_config:
+            self._refuse_code(own.config, from_file)
         self._start_from_presets(rest, from_file)
         self.parser.set_defaults(**from_file)
         if own.help or own.h or own.help_all:
@@ -196,12 +199,24 @@ class Options:
                 raise RefineError(f"{path}: unknown key {key!r}{closest(key, self.known)}")
         return data
 
+    def _refuse_code(self, path: Path, data: dict[str, Any]) -> None:
+        """A file may have come from anywhere: it does not decide which code is imported."""
+        for flag in self.code:
+            named = data.get(flag) or []
+            paths = [n for n in ([named] if isinstance(named, str) else named) if isinstance(n, str) and ("." in n or ":" in n)]
+            if paths:
+                raise RefineError(
+                    f"{path}: {flag} names code to import ({', '.join(paths)}); give it on the command line (--{flag} {paths[0]}), or "
+                    "--allow_code_in_config where you trust the file"
+                )
+
     def help(self, everything: bool) -> str:
         """Usage, then one flag a line with its default."""
         lines = [f"usage: refine-nsp {self.command} [--config FILE.yaml] [flags]", "", self.summary, ""]
         own = [
             ("config FILE", "YAML with any of these as keys; flags win"),
             ("dry_run", "show what would run, touch nothing"),
+            ("allow_code_in_config", "let the file of --config name code to import, such as a reward of yours"),
             ("debug", "a traceback instead of one line when something is wrong"),
         ]
         lines += [line for head, text in own for line in _paragraph(head, text)]

@@ -9,13 +9,12 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.midtrain import resume_from, save, start_run
+from refine_nsp.commands.midtrain import start_run, train_and_save
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
-from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
@@ -57,12 +56,7 @@ def run(argv: Sequence[str]) -> None:
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)
-    trainer.train(resume_from_checkpoint=resume_from(args))
-    if validation is not None:
-        trainer.evaluate()
-    save(trainer, out)
-    if trainer.is_world_process_zero():
-        Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
+    train_and_save(trainer, out)
 
 
 def plan(train: Dataset, validation: Dataset | None, config: dict[str, Any]) -> Table:

@@ -28,6 +28,7 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model, load_tokenizer
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.progress import step_progress
+from refine_nsp.stopping import StopRequest
 from refine_nsp.tiny.card import model_card
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
@@ -71,7 +72,7 @@ def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None
         (out / "metrics.jsonl").unlink(missing_ok=True)
     model.train()
     last = config.total_steps if stop_after is None else max(start, min(stop_after, config.total_steps))
-    with step_progress(last, start, "pretrain") as progress:
+    with StopRequest() as stop, step_progress(last, start, "pretrain") as progress:
         for step in range(start, last):
             ids, weights = training_batch(config, phase_of(config, step), step, sources)
             for group in optimizer.param_groups:
@@ -83,9 +84,10 @@ def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None
             if probed or done % config.log_steps == 0 or done == last:
                 measured = measures.take(model) if probed else {}
                 append_json_lines(out / "metrics.jsonl", [{"step": done, "time": time.time(), "loss": loss, **measured}])
-            if done % config.save_steps == 0 or done == last:
+            if done % config.save_steps == 0 or done == last or stop.asked is not None:
                 save_checkpoint(out, model, optimizer, done, config)
                 write_curves(out)
+            stop.end()
     # What is stored is what is measured at the end.
     round_to(model.eval(), config.store_dtype)
     append_json_lines(out / "metrics.jsonl", [{"step": last, "time": time.time(), **measures.take(model)}])

@@ -1,18 +1,20 @@
-"""What happens around the steps of a run: progress, refusing broken gradients, and stopping cleanly on Ctrl-C."""
+"""What happens around the steps of a run: progress, refusing broken gradients, and stopping cleanly when asked to."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines
 from refine_nsp.progress import StepProgress, step_progress
+from refine_nsp.stopping import StopRequest
 
 
 class ProgressCallback(TrainerCallback):
@@ -95,33 +97,30 @@ class NonFiniteGuard(TrainerCallback):
             self.in_a_row = 0
 
 
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C finishes the step, saves a checkpoint to resume from, and stops; a second Ctrl-C stops at once."""
+class StopCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM finishes the step, saves a checkpoint to resume from, and stops; a second one stops at once.
 
-    def __init__(self) -> None:
-        self.interrupted = False
-        self.previous: Any = None
+    Args:
+        sum_over: adds a number up over all processes, which must stop after the same step; None where there is one.
+    """
+
+    def __init__(self, sum_over: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.request, self.sum_over = StopRequest(), sum_over
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.interrupted = False
-        try:
-            self.previous = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not the main thread: whoever is decides what Ctrl-C means
-            self.previous = None
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+        self.request.__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.interrupted:
+        if self.sum_over is not None:
+            asked = self.sum_over(torch.tensor(self.request.asked or 0, device=args.device))
+            if int(asked) and self.request.asked is None:
+                self.request.asked = signal.SIGTERM
+        if self.request.asked is not None:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
+        """Leave signals to whoever had them before."""
+        self.request.__exit__()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from refine_nsp.files import write_atomically
 from refine_nsp.nsp.records import Batch, Rollouts
 from refine_nsp.training.phases import MicroBatch
 
+SEAL_FILE = "sealed.json"
 ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
 DEALING_FILE = "dealing.json"
 # Of a model and its tokenizer, beside the weights.
@@ -68,7 +70,8 @@ def check_dealing(folder: Path, own: Dealing) -> None:
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
-    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdecimal()]
+    newest_first = sorted(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
     for checkpoint in newest_first:
         if (problem := checkpoint_problem(checkpoint)) is None:
             return str(checkpoint)
@@ -77,7 +80,15 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None when it can. The trainer state is written last."""
+    """Why a checkpoint cannot be resumed from; None when it can.
+
+    A sealed one is compared with its seal, file by file. One without a seal (of other programs, or cut off before it) is judged by its
+    trainer state, which is written after all but the seal.
+    """
+    if not folder.is_dir():
+        return "there is no such folder"
+    if (problem := seal_problem(folder)) is not None:
+        return problem
     path = folder / "trainer_state.json"
     if not path.exists():
         return "no trainer_state.json"
@@ -86,6 +97,43 @@ def checkpoint_problem(folder: Path) -> str | None:
     except ValueError:
         return "trainer_state.json is empty or cut off"
     return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
+
+
+def seal(folder: Path) -> None:
+    """Write down every file's size and checksum, as the last thing of a checkpoint."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL_FILE]
+    sums = {p.relative_to(folder).as_posix(): [p.stat().st_size, checksum(p)] for p in files}
+    write_atomically(folder / SEAL_FILE, json.dumps({"crc32": sums}, indent=1) + "\n")
+
+
+def seal_problem(folder: Path) -> str | None:
+    """Which file is not what was sealed; None where all are, or where there is no seal."""
+    path = folder / SEAL_FILE
+    if not path.exists():
+        return None
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))["crc32"]
+        known = {name: (int(size), int(crc)) for name, (size, crc) in sums.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{SEAL_FILE} is empty or cut off"
+    for name, (size, crc) in known.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
+        if checksum(file) != crc:
+            return f"{name} was changed or damaged"
+    return None
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: against accidents, not against malice."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:

@@ -32,8 +32,16 @@ from refine_nsp.models.load import check_vocabulary
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.callbacks import InterruptCallback, NonFiniteGuard, ProgressCallback
-from refine_nsp.training.checkpoints import Dealing, check_dealing, last_complete_checkpoint, load_pending, save_pending
+from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
+from refine_nsp.training.checkpoints import (
+    Dealing,
+    check_dealing,
+    checkpoint_problem,
+    last_complete_checkpoint,
+    load_pending,
+    save_pending,
+    seal,
+)
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
@@ -105,15 +113,13 @@ class ReFINETrainer(Trainer):
         self._shown_at = -1
 
     def _replace_callbacks(self) -> None:
-        """Our progress instead of transformers', the guard, and a clean end on Ctrl-C."""
-        self.guard, self.interrupt, self.bar = (
-            NonFiniteGuard(self.args.max_skipped_steps),
-            InterruptCallback(),
-            ProgressCallback(),
-        )
+        """Our progress instead of transformers', the guard, and a clean end when asked to stop."""
+        several = self.args.world_size > 1
+        self.guard, self.bar = NonFiniteGuard(self.args.max_skipped_steps), ProgressCallback()
+        self.stop = StopCallback(self.sum_over_processes if several else None)
         for replaced in (TqdmCallback, PrinterCallback):
             self.remove_callback(replaced)
-        for callback in (self.guard, self.interrupt, self.bar):
+        for callback in (self.guard, self.stop, self.bar):
             self.add_callback(callback)
 
     def make_phase(self) -> Phase:
@@ -323,13 +329,22 @@ class ReFINETrainer(Trainer):
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint. Ctrl-C saves and raises."""
+        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint. Ctrl-C and SIGTERM save, then
+        raise KeyboardInterrupt and SystemExit (143).
+
+        Raises:
+            RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one of steps that were dealt out otherwise.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
             if resume_from_checkpoint is None:
                 raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
         if resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
+            if (problem := checkpoint_problem(checkpoint)) is not None:
+                raise RefineError(
+                    f"cannot resume from {checkpoint}: {problem}; resume_from_checkpoint=last takes the newest complete one"
+                )
             check_dealing(checkpoint, self.dealing)
             self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
         self._last_log = (time.monotonic(), 0)
@@ -341,9 +356,8 @@ class ReFINETrainer(Trainer):
         finally:
             self.args.ignore_data_skip = skips
             self.bar.on_train_end(self.args, self.state, self.control)
-            self.interrupt.restore()
-        if self.interrupt.interrupted:
-            raise KeyboardInterrupt
+            self.stop.restore()
+        self.stop.request.end()
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -371,6 +385,9 @@ class ReFINETrainer(Trainer):
                 if isinstance(self.train_dataset, Stream):
                     self.train_dataset.save(folder, self.state.global_step * self.dealing.examples)
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process has files of its own in it
+            if self.args.should_save:
+                seal(folder)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
             raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error

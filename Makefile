@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 CORE := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
+GPU := $(VENV)/.installed-gpu
 
-.PHONY: quickstart install test test-all lint bench clean
+.PHONY: quickstart install test test-all test-gpu lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -17,6 +18,11 @@ $(CORE): pyproject.toml constraints.txt
 $(ALL): pyproject.toml constraints.txt
 	$(INSTALL) '.[dev,eval,lora]'
 	touch $(CORE) $(ALL)
+
+# With flash-linear-attention's kernels, which run on the Triton that torch's CUDA builds bring.
+$(GPU): $(ALL)
+	$(INSTALL) '.[dev,gpu]'
+	touch $(CORE) $(ALL) $(GPU)
 
 install: $(ALL)
 
@@ -29,6 +35,10 @@ test: $(ALL)
 
 test-all: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+
+# On a CUDA device; without one the tests are skipped, unless TRITON_INTERPRET=1 runs the kernels on the CPU (Triton is needed).
+test-gpu: $(GPU)
+	$(BIN)/python -m pytest -q -rs tests/gpu
 
 lint: $(ALL)
 	$(BIN)/ruff check .

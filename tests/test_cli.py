@@ -11,6 +11,7 @@ import yaml
 
 from refine_nsp.cli import main
 from refine_nsp.models.load import SHIPPED, load_model
+from refine_nsp.ops import kernels
 from tests.models.families import build
 
 BASE = "refine-nsp/tiny-delta-net"
@@ -48,6 +49,18 @@ def test_help_lists_every_command(capsys):
 def test_every_command_explains_itself(capsys, command):
     assert main([command, "--help"]) == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_env_says_what_is_here_and_what_computes(capsys, monkeypatch):
+    assert main(["env", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["environment"]["torch"] == torch.__version__ and facts["devices"][0]["device"] == "cpu"
+    assert set(facts["kernels"]["delta rule"]) == {"runs_on", "why"}
+    assert main(["env"]) == 0
+    assert "window attention" in capsys.readouterr().out
+    kernels.chosen.cache_clear()
+    monkeypatch.setenv(kernels.VARIABLE, "fast")
+    fails(capsys, ["env"], "REFINE_NSP_KERNELS='fast': expected one of auto, torch, fla")
 
 
 def line_of(help_text: str, flag: str) -> str:

@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "two evaluations, example by example, with significance",
     "generate": "continue a prompt, streaming",
     "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
+    "env": "what is installed, which devices there are, what computes each operation and why",
     "export": "a plain model folder from a checkpoint in shards",
     "report": "one HTML page comparing runs",
 }

@@ -11,6 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = ("refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "peft", "lm-eval")
+GIB = 2**30
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
@@ -18,11 +28,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
-    for name in PACKAGES:
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = None
+    facts |= {name: installed(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
     facts |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "seed": seed}
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
@@ -30,6 +36,31 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     except OSError:
         facts["commit"] = None
     return facts
+
+
+def devices() -> list[dict[str, str]]:
+    """The machine's processor, then its CUDA devices: their memory, and how they compute bfloat16."""
+    import psutil
+    import torch
+
+    memory, processor = psutil.virtual_memory(), torch.backends.cpu.get_cpu_capability()
+    own = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
+    found = [{
+        "device": "cpu",
+        "name": f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "memory": f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
+        "bfloat16": "by the processor" if own else "emulated, slower than float32",
+    }]  # fmt: skip
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append({
+            "device": f"cuda:{i}",
+            "name": f"{torch.cuda.get_device_name(i)}, capability {major}.{minor}, CUDA {torch.version.cuda or torch.version.hip}",
+            "memory": f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
+            "bfloat16": "by the device" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated, slower than float32",
+        })  # fmt: skip
+    return found
 
 
 # mallopt's numbers for what these are called in glibc, and values: never give back, use the heap up to the largest size it allows.

@@ -197,6 +197,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        chosen()  # a choice of kernels that cannot be had is refused before anything is loaded
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([FastWeightBlock(config, self.mixer_class(config)) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

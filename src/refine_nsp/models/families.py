@@ -1,7 +1,10 @@
 """The families by `model_type`, registered with transformers' Auto classes: a model is added here."""
 
+from contextlib import suppress
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from refine_nsp.errors import RefineError
 from refine_nsp.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel
 from refine_nsp.models.gated_delta_net import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, GatedDeltaNetModel
 from refine_nsp.models.lact import LaCTConfig, LaCTForCausalLM, LaCTModel
@@ -22,5 +25,8 @@ def register() -> None:
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 
-chosen()  # imports flash-linear-attention where its kernels will be used, so that ours come after it
+# Imports flash-linear-attention where its kernels will be used, so that ours come after it. What is wrong with the choice is said where
+# a model is made: an import is no place for it.
+with suppress(RefineError):
+    chosen()
 register()

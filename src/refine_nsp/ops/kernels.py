@@ -13,17 +13,18 @@ import functools
 import os
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from refine_nsp.environment import installed
 from refine_nsp.errors import RefineError
 
 VARIABLE = "REFINE_NSP_KERNELS"
 CHOICES = ("auto", "torch", "fla")
 WIDEST_KEY = 256  # of flash-linear-attention's delta-rule kernels
+ELEMENTWISE = ("short convolution", "norms", "SwiGLU")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of elementwise kernels, which compute in float32
 
 
@@ -61,14 +62,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def installed(package: str) -> str | None:
-    """Its version, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def fused(x: Tensor) -> bool:
     """Whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
     # The device first: on a CPU nothing else is asked, so nothing is imported.
@@ -94,6 +87,21 @@ def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -
     if dtype == torch.float32 and not interpreted():
         return "float32 would be multiplied in TF32 there; for speed use bfloat16 (autocast or weights)"
     return chosen().gated if gated else None
+
+
+def by_operation() -> dict[str, tuple[str, str]]:
+    """What computes each operation, "fla" or "torch", and why."""
+    kernels = chosen()
+    ours = {
+        "fast weights of LaCT": ("torch", "large matrix products in the dtype of the activations, states in float32"),
+        "window attention": ("torch", "block by block, on what scaled_dot_product_attention chooses for the device"),
+        "head and losses": ("torch", "logits of one block of tokens at a time"),
+    }
+    if kernels.name == "torch":
+        return dict.fromkeys(("delta rule", "gated delta rule", *ELEMENTWISE), ("torch", kernels.why)) | ours
+    limits = f"bfloat16 or float16, query/key heads of up to {WIDEST_KEY}; others on PyTorch's operations"
+    gated = ("torch", kernels.gated) if kernels.gated is not None else ("fla", limits)
+    return {"delta rule": ("fla", limits), "gated delta rule": gated} | dict.fromkeys(ELEMENTWISE, ("fla", kernels.why)) | ours
 
 
 @functools.cache

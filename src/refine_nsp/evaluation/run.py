@@ -19,6 +19,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Estimate, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
 from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
+from refine_nsp.ops.memory import part
 from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
 
@@ -93,7 +94,7 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
         tokens += n
 
     context.on_tokens = count
-    with step_progress(len(mine), 0, task.name, quiet) as progress:
+    with step_progress(len(mine), 0, task.name, quiet) as progress, part("evaluation"):
         for row in task.rows(mine, context):
             append_json_lines(path, [asdict(row)])
             progress.advance(tokens)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.families import FAMILIES, register
 from refine_nsp.models.hybrid import check, class_for
+from refine_nsp.ops.memory import part
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-gated-deltanet", "tiny-lact")}
@@ -58,11 +59,14 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     if not ours and model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # of a model of several kinds of input
     try:
-        # Shapes that differ are let through to be named below with all else that differs.
-        model, names = model_class.from_pretrained(
-            where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
-        )  # fmt: skip
+        with part("loading"):
+            # Shapes that differ are let through to be named below with all else that differs.
+            model, names = model_class.from_pretrained(
+                where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
+            )  # fmt: skip
+    except RefineError:  # one of memory is a RuntimeError too
+        raise
     except (OSError, RuntimeError) as error:
         raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
     _check_names(where, names)

@@ -15,6 +15,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
+from refine_nsp.ops.memory import part
 
 TOKENS_AT_ONCE = 2048  # of the local windows: their activations stand beside those of the whole pass
 
@@ -51,6 +52,7 @@ def next_sum(d: Tensor, K: int) -> Tensor:
     return total[:, K : K + T] - total[:, :T]
 
 
+@part("context")
 @torch.no_grad()
 def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) -> Tensor:
     """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it; zeros where a window
@@ -64,7 +66,7 @@ def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) 
     needed = needed.to(batch.input_ids.device, non_blocking=True)
     rows = windows.reshape(B * n, span * W)[needed]
     parts = [
-        model.model(part, use_cache=False).last_hidden_state[:, W:] for part in rows.split(max(1, TOKENS_AT_ONCE // (span * W)))
+        model.model(some, use_cache=False).last_hidden_state[:, W:] for some in rows.split(max(1, TOKENS_AT_ONCE // (span * W)))
     ]
     hidden = torch.cat(parts)
     hidden = hidden.new_zeros(B * n, *hidden.shape[1:]).index_copy(0, needed, hidden) if len(hidden) < B * n else hidden

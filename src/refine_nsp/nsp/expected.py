@@ -21,6 +21,7 @@ from refine_nsp.nsp.passes import Pass, by_sequence, next_token_loss, next_token
 from refine_nsp.nsp.records import Batch, Draws, Learning, Metrics, StepResult, masked_mean
 from refine_nsp.nsp.selection import count_positions, select
 from refine_nsp.ops.linear_cross_entropy import SequenceTerm, linear_next_sequence
+from refine_nsp.ops.memory import part
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def _no_states(positions: Tensor) -> FastWeightCache:
     raise TypeError("the closed form needs no states")
 
 
+@part("logits")
 def learn_expected(
     model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
 ) -> StepResult:

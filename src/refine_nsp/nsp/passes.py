@@ -19,6 +19,7 @@ from refine_nsp.models.segments import read_by_segments
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.records import Batch, Continuation, Normalizer, Prefixes, gather_positions
 from refine_nsp.ops.linear_cross_entropy import TokenStats, linear_cross_entropy, token_log_probs
+from refine_nsp.ops.memory import part
 
 
 @dataclass(frozen=True)
@@ -111,21 +112,24 @@ def run(
     kind = PASSES[config.schedule]
     recompute = kind is Recomputed
     if (size := segment_size(batch, config)) is not None:
-        parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
+        with part("forward"):
+            parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
         loss, stats = next_token_loss(model, parts.hidden, batch, normalizer)
         return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else lambda _: parts.snapshots)  # type: ignore[arg-type,return-value]
-    out = model.model(
-        batch.input_ids,
-        lengths=batch.lengths,
-        snapshot_positions=None if recompute else positions,
-        output_states=positions is None and not recompute,
-        use_cache=False,
-    )
+    with part("forward"):
+        out = model.model(
+            batch.input_ids,
+            lengths=batch.lengths,
+            snapshot_positions=None if recompute else positions,
+            output_states=positions is None and not recompute,
+            use_cache=False,
+        )
     loss, stats = next_token_loss(model, out.last_hidden_state, batch, normalizer)
     take = (lambda _: out.snapshots) if out.states is None else out.states.at
     return kind(model, batch, out.last_hidden_state, loss, stats, take)
 
 
+@part("forward")
 def run_hidden(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig) -> Tensor:
     """Final-norm output [B, T, D] of the sequences, where no states are asked for."""
     if (size := segment_size(batch, config)) is not None:
@@ -139,6 +143,7 @@ def segment_size(batch: Batch, config: NSPConfig) -> int | None:
     return size if size is not None and batch.input_ids.shape[1] > size else None
 
 
+@part("logits")
 def next_token_loss(
     model: FastWeightForCausalLM, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
 ) -> tuple[Tensor, TokenStats]:

@@ -31,22 +31,25 @@ from refine_nsp.nsp.records import (
 from refine_nsp.nsp.rewards import judge, resolve_reward
 from refine_nsp.nsp.rollout import sample
 from refine_nsp.nsp.selection import select
+from refine_nsp.ops.memory import part
 
 
 def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
     """The step on policy, all from one pass."""
     forward = run(model, batch, config, learning.ntp_normalizer)
     positions = select(forward, config, draws.positions)  # section 3.1
-    prefixes = forward.states(positions)
-    sampled = sample(forward, prefixes, config, draws.tokens)  # section 3.2
-    judged = judge(forward, sampled, config)  # section 3.3
+    with part("rollouts"):
+        prefixes = forward.states(positions)
+        sampled = sample(forward, prefixes, config, draws.tokens)  # section 3.2
+        judged = judge(forward, sampled, config)  # section 3.3
     rollouts = compare([judged], config, learning.sum_over)[0]  # section 3.4
     return learn(forward, prefixes, rollouts, config, learning)
 
 
 def learn(forward: Pass, prefixes: Prefixes, rollouts: Rollouts, config: NSPConfig, learning: Learning) -> StepResult:
     """The losses (section 3.4), with gradient through the prefixes' states into the whole sequence."""
-    policy = forward.continue_from(prefixes, rollouts.tokens, config.temperature)
+    with part("rollouts"):
+        policy = forward.continue_from(prefixes, rollouts.tokens, config.temperature)
     valid = rollouts.positions >= 0
     loss_policy = policy_loss(
         policy.log_probs,
@@ -90,8 +93,9 @@ def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draw
     """Judged rollouts, to be compared and learned from later: the same steps without gradients."""
     forward = run(model, batch, config)
     positions = select(forward, config, draws.positions)
-    sampled = sample(forward, forward.states(positions), config, draws.tokens)
-    return judge(forward, sampled, config)
+    with part("rollouts"):
+        sampled = sample(forward, forward.states(positions), config, draws.tokens)
+        return judge(forward, sampled, config)
 
 
 def learn_from(

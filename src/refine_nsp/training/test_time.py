@@ -20,6 +20,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.selection import SCORES
+from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
 
@@ -206,9 +207,11 @@ class TestTimeTrainer:
                 model.train()
                 with torch.enable_grad():
                     loss, _ = self.phase.loss(model, batch)
-                    loss.backward()
+                    with part("backward"):
+                        loss.backward()
                 clip_gradients(parameters, c.max_grad_norm, shared)
-                optimizer.step()
+                with part("optimizer"):
+                    optimizer.step()
                 losses.append(float(loss.detach()))
         finally:
             optimizer.zero_grad(set_to_none=True)

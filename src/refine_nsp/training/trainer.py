@@ -31,6 +31,7 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
+from refine_nsp.ops.memory import part
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.checkpoints import (
@@ -193,7 +194,8 @@ class ReFINETrainer(Trainer):
         """What a phase does before the steps on `batches`, by the model as it is: in eval mode, whatever the last step left."""
         if batches:
             self.model.eval()
-            phase.prepare(self.model_wrapped, batches)
+            with part("rollouts"):
+                phase.prepare(self.model_wrapped, batches)
 
     def set_totals(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
         """What this optimizer step's sums are divided by, over all processes."""
@@ -225,7 +227,8 @@ class ReFINETrainer(Trainer):
 
     def phase_loss(self, phase: Phase, model: nn.Module, batch: MicroBatch, shares: int, prefix: str = "") -> Tensor:
         """The loss as one forward call, so that wrappers see it; its figures are kept for the next log."""
-        loss, metrics = model(step=lambda m: phase.loss(m, batch))
+        with part("forward"):
+            loss, metrics = model(step=lambda m: phase.loss(m, batch))
         for name, value in metrics.items():
             # A share of the step's mean; logged values are averaged over micro-batches, so undo the sharing.
             self._metrics[prefix + name].append(value * shares if name.startswith("loss") else value)
@@ -242,7 +245,7 @@ class ReFINETrainer(Trainer):
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 accelerator.sync_gradients = last
-                with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model):
+                with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model), part("backward"):
                     super().training_step(model, {"batch": batch, "phase": phase, "shares": len(batches), "prefix": prefix})
             # Without a limit too: this is what takes the loss scale out of the gradients, before the guard judges them.
             accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
@@ -259,7 +262,8 @@ class ReFINETrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         start = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with part("backward"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._metrics["seconds_step"].append(time.perf_counter() - start)
         return loss
 
@@ -299,7 +303,8 @@ class ReFINETrainer(Trainer):
         batches = self.validation_batches(eval_dataset)
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        sums = model(step=lambda m: self.phase.validate(m, batches))
+        with part("validation"):
+            sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)
         if self.args.world_size > 1 and not self._is_sharded:
@@ -352,7 +357,8 @@ class ReFINETrainer(Trainer):
         if resume_from_checkpoint and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
             self.args.ignore_data_skip = True  # it is there already
         try:
-            output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            with part("optimizer"):  # what else there is in a step; all of the rest names itself
+                output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             self.args.ignore_data_skip = skips
             self.bar.on_train_end(self.args, self.state, self.control)

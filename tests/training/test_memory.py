@@ -1,0 +1,68 @@
+"""A run that finds no memory ends with one line, which names the part of the step that asked for it."""
+
+import pytest
+import torch
+
+from refine_nsp.cli import main
+from refine_nsp.models.blocks import FastWeightModel
+from tests.ops.test_memory import cuda
+from tests.test_cli import fails, tiny
+
+
+def refused(*args, **kwargs):
+    cuda()
+
+
+def second_pass(monkeypatch):
+    """A trunk that runs once a step."""
+    forward, calls = FastWeightModel.forward, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs) if len(calls) == 1 else cuda()
+
+    monkeypatch.setattr(FastWeightModel, "forward", counted)
+
+
+def in_backward(monkeypatch):
+    def refuse(ctx, *gradients):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes.")
+
+    monkeypatch.setattr("refine_nsp.ops.norm._ScaledNorm.backward", staticmethod(refuse))
+
+
+PLACES = {
+    "In the forward pass": (lambda m: m.setattr(FastWeightModel, "forward", refused), ()),
+    "In the rollouts, which asked for 20.00 GiB": (lambda m: m.setattr("refine_nsp.nsp.rollout.sample_rollouts", refused), ()),
+    "In the head's logits": (lambda m: m.setattr("refine_nsp.nsp.passes.linear_cross_entropy", refused), ()),
+    "In the pass over local windows": (second_pass, ("--preset", "exact", "--local_window", "8")),
+    "In the backward pass, which asked for 8.00 GiB": (in_backward, ()),
+    "In the optimizer step": (lambda m: m.setattr(torch.optim.AdamW, "step", refused), ()),
+    "In the validation": (lambda m: m.setattr("refine_nsp.training.phases.validate", refused), ()),
+}
+
+
+@pytest.mark.parametrize("words", PLACES)
+def test_the_part_that_asked_is_named(words, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n" * 200)
+    patch, flags = PLACES[words]
+    patch(monkeypatch)
+    more = (
+        "--validation_dataset",
+        str(text),
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--per_device_eval_batch_size",
+        "2",
+    )
+    fails(capsys, tiny(tmp_path, text, *flags, *(more if "validation" in words else ())), words)
+
+
+def test_an_evaluation_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(FastWeightModel, "forward", refused)
+    argv = ["evaluate", "refine-nsp/tiny-delta-net", "--tasks", "niah", "--lengths", "512", "--samples", "1"]
+    fails(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "In the evaluation")
+    assert main(["--help"]) == 0

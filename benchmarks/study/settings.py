@@ -29,7 +29,7 @@ class Arm:
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
-RATES = (2e-4, 5e-4)
+RATES = (1e-4, 2e-4)
 TRIALS = 6  # of every arm
 
 
@@ -48,10 +48,10 @@ ARMS: dict[str, Arm] = {
     "paper": _arm((0.1, 0.2, 0.5), preset="mid_training"),
     "context, N 8": _scored((0.3, 1.0, 3.0), preset="context"),
     "exact, selected positions": _arm((0.3, 1.0, 3.0), preset="exact", weights="selected"),
-    "exact, K 1": _scored((6.0, 20.0, 60.0), preset="exact", rollout_length=1),
-    EXACT: _scored((6.0, 20.0, 60.0), preset="exact", rollout_length=3),
-    "exact, K 5": _scored((6.0, 20.0, 60.0), preset="exact", rollout_length=5),
-    CE: _scored((3.0, 10.0, 30.0), preset="likelihood"),
+    "exact, K 1": _scored((2.0, 4.0, 8.0), preset="exact", rollout_length=1),
+    EXACT: _scored((2.0, 4.0, 8.0), preset="exact", rollout_length=3),
+    "exact, K 5": _scored((2.0, 4.0, 8.0), preset="exact", rollout_length=5),
+    CE: _scored((10.0, 30.0, 100.0), preset="likelihood"),
     "LongCE": Arm(
         {"preset": "likelihood", "weights": "context_gain", "local_span": SPAN, "context_scores": "cached"},
         {"learning_rate": RATES, "gamma": (2.0, 5.0, 10.0)},

@@ -7,7 +7,7 @@ CORE := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
 GPU := $(VENV)/.installed-gpu
 
-.PHONY: quickstart install test test-all test-gpu lint bench clean
+.PHONY: quickstart install test test-all test-gpu fuzz lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ test-all: $(ALL)
 # On a CUDA device; without one the tests are skipped, unless TRITON_INTERPRET=1 runs the kernels on the CPU (Triton is needed).
 test-gpu: $(GPU)
 	$(BIN)/python -m pytest -q -rs tests/gpu
+
+# Broken input by the thousand, through the command line.
+fuzz: $(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000
 
 lint: $(ALL)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from datasets import Dataset, IterableDataset
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 
 from refine_nsp.commands.model_options import ModelArguments, build_model
@@ -89,7 +90,7 @@ def save(trainer: ReFINETrainer, out: Path) -> None:
     try:
         trainer.save_model(str(out))
         trainer.save_state()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise RefineError(f"could not save the model in {out}: {error}; the last checkpoint there is whole") from error
 
 

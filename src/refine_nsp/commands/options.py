@@ -15,7 +15,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -81,12 +82,51 @@ class Settings:
             given["reward"] = given["reward"][0]
         if self.nsp is not None:
             given["nsp"] = self.nsp.fill(values)
-        return self.cls(**given)
+        try:
+            return self.cls(**given)
+        except RefineError:
+            raise
+        except Exception as error:  # of transformers' Trainer settings, in its words
+            raise RefineError(f"these settings do not go together: {' '.join(str(error).split())}") from error
 
 
 def _parseable(hint: Any) -> Any:
     """A type argparse can fill: what may be a callable is named by a string, or several."""
     return list[str] | None if any(_is_callable(part) for part in get_args(hint)) else hint
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether a file's value can be meant for a field of this type; text is converted or refused later, as on the command line."""
+    if isinstance(value, str):
+        return True
+    if value is None:
+        return hint in (Any, type(None)) or type(None) in get_args(hint)
+    if hint is type(None):
+        return False
+    if get_origin(hint) in (Union, UnionType):
+        return any(_takes(part, value) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kind = get_origin(hint) or hint
+    if kind is list or kind is tuple:
+        return isinstance(value, list) and all(any(_takes(part, v) for part in get_args(hint) or [object]) for v in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(kind, type) or not issubclass(kind, str | bool | dict | enum.Enum) or isinstance(value, kind)
+
+
+def _named(hint: Any) -> str:
+    """A type as a reader of YAML knows it."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_named(part) for part in get_args(hint) if part is not type(None)))
+    if get_origin(hint) is Literal:
+        return ", ".join(str(choice) for choice in get_args(hint))
+    if _is_callable(hint):
+        return "a name"
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
+    return names.get(get_origin(hint) or hint, "text")
 
 
 def _is_callable(hint: Any) -> bool:
@@ -141,6 +181,7 @@ class Options:
             s.preset_flag: None for s in self.shown if s.has_preset
         }
         hints = {flag: get_type_hints(s.cls)[f.name] for s in self.shown for flag, f in s.flags().items()}
+        self.hints = hints
         self.code = [flag for flag, hint in hints.items() if any(_is_callable(part) for part in get_args(hint))]
         for flag, action in self.actions.items():
             if flag in self.choices:
@@ -196,7 +237,11 @@ class Options:
         data = read_yaml(path)
         for key in data:
             if key not in self.known:
-                raise RefineError(f"{path}: unknown key {key!r}{closest(key, self.known)}")
+                raise RefineError(f"{path}: unknown key {key!r}{closest(str(key), self.known)}")
+            if key in self.hints and not _takes(self.hints[key], data[key]):
+                raise RefineError(
+                    f"{path}: {key} is {data[key]!r}, a {type(data[key]).__name__}; expected {_named(self.hints[key])}"
+                )
         return data
 
     def _refuse_code(self, path: Path, data: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ process answers its share and writes a file of its own.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
 
 
 def rows_path(out: Path, task: str, rank: int | None) -> Path:
-    safe = task.replace("/", "_").replace(":", "_")
+    safe = re.sub(r"[^\w.+=-]", "_", task)  # a file's name, in this folder and no other
     return out / "examples" / (f"{safe}.jsonl" if rank is None else f"{safe}.rank{rank}.jsonl")
 
 

@@ -65,9 +65,9 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
                 where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
             )  # fmt: skip
-    except RefineError:  # one of memory is a RuntimeError too
+    except RefineError:
         raise
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # transformers', safetensors' and torch's own kinds, for every way a file can be broken
         raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
     _check_names(where, names)
     if not ours:
@@ -85,7 +85,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         )
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers' parsers have errors of their own
         raise RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
 
 
@@ -122,7 +122,7 @@ def _load_config(where: str) -> Any:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except RefineError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise RefineError(
             f"cannot load a model from {where!r}: {first_line(error)}; expected a folder with config.json and "
             f"*.safetensors, a hub name, or one of {', '.join(SHIPPED)}"

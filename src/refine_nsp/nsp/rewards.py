@@ -163,6 +163,10 @@ def compute_rewards(
         value = torch.as_tensor(function(**_arguments(name, function, inputs, columns or {})), device=total.device)
         if value.shape not in ((R,), (R, K)):
             raise RefineError(f"the reward {name} returned shape {tuple(value.shape)}; expected [R]=[{R}] or [R, K]=[{R}, {K}]")
+        if function not in BUILT_IN.values() and not bool(value.isfinite().all()):
+            raise RefineError(
+                f"the reward {name} returned {float(value[~value.isfinite()][0])} for a rollout; expected finite numbers"
+            )
         value = value.to(torch.promote_types(value.dtype, torch.float32))
         by_name[name] = value.mean(-1) if value.ndim == 2 else value
         total = total + weight * by_name[name]

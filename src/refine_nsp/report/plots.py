@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+matplotlib.rcParams["text.parse_math"] = False  # names of runs are text, whatever is in them
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 Curve = tuple[Sequence[float], Sequence[float]]
 

@@ -89,8 +89,15 @@ class ReFINEConfig(TrainingArguments):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch would warn
         check_choices(self)
-        if self.steps_per_generation < 1:
-            raise RefineError(f"steps_per_generation must be at least 1, got {self.steps_per_generation}")
+        counts = (
+            "steps_per_generation",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
         for reward in self.nsp.rewards:
             resolve_reward(reward)
         if self.nsp.schedule == "auto":

@@ -74,7 +74,7 @@ def tokenize(
     others = [name for name in data.column_names or [] if name != column] if keep_columns else []
 
     def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
-        documents = tokenizer([text or "" for text in batch[column]], add_special_tokens=True)["input_ids"]
+        documents = tokenizer(texts_of(batch[column], column), add_special_tokens=True)["input_ids"]
         windows = [(i, window) for i, ids in enumerate(documents) for window in cut_windows(ids, max_length, min_length)]
         rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
         return packed(rows, max_length) if packing else rows
@@ -92,6 +92,16 @@ def tokenize(
             "documents, all shorter"
         )
     return result
+
+
+def texts_of(values: Iterable[Any], column: str) -> list[str]:
+    """The texts of a column, missing ones empty. RefineError for anything that is no text."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise RefineError(
+                f"column {column!r} holds {str(value)[:60]!r}, a {type(value).__name__}; expected text in every row"
+            )
+    return [value or "" for value in values]
 
 
 def packed(rows: Mapping[str, Sequence[Any]], max_length: int) -> dict[str, list]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import IterableDataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
@@ -394,7 +395,7 @@ class ReFINETrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process has files of its own in it
             if self.args.should_save:
                 seal(folder)
-        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own kind of RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library's own kind for a full disk
             shutil.rmtree(folder, ignore_errors=True)
             raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
 

@@ -1,4 +1,5 @@
-"""What a step would do on an accelerator, watched on a CPU: where the host waits for the device, and where their tensors are mixed.
+"""What a step would do on an accelerator, watched on a CPU: where the host waits for the device (readings, and copies to it that block),
+and where their tensors are mixed.
 
 A tensor is on the host when code made it there (a factory without `device=`, `.cpu()`, or a function of host tensors alone) or the test
 said so; every other tensor stands for one on the device.
@@ -31,6 +32,7 @@ READING_OPS = {
     "unique_dim",
     "unique_consecutive",
 }
+SENT = {torch.tensor, torch.as_tensor}  # with a device: made on the host, and copied
 FACTORIES = {
     torch.arange, torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.eye,
 }  # fmt: skip
@@ -67,9 +69,13 @@ class DeviceRules(TorchFunctionMode):
             x.dtype == torch.bool and not on_host(x) for x in tree_leaves(args[1]) if isinstance(x, Tensor)
         ):
             self.waits.append(place())  # how many are true decides a shape, or an index is made of them
-        moved = func is Tensor.to and (isinstance(args[1] if len(args) > 1 else None, torch.device) or "device" in kwargs)
-        if moved:
-            return tensors[0].detach().clone() if on_host(tensors[0]) else out
+        target = args[1] if len(args) > 1 else kwargs.get("device", kwargs.get("other"))
+        if func is Tensor.to and (isinstance(target, torch.device) or (isinstance(target, Tensor) and not on_host(target))):
+            if on_host(tensors[0]) and not kwargs.get("non_blocking"):
+                self.waits.append(place())  # a copy that blocks is made when the device has done all that was asked before
+            return out.detach().clone() if on_host(tensors[0]) else out
+        if func in SENT and "device" in kwargs and not isinstance(args[0], Tensor):
+            self.waits.append(place())
         sizes = {on_host(x) for x in tensors if x.ndim > 0}
         if len(sizes) == 2 and func not in INDEXING:
             self.mixed.append(f"{place()} {func.__name__}")

@@ -1,7 +1,10 @@
 """Mixed precision: bfloat16 products under autocast change results by rounding alone, wherever the backward pass is started."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.step import ReFINEStep
@@ -69,6 +72,36 @@ def test_a_step_in_bfloat16_with_or_without_master_weights(family, name, weights
     assert all(p.grad.dtype == weights and bool(p.grad.isfinite().all()) for p in model.parameters())
     rounded = torch.cat([p.grad.flatten() for p in model.parameters()]).float()
     assert torch.nn.functional.cosine_similarity(exact, rounded, 0) > 0.9  # the policy's part apart, which is small here
+
+
+class Products(TorchDispatchMode):
+    """Multiplications of matrix products, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_dtype: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            factor = args[-2]
+            self.by_dtype[factor.dtype] += out.numel() * factor.shape[-1]
+        return out
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["master weights", "bfloat16 weights"])
+def test_products_of_lact_run_in_bfloat16_forward_and_backward(weights):
+    """Of the fast weights' updates and readings too, although these are kept in float32."""
+    model = build("lact_swiglu", dtype=torch.float32).train().to(weights)
+    with Products() as products, torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        hidden = model.model(IDS, use_cache=False).last_hidden_state
+        targets = IDS.roll(-1, 1).flatten()
+        loss, _ = linear_cross_entropy(
+            hidden.flatten(0, 1), model.lm_head.weight, targets, torch.full(targets.shape, 1 / len(targets))
+        )
+    with products:
+        loss.backward()
+    assert products.by_dtype[torch.bfloat16] > 0.95 * products.by_dtype.total(), products.by_dtype
 
 
 @FAMILIES

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
 from tests.device_rules import DeviceRules, Readings, host
 from tests.models.families import FAMILY_NAMES, build
@@ -14,6 +16,7 @@ STEPS = {
     "exact, gain": ({"estimator": "exact", "weights": "context_gain"}, 0),
     "exact, selected": ({"estimator": "exact", "weights": "selected"}, 0),
     "paper": ({"reward": "hybrid"}, 1),
+    "eight rollouts": ({"num_generations": 8, "baseline": "leave_one_out", "advantage_scale": "global"}, 1),
     "context": ({"selection": "context_kl", "num_generations": 2}, 1),
     # One wait for each of its two passes.
     "snapshot": ({"schedule": "snapshot", "num_generations": 2}, 2),
@@ -35,6 +38,16 @@ def test_a_step_asks_the_device_for_its_positions_and_nothing_else(family, name)
     assert all(isinstance(v, torch.Tensor) for n, v in result.metrics.items() if not n.startswith("seconds"))
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_next_token_prediction_never_waits(family):
+    model, batch = build(family, dtype=torch.float32).train(), Batch.of(ids(), host(LENGTHS.clone()))
+    with DeviceRules() as rules:
+        loss, _ = next_token_loss(model, run_hidden(model, batch, NSPConfig()), batch)
+    with Readings() as backward:
+        loss.backward()
+    assert not rules.waits and not rules.mixed and not backward.ops
+
+
 def test_the_rules_see_what_they_look_for():
     x, n = torch.randn(3), torch.arange(3)
     with DeviceRules() as rules:
@@ -46,10 +59,12 @@ def test_the_rules_see_what_they_look_for():
         int(torch.arange(3).max())
         x + torch.arange(3)
         x + torch.arange(3).to(x.device, non_blocking=True)
+        x + torch.arange(3).to(x.device)
+        x + torch.tensor([1, 2, 3], device=x.device)
         x + n
         x[x > 0]
         x[torch.zeros(3, dtype=torch.bool)]
-    assert len(rules.waits) == 5 and len(rules.mixed) == 1
+    assert len(rules.waits) == 7 and len(rules.mixed) == 1
     y = torch.randn(4, requires_grad=True)
     total = y.clamp(min=0).square().sum() + y[y > 0].sum()
     with Readings() as readings:

@@ -1,12 +1,17 @@
 """Which kernels are chosen, what is said of it, and what is refused. What they compute is tested in tests/gpu."""
 
+import inspect
+
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_model
 from refine_nsp.ops import kernels
+from refine_nsp.ops import linear_cross_entropy as head
 from refine_nsp.ops.kernels import Kernels, by_operation, chosen
+from refine_nsp.ops.window_attention import naive_window_attention, window_attention
 from tests.models.families import build
 
 WITHOUT_DEVICE = pytest.mark.skipif(torch.cuda.is_available() or kernels.interpreted(), reason="kernels can run here")
@@ -56,3 +61,79 @@ def test_what_a_device_cannot_compute_is_named_by_operation_and_by_model(monkeyp
     assert {named[name] for name in kernels.ELEMENTWISE} == {("fla", "flash-linear-attention 0.6.0")}
     assert build("gated_deltanet").model.kernels.endswith("the delta rule on PyTorch's operations (its Triton is broken)")
     assert build("delta_net").model.kernels == "fla (flash-linear-attention 0.6.0)"
+
+
+def packed_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """What `varlen_attn` documents: sequences packed one behind the other, each last query beside its last key, (left, right) keys seen."""
+    outputs = []
+    for (a, b), (c, d) in zip(*(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True) for cu in (cu_seq_q, cu_seq_k)), strict=True):
+        assert b - a <= max_q and d - c <= max_k
+        ahead = torch.arange(d - c)[None] - (torch.arange(b - a)[:, None] + (d - c) - (b - a))
+        seen = (ahead >= -window_size[0]) & (ahead <= window_size[1])
+        heads = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """FlashAttention's place taken by `packed_attention`; the calls it got."""
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs)
+        return packed_attention(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", recorded)
+    monkeypatch.setattr("refine_nsp.ops.window_attention.window_attention_runs", lambda x, dtype: True)
+    return calls
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+@pytest.mark.parametrize("slots", [0, 7])
+def test_window_attention_as_flash_attention_is_called(flash, window, slots):
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (20, slots + 20, slots + 20))
+    past = torch.full((2,), slots)
+    results = [f(q, k, v, window, past) for f in (window_attention, naive_window_attention)]
+    cotangent = torch.randn_like(results[0])
+    torch.testing.assert_close(*results)
+    for a, b in zip(*(torch.autograd.grad(o, (q, k, v), cotangent) for o in results), strict=True):
+        torch.testing.assert_close(a, b)
+    assert flash == [{"window_size": (window - 1, 0)}]
+    window_attention(q, k, v, window, past - 1 if slots else past)  # slots with gaps, which that kernel does not know
+    assert len(flash) == (1 if slots else 2)
+
+
+def test_flash_attention_is_called_as_the_installed_torch_declares_it():
+    names = list(inspect.signature(varlen.varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and "window_size" in names
+
+
+def test_what_flash_attention_cannot_do_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    problem = kernels.window_attention_problem
+    assert problem(None, None) is None and problem(torch.bfloat16, 64) is None
+    assert "not float32" in problem(torch.float32, 64) and "not 20" in problem(torch.bfloat16, 20)
+    assert "not 264" in problem(torch.float16, 264)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    assert "capability 8.0, T4 has less" in problem(torch.bfloat16, 64)
+
+
+def test_blocks_of_the_head_fit_the_device(monkeypatch):
+    cuda, gib = torch.device("cuda"), 2**30
+    free = {"bytes": 70 * gib}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gib)
+
+    def taken(vocabulary: int) -> int:
+        return head.block_tokens(vocabulary, cuda) * vocabulary * head.BYTES_A_LOGIT
+
+    assert gib < taken(32000) <= 80 * gib // 32 and head.block_tokens(32000, cuda) % 128 == 0
+    roomy = head.block_tokens(32000, cuda)
+    free["bytes"] = 60 * gib
+    assert head.block_tokens(32000, cuda) == roomy  # the same from step to step
+    free["bytes"] = 2 * gib
+    assert taken(32000) <= gib // 2 and taken(250_000) <= gib // 2
+    assert head.block_tokens(32000, torch.device("cpu")) == 131

@@ -10,7 +10,7 @@ from refine_nsp.ops import linear_cross_entropy as ops
 @pytest.mark.parametrize("local", [None, "kl", "gain"])
 @pytest.mark.parametrize(("K", "share"), [(1, 0.0), (2, 0.0), (5, 0.0), (5, 0.3), (4, 1.0)])
 def test_blocks_equal_the_definition(monkeypatch, K, share, local, block):
-    monkeypatch.setattr(ops, "block_tokens", lambda vocabulary: block)
+    monkeypatch.setattr(ops, "block_tokens", lambda vocabulary, device: block)
     n, V, D = 37, 11, 6
     g = torch.Generator().manual_seed(K)
 

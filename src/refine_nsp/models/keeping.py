@@ -113,10 +113,10 @@ class ByReference:
         layers = [] if past is None or columns == 0 else prefix(trimmed(past.layers, columns), self.windows, 0)
         arguments: dict[str, Any] = {"use_cache": True}
         if self.takes_positions:
-            arguments["position_ids"] = (lengths[:, None] + torch.arange(T)).to(x.device)
+            arguments["position_ids"] = (lengths[:, None] + torch.arange(T)).to(x.device, non_blocking=True)
         if columns > int(lengths.min()):
             real = torch.arange(columns + T) >= columns - lengths[:, None]
-            arguments["attention_mask"] = real.long().to(x.device)
+            arguments["attention_mask"] = real.long().to(x.device, non_blocking=True)
         names: list[list[str]] = []
 
         def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -222,8 +222,8 @@ class Tails:
         width = int(rest.max()) if len(rest) else 0
         if width == 0:
             return start
-        columns = (first[:, None] + torch.arange(width)).clamp(max=self.x.shape[1] - 1).to(self.x.device)
-        _, states = self.keeping.run(self.x[row.to(self.x.device)[:, None], columns], start, rest[:, None] - 1)
+        columns = (first[:, None] + torch.arange(width)).clamp(max=self.x.shape[1] - 1).to(self.x.device, non_blocking=True)
+        _, states = self.keeping.run(self.x[row.to(self.x.device, non_blocking=True)[:, None], columns], start, rest[:, None] - 1)
         assert states is not None
         return states
 
@@ -251,8 +251,8 @@ class ByTokens:
         whole = torch.cat([past.layers[0]["tokens"][:, -columns:], x], 1)
         # Behind their holes the rows begin at the left, where no mask is needed.
         shift = (torch.arange(columns + T) + (columns - lengths)[:, None]).clamp(max=columns + T - 1)
-        hidden = self.trunk.plain(whole.gather(1, shift.to(x.device)), use_cache=False)
-        new = (lengths[:, None] + torch.arange(T)).to(x.device)
+        hidden = self.trunk.plain(whole.gather(1, shift.to(x.device, non_blocking=True)), use_cache=False)
+        new = (lengths[:, None] + torch.arange(T)).to(x.device, non_blocking=True)
         return hidden.gather(1, new[..., None].expand(-1, -1, hidden.shape[-1])), Reread(whole, lengths, columns)
 
 
@@ -268,7 +268,7 @@ class Reread:
         lengths = (self.lengths[:, None] + tokens + 1).flatten()
         width = int(lengths.max()) if len(lengths) else 0
         ends = (self.columns + tokens + 1).flatten()
-        columns = (ends[:, None] - width + torch.arange(width)).clamp(min=0).to(self.tokens.device)
+        columns = (ends[:, None] - width + torch.arange(width)).clamp(min=0).to(self.tokens.device, non_blocking=True)
         rows = torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(tokens.shape[1])
         state: LayerState = {"tokens": self.tokens[rows[:, None], columns]}
         return FastWeightCache([state], lengths, width)

@@ -175,7 +175,7 @@ class LaCTMixer(nn.Module):
 
     fast_weight_names = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
     shares_states = True
-    without_kernels = "fast weights and window attention on PyTorch's operations"
+    without_kernels = "fast weights on PyTorch's matrix products, window attention as torch chooses"
 
     def __init__(self, config: LaCTConfig) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ class LaCTMixer(nn.Module):
             all_keys, all_values = torch.cat([state["window_k"], keys], 1), torch.cat([state["window_v"], v], 1)
             past = offsets.clamp(max=self.config.window_size - 1)
         q, all_keys, all_values = (z.transpose(1, 2) for z in (q, all_keys, all_values))
-        o = window_attention(q, all_keys, all_values, self.config.window_size, past.to(q.device, non_blocking=True))
+        o = window_attention(q, all_keys, all_values, self.config.window_size, past)
         return o.transpose(1, 2).flatten(2), keys, v
 
     def _fast_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tokens]:

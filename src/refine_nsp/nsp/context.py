@@ -17,7 +17,8 @@ from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
 from refine_nsp.ops.memory import part
 
-TOKENS_AT_ONCE = 2048  # of the local windows: their activations stand beside those of the whole pass
+# Of the local windows, by device: their activations stand beside those of the whole pass, and small batches leave a GPU idle.
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
 
 @torch.no_grad()
@@ -65,9 +66,8 @@ def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) 
     needed = (2 * W + stride * torch.arange(n) < batch.lengths[:, None]).flatten().nonzero()[:, 0]  # on the host
     needed = needed.to(batch.input_ids.device, non_blocking=True)
     rows = windows.reshape(B * n, span * W)[needed]
-    parts = [
-        model.model(some, use_cache=False).last_hidden_state[:, W:] for some in rows.split(max(1, TOKENS_AT_ONCE // (span * W)))
-    ]
+    at_once = TOKENS_AT_ONCE.get(rows.device.type, TOKENS_AT_ONCE["cpu"]) // (span * W)
+    parts = [model.model(some, use_cache=False).last_hidden_state[:, W:] for some in rows.split(max(1, at_once))]
     hidden = torch.cat(parts)
     hidden = hidden.new_zeros(B * n, *hidden.shape[1:]).index_copy(0, needed, hidden) if len(hidden) < B * n else hidden
     return hidden.reshape(B, n * stride, -1)[:, : T - 2 * W]
@@ -75,7 +75,7 @@ def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) 
 
 def _divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
     """d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
-    n = block_tokens(2 * weight.shape[0])
+    n = block_tokens(2 * weight.shape[0], weight.device)
     parts = []
     for w, v, x in zip(hidden.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
         p, q = ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in (w, v))

@@ -52,11 +52,12 @@ def sample_rollouts(
     """
     N = u.shape[0] // hidden.shape[0]
     rows, hidden = model.model.branch(snapshots, N), hidden.repeat_interleave(N, 0)
+    u = u.to(hidden.device, non_blocking=True)
     tokens, log_probs, states = [], [], []
     for j in range(u.shape[1]):
         logits = model.lm_head(hidden)
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-        token = inverse_cdf(log_p.exp(), u[:, j].to(logits.device))
+        token = inverse_cdf(log_p.exp(), u[:, j])
         hidden = rows.advance(token)
         tokens.append(token)
         log_probs.append(log_p.gather(-1, token[:, None])[:, 0])

@@ -85,7 +85,7 @@ def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tenso
     """~ softmax(score / tau) over the allowed tokens of each chunk."""
     logits = (scores / tau).masked_fill(~allowed, -torch.inf)
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    return inverse_cdf((logits - top).exp(), u.to(scores.device))
+    return inverse_cdf((logits - top).exp(), u.to(scores.device, non_blocking=True))
 
 
 def draw_greatest(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:

@@ -4,12 +4,15 @@ Decided once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flas
 there, `torch` never, `fla` demands it. Nothing needs it: without, the same is computed by PyTorch. What a kernel cannot do (a head size,
 a dtype) falls back to PyTorch by name, said once.
 
+FlashAttention within a window comes with torch and runs on CUDA devices unless the choice is `torch`.
+
 Under Triton's interpreter (`TRITON_INTERPRET=1`) kernels run on the CPU, on tiny inputs, which is how they are tested without a device.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ from refine_nsp.errors import RefineError
 VARIABLE = "REFINE_NSP_KERNELS"
 CHOICES = ("auto", "torch", "fla")
 WIDEST_KEY = 256  # of flash-linear-attention's delta-rule kernels
+HALF = (torch.bfloat16, torch.float16)
+WIDEST_ATTENTION_HEAD = 256  # of FlashAttention
 ELEMENTWISE = ("short convolution", "norms", "SwiGLU")
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of elementwise kernels, which compute in float32
 
@@ -44,17 +49,22 @@ class Kernels:
 @functools.cache
 def chosen() -> Kernels:
     """The kernels of this process. RefineError: an unknown choice, or `fla` where it cannot run."""
-    wanted = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
-    if wanted not in CHOICES:
-        raise RefineError(f"{VARIABLE}={wanted!r}: expected one of {', '.join(CHOICES)}")
-    if wanted == "torch":
+    if wanted() == "torch":
         return Kernels("torch", f"{VARIABLE}=torch")
     problem = _problem()
     if problem is None:
         return Kernels("fla", _versions(), "cpu" if interpreted() else "cuda", _gated_problem())
-    if wanted == "fla":
+    if wanted() == "fla":
         raise RefineError(f"{VARIABLE}=fla, but {problem}; unset it to run on PyTorch's operations")
     return Kernels("torch", problem)
+
+
+def wanted() -> str:
+    """One of `CHOICES`. RefineError: anything else."""
+    choice = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
+    if choice not in CHOICES:
+        raise RefineError(f"{VARIABLE}={choice!r}: expected one of {', '.join(CHOICES)}")
+    return choice
 
 
 def interpreted() -> bool:
@@ -80,6 +90,38 @@ def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) 
     return problem is None
 
 
+def window_attention_runs(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether window attention of heads [..., d] on x's device, in `dtype`, runs on FlashAttention; where it does not, why is said once."""
+    if not x.is_cuda or wanted() == "torch":
+        return False
+    problem = window_attention_problem(dtype, x.shape[-1])
+    if problem is not None:
+        _say_once(f"window attention runs block by block: {problem}")
+    return problem is None
+
+
+def window_attention_problem(dtype: torch.dtype | None, width: int | None) -> str | None:
+    """Why FlashAttention, which torch brings, is not used for such heads on this CUDA device, or None. None: those of a run to come."""
+    if not _varlen_takes_windows():
+        return f"torch {torch.__version__} has no varlen_attn with a window (2.13 has)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"FlashAttention needs a device of capability 8.0, {torch.cuda.get_device_name()} has less"
+    if dtype is not None and dtype not in HALF:
+        return f"FlashAttention needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if width is not None and (width % 8 or width > WIDEST_ATTENTION_HEAD):
+        return f"FlashAttention needs heads of a multiple of 8 up to {WIDEST_ATTENTION_HEAD}, not {width}"
+    return None
+
+
+@functools.cache
+def _varlen_takes_windows() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
 def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -> str | None:
     """Why flash-linear-attention's kernels are not used for such a delta rule, or None. dtype None: that of a run to come."""
     if key_width > WIDEST_KEY:
@@ -94,7 +136,7 @@ def by_operation() -> dict[str, tuple[str, str]]:
     kernels = chosen()
     ours = {
         "fast weights of LaCT": ("torch", "large matrix products in the dtype of the activations, states in float32"),
-        "window attention": ("torch", "block by block, on what scaled_dot_product_attention chooses for the device"),
+        "window attention": ("torch", _window_attention_by()),
         "head and losses": ("torch", "logits of one block of tokens at a time"),
     }
     if kernels.name == "torch":
@@ -102,6 +144,14 @@ def by_operation() -> dict[str, tuple[str, str]]:
     limits = f"bfloat16 or float16, query/key heads of up to {WIDEST_KEY}; others on PyTorch's operations"
     gated = ("torch", kernels.gated) if kernels.gated is not None else ("fla", limits)
     return {"delta rule": ("fla", limits), "gated delta rule": gated} | dict.fromkeys(ELEMENTWISE, ("fla", kernels.why)) | ours
+
+
+def _window_attention_by() -> str:
+    by_blocks = "block by block, on what scaled_dot_product_attention chooses for the device"
+    if not torch.cuda.is_available() or wanted() == "torch":
+        return by_blocks
+    problem = window_attention_problem(None, None)
+    return f"FlashAttention in bfloat16 or float16, else {by_blocks}" if problem is None else f"{by_blocks}: {problem}"
 
 
 @functools.cache

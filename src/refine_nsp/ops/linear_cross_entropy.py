@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 BLOCK_LOGITS = 2**22  # logits held at once: 16 MB in float32
+# Of a logit in a block: itself in bfloat16, then wide, its exponential, that of a second head to compare with, and its gradient.
+BYTES_A_LOGIT = 2 + 4 + 4 + 4 + 2
+DEVICE_SHARE, FREE_SHARE = 32, 4  # a block takes at most one part of so many of a device's memory, and of what is free of it
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,14 @@ class TokenStats:
     argmax: Tensor
 
 
-def block_tokens(vocabulary: int) -> int:
-    """Tokens per block so that a block's logits stay near `BLOCK_LOGITS`."""
+def block_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens per block: so that its logits stay in a processor's cache, or as many as a CUDA device has memory for.
+
+    There every block reads the head's weights and adds to their gradient, so few large products are what is fast.
+    """
+    if device.type == "cuda":
+        tokens = _device_logits(device) // vocabulary
+        return max(16, tokens - tokens % 128 if tokens > 128 else tokens)  # whole tiles
     # Every block reads all of the head's weights: with fewer tokens a huge vocabulary would be read for next to no arithmetic.
     return max(16, BLOCK_LOGITS // vocabulary)
 
@@ -72,6 +81,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
     return loss, TokenStats(nll, entropy, argmax)
 
 
+def _device_logits(device: torch.device) -> int:
+    """Logits of a block, a power of two: what is free differs from step to step, and sums should be split alike."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    logits = min(total // DEVICE_SHARE, free // FREE_SHARE) // BYTES_A_LOGIT
+    return 1 << max(logits, BLOCK_LOGITS).bit_length() - 1
+
+
 def _inputs(*tensors: Tensor) -> list[Tensor]:
     """In the dtype the products run in. Without gradients, cut off: autograd asks a function whether its inputs *could* have one, and
     half the products would be for nothing."""
@@ -84,9 +101,9 @@ def _run(*args: Tensor) -> tuple[Tensor, ...]:
     return _LinearCrossEntropy.apply(*args)
 
 
-def _blocks(n: int, vocabulary: int) -> list[slice]:
-    """Consecutive blocks of n tokens."""
-    size = block_tokens(vocabulary)
+def _blocks(n: int, weight: Tensor) -> list[slice]:
+    """Consecutive blocks of n tokens, for the head `weight` [V, D]."""
+    size = block_tokens(weight.shape[0], weight.device)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -158,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Any:
         out = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
         token_weights = token_weights.to(out.wide)
-        for s in _blocks(hidden.shape[0], weight.shape[0]):
+        for s in _blocks(hidden.shape[0], weight):
             block = _Block(hidden[s], weight, targets[s], out.wide)
             out.keep(s, block, slice(None))
             out.add_gradient(s, block, slice(None), token_weights[s])
@@ -284,7 +301,7 @@ class _LinearNextSequence(torch.autograd.Function):
         n, out = hidden.shape[0], _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
         token_weights, weights = token_weights.to(out.wide), weights.to(out.wide)
         used, values, coefficients = (torch.empty_like(out.nll) for _ in range(3))
-        for s in _blocks(n, weight.shape[0]):
+        for s in _blocks(n, weight):
             # Windows that begin up to K - 1 tokens before reach into the block, those that begin in it reach as far behind it.
             around = slice(max(0, s.start - K + 1), min(n, s.stop + K - 1))
             inside = slice(s.start - around.start, s.stop - around.start)
@@ -313,7 +330,7 @@ class _LinearNextSequence(torch.autograd.Function):
         if dntp is not None or dpolicy is not None:
             again = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
             parts = [x * d for x, d in ((token_weights, dntp), (coefficients, dpolicy)) if d is not None]
-            for s in _blocks(len(hidden), weight.shape[0]):
+            for s in _blocks(len(hidden), weight):
                 again.add_gradient(s, _Block(hidden[s], weight, targets[s], again.wide), slice(None), sum(parts)[s])
             scaled = [b if a is None else a if b is None else a + b for a, b in zip(scaled, again.gradients(), strict=True)]
         return (*scaled, None, None, None, None, None)

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from refine_nsp.ops.kernels import window_attention_runs
+from refine_nsp.ops.precision import autocast_dtype
+
 MIN_BLOCK = 64  # queries: blocks of a short window would be too small to pay for themselves
 LONGEST_AT_ONCE = 128  # window up to which all blocks' logits are held, twice as many a query
 
 
 def naive_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
     """One [T, past + T] mask; same arguments as `window_attention`."""
-    return _attend(q, k, v, window, past, 0, q.shape[2])
+    return _attend(q, k, v, window, past.to(q.device), 0, q.shape[2])
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
@@ -22,9 +25,13 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor)
         q: [B, H, T, d].
         k, v: [B, H, slots + T, d]: slots of keys from before, the newest last, then those of the T queries.
         window: at least 1.
-        past: [B] long, how many of the slots are filled.
+        past: [B] long, on the host: how many of the slots are filled.
     """
-    T = q.shape[2]
+    T, slots = q.shape[2], k.shape[2] - q.shape[2]
+    dtype = autocast_dtype(q)
+    if T > 1 and bool((past == slots).all()) and window_attention_runs(q, dtype):
+        return _flash(q.to(dtype), k.to(dtype), v.to(dtype), window)
+    past = past.to(q.device, non_blocking=True)
     # A block as long as the window sees at most two windows of keys, half of them masked: shorter ones mask less but read keys oftener.
     block = max(window, MIN_BLOCK)
     if block >= T:
@@ -60,6 +67,20 @@ def branched_window_attention(
     p_past = p[..., :W].unflatten(0, (S, n)).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, W]
     from_past = (p_past @ past_v).view(S, H, n, T, d).transpose(1, 2).flatten(0, 1)
     return from_past + p[..., W:] @ v
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """FlashAttention's kernel, for rows whose slots are all filled: it sees neither mask nor gaps, and reads windows alone."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, _, T, _ = q.shape
+    n_keys = k.shape[2]
+    rows = torch.arange(B + 1, dtype=torch.int32, device=q.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, d]: rows one behind the other
+    # The last query stands beside the last key; (left, right) leaves the query itself out of the count.
+    o = varlen_attn(q, k, v, rows * T, rows * n_keys, T, n_keys, window_size=(window - 1, 0))
+    assert isinstance(o, Tensor)
+    return o.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: int, end: int) -> Tensor:

@@ -186,4 +186,4 @@ def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def pad(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """[B, T] right-padded with 0, on the device, and lengths [B] on the host."""
     lengths = torch.tensor([len(r) for r in rows])
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device), lengths
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device, non_blocking=True), lengths

@@ -83,6 +83,10 @@ class ReFINEConfig(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Paper, Table 2."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "The paper says 0.2, its code 1.0."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hide losses that are not finite from logs: every step then waits for the device, twice."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import IterableDataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
 
@@ -136,6 +137,16 @@ class ReFINETrainer(Trainer):
     def sum_over_processes(self, x: Tensor) -> Tensor:
         """The sum of all processes' x; every process must ask for it."""
         return self.accelerator.reduce(x, reduction="sum")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's, but batches come as they are collated: accelerate would send lengths to the device with them, only to be
+        asked for them again, and wait for each tensor. What is sent, `to_batch` sends."""
+        placing = self.accelerator.device_placement
+        self.accelerator.device_placement = placing and bool(vars(self.args.accelerator_config)["dispatch_batches"])  # needs it
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placing
 
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
@@ -401,11 +412,11 @@ class ReFINETrainer(Trainer):
 
 
 def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
-    """A collated batch on the device. Lengths are read where they are, on the host where nobody has moved them."""
+    """A collated batch, sent to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
     scores = inputs.get("context_scores")
     columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places")}
-    ids = inputs["input_ids"].to(device)
-    return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device))
+    ids = inputs["input_ids"].to(device, non_blocking=True)
+    return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device, non_blocking=True))
 
 
 def places_of(inputs: Mapping[str, Any]) -> Sequence[tuple[int, int]]:

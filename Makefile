@@ -7,7 +7,7 @@ CORE := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
 GPU := $(VENV)/.installed-gpu
 
-.PHONY: quickstart install test test-all test-gpu fuzz lint bench clean
+.PHONY: quickstart install test test-all test-gpu test-interpreter fuzz lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -43,6 +43,12 @@ test-gpu: $(GPU)
 # Broken input by the thousand, through the command line.
 fuzz: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000
+
+# The same kernels under Triton's interpreter, on the CPU, beside the environment so that its torch stays as it is.
+test-interpreter: $(ALL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/interpreter \
+		flash-linear-attention fla-core einops triton==3.7.1
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpreter $(BIN)/python -m pytest -q tests/gpu
 
 lint: $(ALL)
 	$(BIN)/ruff check .

@@ -134,5 +134,7 @@ def test_float32_and_wide_heads_fall_back_by_name(device, monkeypatch):
     with pytest.warns(UserWarning, match="heads of 272 are wider than the 256"):
         o, _ = delta_rule(*wide, torch.ones(1, 3, 1, device=device))
     assert o.dtype == torch.float32
+    with pytest.warns(UserWarning, match="norms of rows of 65,540 bytes run on PyTorch"):
+        assert rms_norm(torch.ones(2, 16385, device=device), None, 0.0).mean() == 1
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     assert "TF32" in kernels.delta_rule_problem(torch.float32, 16, False)

@@ -27,6 +27,7 @@ from refine_nsp.errors import RefineError
 VARIABLE = "REFINE_NSP_KERNELS"
 CHOICES = ("auto", "torch", "fla")
 WIDEST_KEY = 256  # of flash-linear-attention's delta-rule kernels
+WIDEST_NORM = 65536  # bytes of a row, of its norms
 HALF = (torch.bfloat16, torch.float16)
 WIDEST_ATTENTION_HEAD = 256  # of FlashAttention
 ELEMENTWISE = ("short convolution", "norms", "SwiGLU")
@@ -78,6 +79,16 @@ def fused(x: Tensor) -> bool:
     return (
         (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
     )
+
+
+def norm_runs(x: Tensor) -> bool:
+    """Whether a norm over the last axis of x runs on a kernel; where its width forbids it, that is said once."""
+    if not fused(x):
+        return False
+    if (size := x.shape[-1] * x.element_size()) > WIDEST_NORM:
+        _say_once(f"norms of rows of {size:,} bytes run on PyTorch's operations: its kernels take up to {WIDEST_NORM:,}")
+        return False
+    return True
 
 
 def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) -> bool:

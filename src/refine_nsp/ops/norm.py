@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.kernels import fused
+from refine_nsp.ops.kernels import norm_runs
 from refine_nsp.ops.precision import without_autocast
 
 
@@ -34,7 +34,7 @@ def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
-    if fused(x):
+    if norm_runs(x):
         from refine_nsp.ops import fla_elementwise
 
         return fla_elementwise.rms_norm(x, weight, eps)
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
-    if fused(x):
+    if norm_runs(x):
         from refine_nsp.ops import fla_elementwise
 
         return fla_elementwise.l2_norm(x, eps)
@@ -52,7 +52,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm(x) * weight * silu(gate), all [..., D]."""
-    if fused(x):
+    if norm_runs(x):
         from refine_nsp.ops import fla_elementwise
 
         return fla_elementwise.rms_norm_gated(x, gate, weight, eps).to(gate.dtype)

@@ -1,0 +1,21 @@
+"""The benchmark for GPUs runs where there is none, on tiny models; its figures then say nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_every_candidate_is_run_and_written_down(tmp_path):
+    flags = ["--device", "cpu", "--tiny", "--lengths", "80", "--rounds", "1", "--output", str(tmp_path / "gpu")]
+    subprocess.run([sys.executable, str(SCRIPT), *flags], check=True, capture_output=True)
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    steps = ["NTP", "exact, cached scores", "exact", "fused N=1", "fused N=8", "snapshot N=1"]
+    assert [(f["model"], f["step"]) for f in record["figures"]] == [(m, s) for m in ("delta_net", "lact") for s in steps]
+    for f in record["figures"]:
+        assert f["tokens_per_second"] > 0 and f["share_of_peak"] > 0 and len(f["seconds"]) == 1
+        assert f["peak_gib"] is None and f["waits"] is None and f["relative_to_fla"] is None  # of a device
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| 80 | fused N=8 |" in page and "goal at 16K" in page

@@ -184,6 +184,8 @@ def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor
 
     Before the first token stands `history` [B, count, ...], or zeros.
     """
+    if positions.shape[1] == 1 and bool((positions == positions[0]).all()):
+        return _last_of_all(x, history, count, int(positions[0, 0]))[:, None]
     index = (positions[..., None] + torch.arange(1 - count, 1)).to(x.device, non_blocking=True)  # [B, P, count]
     rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
     taken = x[rows, index.clamp(min=0)]
@@ -191,6 +193,17 @@ def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor
     if history is None:
         return taken.masked_fill(before, 0.0)
     return torch.where(before, history[rows, (index + count).clamp(0, count - 1)], taken)
+
+
+def _last_of_all(x: Tensor, history: Tensor | None, count: int, position: int) -> Tensor:
+    """`last_inputs` [B, count, ...] at one position of all rows: as after a token of generation, where a dozen small operations would cost
+    more than the convolution whose state this is."""
+    own = x[:, max(0, position + 1 - count) : position + 1]
+    missing = count - own.shape[1]
+    if missing == 0:
+        return own.clone()  # a slice would keep all of x
+    before = x.new_zeros(x.shape[0], missing, *x.shape[2:]) if history is None else history[:, count - missing :]
+    return torch.cat([before, own], 1)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_a_step_on_kernels_is_the_step_on_pytorch(device, on_torch, family, name
     else:
         torch.testing.assert_close(ours.loss_ntp, theirs.loss_ntp, rtol=2e-2, atol=0)
     if name == "exact":
-        assert torch.nn.functional.cosine_similarity(gradient, expected, 0) > 0.98
+        assert torch.nn.functional.cosine_similarity(gradient, expected, 0) > 0.95
 
 
 @pytest.mark.cuda

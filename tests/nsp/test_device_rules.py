@@ -18,6 +18,8 @@ STEPS = {
     "paper": ({"reward": "hybrid"}, 1),
     "eight rollouts": ({"num_generations": 8, "baseline": "leave_one_out", "advantage_scale": "global"}, 1),
     "context": ({"selection": "context_kl", "num_generations": 2}, 1),
+    "exact, by segments": ({"estimator": "exact", "segment_tokens": 64}, 0),
+    "by segments": ({"segment_tokens": 64}, 2),
     # One wait for each of its two passes.
     "snapshot": ({"schedule": "snapshot", "num_generations": 2}, 2),
 }
@@ -31,9 +33,10 @@ def test_a_step_asks_the_device_for_its_positions_and_nothing_else(family, name)
     step = ReFINEStep(build(family, dtype=torch.float32).train(), config)
     with DeviceRules() as rules:
         result = step(ids(), host(LENGTHS.clone()), generator())
-    with Readings() as backward:
+    with DeviceRules() as again, Readings() as backward:
         result.loss.backward()
-    assert not backward.ops
+    assert not again.waits
+    assert not backward.ops or config.segment_tokens is not None  # segments, run again, read the host's lengths
     assert not rules.mixed and len(rules.waits) <= waits, rules.waits
     assert all(isinstance(v, torch.Tensor) for n, v in result.metrics.items() if not n.startswith("seconds"))
 

@@ -7,6 +7,7 @@ from refine_nsp.cli import main
 from refine_nsp.models.blocks import FastWeightModel
 from tests.ops.test_memory import cuda
 from tests.test_cli import fails, tiny
+from tests.training.test_trainer import trainer
 
 
 def refused(*args, **kwargs):
@@ -66,3 +67,17 @@ def test_an_evaluation_too(tmp_path, capsys, monkeypatch):
     argv = ["evaluate", "refine-nsp/tiny-delta-net", "--tasks", "niah", "--lengths", "512", "--samples", "1"]
     fails(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "In the evaluation")
     assert main(["--help"]) == 0
+
+
+def test_smaller_batches_are_tried_where_that_is_asked_for(tmp_path, monkeypatch):
+    forward, sizes = FastWeightModel.forward, []
+
+    def of_few_rows(self, input_ids=None, *args, **kwargs):
+        if len(input_ids) > 2:
+            cuda()
+        sizes.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(FastWeightModel, "forward", of_few_rows)
+    run = trainer(tmp_path, objective="ntp", auto_find_batch_size=True, per_device_train_batch_size=4, max_steps=2)
+    assert run.train().global_step == 2 and max(sizes) == 2

@@ -115,6 +115,8 @@ def window_attention_problem(dtype: torch.dtype | None, width: int | None) -> st
     """Why FlashAttention, which torch brings, is not used for such heads on this CUDA device, or None. None: those of a run to come."""
     if not _varlen_takes_windows():
         return f"torch {torch.__version__} has no varlen_attn with a window (2.13 has)"
+    if torch.version.hip is not None:
+        return "FlashAttention within a window is used on NVIDIA's devices alone"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"FlashAttention needs a device of capability 8.0, {torch.cuda.get_device_name()} has less"
     if dtype is not None and dtype not in HALF:

@@ -101,7 +101,7 @@ def _takes(hint: Any, value: Any) -> bool:
         return True
     if value is None:
         return hint in (Any, type(None)) or type(None) in get_args(hint)
-    if hint is type(None):
+    if hint is type(None) or _is_callable(hint):
         return False
     if get_origin(hint) in (Union, UnionType):
         return any(_takes(part, value) for part in get_args(hint))
@@ -181,7 +181,7 @@ class Options:
             s.preset_flag: None for s in self.shown if s.has_preset
         }
         hints = {flag: get_type_hints(s.cls)[f.name] for s in self.shown for flag, f in s.flags().items()}
-        self.hints = hints
+        self.hints = hints | {s.preset_flag: str | None for s in self.shown if s.has_preset}
         self.code = [flag for flag, hint in hints.items() if any(_is_callable(part) for part in get_args(hint))]
         for flag, action in self.actions.items():
             if flag in self.choices:

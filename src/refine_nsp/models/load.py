@@ -84,7 +84,9 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy one there, or name another (midtrain: --tokenizer_name)"
         )
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        tokenizer("a")  # some broken files show only now
+        return tokenizer
     except Exception as error:  # the tokenizers' parsers have errors of their own
         raise RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
 

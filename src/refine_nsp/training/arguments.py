@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -102,6 +103,8 @@ class ReFINEConfig(TrainingArguments):
         for name in counts:
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.num_train_epochs < math.inf:
+            raise RefineError(f"num_train_epochs must be a finite number of at least 0, got {self.num_train_epochs}")
         for reward in self.nsp.rewards:
             resolve_reward(reward)
         if self.nsp.schedule == "auto":

@@ -284,6 +284,8 @@ def run_case(kind: str, seed: int, models: Path) -> str | None:
             code, said = ended(words)
         finally:
             os.chdir(here)
+        if code in (130, 143):
+            sys.exit(code)  # the fuzzing itself was asked to stop
         left = [p.name for p in folder.rglob("*") if ".tmp" in p.name]
         shown = [w if len(w) < 200 else f"{w[:200]}…" for w in words]
         if code not in (0, 1, 2):

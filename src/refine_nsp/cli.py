@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "continue a prompt, streaming",
     "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
     "env": "what is installed, which devices there are, what computes each operation and why",
+    "estimate": "memory and time of a training step on a device, before anything is loaded",
     "export": "a plain model folder from a checkpoint in shards",
     "report": "one HTML page comparing runs",
 }
@@ -33,6 +34,7 @@ FROM_DATACLASSES = (
     "ttt",
     "evaluate",
     "inspect",
+    "estimate",
 )  # flags and YAML; the others have a few flags of their own
 GO_ON = "run the same command again (training: with --resume_from_checkpoint last) to go on"
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141

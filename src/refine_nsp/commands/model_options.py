@@ -48,8 +48,11 @@ class ModelArguments:
 def build_model(arguments: ModelArguments) -> nn.Module:
     """The model, wrapped by PEFT when LoRA adapters are asked for."""
     model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
-    if not arguments.use_peft:
-        return model
+    return with_adapters(model, arguments) if arguments.use_peft else model
+
+
+def with_adapters(model: nn.Module, arguments: ModelArguments) -> nn.Module:
+    """LoRA adapters on a model, which alone are trained."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

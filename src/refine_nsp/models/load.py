@@ -53,7 +53,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     folder = Path(where)
     if folder.exists():
         _check_folder(folder)
-    config = _load_config(where)
+    config = load_config(where)
     ours = config.model_type in FAMILIES
     model_class: Any = AutoModelForCausalLM if ours else class_for(config)
     if not ours and model_class.config_class is not type(config):
@@ -118,7 +118,9 @@ def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
         )
 
 
-def _load_config(where: str) -> Any:
+def load_config(name_or_path: str | Path) -> Any:
+    """The configuration alone, of what `load` takes; weights need not be there."""
+    where = resolve(name_or_path)
     register()  # again: another library may have been imported since
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)

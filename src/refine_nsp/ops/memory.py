@@ -35,6 +35,7 @@ PARTS = {
     "evaluation": ("the evaluation", "lower batch_tokens or lengths"),
 }
 LEARNING_NOTHING = ("validation", "evaluation")  # what lowers a training step's memory would be no help there
+inside: list[str] = []  # parts that are under way, the innermost last
 MESSAGES = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 
 
@@ -45,6 +46,7 @@ class OutOfMemory(RefineError, torch.OutOfMemoryError):
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """Of a step, one of `PARTS`: memory that runs out inside is an `OutOfMemory` that names it. Parts nest; the innermost is named."""
+    inside.append(name)
     try:
         yield
     except OutOfMemory as inner:
@@ -55,6 +57,8 @@ def part(name: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and not any(known in str(error) for known in MESSAGES):
             raise
         raise OutOfMemory(_line(name, str(error))) from error
+    finally:
+        inside.pop()
 
 
 def _line(name: str, text: str) -> str:

@@ -1,0 +1,107 @@
+"""`refine-nsp estimate MODEL`: what a mid-training needs on a device, before anything is loaded or bought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from rich.console import Console
+
+from refine_nsp.commands.midtrain import COMMON as MIDTRAIN
+from refine_nsp.commands.model_options import ModelArguments, positional_model, with_adapters
+from refine_nsp.commands.options import Options, Settings
+from refine_nsp.config import NSPConfig
+from refine_nsp.models.load import load_config
+from refine_nsp.report.tables import Cell, Table
+from refine_nsp.training import ReFINEConfig
+from refine_nsp.training.estimate import Estimate, device_named, estimate
+
+COMMON = ["model_name_or_path", "device", "num_processes", "sharded", "utilisation", "total_tokens", *MIDTRAIN[3:]]
+
+
+@dataclass
+class EstimateArguments:
+    """Where it would run, and how long.
+
+    Attributes:
+        device: b200, h200, h100, a100, mi300x, l40s or rtx4090.
+        num_processes: devices, one process each.
+        sharded: weights, gradients and optimizer state are shared out over them (FSDP2, ZeRO-3).
+        utilisation: share of the device's bfloat16 peak that the run is assumed to reach; measure yours with `benchmarks/gpu.py`.
+        total_tokens: of the whole run, for its hours.
+    """
+
+    device: str = "h100"
+    num_processes: int = 1
+    sharded: bool = False
+    utilisation: float = 0.35
+    total_tokens: float = 200e6
+
+
+def run(argv: Sequence[str]) -> None:
+    """Count, and print the table; a warning where it does not fit."""
+    summary = "Memory by part and time of a mid-training step on a device: refine-nsp estimate MODEL --max_length 16384 [midtrain's flags]"
+    settings = (ModelArguments, EstimateArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig)))
+    options = Options("estimate", summary, settings, COMMON)
+    model_args, where, args, dry_run = options.parse(positional_model(argv))
+    device = device_named(where.device)
+    if dry_run:
+        Console().print(str(options.resolved()))
+        return
+    config = load_config(model_args.model_name_or_path)
+    adapters = partial(with_adapters, arguments=model_args) if model_args.use_peft else None
+    found = estimate(config, args, where.num_processes, where.sharded, adapters, model_args.dtype)
+    console = Console()
+    console.print(table(found, where).rich())
+    if found.total > device.bytes:
+        console.print(
+            f"warning: {found.total / 1e9:.1f} GB do not fit into {device.bytes / 1e9:.0f} GB of a {where.device}; "
+            f"{remedy(found, where, args)}"
+        )
+
+
+def remedy(found: Estimate, where: EstimateArguments, args: ReFINEConfig) -> str:
+    """What would make the largest part smaller."""
+    if found.weights + found.gradients + found.optimizer > found.activations:
+        return (
+            "use_peft, an optim with a smaller state, or sharded over more devices"
+            if not where.sharded
+            else "use more devices, or use_peft"
+        )
+    if args.per_device_train_batch_size > 1:
+        return "lower per_device_train_batch_size and raise gradient_accumulation_steps"
+    return "set gradient_checkpointing, or segment_tokens for long sequences"
+
+
+def table(found: Estimate, where: EstimateArguments) -> Table:
+    """Bytes by part, then time."""
+    device = device_named(where.device)
+    seconds = found.flops / (device.flops * where.utilisation)
+    hours = where.total_tokens / found.tokens * seconds / 3600
+    more = found.activations - found.ntp_activations
+    rows: list[list[Cell]] = [
+        [name, f"{value / 1e9:.2f} GB"]
+        for name, value in (
+            ("weights", found.weights), ("gradients kept between micro-batches", found.gradients), ("optimizer state", found.optimizer),
+            ("activations and gradients at their peak", found.activations), ("  of these beyond next-token prediction's", more),
+            ("in all, on each device", found.total), (f"memory of {where.device}", device.bytes),
+        )
+    ]  # fmt: skip
+    rows += [
+        ["tokens a step, on all devices", f"{found.tokens:,}"],
+        ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
+        ["seconds a step", f"{seconds:.2f}"],
+        ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
+        [f"hours for {where.total_tokens / 1e6:,.0f} M tokens", f"{hours:.2f}"],
+    ]
+    notes = [
+        f"counted on PyTorch's operations; time assumes {where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s, and nothing "
+        "for exchange between devices"
+    ]
+    return Table(
+        f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}",
+        ["what", "how much"],
+        rows,
+        notes,
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,3 +70,26 @@ def model_of(family: str) -> FastWeightForCausalLM:
         return GatedDeltaNetForCausalLM(config).train()
     config = LaCTConfig(**SIZES, num_attn_heads=6, num_lact_heads=2, lact_chunk_size=512, window_size=512, w0_w2_low_rank=32)
     return LaCTForCausalLM(config).train()
+
+
+def resident_bytes() -> int:
+    """Memory that the process has now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def peak_resident(every_seconds: float = 0.005) -> Iterator[Callable[[], int]]:
+    """Watch the process inside the block; what is given returns the most that it had."""
+    seen, done = [resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_seconds):
+            seen[0] = max(seen[0], resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: seen[0]
+    finally:
+        done.set()
+        watcher.join()

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 
 from refine_nsp.environment import keep_freed_memory
@@ -114,6 +115,7 @@ def quiet_libraries() -> None:
     """Loading bars and advice of libraries are noise here: progress is ours to show, errors are shown anyway."""
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -44,6 +44,7 @@ def run(argv: Sequence[str]) -> None:
     summary = "Memory by part and time of a mid-training step on a device: refine-nsp estimate MODEL --max_length 16384 [midtrain's flags]"
     settings = (ModelArguments, EstimateArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig)))
     options = Options("estimate", summary, settings, COMMON)
+    options.parser.set_defaults(use_cpu=True)  # the device is elsewhere
     model_args, where, args, dry_run = options.parse(positional_model(argv))
     device = device_named(where.device)
     if dry_run:
@@ -95,10 +96,8 @@ def table(found: Estimate, where: EstimateArguments) -> Table:
         ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
         [f"hours for {where.total_tokens / 1e6:,.0f} M tokens", f"{hours:.2f}"],
     ]
-    notes = [
-        f"counted on PyTorch's operations; time assumes {where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s, and nothing "
-        "for exchange between devices"
-    ]
+    assumed = f"{where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s"
+    notes = [f"counted on PyTorch's operations; time assumes {assumed}, and nothing for exchange between devices"]
     return Table(
         f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}",
         ["what", "how much"],

@@ -179,7 +179,8 @@ def _in_chunks(
     gates = [None if x is None else _to_chunks(x[..., None], C, HV, dtype).squeeze(-1) for x in (beta, g)]
     o, starts, u = _ChunkedDeltaRule.apply(*chunks, *gates, None if S0 is None else S0.to(dtype))
     o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-    return o, DeltaStates(starts, starts[-1], lambda: u, k, g, C, lengths)
+    # A copy: who keeps the last state should not keep those of all chunks with it.
+    return o, DeltaStates(starts, starts[-1].clone(), lambda: u, k, g, C, lengths)
 
 
 def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,13 @@
 """Which kernels are chosen, what is said of it, and what is refused. What they compute is tested in tests/gpu."""
 
 import inspect
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 from torch.nn.attention import varlen
 
+from refine_nsp.environment import devices
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_model
 from refine_nsp.ops import kernels
@@ -137,3 +139,27 @@ def test_blocks_of_the_head_fit_the_device(monkeypatch):
     free["bytes"] = 2 * gib
     assert taken(32000) <= gib // 2 and taken(250_000) <= gib // 2
     assert head.block_tokens(32000, torch.device("cpu")) == 131
+
+
+@pytest.fixture
+def an_h100(monkeypatch):
+    """What torch says of a device, where there is none."""
+    facts = {"device_count": 1, "is_available": True, "get_device_capability": (9, 0), "get_device_name": "H100", "is_bf16_supported": True,
+             "mem_get_info": (70 * 2**30, 80 * 2**30)}  # fmt: skip
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name), return_value=value))
+
+
+def test_what_is_said_of_a_device_with_and_without_kernels(an_h100, monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert devices()[1]["device"] == "cuda:0" and devices()[1]["memory"] == "70.0 of 80.0 GiB free"
+    assert devices()[1]["name"].startswith("H100, capability 9.0") and devices()[1]["bfloat16"] == "by the device"
+    by = by_operation()
+    assert by["delta rule"] == ("torch", "flash-linear-attention is not installed: pip install 'refine-nsp[gpu]'")
+    assert by["window attention"][1].startswith("FlashAttention in bfloat16 or float16, else block by block")
+    chosen.cache_clear()
+    monkeypatch.setenv(kernels.VARIABLE, "torch")
+    assert by_operation()["window attention"][1].startswith("block by block")
+    monkeypatch.delenv(kernels.VARIABLE)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert by_operation()["window attention"][1].endswith("NVIDIA's devices alone")

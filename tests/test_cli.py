@@ -271,3 +271,32 @@ def test_a_reader_that_leaves_is_no_error():
     command = f"echo 'import os' | {sys.executable} -m refine_nsp.cli generate --max_new_tokens 60 --greedy | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith("import os") and "refine-nsp:" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_saved_model_has_a_card_and_nobodys_own_is_overwritten(tmp_path, text):
+    import yaml as yaml_module
+
+    assert main(tiny(tmp_path, text, "--logging_steps", "1", "--preset", "exact")) == 0
+    run = tmp_path / "run"
+    card = (run / "README.md").read_text()
+    head = yaml_module.safe_load(card.split("---")[1])
+    assert head["base_model"] == BASE and {"delta_net", "refine"} <= set(head["tags"]) and head["library_name"] == "transformers"
+    for words in (
+        "`text.txt`",
+        "next-sequence prediction",
+        "| estimator | exact |",
+        "NTP loss (training)",
+        "curves.svg",
+        "arXiv",
+    ):
+        assert words in card, words
+    assert str(tmp_path) not in card and (run / "curves.svg").read_text().startswith("<svg")
+    (run / "README.md").write_text("mine")
+    assert main(tiny(tmp_path, text, "--logging_steps", "1")) == 0
+    assert (run / "README.md").read_text() == "mine"
+
+
+def test_an_adapters_card_names_its_base(tmp_path, text):
+    assert main(tiny(tmp_path, text, "--logging_steps", "1", "--objective", "ntp", "--use_peft", "--learning_rate", "1e-4")) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "library_name: peft" in card and "next-token prediction alone" in card and "Model Card for Model ID" not in card

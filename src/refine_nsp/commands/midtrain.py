@@ -21,6 +21,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import wants_columns
+from refine_nsp.report.card import write_card
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
@@ -58,17 +59,19 @@ def run(argv: Sequence[str]) -> None:
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)
-    train_and_save(trainer, out)
+    train_and_save(trainer, out, model_args.model_name_or_path, [str(data_args.dataset_name)], options.values)
 
 
-def train_and_save(trainer: ReFINETrainer, out: Path) -> None:
-    """The run itself, from where it stands; then its model, its last figures and its report."""
+def train_and_save(trainer: ReFINETrainer, out: Path, base: str, data: Sequence[str], settings: dict[str, Any]) -> None:
+    """The run itself, from where it stands; then its model, its last figures, its card and its report."""
     trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     save(trainer, out)  # before anything else can go wrong
     if trainer.eval_dataset is not None:
         trainer.evaluate()
         trainer.save_state()
     if trainer.is_world_process_zero():
+        kind = trainer.accelerator.unwrap_model(trainer.model).config.model_type
+        write_card(out, base, data, settings, [kind, str(trainer.args.objective)])
         Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
 
 

@@ -56,7 +56,8 @@ def run(argv: Sequence[str]) -> None:
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)
-    train_and_save(trainer, out)
+    sources = [name for name in (data_args.dataset_name, data_args.squad, data_args.hotpotqa) if name is not None]
+    train_and_save(trainer, out, model_args.model_name_or_path, sources, options.values)
 
 
 def plan(train: Dataset, validation: Dataset | None, config: dict[str, Any]) -> Table:

@@ -1,0 +1,110 @@
+"""The model card of a trained model, from what its run left in the folder: what it came from, how, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from refine_nsp.files import write_atomically
+from refine_nsp.report import plots
+from refine_nsp.report.runs import CURVES, Run, read_run
+from refine_nsp.report.tables import Cell, Table
+
+MARK = "<!-- written by refine-nsp; take this line out and it will not be written again -->"
+CURVE_FILE = "curves.svg"
+# Of a run's settings, what says how a model came about; the rest is in config.yaml beside it.
+TOLD = (
+    "objective", "preset", "estimator", "weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence", "rollout_length",
+    "num_generations", "max_length", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r", "seed",
+)  # fmt: skip
+PEFT = "# Model Card for Model ID"  # what an adapter's folder is given before anybody has written a word
+PAPER = """@article{hwang2026refine,
+  title   = {Reinforced Fast Weights with Next-Sequence Prediction},
+  author  = {Hwang and Wu and Chun and Russakovsky},
+  journal = {arXiv:2602.16704},
+  year    = {2026}
+}"""
+
+
+def write_card(folder: Path, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str]) -> Path | None:
+    """README.md and curves.svg of a run's folder; None, and nothing touched, where somebody else's README.md is.
+
+    Args:
+        base: the model it was trained from. data: what on; of folders and files on this machine the last part is named.
+        settings: of the run, by the names of flags. tags: of the hub.
+    """
+    path = folder / "README.md"
+    if path.exists() and MARK not in (there := path.read_text(encoding="utf-8", errors="replace")) and PEFT not in there:
+        return None
+    run = read_run(folder)
+    if (svg := curves(run)) is not None:
+        write_atomically(folder / CURVE_FILE, svg)
+    return write_atomically(path, card(run, base, data, settings, tags, svg is not None))
+
+
+def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str], has_curves: bool) -> str:
+    """Markdown with the hub's header."""
+    head: dict[str, Any] = {
+        "library_name": "peft" if settings.get("use_peft") else "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    head |= {"tags": sorted({"refine-nsp", "fast-weights", "long-context", *tags})}
+    if "/" in base and not Path(base).exists():
+        head["base_model"] = base
+    told: list[list[Cell]] = [[name, text_of(settings[name])] for name in TOLD if settings.get(name) is not None]
+    versions = ", ".join(
+        f"{name} {run.environment[name]}" for name in ("refine-nsp", "torch", "transformers") if run.environment.get(name)
+    )
+    alone = settings.get("objective") == "ntp"
+    method = "next-token prediction alone" if alone else "next-sequence prediction beside next-token prediction"
+    lines = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{MARK}\n",
+        f"# {text_of(run.name)}\n",
+        f"Trained from {named(base)} on {', '.join(map(named, data))} by refine-nsp: {method}{f' ({versions})' if versions else ''}. All "
+        "settings are in `config.yaml`.\n",
+        Table("Settings", ["setting", "value"], told).markdown(),
+        "\n## Measured\n",
+        figures(run).markdown(),
+        f"\n![curves]({CURVE_FILE})\n" if has_curves else "",
+        "Training figures are means over the logged steps around them; validation figures are of text that was not trained on.\n",
+        "## Limits\n",
+        "These figures say how this training went, not how good the model is at a task: measure with `refine-nsp evaluate`, beside the "
+        "same run with `--objective ntp`. Licences and limits of the base and of the data go on to hold.\n",
+        f"## Cite\n\n```bibtex\n{PAPER}\n```",
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def figures(run: Run) -> Table:
+    """First and last logged value of what is known."""
+    rows: list[list[Cell]] = []
+    for key, title, unit in CURVES:
+        if ys := run.curve(key)[1]:
+            rows.append([f"{title}{f', {unit}' if unit else ''}", float(ys[0]), float(ys[-1])])
+    return Table("First and last logged value", ["figure", "first", "last"], rows)
+
+
+def curves(run: Run) -> str | None:
+    """Losses over steps; None where there are fewer than two."""
+    wanted = {
+        title: run.curve(key)
+        for key, title in (("loss_ntp", "training"), ("eval_loss", "validation"), ("loss_answer", "answers"))
+    }
+    drawn = {title: curve for title, curve in wanted.items() if len(curve[0]) > 1}
+    return plots.line_plot(drawn, "cross-entropy", y_label="nats") if drawn else None
+
+
+def text_of(value: Any) -> str:
+    """On one line, and nothing that Markdown or HTML would take for markup."""
+    return " ".join(str(value).replace("<", "&lt;").replace("`", "'").split())
+
+
+def named(source: str) -> str:
+    """A name on the hub, or the last part of a path."""
+    local = Path(source).is_absolute() or Path(source).exists()
+    name = Path(source).name if local else source
+    return f"`{' '.join(name.replace('`', chr(39)).split())}`"

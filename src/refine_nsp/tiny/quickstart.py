@@ -75,7 +75,7 @@ class Settings:
     steps: int = 20
     sequences_per_step: int = 4
     max_length: int = 1024
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     shares: dict[str, float] = field(default_factory=lambda: {"needles": 0.2, "listing": 0.1, "chains": 0.1, "paragraphs": 0.1})
     lengths: tuple[int, ...] = (512, 1024, 2048)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -2,7 +2,8 @@
 step of the same model and of flash-linear-attention's own, peak memory, and how often the host waits for the device.
 
 A step is forward, loss and backward in bfloat16, without optimizer. Candidates take turns. Lengths of `CHECKPOINTED` tokens and more run
-with gradient checkpointing, all candidates alike. `--device cpu --tiny` tries the script anywhere.
+with gradient checkpointing, all candidates alike. What is measured is written model by model and length by length, so that a run that is
+stopped leaves what it had. `--device cpu --tiny` tries the script anywhere; `--profile` says which kernels take the time.
 """
 
 from __future__ import annotations
@@ -174,6 +175,15 @@ def fitting(where: str):
         torch.cuda.empty_cache()
 
 
+def profiled(device: torch.device, step: Step) -> str:
+    """A step's kernels, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        waiting(device, step)()
+    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=70)
+
+
 def matmul_peak(device: torch.device, size: int) -> float:
     """Best rate of one large product in bfloat16, FLOP/s."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -199,6 +209,9 @@ def measure(name: str, T: int, args: argparse.Namespace, peak: float) -> list[Fi
             step()  # kernels are compiled and tuned here
             memory[step_name], waits[step_name] = peak_gib(device, step), waits_of(device, step)
             candidates[step_name] = waiting(device, step)
+            if args.profile:
+                with args.output.with_suffix(".profile.txt").open("a") as file:
+                    file.write(f"{name}, T {T}, {step_name}\n{profiled(device, step)}\n")
     if NTP not in candidates:
         return []
     seconds = alternate(candidates, args.rounds, warm_up=1)
@@ -242,6 +255,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of two small layers, T 128 and 256")
     parser.add_argument("--quick", action="store_true", help="T 4,096 and 16,384, three rounds")
+    parser.add_argument("--profile", action="store_true", help="each step's longest kernels, in a .profile.txt beside the output")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="this name with .json and .md")
     args = parser.parse_args()
     if args.quick:
@@ -252,22 +266,22 @@ def main() -> None:
         raise SystemExit("no CUDA device; --device cpu --tiny tries the script without one")
     peak = matmul_peak(device, 512 if args.tiny else 8192)
     where = devices()[-1]["name"] if device.type == "cuda" else "CPU"
+    title = f"{where}; {chosen()}; bfloat16, P 8, K 5; matmul peak {peak / 1e12:.3g} TFLOP/s; median of {args.rounds} rounds"
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".profile.txt").unlink(missing_ok=True)
     started, figures = time.monotonic(), []
     for name in args.models:
         for T in lengths:
             figures += measure(name, T, args, peak)
+            record = {
+                "environment": environment(), "devices": devices(), "kernels": by_operation(), "matmul_peak": peak,
+                "seconds": time.monotonic() - started, "figures": [asdict(f) for f in figures],
+            }  # fmt: skip
+            args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            args.output.with_suffix(".md").write_text("\n".join(t.markdown() for t in tables_of(figures, title)))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    title = f"{where}; {chosen()}; bfloat16, P 8, K 5; matmul peak {peak / 1e12:.3g} TFLOP/s; median of {args.rounds} rounds"
-    tables = tables_of(figures, title)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "environment": environment(), "devices": devices(), "kernels": by_operation(), "matmul_peak": peak,
-        "seconds": time.monotonic() - started, "figures": [asdict(f) for f in figures],
-    }  # fmt: skip
-    args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text("\n".join(t.markdown() for t in tables))
-    print("\n".join(t.markdown() for t in tables))
+    print(args.output.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

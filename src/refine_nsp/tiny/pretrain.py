@@ -27,6 +27,7 @@ from refine_nsp.files import append_json_lines, read_json_lines
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model, load_tokenizer
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
+from refine_nsp.processes import to_device
 from refine_nsp.progress import step_progress
 from refine_nsp.stopping import StopRequest
 from refine_nsp.tiny.card import model_card
@@ -38,11 +39,11 @@ from refine_nsp.tiny.pretrain_settings import FACTS, SHARED, PretrainConfig, Pre
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 4096  # of a processor, whose cache they should fit; a device takes a step's rows together
 
 
 def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None = None) -> Path:
-    """Train, or go on from the last checkpoint in `output_dir`; returns the folder of the model.
+    """Train on a CUDA device where there is one, or go on from the last checkpoint in `output_dir`; returns the folder of the model.
 
     Args:
         stop_after: steps after which the model is measured and saved as it is; the same command without it goes on from there.
@@ -65,7 +66,7 @@ def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None
     tokenizer = train_tokenizer(texts, config.vocab_size) if config.start_from is None else load_tokenizer(config.start_from)
     sources = Sources.of(config, tokenizer, texts)
     measures = Measures.of(config, tokenizer, held_out, encode_texts(tokenizer, held_out))
-    model = starting_model(config, len(tokenizer))
+    model = to_device(starting_model(config, len(tokenizer)))
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
     start = load_checkpoint(out, model, optimizer, config) if resume else 0
     if start == 0:
@@ -77,7 +78,7 @@ def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None
             ids, weights = training_batch(config, phase_of(config, step), step, sources)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(config, step)
-            loss = train_step(model, optimizer, ids, weights, config)
+            loss = train_step(model, optimizer, ids.to(model.device), weights.to(model.device), config)
             progress.advance(ids.numel(), 1, {"loss": loss})
             done = step + 1
             probed = done % config.probe_steps == 0 and done < last
@@ -224,20 +225,20 @@ def generated_row(
 
 
 def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, weights: Tensor, config: PretrainConfig) -> float:
-    """One update on ids [B, T] long with target weights [B, T]; the loss. Rows are run a few at a time, so that they fit into a cache."""
+    """One update on ids [B, T] long with target weights [B, T]; the loss."""
     target_weights = F.pad(weights[:, 1:], (0, 1))
     target_weights = target_weights / target_weights.sum()
     targets = F.pad(ids[:, 1:], (0, 1))
-    rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
-    total = 0.0
+    rows = len(ids) if ids.is_cuda else max(1, TOKENS_AT_ONCE // ids.shape[1])
+    total = torch.zeros((), device=ids.device)
     optimizer.zero_grad()
     for part in zip(ids.split(rows), targets.split(rows), target_weights.split(rows), strict=True):
         loss = rows_loss(model, *part, config.bf16)
         loss.backward()
-        total += float(loss.detach())
+        total = total + loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
-    return total
+    return float(total)
 
 
 def rows_loss(model: FastWeightForCausalLM, ids: Tensor, targets: Tensor, target_weights: Tensor, bf16: bool) -> Tensor:

@@ -10,7 +10,7 @@ python3 -m venv .venv
 .venv/bin/refine-nsp env | tee "$out/environment.txt"
 .venv/bin/refine-nsp env --json > "$out/environment.json" || exit 1
 failed=0
-.venv/bin/python -m pytest -q -rs tests/gpu 2>&1 | tee "$out/tests.txt" || failed=1
+.venv/bin/python -m pytest -v -rs tests/gpu 2>&1 | tee "$out/tests.txt" || failed=1
 # On PyTorch's operations alone, what the kernels are compared with.
 REFINE_NSP_KERNELS=torch .venv/bin/python -m pytest -q tests/ops 2>&1 | tee -a "$out/tests.txt" || failed=1
 .venv/bin/python benchmarks/gpu.py --output "$out/gpu" "$@" || failed=1

@@ -26,7 +26,7 @@ from study.tables import write_results
 
 HELP = {
     "squad": "SQuAD questions (json as published, jsonl or parquet): RULER's qa_1, and paragraphs to ask about",
-    "hotpotqa": "HotpotQA questions, likewise (qa_2)",
+    "hotpotqa": "HotpotQA questions, likewise: paragraphs to ask about",
     "essays": "haystack of RULER's needles (default: Python's reference documentation)",
     "novels": "long text with a column `text`, to measure far context on",
 }

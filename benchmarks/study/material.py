@@ -33,7 +33,7 @@ from .settings import SHARES, Scale
 DOCUMENT_TOKENS = 64  # a paragraph, its heading and its facts
 FACTS = 3  # a document
 QUESTION_TOKENS = 20
-QA_FROM = 2048  # the documents of one of HotpotQA's questions alone take nearly as much
+QA_FROM = 2048  # tokens that hold a question of SQuAD (qa_1) and its document; one of HotpotQA's (qa_2) alone takes 4,500
 PARTS = ("train", "choose", "report")
 TRIAL_SEED = 900  # of rows, prompts and probes that settings are chosen by
 ROWS_SEED = 1000  # rows are those of pretraining steps with seeds from here on, which no base was pretrained with
@@ -138,20 +138,20 @@ def probes(scale: Scale, material: Material, seed: int) -> dict[str, ProbeSet]:
 
 
 def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, seed: int) -> list[Task]:
-    """RULER's needles, and its questions where there are files for them and room for their documents."""
+    """RULER's needles, and SQuAD's questions where they are at hand and their documents fit."""
 
     def tasks(names: list[str], lengths: list[int]) -> list[Task]:
         if not names or not lengths:
             return []
         return build_tasks(
             EvaluationArguments(
-                tasks=names, lengths=lengths, samples=scale.ruler_prompts, essays=files.essays, squad=files.squad, hotpotqa=files.hotpotqa,
+                tasks=names, lengths=lengths, samples=scale.ruler_prompts, essays=files.essays, squad=files.squad,
                 seed=seed,
             ),
             tokenizer,
         )  # fmt: skip
 
-    asked = [task for task, path in (("qa_1", files.squad), ("qa_2", files.hotpotqa)) if path is not None]
+    asked = ["qa_1"] if files.squad is not None else []
     lengths = list(scale.ruler_lengths)
     return tasks(["niah"], lengths) + tasks(asked, [n for n in lengths if n >= QA_FROM])
 

@@ -85,9 +85,13 @@ def run_all(study: Study, planned: Sequence[Sequence[Job]], workers: int, shard:
         for stage, own in zip(planned, mine, strict=True):
             missing = [job for job in own if not study.path(job).exists()]
             with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet, initargs=(str(log),)) as pool:
-                for finished in as_completed([pool.submit(jobs.run, study, job) for job in missing]):
-                    finished.result()
-                    progress.advance(0)
+                try:
+                    for finished in as_completed([pool.submit(jobs.run, study, job) for job in missing]):
+                        finished.result()
+                        progress.advance(0)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)  # those not begun; leaving the block waits for the others
+                    raise
             if not all(study.path(job).exists() for job in stage):
                 return False
     return True

@@ -113,12 +113,18 @@ def novel_windows(scale: Scale, tokenizer: PreTrainedTokenizerBase, path: str) -
 
 
 def split(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> dict[str, list[list[int]]]:
-    """Paragraphs long enough, half of them to train on, a quarter each to choose and to report on."""
+    """Pieces of `DOCUMENT_TOKENS` of half the paragraphs to train on, of a quarter each to choose and to report on."""
     encoded = tokenizer(list(dict.fromkeys(documents)), add_special_tokens=False)["input_ids"]
     rows = [ids for ids in encoded if len(ids) >= DOCUMENT_TOKENS]
     random.Random(0).shuffle(rows)
     half, quarter = len(rows) // 2, len(rows) // 4
-    return dict(zip(PARTS, (rows[:half], rows[half : half + quarter], rows[half + quarter :]), strict=True))
+    parts = (rows[:half], rows[half : half + quarter], rows[half + quarter :])
+    return {name: [piece for row in part for piece in _pieces(row)] for name, part in zip(PARTS, parts, strict=True)}
+
+
+def _pieces(ids: list[int]) -> list[list[int]]:
+    """Whole pieces of `DOCUMENT_TOKENS`, one after the other: a small file of paragraphs must fill a row of documents."""
+    return [ids[i : i + DOCUMENT_TOKENS] for i in range(0, len(ids) - DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS)]
 
 
 # --- text and recall --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -14,6 +15,11 @@ M = TypeVar("M", bound=nn.Module)
 def process_state() -> PartialState:
     """Of this process: a CUDA device of its own where there is one, else the CPU; alone, or one of several under `accelerate launch`."""
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its weights lie in parts with several processes: these must then make the same passes, since each gathers the weights."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def to_device(model: M, device: torch.device | str | None = None) -> M:

@@ -4,13 +4,15 @@ import json
 import shutil
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from tests.models.families import build
+from tests.models.families import FAMILY_NAMES, build
+from tests.models.transformers_models import Float64Stays
 from tests.training import test_nested, test_trainer
 
 SETTINGS = {"max_steps": 2}
@@ -43,9 +45,11 @@ def midtrain(
     if evaluate:
         settings["eval_dataset"] = test_trainer.data(7)
     t = test_trainer.trainer(folder, train_dataset=data, **{**SETTINGS, **settings})
-    t.train(resume_from_checkpoint=resume)
-    if evaluate:
-        t.evaluate()
+    # transformers' own models compute norms and gates in float32, where one rounding can change a sampled token.
+    with nullcontext() if settings.get("family", "delta_net") in FAMILY_NAMES else Float64Stays():
+        t.train(resume_from_checkpoint=resume)
+        if evaluate:
+            t.evaluate()
     t.save_model(str(folder))
 
 

@@ -35,6 +35,8 @@ ALIKE = {
     "by segments": ("midtrain", {**GROUPS, "segment_tokens": 17, "lambda_rl": 1.0}, 2, 4),
     "lact, exact": ("midtrain", {**EXACT, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
     "lact, short rows": ("midtrain", SHORT_LACT, 4, 8),
+    "hybrid": ("midtrain", {**GROUPS, "family": "qwen3_next", "lambda_rl": 1.0}, 2, 4),
+    "hybrid, exact": ("midtrain", {**EXACT, "family": "qwen3_next"}, 2, 4),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
     "nested exact": ("posttrain", EXACT, 4, 8),

@@ -9,22 +9,31 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from refine_nsp.cli import main
+from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.training.checkpoints import export_checkpoint
+from refine_nsp.training.trainer import sharding_problem
 from tests.models.families import build
 from tests.training.jobs import JOBS
 from tests.training.test_distributed import EXACT, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
+from tests.training.test_trainer import trainer
 
 SHARDED = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
 CHECKPOINTING = {**SHARDED, "activation_checkpointing": True}
 GRADIENTS = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 ROLLOUTS = {**GROUPS, "lambda_rl": 1.0}
+# Pairs of rows, dealt to the processes in turn: one process has rows without any context beyond the local window.
+UNEVEN = {"lengths": [12, 13, 60, 50] * 4, "train_sampling_strategy": "sequential"}
 # Kind, settings, how it is sharded, rows of a micro-batch (twice as many where one process is alone).
 ALIKE = {
     "rollouts": ("midtrain", {**ROLLOUTS, "schedule": "snapshot", "evaluate": True}, SHARDED, 2),
     "rollouts within the pass, checkpointing": ("midtrain", {**ROLLOUTS, "schedule": "fused"}, CHECKPOINTING, 4),
     "lact, checkpointing": ("midtrain", {**ROLLOUTS, "family": "lact_swiglu", "schedule": "snapshot"}, CHECKPOINTING, 2),
     "lact, exact, gradient_checkpointing": ("midtrain", {**EXACT, **GRADIENTS, "family": "lact_swiglu"}, SHARDED, 4),
+    "exact, rows of one process without context": ("midtrain", {**EXACT, **UNEVEN}, SHARDED, 2),
+    "exact by segments, fewer on one process": ("midtrain", {**EXACT, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
+    "hybrid, exact": ("midtrain", {**EXACT, **UNEVEN, "family": "qwen3_next"}, SHARDED, 2),
+    "nested exact": ("posttrain", EXACT, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
 }
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
@@ -80,3 +89,13 @@ def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
         export_checkpoint(tmp_path / "model", tmp_path / "again")
     with pytest.raises(RefineError, match="holds no sharded weights"):
         export_checkpoint(tmp_path / "nothing", tmp_path / "again")
+
+
+@pytest.mark.parametrize(("family", "settings"), [("delta_net", {"segment_tokens": 17}), ("qwen3_next", {})])
+def test_rollouts_by_segments_are_refused_in_shards(tmp_path, family, settings):
+    """Their passes depend on each process' positions; the closed form's don't."""
+    args = trainer(tmp_path, family, **settings).args
+    model = trainer(tmp_path, family).model
+    assert "use estimator: exact" in (sharding_problem(model, args) or "")
+    args.nsp = NSPConfig.preset("exact")
+    assert sharding_problem(model, args) is None

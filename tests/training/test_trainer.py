@@ -16,6 +16,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.checkpoints import last_complete_checkpoint
 from tests.models.families import FAMILY_NAMES, build
+from tests.models.transformers_models import stateful
 
 
 def data(rows: int = 16, length: int = 60, mixed: bool = True) -> Dataset:
@@ -34,7 +35,8 @@ def trainer(folder, family: str = "delta_net", dtype=torch.float64, **settings) 
         k: settings.pop(k) for k in ("eval_dataset", "train_dataset", "reference_model", "callbacks", "phase") if k in settings
     }
     extra.setdefault("train_dataset", data())
-    return ReFINETrainer(model=build(family, dtype=dtype), args=ReFINEConfig(**{**defaults, **settings}), **extra)
+    model = (build if family in FAMILY_NAMES else stateful)(family, dtype=dtype)
+    return ReFINETrainer(model=model, args=ReFINEConfig(**{**defaults, **settings}), **extra)
 
 
 def weights(t: ReFINETrainer) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
 from refine_nsp.ops.memory import part
+from refine_nsp.processes import is_sharded
 
 # Of the local windows, by device: their activations stand beside those of the whole pass, and small batches leave a GPU idle.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
@@ -36,7 +37,7 @@ def context_divergence(model: FastWeightForCausalLM, batch: Batch, hidden: Tenso
     if batch.scores is not None:
         return batch.scores.to(d)
     first = 2 * config.local_window
-    if max(batch.sizes) > first:
+    if batch.input_ids.shape[1] > first:
         local = local_hidden(model, batch, config.local_window, config.local_span)
         targets = F.pad(batch.input_ids[:, 1:], (0, 1))[:, first:]
         d[:, first:] = _divergence(model.lm_head.weight, hidden[:, first:], local, targets, gain)
@@ -56,14 +57,15 @@ def next_sum(d: Tensor, K: int) -> Tensor:
 @part("context")
 @torch.no_grad()
 def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) -> Tensor:
-    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it; zeros where a window
-    would read pads only."""
+    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it; where a window would
+    read pads only, zeros, or what a model in shards makes of them, whose processes must make the same passes."""
     B, T = batch.input_ids.shape
     stride = (span - 1) * W
     padded = F.pad(batch.input_ids, (0, -(T - 2 * W) % stride))
     windows = padded[:, W:].unfold(1, span * W, stride)  # [B, n, span * W]; what stands before 2W is scored 0, so never read
     n = windows.shape[1]
-    needed = (2 * W + stride * torch.arange(n) < batch.lengths[:, None]).flatten().nonzero()[:, 0]  # on the host
+    ends = torch.full_like(batch.lengths, T) if is_sharded(model) else batch.lengths  # on the host
+    needed = (2 * W + stride * torch.arange(n) < ends[:, None]).flatten().nonzero()[:, 0]
     needed = needed.to(batch.input_ids.device, non_blocking=True)
     rows = windows.reshape(B * n, span * W)[needed]
     at_once = TOKENS_AT_ONCE.get(rows.device.type, TOKENS_AT_ONCE["cpu"]) // (span * W)

@@ -62,7 +62,7 @@ def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NS
     if batch.scores is not None:
         return Weighing(allowed * batch.scores, None, None, batch.num_targets)
     first, T = 2 * config.local_window, batch.input_ids.shape[1]
-    if first >= max(batch.sizes):
+    if first >= T:
         return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
     local = local_hidden(model, batch, config.local_window, config.local_span)
     scored = torch.arange(T, device=hidden.device) >= first

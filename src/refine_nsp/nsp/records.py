@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
@@ -49,6 +50,13 @@ class Batch:
         if scores is not None and scores.shape != (B, T):
             raise RefineError(f"scores must be [B, T] = [{B}, {T}], got shape {tuple(scores.shape)}")
         return cls(input_ids, lengths.cpu(), columns or {}, scores)
+
+    def widened(self, T: int) -> Batch:
+        """With pads up to T columns."""
+        if (more := T - self.input_ids.shape[1]) == 0:
+            return self
+        scores = None if self.scores is None else F.pad(self.scores, (0, more))
+        return replace(self, input_ids=F.pad(self.input_ids, (0, more)), scores=scores)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

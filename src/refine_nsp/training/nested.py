@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -73,6 +73,14 @@ class AnswerBatch(MicroBatch):
 
     answer_lengths: tuple[int, ...] = ()
     prompts: MicroBatch | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (*super().widths, *(self.prompts.widths if self.prompts is not None else ()))
+
+    def widened(self, widths: Sequence[int]) -> AnswerBatch:
+        prompts = None if self.prompts is None else self.prompts.widened(widths[1:])
+        return replace(self, sequences=self.sequences.widened(widths[0]), prompts=prompts)
 
 
 class Answers(Phase):

@@ -20,7 +20,7 @@ An objective of your own is a subclass that overrides `loss` (and `count`, when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,15 @@ class MicroBatch:
     @property
     def lengths(self) -> Tensor:  # [B] long, on the host
         return self.sequences.lengths
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of what goes through the model, pads included."""
+        return (self.input_ids.shape[1],)
+
+    def widened(self, widths: Sequence[int]) -> MicroBatch:
+        """With pads up to these widths."""
+        return replace(self, sequences=self.sequences.widened(widths[0]))
 
     @property
     def target_mask(self) -> Tensor:  # [B, T] bool: t whose next token is real

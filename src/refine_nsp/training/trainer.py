@@ -30,6 +30,7 @@ from transformers import ProgressCallback as TqdmCallback
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.hybrid import StatefulTrunk
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
@@ -97,6 +98,8 @@ class ReFINETrainer(Trainer):
                 stacklevel=2,
             )
         self.nsp: NSPConfig = args.nsp
+        if self._is_sharded and (problem := sharding_problem(self.model, args)) is not None:
+            raise RefineError(problem)
         self.reference_model = reference_model
         if reference_model is not None:
             nn.Module.to(reference_model, args.device).eval()
@@ -178,7 +181,14 @@ class ReFINETrainer(Trainer):
                 break
             generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
             batches.append(self.micro_batch(inputs, generators, device))
-        return batches
+        return self._of_one_width(batches) if self._is_sharded and batches else batches
+
+    def _of_one_width(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Micro-batches as wide as the widest that any process has in their place: processes that hold parts of a model must make the same
+        passes, and how many there are follows from widths."""
+        own = torch.tensor([b.widths for b in batches], device=self.args.device)
+        widest = self.accelerator.gather(own[None]).amax(0).tolist()
+        return [b.widened(widths) for b, widths in zip(batches, widest, strict=True)]
 
     def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
         """What a phase gets of a collated batch."""
@@ -409,6 +419,22 @@ class ReFINETrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # each library's own kind for a full disk
             shutil.rmtree(folder, ignore_errors=True)
             raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
+
+
+def sharding_problem(model: nn.Module, args: ReFINEConfig) -> str | None:
+    """Why processes that hold parts of a model could make different numbers of passes, and so wait for each other for ever, or None."""
+    nsp = args.nsp
+    if args.objective != "refine" or nsp.estimator != "sampled":
+        return None
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    hybrid = isinstance(getattr(base, "model", None), StatefulTrunk)
+    if nsp.segment_tokens is None and not hybrid:
+        return None
+    what = "segment_tokens" if nsp.segment_tokens is not None else "a model of transformers"
+    return (
+        f"rollouts with {what} run the segments that hold their positions, which differ from process to process, and shards need every "
+        "process in every pass; use estimator: exact (preset: exact), which needs no positions, or DDP"
+    )
 
 
 def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:

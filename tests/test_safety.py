@@ -1,5 +1,6 @@
 """What a stranger's files cannot do: run code, reach the network, leave their folder, or become markup."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from refine_nsp.cli import main
 from refine_nsp.evaluation.run import rows_path
 from refine_nsp.report import html, plots
+from refine_nsp.report.card import card
+from refine_nsp.report.runs import Run
 from refine_nsp.report.tables import Table
 
 REWARD = "refine_nsp.nsp.rewards.edit_similarity"
@@ -78,6 +81,26 @@ def test_a_page_shows_markup_as_text():
     plot = plots.line_plot({HOSTILE: ([1, 2], [1, 2]), "$x^{": ([1, 2], [2, 1])}, HOSTILE, y_label="$a_{")
     page = html.page(HOSTILE, HOSTILE, [html.Section(HOSTILE, table.html() + html.preformatted(HOSTILE, HOSTILE) + plot)])
     assert "<script>alert" not in page and "<img" not in page and page.count("&lt;script&gt;") >= 8
+
+
+def test_a_model_card_shows_markup_as_text():
+    """In every place that takes text of users or files: no link, image, tag, code, row or heading of theirs."""
+    hostile = "x](http://a.b) ![i](http://c.d/e.png) [l][r] <b>t</b> www.f.g `c` \\[m](n) &lt; | cell\n# heading"
+    environment = {"refine-nsp": hostile, "torch": hostile}
+    run = Run(hostile, [], [], "", environment)
+    settings = {"preset": hostile, "reward_funcs": [hostile], "lambda_rl": 0.5}
+    written = card(run, hostile, [hostile, "."], settings, ["refine"], True)
+    body = written.split("---", 2)[2]
+    head, text = yaml.safe_load(written.split("---")[1]), re.sub(r"`[^`\n]*`|```.*?```", "", body, flags=re.DOTALL)
+    assert head["base_model"] == hostile and "license" not in head
+    shown = re.sub(r"\\[!-/:-@[-`{-~]", "", text.replace("![curves](curves.svg)", ""))  # what is left are marks that count
+    assert not re.search(
+        r"[\[\]*]|!\(|://|www\.|<(?!!-- written by)",
+        shown.replace("**Settings**", "").replace("**First and last logged value**", ""),
+    )
+    assert re.findall(r"^#+ .*", body, flags=re.MULTILINE)[1:] == ["## Measured", "## Limits", "## Cite"]
+    rows = [line for line in body.splitlines() if line.startswith(("| preset", "| reward_funcs", "| lambda_rl"))]
+    assert [line.count("|") - line.count("\\|") for line in rows] == [3, 3, 3]  # two cells each
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])

@@ -168,7 +168,7 @@ def test_prefix_match_counts_leading_matches():
 
 def test_rewards_of_a_float64_run_are_float64():
     x = {**reward_inputs(), "hidden": torch.randn(2, 3, 4).double(), "truth_hidden": torch.randn(2, 3, 4).double()}
-    for reward in (exact_match, prefix_match, cosine, hybrid):
+    for reward in (exact_match, prefix_match, cosine, hybrid, edit_similarity):
         assert reward(**x).dtype == torch.float64
     for specs in (["exact_match"], ["hybrid", "exact_match"]):
         assert compute_rewards(specs, None, x)[0].dtype == torch.float64

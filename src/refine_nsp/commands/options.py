@@ -303,6 +303,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RefineError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise RefineError(f"{path} is nested too deeply; expected `key: value` lines") from error
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -141,7 +141,7 @@ def _check_folder(folder: Path) -> None:
         raise RefineError(f"{folder} has no config.json; expected a model folder with config.json and *.safetensors")
     try:
         json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefineError(f"{config} is not valid JSON: {first_line(error)}") from error
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_ENDINGS)

@@ -54,17 +54,17 @@ def hybrid(**inputs: Any) -> Tensor:
     return cosine(**inputs) + exact_match(**inputs)
 
 
-def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, **_: Any) -> Tensor:
+def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
     """1 - Levenshtein distance / K between rollout and truth, [R] in [0, 1]: forgives an insertion that shifts the rest.
 
     The worked example of a user's reward: `reward="refine_nsp.nsp.rewards.edit_similarity"`.
     """
     R, K = completion_ids.shape
-    steps = torch.arange(K + 1, device=completion_ids.device, dtype=torch.float32)
+    steps = torch.arange(K + 1, device=completion_ids.device, dtype=_wide(hidden))
     previous = steps.expand(R, -1)
     for i in range(1, K + 1):
         row = [steps[i].expand(R)]
-        differ = (completion_ids[:, i - 1, None] != truth_ids).float()  # [R, K]
+        differ = (completion_ids[:, i - 1, None] != truth_ids).to(steps.dtype)  # [R, K]
         for j in range(1, K + 1):
             edits = torch.stack([previous[:, j] + 1, row[-1] + 1, previous[:, j - 1] + differ[:, j - 1]])
             row.append(edits.amin(0))

@@ -48,7 +48,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
     if path.suffix == ".json" and path.is_file():
         try:
             loaded = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
         raw = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tag
         head["base_model"] = base
     told: list[list[Cell]] = [[name, text_of(settings[name])] for name in TOLD if settings.get(name) is not None]
     versions = ", ".join(
-        f"{name} {run.environment[name]}" for name in ("refine-nsp", "torch", "transformers") if run.environment.get(name)
+        f"{name} {text_of(run.environment[name])}" for name in ("refine-nsp", "torch", "transformers") if run.environment.get(name)
     )
     alone = settings.get("objective") == "ntp"
     method = "next-token prediction alone" if alone else "next-sequence prediction beside next-token prediction"
@@ -99,12 +100,14 @@ def curves(run: Run) -> str | None:
 
 
 def text_of(value: Any) -> str:
-    """On one line, and nothing that Markdown or HTML would take for markup."""
-    return " ".join(str(value).replace("<", "&lt;").replace("`", "'").split())
+    """On one line, and nothing that Markdown or HTML would take for markup: tags, links (bare ones too), images, emphasis, code."""
+    text = " ".join(str(value).replace("`", "'").split())
+    text = re.sub(r"([\\\[\]()!*])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return re.sub(r"(?i)(www)\.", r"\1\\.", text.replace("://", "\\://"))
 
 
 def named(source: str) -> str:
     """A name on the hub, or the last part of a path."""
     local = Path(source).is_absolute() or Path(source).exists()
-    name = Path(source).name if local else source
+    name = Path(source).absolute().name if local else source  # absolute: `.` has no name
     return f"`{' '.join(name.replace('`', chr(39)).split())}`"

@@ -11,32 +11,10 @@ import threading
 import warnings
 from collections.abc import Sequence
 
+from refine_nsp.commands import COMMANDS, FROM_DATACLASSES
 from refine_nsp.environment import keep_freed_memory
 from refine_nsp.stopping import TERMINATED_CODE, Terminated, terminate
 
-COMMANDS = {
-    "quickstart": "mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline)",
-    "pretrain": "make a tiny base model from the text on this machine",
-    "midtrain": "train a pretrained model on long text with ReFINE (or --objective ntp)",
-    "posttrain": "train to answer prompts: SFT, or nested with an update on each batch's prompts first",
-    "ttt": "adapt to one prompt, answer it, restore the weights",
-    "evaluate": "RULER, LongBench, documents, short contexts, lm-eval's tasks",
-    "compare": "two evaluations, example by example, with significance",
-    "generate": "continue a prompt, streaming",
-    "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
-    "env": "what is installed, which devices there are, what computes each operation and why",
-    "estimate": "memory and time of a training step on a device, before anything is loaded",
-    "export": "a plain model folder from a checkpoint in shards",
-    "report": "one HTML page comparing runs",
-}
-FROM_DATACLASSES = (
-    "midtrain",
-    "posttrain",
-    "ttt",
-    "evaluate",
-    "inspect",
-    "estimate",
-)  # flags and YAML; the others have a few flags of their own
 GO_ON = "run the same command again (training: with --resume_from_checkpoint last) to go on"
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 

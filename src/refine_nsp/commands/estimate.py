@@ -39,12 +39,18 @@ class EstimateArguments:
     total_tokens: float = 200e6
 
 
-def run(argv: Sequence[str]) -> None:
-    """Count, and print the table; a warning where it does not fit."""
+def options_of() -> Options:
+    """The command's flags."""
     summary = "Memory by part and time of a mid-training step on a device: refine-nsp estimate MODEL --max_length 16384 [midtrain's flags]"
     settings = (ModelArguments, EstimateArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig)))
     options = Options("estimate", summary, settings, COMMON)
     options.parser.set_defaults(use_cpu=True)  # the device is elsewhere
+    return options
+
+
+def run(argv: Sequence[str]) -> None:
+    """Count, and print the table; a warning where it does not fit."""
+    options = options_of()
     model_args, where, args, dry_run = options.parse(positional_model(argv))
     device = device_named(where.device)
     if dry_run:

@@ -49,10 +49,15 @@ class RunArguments:
     output_dir: str = "runs/evaluation"
 
 
+def options_of() -> Options:
+    """The command's flags."""
+    summary = "Evaluate a model: refine-nsp evaluate MODEL --tasks ruler longbench ... --output_dir FOLDER"
+    return Options("evaluate", summary, (RunArguments, EvaluationArguments, *TEST_TIME), COMMON)
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse, build the prompts, answer what is missing, report."""
-    summary = "Evaluate a model: refine-nsp evaluate MODEL --tasks ruler longbench ... --output_dir FOLDER"
-    options = Options("evaluate", summary, (RunArguments, EvaluationArguments, *TEST_TIME), COMMON)
+    options = options_of()
     run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
     arguments.check()
     model = to_device(load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval())

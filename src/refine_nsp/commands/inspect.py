@@ -46,10 +46,15 @@ class InspectArguments:
     seed: int = 0
 
 
+def options_of() -> Options:
+    """The command's flags."""
+    summary = "Explain a text as a picture: refine-nsp inspect MODEL FILE"
+    return Options("inspect", summary, (InspectArguments, Settings(NSPConfig, preset="context")), COMMON)
+
+
 def run(argv: Sequence[str]) -> None:
     """Write the page and print the table of facts."""
-    summary = "Explain a text as a picture: refine-nsp inspect MODEL FILE"
-    options = Options("inspect", summary, (InspectArguments, Settings(NSPConfig, preset="context")), COMMON)
+    options = options_of()
     arguments, config, dry_run = options.parse(positional(argv))
     if arguments.file is None:
         raise RefineError("no text: refine-nsp inspect MODEL FILE")

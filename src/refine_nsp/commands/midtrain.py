@@ -35,12 +35,15 @@ COMMON = (
 ).split()
 
 
+def options_of() -> Options:
+    """The command's flags."""
+    summary = "Mid-train a fast-weight model on next-sequence prediction (ReFINE), or by next-token prediction: --objective ntp."
+    return Options("midtrain", summary, (ModelArguments, DataArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig))), COMMON)
+
+
 def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
-    summary = "Mid-train a fast-weight model on next-sequence prediction (ReFINE), or by next-token prediction: --objective ntp."
-    options = Options(
-        "midtrain", summary, (ModelArguments, DataArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig))), COMMON
-    )
+    options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
     config = options.resolved()
     model = build_model(model_args)

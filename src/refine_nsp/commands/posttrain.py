@@ -28,14 +28,19 @@ COMMON = (
 ).split()
 
 
-def run(argv: Sequence[str]) -> None:
-    """Parse, load, train, save, report."""
+def options_of() -> Options:
+    """The command's flags."""
     summary = (
         "Post-train a model on prompts and answers. --objective refine (Nested ReFINE), ntp (Nested SFT) or none (SFT): what a batch's "
         "prompts are trained on before its answers."
     )
     nsp = Settings(NSPConfig, preset=PostTrainingConfig.default_preset)
-    options = Options("posttrain", summary, (ModelArguments, AnswerArguments, Settings(PostTrainingConfig, nsp=nsp)), COMMON)
+    return Options("posttrain", summary, (ModelArguments, AnswerArguments, Settings(PostTrainingConfig, nsp=nsp)), COMMON)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, train, save, report."""
+    options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
     config = options.resolved()
     model = build_model(model_args)

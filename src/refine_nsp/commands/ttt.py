@@ -44,10 +44,15 @@ class PromptArguments:
     max_new_tokens: int = 32
 
 
+def options_of() -> Options:
+    """The command's flags."""
+    summary = "Adapt to a prompt, answer it, restore the weights: refine-nsp ttt MODEL --prompt_file FILE"
+    return Options("ttt", summary, (PromptArguments, *TEST_TIME), COMMON)
+
+
 def run(argv: Sequence[str]) -> None:
     """Answer without and with adaptation, and print both with seconds and memory."""
-    summary = "Adapt to a prompt, answer it, restore the weights: refine-nsp ttt MODEL --prompt_file FILE"
-    options = Options("ttt", summary, (PromptArguments, *TEST_TIME), COMMON)
+    options = options_of()
     prompt, ttt, config, dry_run = options.parse(positional_model(argv))
     text = text_of(prompt)
     config = replace(config, objective=ttt.ttt or "refine")

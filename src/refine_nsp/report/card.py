@@ -58,7 +58,9 @@ def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tag
         head["base_model"] = base
     told: list[list[Cell]] = [[name, text_of(settings[name])] for name in TOLD if settings.get(name) is not None]
     versions = ", ".join(
-        f"{name} {text_of(run.environment[name])}" for name in ("refine-nsp", "torch", "transformers") if run.environment.get(name)
+        f"{name} {text_of(run.environment[name])}"
+        for name in ("refine-nsp", "torch", "transformers")
+        if run.environment.get(name)
     )
     alone = settings.get("objective") == "ntp"
     method = "next-token prediction alone" if alone else "next-sequence prediction beside next-token prediction"

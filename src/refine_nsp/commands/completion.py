@@ -17,8 +17,9 @@ from refine_nsp.commands import COMMANDS, FROM_DATACLASSES
 
 SHELLS = ("bash", "zsh", "fish")
 # Text that names a file or folder; what is declared as a Path needs no word here.
-FILES = ("config", "dataset_name", "documents", "essays", "file", "hotpotqa", "longbench", "model", "output", "output_dir", "prompts", "squad",
-         "short_context", "validation_dataset")  # fmt: skip
+FILES = (
+    "config dataset_name documents essays file hotpotqa longbench model output output_dir prompts squad short_context validation_dataset"
+).split()
 FILE_ENDINGS = ("_file", "_path")
 
 

@@ -7,7 +7,10 @@ CORE := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
 GPU := $(VENV)/.installed-gpu
 
-.PHONY: quickstart install test test-all test-gpu test-interpreter fuzz lint bench clean
+# mkdocs' successors are none of a build's business.
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: quickstart install test test-all test-gpu test-interpreter fuzz docs lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -16,7 +19,7 @@ $(CORE): pyproject.toml constraints.txt
 
 # With everything optional (evaluation, LoRA) and the tools of development.
 $(ALL): pyproject.toml constraints.txt
-	$(INSTALL) '.[dev,eval,lora]'
+	$(INSTALL) '.[dev,docs,eval,lora]'
 	touch $(CORE) $(ALL)
 
 # With flash-linear-attention's kernels, which run on the Triton that torch's CUDA builds bring.
@@ -50,10 +53,15 @@ test-interpreter: $(ALL)
 		flash-linear-attention fla-core einops triton==3.7.1
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpreter $(BIN)/python -m pytest -q tests/gpu
 
+# The documentation as a site, in site/: open site/index.html.
+docs: $(ALL)
+	$(BIN)/mkdocs build --quiet
+
 lint: $(ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --quiet --site-dir $(VENV)/site  # strict: a link that leads nowhere is an error
 
 bench: $(ALL)
 	$(BIN)/python benchmarks/delta_rule.py
@@ -62,4 +70,4 @@ bench: $(ALL)
 	$(BIN)/python benchmarks/decode.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ GPU := $(VENV)/.installed-gpu
 # mkdocs' successors are none of a build's business.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart install test test-all test-gpu test-interpreter fuzz docs lint bench clean
+.PHONY: quickstart install test test-all test-gpu test-interpreter fuzz docs notebook lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -56,6 +56,10 @@ test-interpreter: $(ALL)
 # The documentation as a site, in site/: open site/index.html.
 docs: $(ALL)
 	$(BIN)/mkdocs build --quiet
+
+# Runs examples/refine.ipynb and keeps what it shows.
+notebook: $(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace examples/refine.ipynb
 
 lint: $(ALL)
 	$(BIN)/ruff check .

@@ -48,11 +48,11 @@ for i in gain.topk(5).indices.tolist():
     said = tokenizer.decode(ids[0, half + i - 8 : half + i])
     print(f"  {gain[i]:+.2f} nats for {tokenizer.decode(ids[0, half + i])!r} after {said!r}")
 
-smooth = max(1, len(before) // 20)
-curves = [F.avg_pool1d(x[None], smooth, 1)[0] for x in (before, after)]
+smooth = max(8, len(before) // 20)
 figure, axis = plt.subplots(figsize=(7, 3), constrained_layout=True)
-for name, curve in zip(("as loaded", f"after {options.steps} steps on tokens 0 to {half}"), curves, strict=True):
-    axis.plot(range(half + smooth // 2, half + smooth // 2 + len(curve)), curve, label=name)
+for name, losses in {"as loaded": before, f"after {options.steps} steps on tokens 0 to {half}": after}.items():
+    curve = F.avg_pool1d(losses[None], smooth, stride := smooth // 8)[0]
+    axis.plot([half + smooth // 2 + i * stride for i in range(len(curve))], curve, label=name)
 axis.set(xlabel="token of the document", ylabel=f"nats a token (mean of {smooth})", title=Path(options.file).name)
 axis.legend(frameon=False)
 Path(options.output).parent.mkdir(parents=True, exist_ok=True)

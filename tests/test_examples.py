@@ -1,5 +1,6 @@
 """Every script of examples/ runs, at a size for a test, and its figures are what it says they are."""
 
+import json
 import os
 import re
 import subprocess
@@ -65,3 +66,31 @@ def test_hybrid_learns(tmp_path):
     out = run(tmp_path, "hybrid.py", "--steps", "6")
     losses = [float(x) for x in re.findall(r"loss_ntp ([\d.]+)", out)]
     assert losses[-1] < losses[0] and out.count("rollouts [") == 4
+
+
+def code_cells() -> list[dict]:
+    notebook = json.loads((EXAMPLES / "refine.ipynb").read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_was_run_from_top_to_bottom_without_an_error():
+    cells = code_cells()
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    said = "".join("".join(o.get("text", "")) for o in outputs)
+    assert "recall_greedy" in said and "restored" in said and "False" not in said
+    assert sum("image/svg+xml" in o.get("data", {}) for o in outputs) == 2
+    assert not re.search(r"/(?:home|root|tmp|usr|work|Users)/", json.dumps(outputs))
+    assert (EXAMPLES / "refine.ipynb").stat().st_size < 200_000
+
+
+@pytest.mark.slow
+def test_the_notebooks_cells_run(tmp_path, monkeypatch):
+    pytest.importorskip("IPython", reason="the extra [docs] is not installed")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "notebook"}
+    for cell in code_cells():
+        code = "".join(cell["source"]).replace("prompts_per_cell=8", "prompts_per_cell=3, steps=2")
+        exec(compile(code, "refine.ipynb", "exec"), names)
+    assert names["before"]["recall_log_p"] != names["after"]["exact"]["recall_log_p"] != names["after"]["ntp"]["recall_log_p"]

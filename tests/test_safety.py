@@ -78,8 +78,10 @@ def test_a_task_cannot_leave_its_folder(tmp_path, task):
 
 def test_a_page_shows_markup_as_text():
     table = Table(HOSTILE, [HOSTILE], [[HOSTILE]], notes=[HOSTILE])
-    plot = plots.line_plot({HOSTILE: ([1, 2], [1, 2]), "$x^{": ([1, 2], [2, 1])}, HOSTILE, y_label="$a_{")
-    page = html.page(HOSTILE, HOSTILE, [html.Section(HOSTILE, table.html() + html.preformatted(HOSTILE, HOSTILE) + plot)])
+    plot = plots.line_plot({HOSTILE: ([1, 2], [1, 2]), "$x^{": ([1, 2], [2, 1])}, HOSTILE, "$a_{")
+    page = html.page(
+        HOSTILE, HOSTILE, [html.Section(HOSTILE, table.html() + html.preformatted(HOSTILE, HOSTILE) + html.plots(plot))]
+    )
     assert "<script>alert" not in page and "<img" not in page and page.count("&lt;script&gt;") >= 8
 
 

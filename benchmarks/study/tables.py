@@ -340,8 +340,8 @@ def test_time_table(results: PostResults, figure: str) -> Table:
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
-def drawings(results: Results) -> dict[str, str]:
-    """SVG by name."""
+def drawings(results: Results) -> dict[str, plots.Plot]:
+    """By name."""
     wanted = [OUTCOMES[0], OUTCOMES[2], OUTCOMES[3]]
     groups = {
         arm: [tuple(100 * x for x in t_interval(results.differences(c, arm, NTP))) for c in wanted]
@@ -353,7 +353,7 @@ def drawings(results: Results) -> dict[str, str]:
     return {"arms": plots.forest_plot(groups, [c.name for c in wanted], title, label), **heat_maps(results)}  # type: ignore[arg-type]
 
 
-def heat_maps(results: Results) -> dict[str, str]:
+def heat_maps(results: Results) -> dict[str, plots.Plot]:
     """RULER's needles by task and length, before and after."""
     drawn = {}
     for name, figures in (("base", results.base()), ("NTP", results.mid(NTP)), ("exact", results.mid(EXACT))):
@@ -397,9 +397,9 @@ def write_results(study: Study, scale: str, document: Path) -> Path:
     lines.append("\n## Plots\n")
     for results in everything:
         drawn = drawings(results)
-        for name, svg in drawn.items():
+        for name, plot in drawn.items():
             path = write_atomically(
-                document.parent / document.stem / f"{results.family.lower().replace(' ', '_')}_{name}.svg", svg
+                document.parent / document.stem / f"{results.family.lower().replace(' ', '_')}_{name}.svg", plot.svg()
             )
             lines.append(f"![{results.family}: {name.replace('_', ' ')}]({document.stem}/{path.name})")
         page.append(html.Section(f"{results.family}: plots", html.plots(*drawn.values())))

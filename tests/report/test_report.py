@@ -2,13 +2,16 @@
 
 import json
 import re
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from refine_nsp.errors import RefineError
 from refine_nsp.report import plots
-from refine_nsp.report.runs import read_run, report
+from refine_nsp.report.runs import names_of, read_run, report
 from refine_nsp.report.tables import Table
 
 TABLE = Table("A title", ["what", "words", "figure"], [["a|b", "none", 0.123456], ["c", "SFT", None]], ["a note"])
@@ -56,5 +59,28 @@ def test_the_page_holds_every_run_and_fetches_nothing(tmp_path):
 
 
 def test_a_heat_map_writes_its_values_and_leaves_gaps():
-    svg = plots.heat_map([[100.0, None], [0.0, 50.0]], ["1k", "2k"], ["top", "end"], "found", "length", "depth")
-    assert svg.startswith("<svg") and svg.count("<!-- 100 -->") == 1 and "None" not in svg and "nan" not in svg.lower()
+    plot = plots.heat_map([[100.0, None], [0.0, 50.0]], ["1k", "2k"], ["top", "end"], "found", "length", "depth")
+    assert plot.drawing.count(">100<") == plot.drawing.count(">50<") == 1
+    for figure in (plot.html(), plot.svg()):
+        assert "None" not in figure and "nan" not in figure.lower() and "found" in figure
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [Path(p) for p in ("a/x/mid", "b/x/mid", "b/ntp", "b/ntp")]
+    assert names_of(folders) == ["a/x/mid", "b/x/mid", "ntp", "ntp (2)"]
+    assert names_of([Path(".")]) == [tmp_path.name]
+
+
+def test_a_hundred_lines_are_all_different():
+    styles = [plots.Style.of(i) for i in range(100)]
+    assert len(set(styles)) == 100
+    for a, b in pairwise(styles):
+        assert a.colour != b.colour and a.dashes != b.dashes
+
+
+def test_a_drawing_of_its_own_is_well_formed_and_has_no_variables():
+    curves = {"a<b>": ([1, 2], [1.0, 2.0]), "c&d": ([1, 2], [2.0, 1.0])}
+    text = plots.line_plot(curves, "<t> & u").svg()
+    ElementTree.fromstring(text)
+    assert "var(" not in text and "a&lt;b&gt;" in text and "c&amp;d" in text and "&lt;t&gt; &amp; u" in text

@@ -1,4 +1,4 @@
-"""Compare two evaluations example by example: differences with intervals and significance."""
+"""Compare evaluations example by example: differences with intervals and significance."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from rich.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=Path, help="output_dir of the first `refine-nsp evaluate`")
-    parser.add_argument("b", type=Path, help="output_dir of the second; differences are b - a")
-    parser.add_argument("--output", type=Path, help="also write the table there (.html: a page, else Markdown)")
+    parser.add_argument("a", type=Path, help="output_dir of the `refine-nsp evaluate` that the others are held against")
+    parser.add_argument("b", type=Path, nargs="+", help="output_dir of another, or of several; differences are b - a")
+    parser.add_argument("--output", type=Path, help="also write the tables there (.html: a page, else Markdown)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the paired comparison of every task the two have in common."""
+    """Print the paired comparison of every task that each has in common with the first."""
     from refine_nsp.evaluation.run import read_results
     from refine_nsp.files import write_atomically
     from refine_nsp.report import html
-    from refine_nsp.report.evaluation import compare_results, comparison_table
+    from refine_nsp.report.evaluation import comparison_tables
+    from refine_nsp.report.runs import names_of
 
-    comparisons = compare_results(read_results(args.a), read_results(args.b))
-    table = comparison_table(comparisons, (args.a.name, args.b.name))
-    Console().print(table.rich())
+    folders = [args.a, *args.b]
+    names = names_of(folders)
+    tables = comparison_tables([read_results(f) for f in folders], names)
+    for table in tables:
+        Console().print(table.rich())
     if args.output is not None:
-        page = html.page("Comparison", table.title, [html.Section("Differences", table.html())])
-        write_atomically(args.output, page if args.output.suffix == ".html" else table.markdown())
+        sections = [
+            html.Section("Differences", "".join(t.html() for t in tables[:-1])),
+            html.Section("Figures", tables[-1].html()),
+        ]
+        page = html.page("Comparison", f"{', '.join(names[1:])} against {names[0]}", sections)
+        write_atomically(args.output, page if args.output.suffix == ".html" else "\n".join(t.markdown() for t in tables))

@@ -98,7 +98,7 @@ def curves(run: Run) -> str | None:
         for key, title in (("loss_ntp", "training"), ("eval_loss", "validation"), ("loss_answer", "answers"))
     }
     drawn = {title: curve for title, curve in wanted.items() if len(curve[0]) > 1}
-    return plots.line_plot(drawn, "cross-entropy", y_label="nats") if drawn else None
+    return plots.line_plot(drawn, "cross-entropy, nats").svg() if drawn else None
 
 
 def text_of(value: Any) -> str:

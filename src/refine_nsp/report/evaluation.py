@@ -103,8 +103,8 @@ def main_estimate(result: TaskResult, rows: Sequence[Row]) -> Estimate | None:
     return estimate([row.scores[figure] for row in rows]) if rows else None
 
 
-def needle_map(results: Sequence[TaskResult]) -> str | None:
-    """Heat map of the needle tasks' main figure over length and depth, as SVG; None without needle tasks."""
+def needle_map(results: Sequence[TaskResult]) -> plots.Plot | None:
+    """Heat map of the needle tasks' main figure over length and depth; None without needle tasks."""
     rows = [row for r in results if r.name in ruler.NEEDLES for row in r.rows if "depth" in row.meta and "length" in row.meta]
     if not rows:
         return None
@@ -120,7 +120,7 @@ def needle_map(results: Sequence[TaskResult]) -> str | None:
     )
 
 
-def bucket_plots(results: Sequence[TaskResult]) -> list[str]:
+def bucket_plots(results: Sequence[TaskResult]) -> list[plots.Plot]:
     """Next-token figures along the documents, one plot a figure."""
     drawn = []
     for r in (r for r in results if r.name == "ntp"):
@@ -160,7 +160,7 @@ def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, en
     return write_atomically(out / "report.html", html.page("Evaluation", ", ".join(r.name for r in results), sections))
 
 
-# --- two runs ---------------------------------------------------------------------------------------------------------
+# --- runs compared ----------------------------------------------------------------------------------------------------
 
 
 def compare_results(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> list[tuple[str, str, Comparison]]:
@@ -201,3 +201,20 @@ def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]], names: 
     ]
     title = f"{names[1]} against {names[0]}"
     return Table(title, ["task", "figure", "difference", "95 % interval", "p", "higher / lower", "examples"], rows, notes)
+
+
+def figures_table(runs: Sequence[Sequence[TaskResult]], names: Sequence[str]) -> Table:
+    """Every figure of every task, one column a run; nothing where a run has not got it."""
+    found = [{(r.name, figure): e for r in results for figure, e in r.estimates.items()} for results in runs]
+    rows: list[list[Cell]] = []
+    for task, figure in dict.fromkeys(key for run in found for key in run):
+        rows.append([task, figure, *(show_estimate(e, figure) if (e := run.get((task, figure))) else None for run in found)])
+    return Table("Mean ± standard error", ["task", "figure", *names], rows, ["over all examples of each run, shared or not"])
+
+
+def comparison_tables(runs: Sequence[Sequence[TaskResult]], names: Sequence[str]) -> list[Table]:
+    """Each run against the first, then the figures of all. RefineError as `compare_results`."""
+    against = [
+        comparison_table(compare_results(runs[0], run), (names[0], name)) for run, name in zip(runs[1:], names[1:], strict=True)
+    ]
+    return [*against, figures_table(runs, names)]

@@ -11,11 +11,11 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.records import Rollouts
 from refine_nsp.nsp.selection import chunk_of_tokens
 from refine_nsp.report import html
-from refine_nsp.report.plots import COLOURS, figure, to_svg
+from refine_nsp.report.plots import COLOURS, INKS, Plot, figure, to_svg
 from refine_nsp.report.tables import Cell, Table
 
 
-def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> str:
+def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> Plot:
     """Entropy of the first sequence along its tokens, with chunk borders and chosen positions."""
     import torch
 
@@ -25,14 +25,14 @@ def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> str:
     fig, axis = figure(10, 2.8)
     axis.plot(range(length), entropy, color=COLOURS[0], linewidth=0.8)
     for border in borders:
-        axis.axvline(border + 0.5, color="#999999", linewidth=0.7, linestyle=":")
+        axis.axvline(border + 0.5, color=INKS["ink"][0], linewidth=0.7, linestyle=":")
     for t in (int(t) for t in record.positions[0] if t >= 0):
         axis.axvspan(t + 0.5, t + config.rollout_length + 0.5, color=COLOURS[1], alpha=0.2, linewidth=0)
         axis.plot([t], [entropy[t]], "v", color=COLOURS[1], markersize=6)
-    axis.set_xlabel("token", fontsize=8)
-    axis.set_ylabel("entropy of the next token (nats)", fontsize=8)
-    axis.set_title("dotted: chunks; triangles: chosen positions, shaded: the K tokens rolled out", fontsize=9, loc="left")
-    return to_svg(fig)
+    axis.set_xlabel("token")
+    axis.set_ylabel("nats")
+    title = "Entropy of the next token. Dotted: chunks; triangles: chosen positions, shaded: the K tokens rolled out"
+    return Plot(title, to_svg(fig))
 
 
 def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts, config: NSPConfig) -> str:
@@ -43,7 +43,7 @@ def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollo
     parts = []
     for t, token in enumerate(ids.tolist()):
         share = float(entropy[t - 1]) / top if t else 0.0
-        mark = "border-bottom:2px solid #D55E00;" if t in chosen else ""
+        mark = "border-bottom:2px solid var(--line-1);" if t in chosen else ""
         title = f"token {t}" + (f", predicted with {float(entropy[t - 1]):.2f} nats" if t else "")
         style = f"background:rgba(0,114,178,{0.55 * share:.2f});{mark}"
         parts.append(f"<span style='{style}' title='{title}'>{escape(str(tokenizer.decode([token])))}</span>")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def read_run(folder: Path) -> Run:
     by_step = {(m["step"], "eval_loss" in m, "train_runtime" in m): m for m in metrics}
     config, environment = folder / "config.yaml", folder / "environment.json"
     return Run(
-        folder.name,
+        folder.resolve().name,
         [by_step[k] for k in sorted(by_step)],
         read_json_lines(folder / "completions.jsonl"),
         config.read_text(encoding="utf-8") if config.exists() else "",
@@ -76,9 +77,21 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name a folder, no two alike: its last part, with as many parts before it as tell it from others of that name."""
+    paths = [f.resolve().parts for f in folders]
+    names = []
+    for i, path in enumerate(paths):
+        alike = [p for p in paths if p[-1:] == path[-1:] and p != path]
+        tail = next(n for n in range(1, len(path) + 1) if all(p[-n:] != path[-n:] for p in alike) or n == len(path))
+        again = paths[:i].count(path)
+        names.append("/".join(path[-tail:]) + (f" ({again + 1})" if again else ""))
+    return names
+
+
 def report(folders: list[Path], output: Path) -> Path:
     """Write one page that compares the runs; returns its path."""
-    runs = [read_run(f) for f in folders]
+    runs = [replace(read_run(f), name=name) for f, name in zip(folders, names_of(folders), strict=True)]
     sections = [html.Section("Last figures", summary_table(runs).html()), html.Section("Curves", curve_plots(runs))]
     sections += [html.Section(f"Rollouts of {r.name}", completions_table(r).html()) for r in runs if r.completions]
     settings = "".join(
@@ -105,13 +118,13 @@ def curve_plots(runs: list[Run]) -> str:
     wanted = [*CURVES, *((k, k.replace("_", " "), "") for k in rewards)]
     drawn = []
     for key, title, unit in wanted:
-        # Runs without a curve stay among them, so that a run has one colour on the page.
+        # Runs without a curve stay among them, so that a run has one style on the page.
         curves = {r.name: curve if len((curve := r.curve(key))[1]) > 1 else ([], []) for r in runs}
         if key == "loss_policy":
             # Advantages sum to 0, so on-policy the loss is rounding; its gradient is what counts.
             curves = {name: c if any(abs(y) > ROUNDING for y in c[1]) else ([], []) for name, c in curves.items()}
         if any(ys for _, ys in curves.values()):
-            drawn.append(plots.line_plot(curves, title, y_label=unit))
+            drawn.append(plots.line_plot(curves, f"{title}, {unit}" if unit else title))
     return html.plots(*drawn) if drawn else "<p class='note'>Fewer than two logged steps: no curves.</p>"
 
 

@@ -45,12 +45,13 @@ class Table:
 
     def html(self) -> str:
         kinds = [" class='prose'" if prose else "" for prose in self.prose()]
-        head = "".join(f"<th{k}>{escape(c)}</th>" for k, c in zip(kinds, self.columns, strict=True))
+        wide = [" style='min-width:12rem'" if len(c) > TEXT_LENGTH else "" for c in self.columns]
+        head = "".join(f"<th{k}{w}>{escape(c)}</th>" for k, w, c in zip(kinds, wide, self.columns, strict=True))
         cells = ["".join(f"<td{k}>{escape(show(c))}</td>" for k, c in zip(kinds, row, strict=True)) for row in self.rows]
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         notes = "".join(f"<p class='note'>{escape(n)}</p>" for n in self.notes)
         caption = f"<caption>{escape(self.title)}</caption>"
-        return f"<div class='scroll'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
+        return f"<div class='scroll' tabindex='0'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
 
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")

@@ -312,7 +312,7 @@ def finding(results: dict[str, list[Figures]]) -> str:
     return f"Finding: {EXACT} against {BASELINE}: {said}; text loss {loss:+.4f}" + (f" ± {loss_half:.4f}." if seeds > 1 else ".")
 
 
-def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[str]:
+def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[plots.Plot]:
     """Heat maps before and after, mean over seeds."""
     drawn = []
     for name in ("base", *MAPPED):

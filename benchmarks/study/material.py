@@ -119,7 +119,14 @@ def split(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> dict[str,
     random.Random(0).shuffle(rows)
     half, quarter = len(rows) // 2, len(rows) // 4
     parts = (rows[:half], rows[half : half + quarter], rows[half + quarter :])
-    return {name: [piece for row in part for piece in _pieces(row)] for name, part in zip(PARTS, parts, strict=True)}
+    known: set[tuple[int, ...]] = set()
+    pieces: dict[str, list[list[int]]] = {}
+    for name, part in zip(PARTS, parts, strict=True):
+        # Paragraphs that differ can have a piece in common; it stays with the first.
+        own = dict.fromkeys(tuple(piece) for row in part for piece in _pieces(row))
+        pieces[name] = [list(piece) for piece in own if piece not in known]
+        known |= own.keys()
+    return pieces
 
 
 def _pieces(ids: list[int]) -> list[list[int]]:

@@ -122,7 +122,8 @@ def test_a_whole_run_leaves_rows_and_results(files, loaded, tmp_path):
     results = run(files, loaded, tmp_path / "out", names, lengths=[512], document_tokens=300)
     assert [r.name for r in results] == ["niah_single_1", "say", "piqa", "lambada_openai", "ntp", "continuation"]
     assert [len(r.rows) for r in results] == [2, 6, 3, 3, 3, 3]
-    assert "perplexity" in results_table(results).markdown() and "<svg" in (needle_map(results) or "")
+    plot = needle_map(results)
+    assert "perplexity" in results_table(results).markdown() and plot is not None and "<svg" in plot.drawing
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [t["n"] for t in kept["tasks"]] == [2, 6, 3, 3, 3, 3]
 

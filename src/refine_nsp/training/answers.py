@@ -19,6 +19,8 @@ from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training.data import split_documents
 
+TOKENIZED = ("prompt_ids", "answers_ids", "references")  # columns of a row that is ready to train on
+
 
 @dataclass
 class AnswerArguments:
@@ -171,10 +173,15 @@ def tail_tokens(
 def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings; columns: all else, by name, for rewards.
 
-    Padded when a reference is chosen.
+    Padded when a reference is chosen. RefineError for rows that were not tokenized.
     """
     rows = list(examples)
-    others = [name for name in rows[0] if name not in ("prompt_ids", "answers_ids", "references")] if rows else []
+    if rows and (missing := [name for name in TOKENIZED if name not in rows[0]]):
+        raise RefineError(
+            f"rows of post-training need the columns {', '.join(TOKENIZED)} (the answers' text); {', '.join(missing)} missing, there are "
+            f"{', '.join(rows[0])}; prepare_answers makes them of prompts and answers"
+        )
+    others = [name for name in rows[0] if name not in TOKENIZED] if rows else []
     return {
         "columns": {name: [r[name] for r in rows] for name in others},
         "prompts": [torch.as_tensor(r["prompt_ids"]) for r in rows],

@@ -58,7 +58,7 @@ def compute_advantages(
     shape = (B, P * N) if config.group == "sequence" else (B * P, N)
     r = rewards.reshape(shape)
     mask = valid[..., None].expand(B, P, N).reshape(shape)
-    count = mask.sum(-1, keepdim=True)
+    count = mask.sum(-1, keepdim=True).to(r.dtype)  # quotients of whole numbers would be float32
     mean = (r * mask).sum(-1, keepdim=True) / count.clamp(min=1)
     centred = (r - mean) * mask
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
@@ -78,5 +78,5 @@ def compute_advantages(
     return Advantages(
         advantage.reshape(B, P, N),
         (std[:, 0] * exists).sum() / groups,
-        (exists & ~spread[:, 0]).sum() / groups,
+        (exists & ~spread[:, 0]).sum().to(r.dtype) / groups,
     )

@@ -60,7 +60,7 @@ def policy_loss(
     with torch.no_grad():
         clipped = -A * clipped_ratio > -A * ratio
         metrics = {
-            "clip_fraction": masked_mean(clipped, mask),
+            "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
             "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
         }
         if kl is not None:

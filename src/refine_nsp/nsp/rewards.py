@@ -157,7 +157,8 @@ def compute_rewards(
     """
     R, K = inputs["completion_ids"].shape
     by_name: dict[str, Tensor] = {}
-    total = torch.zeros(R, device=inputs["hidden"].device)
+    hidden: Tensor = inputs["hidden"]
+    total = hidden.new_zeros(R, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for spec, weight in zip(specs, weights if weights is not None else [1.0] * len(specs), strict=True):
         name, function = resolve_reward(spec)
         value = torch.as_tensor(function(**_arguments(name, function, inputs, columns or {})), device=total.device)

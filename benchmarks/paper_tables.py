@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=BASES, help="bases to run [all]")
     parser.add_argument("--shard", type=read_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the jobs")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where mid-training runs: one for all arms of a base and seed [cpu]"
+    )
     parser.add_argument("--output_dir", default="runs/paper_tables", help="results of every job, models, report.html")
     parser.add_argument(
         "--records", help="where the jobs' figures are kept, as in benchmarks/study/records/medium [with the rest]"
@@ -50,7 +53,7 @@ def main() -> None:
     if args.models:
         scale = replace(scale, families=tuple(args.models))
     records = Path(args.records or out)
-    study = Study(str(out), str(records), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}))
+    study = Study(str(out), str(records), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}), args.device)
     claim_folder(records, settings_of(study))
     started = time.monotonic()
     complete = run_all(study, stages(study), args.workers, args.shard)

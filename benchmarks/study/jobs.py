@@ -36,12 +36,13 @@ REPORT_SEED = 100  # of prompts and probes; a seed of training adds to it
 @dataclass(frozen=True)
 class Study:
     """Where results go, and what everything depends on. records: the jobs' figures, which are small and worth keeping; out: models and
-    other things that are made again where they are missing."""
+    other things that are made again where they are missing; device: where mid-training runs (measuring and the rest: the CPU)."""
 
     out: str
     records: str
     scale: Scale
     files: m.Files
+    device: str = "cpu"
 
     def folder(self, *names: Any) -> Path:
         return Path(self.out).joinpath(*(plain(n) for n in names))
@@ -115,8 +116,8 @@ def mid_train(
     gamma = settings.pop("gamma", None)
     args = ReFINEConfig(
         output_dir=str(out), max_steps=steps, max_length=s.mid_length, per_device_train_batch_size=s.mid_rows, seed=seed,
-        bf16=s.bf16, use_cpu=True, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
-        **ARMS[arm].settings, **settings,
+        bf16=s.bf16, use_cpu=study.device == "cpu", save_strategy="no", report_to="none", train_sampling_strategy="sequential",
+        disable_tqdm=True, **ARMS[arm].settings, **settings,
     )  # fmt: skip
     control = ARMS[arm].phase
     with measuring.Clock() as clock:
@@ -126,7 +127,7 @@ def mid_train(
         )  # fmt: skip
         trainer.train()
     shutil.rmtree(args.output_dir, ignore_errors=True)
-    return trainer.model.eval(), clock.seconds
+    return trainer.model.cpu().eval(), clock.seconds
 
 
 def trial(study: Study, arm: str, index: int) -> Figures:

@@ -10,7 +10,7 @@ GPU := $(VENV)/.installed-gpu
 # mkdocs' successors are none of a build's business.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart install test test-all test-gpu test-interpreter fuzz docs notebook lint bench clean
+.PHONY: quickstart install test test-all test-gpu test-interpreter test-wheel fuzz docs notebook lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -52,6 +52,10 @@ test-interpreter: $(ALL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/interpreter \
 		flash-linear-attention fla-core einops triton==3.7.1
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpreter $(BIN)/python -m pytest -q tests/gpu
+
+# The wheel on every Python found, with the newest and the lowest releases of what it needs: minutes and gigabytes of downloads.
+test-wheel:
+	bash tests/wheel.sh
 
 # The documentation as a site, in site/: open site/index.html.
 docs: $(ALL)

@@ -247,6 +247,19 @@ def tables_of(figures: list[Figures], title: str) -> list[Table]:
     return tables
 
 
+def try_few(count: int) -> None:
+    """From now on a kernel is tuned over at most `count` of its configurations, spread over its list."""
+    from triton.runtime.autotuner import Autotuner
+
+    every = Autotuner.prune_configs
+
+    def few(self: Any, arguments: dict[str, Any]) -> list[Any]:
+        found = list(every(self, arguments))
+        return found[:: -(-len(found) // count)]
+
+    Autotuner.prune_configs = few
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
@@ -256,6 +269,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="models of two small layers, T 128 and 256")
     parser.add_argument("--quick", action="store_true", help="T 4,096 and 16,384, three rounds")
     parser.add_argument("--profile", action="store_true", help="each step's longest kernels, in a .profile.txt beside the output")
+    parser.add_argument(
+        "--configurations", type=int, metavar="N", help="tune each kernel over N of its configurations: two are compiled in minutes [all]"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="this name with .json and .md")
     args = parser.parse_args()
     if args.quick:
@@ -264,9 +280,12 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu --tiny tries the script without one")
+    if args.configurations and device.type == "cuda":
+        try_few(args.configurations)
     peak = matmul_peak(device, 512 if args.tiny else 8192)
     where = devices()[-1]["name"] if device.type == "cuda" else "CPU"
-    title = f"{where}; {chosen()}; bfloat16, P 8, K 5; matmul peak {peak / 1e12:.3g} TFLOP/s; median of {args.rounds} rounds"
+    tuned = f"; {args.configurations} configurations a kernel" if args.configurations else ""
+    title = f"{where}; {chosen()}{tuned}; bfloat16, P 8, K 5; matmul peak {peak / 1e12:.3g} TFLOP/s; median of {args.rounds} rounds"
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".profile.txt").unlink(missing_ok=True)
     started, figures = time.monotonic(), []

@@ -270,7 +270,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="T 4,096 and 16,384, three rounds")
     parser.add_argument("--profile", action="store_true", help="each step's longest kernels, in a .profile.txt beside the output")
     parser.add_argument(
-        "--configurations", type=int, metavar="N", help="tune each kernel over N of its configurations: two are compiled in minutes [all]"
+        "--configurations",
+        type=int,
+        metavar="N",
+        help="tune each kernel over N of its configurations: two are compiled in minutes [all]",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="this name with .json and .md")
     args = parser.parse_args()
@@ -285,7 +288,9 @@ def main() -> None:
     peak = matmul_peak(device, 512 if args.tiny else 8192)
     where = devices()[-1]["name"] if device.type == "cuda" else "CPU"
     tuned = f"; {args.configurations} configurations a kernel" if args.configurations else ""
-    title = f"{where}; {chosen()}{tuned}; bfloat16, P 8, K 5; matmul peak {peak / 1e12:.3g} TFLOP/s; median of {args.rounds} rounds"
+    title = (
+        f"{where}; {chosen()}{tuned}; bfloat16, P 8, K 5; matmul peak {peak / 1e12:.3g} TFLOP/s; median of {args.rounds} rounds"
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".profile.txt").unlink(missing_ok=True)
     started, figures = time.monotonic(), []

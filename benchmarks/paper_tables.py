@@ -41,7 +41,10 @@ def main() -> None:
     parser.add_argument("--shard", type=read_shard, default=(1, 1), metavar="I/N", help="run the I-th of N parts of the jobs")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where mid-training runs: one for all arms of a base and seed [cpu]"
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where mid-training runs: one for all arms of a base and seed [cpu]",
     )
     parser.add_argument("--output_dir", default="runs/paper_tables", help="results of every job, models, report.html")
     parser.add_argument(

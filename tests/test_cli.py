@@ -54,7 +54,10 @@ def test_every_command_explains_itself(capsys, command):
 def test_env_says_what_is_here_and_what_computes(capsys, monkeypatch):
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["environment"]["torch"] == torch.__version__ and facts["devices"][0]["device"] == "cpu"
+    assert (
+        facts["environment"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+        and facts["devices"][0]["device"] == "cpu"
+    )
     assert set(facts["kernels"]["delta rule"]) == {"runs_on", "why"}
     assert main(["env"]) == 0
     assert "window attention" in capsys.readouterr().out

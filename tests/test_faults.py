@@ -3,15 +3,20 @@
 import math
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 
+from refine_nsp import load
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.run import read_rows
+from refine_nsp.stopping import TERMINATED_CODE
 from refine_nsp.training.checkpoints import checkpoint_problem
 from tests.test_cli import TEXT, tiny
 from tests.training import test_trainer
@@ -112,5 +117,174 @@ def test_streamed_data_that_goes_away(tmp_path, text, capsys, monkeypatch):
     )
     assert main(argv) == 1
     said = capsys.readouterr().err
-    assert "Traceback" not in said and said.count("refine-nsp:") == 1, said[-600:]
-    assert all(checkpoint_problem(folder) is None for folder in (tmp_path / "run").glob("checkpoint-*"))
+    assert "Traceback" not in said and said.count("refine-nsp:") == 1 and "has gone while it was streamed" in said, said[-600:]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_streamed_data_that_changes(tmp_path, text, capsys, monkeypatch):
+    """Cut after the second step: no checkpoint is made of what was read since, and the ones before are not gone on with."""
+    from refine_nsp.training import ReFINETrainer
+
+    step, steps = ReFINETrainer.training_step, []
+
+    def cutting(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 2:
+            text.write_text(TEXT[: len(TEXT) // 2])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReFINETrainer, "training_step", cutting)
+    argv = tiny(tmp_path, text, "--streaming", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1")
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert f"{text} had {len(TEXT)} bytes when it was opened and has {len(TEXT) // 2} now" in said and "Traceback" not in said
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert main([*argv, "--resume_from_checkpoint", "last"]) == 1
+    assert f"streamed files had {len(TEXT)} bytes in 1 files; these have {len(TEXT) // 2}" in capsys.readouterr().err
+    text.write_text(TEXT)
+    assert main([*argv, "--resume_from_checkpoint", "last"]) == 0
+
+
+def test_data_that_changes_after_it_was_read(tmp_path, text, monkeypatch):
+    """Tokens are kept when a run begins: what becomes of the file changes nothing."""
+    from refine_nsp.training import ReFINETrainer
+
+    assert main(tiny(tmp_path / "a", text)) == 0
+    step = ReFINETrainer.training_step
+
+    def spoiling(self, *args, **kwargs):
+        text.write_text("gone")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReFINETrainer, "training_step", spoiling)
+    assert main(tiny(tmp_path / "b", text)) == 0
+    a, b = (load_file(tmp_path / name / "run" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, text, capsys, bad):
+    """Before anything is trained, measured or said with them."""
+    model, tokenizer = load("refine-nsp/tiny-delta-net")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, :3] = bad
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    for argv in (
+        tiny(tmp_path, text, "--model_name_or_path", str(tmp_path / "broken")),
+        ["generate", str(tmp_path / "broken"), "--prompt", "Once"],
+        [
+            "evaluate",
+            str(tmp_path / "broken"),
+            "--tasks",
+            "niah_single_1",
+            "--lengths",
+            "512",
+            "--output_dir",
+            str(tmp_path / "e"),
+        ],
+    ):
+        assert main(argv) == 1
+        assert "NaN or infinity in model.layers.1.mlp.down_proj.weight (3)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_scores_in_the_data_that_are_not_finite(tmp_path):
+    """A step made of them is skipped, as any whose loss is not finite."""
+    rows = test_trainer.data(4)
+    rows = rows.map(lambda row: {"context_scores": [math.nan] * len(row["input_ids"])})
+    settings = {"preset": "exact", "reward_funcs": "prefix_match", "rollout_length": 2, "max_steps": 2}
+    t = test_trainer.trainer(tmp_path, train_dataset=rows, **settings)
+    before = test_trainer.weights(t)
+    t.train()
+    after = test_trainer.weights(t)
+    assert t.guard.skipped == 2 and all(torch.equal(after[name], before[name]) for name in before)
+
+
+NOWHERE = "/sys/refine-nsp"  # where nobody can write, root included
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="no /sys to be refused by")
+@pytest.mark.parametrize("command", ["midtrain", "posttrain", "evaluate", "quickstart", "pretrain"])
+def test_an_output_that_cannot_be_written(tmp_path, text, capsys, monkeypatch, command):
+    """Known before any work is done."""
+    from refine_nsp.training import ReFINETrainer
+
+    monkeypatch.setattr(ReFINETrainer, "training_step", None)
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "{"The key is 4711. " * 9}", "answers": ["4711"]}}\n' * 8)
+    argv = {
+        "midtrain": tiny(tmp_path, text),
+        "posttrain": ["posttrain", "--dataset_name", str(tmp_path / "prompts.jsonl"), "--use_cpu", "--report_to", "none"],
+        "evaluate": ["evaluate", "--tasks", "niah_single_1", "--lengths", "512", "--samples", "1"],
+        "quickstart": ["quickstart"],
+        "pretrain": ["pretrain"],
+    }[command]
+    assert main([*argv, "--output_dir", NOWHERE]) == 1
+    said = capsys.readouterr().err
+    assert said.count("refine-nsp:") == 1 and NOWHERE in said and "Traceback" not in said and "--debug" not in said, said
+
+
+def test_a_page_that_cannot_be_written(tmp_path, text, capsys):
+    text.write_text(TEXT[:300])
+    assert main(["inspect", "refine-nsp/tiny-delta-net", str(text), "--output", f"{NOWHERE}/page.html"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("refine-nsp:") == 1 and NOWHERE in said and "--debug" not in said
+
+
+def test_an_evaluation_that_is_asked_to_stop(tmp_path, capsys, monkeypatch):
+    """As a scheduler does, after the first answers: they are kept, and the rest is answered as it would have been."""
+    from refine_nsp.evaluation import tasks
+
+    argv = [
+        "evaluate",
+        "--tasks",
+        "niah_single_1",
+        "--lengths",
+        "512",
+        "--samples",
+        "3",
+        "--protocol",
+        "published",
+        "--batch_tokens",
+        "600",
+    ]
+    assert main([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
+    answer, asked = tasks.answer_all, []
+
+    def asking(*args, **kwargs):
+        for answered in answer(*args, **kwargs):
+            yield answered
+            asked.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tasks, "answer_all", asking)
+    capsys.readouterr()
+    assert main([*argv, "--output_dir", str(tmp_path / "stopped")]) == TERMINATED_CODE
+    said = capsys.readouterr().err
+    assert len(asked) == 1 and said.count("terminated; run the same command again") == 1 and "Traceback" not in said
+    monkeypatch.undo()
+    assert main([*argv, "--output_dir", str(tmp_path / "stopped")]) == 0
+    straight, stopped = (read_rows(tmp_path / name, "niah_single_1") for name in ("straight", "stopped"))
+    assert len(straight) == 3 and straight == stopped
+
+
+def test_a_data_worker_that_dies(tmp_path, text, capsys, monkeypatch):
+    """Killed as the memory of a machine runs out, say."""
+    from refine_nsp.training import data
+
+    collate = data.collate
+
+    def dying(rows):
+        if get_worker_info() is not None and len(list((tmp_path / "run").glob("checkpoint-*"))) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(rows)
+
+    monkeypatch.setattr("refine_nsp.training.trainer.collate", dying)
+    argv = tiny(
+        tmp_path, text, "--max_steps", "40", "--save_strategy", "steps", "--save_steps", "1", "--dataloader_num_workers", "1"
+    )
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert said.count("refine-nsp:") == 1 and "worker" in said and "Traceback" not in said and "--debug" not in said, said
+    folders = list((tmp_path / "run").glob("checkpoint-*"))
+    assert folders and all(checkpoint_problem(folder) is None for folder in folders)

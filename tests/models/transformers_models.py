@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -23,6 +24,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from refine_nsp.models import hybrid
+from refine_nsp.models.by_reference import RECURRENT_KINDS, kinds_of
 from refine_nsp.models.hybrid import with_states
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
@@ -90,5 +93,13 @@ def plain(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def stateful(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """The same model, answering the calls of this package."""
-    return with_states(plain(name, seed, dtype))
+    """The same model, answering the calls of this package, with its states by reference."""
+    model = plain(name, seed, dtype)
+    skip_if_old(model)
+    return with_states(model)
+
+
+def skip_if_old(model: Any) -> None:
+    """Skip the test where this transformers is too old for the model's states by reference."""
+    if hybrid.OLD and set(kinds_of(model.config)[0]) & set(RECURRENT_KINDS):
+        pytest.skip(f"states of {type(model).__name__} by reference need transformers {hybrid.EXACT_SINCE}")

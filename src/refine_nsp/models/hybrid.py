@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -27,13 +28,15 @@ from transformers.cache_utils import Cache
 
 from refine_nsp.errors import RefineError, first_line
 from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModelOutput, check_rows
-from refine_nsp.models.by_reference import EXACT_KINDS, kinds_of
+from refine_nsp.models.by_reference import EXACT_KINDS, RECURRENT_KINDS, kinds_of
 from refine_nsp.models.keeping import ByReference, ByTokens, Keeping, StatesOfPass
 from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
 from refine_nsp.models.state import FastWeightCache, LayerState
 
 HOUSE_ARGUMENTS = ("lengths", "snapshot_positions", "output_states")
 OUTPUT_PARTS = ("out_proj", "o_proj", "norm", "o_norm", "dense", "c_proj")  # of a mixer: they neither write nor read its state
+EXACT_SINCE = "5.23"  # recurrent layers of earlier releases write into the states they are given, and some forget them
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, EXACT_SINCE.split(".")))
 # How far states and hidden states may be off at loading, as shares of their size: a wrong state is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.15, torch.float16: 0.05}  # float32 may be TF32
 
@@ -274,7 +277,8 @@ def _install(model: Any) -> None:
     trunk.plainly = False
     trunk.head_factor = head_factor(model.config)
     kinds = kinds_of(trunk.config)[0]
-    trunk.keeping = ByReference(trunk) if set(kinds) <= set(EXACT_KINDS) else ByTokens(trunk)
+    by_reference = set(kinds) <= set(EXACT_KINDS) and not (OLD and set(kinds) & set(RECURRENT_KINDS))
+    trunk.keeping = ByReference(trunk) if by_reference else ByTokens(trunk)
     trunk.mixers = mark_mixers(trunk)
     by_tokens = isinstance(trunk.keeping, ByReference) and not trunk.keeping.same_by_single_tokens
     for mixer in trunk.mixers:
@@ -347,6 +351,8 @@ def state_problem(trunk: Any) -> str | None:
     """Why states by reference are not exact; None when they are."""
     if not isinstance(trunk.keeping, ByReference):
         unknown = sorted(set(kinds_of(trunk.config)[0]) - set(EXACT_KINDS))
+        if not unknown:
+            return f"its recurrent layers change states in place in transformers {transformers.__version__}, from {EXACT_SINCE} on not"
         return f"its layers keep {', '.join(unknown)}, of which {', '.join(EXACT_KINDS)} are known"
     ids = _few_tokens(trunk, 2, 12)
     whole = trunk.plain(ids, use_cache=False)

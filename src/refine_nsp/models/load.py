@@ -42,7 +42,7 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
 
     Raises:
         RefineError: no such folder or name, no causal language model, a pickle checkpoint, missing or unknown parameters (with the
-            list), or no tokenizer.
+            list) or ones that are not finite, or no tokenizer.
     """
     return load_model(name_or_path, dtype, **kwargs), load_tokenizer(name_or_path)
 
@@ -70,6 +70,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     except Exception as error:  # transformers', safetensors' and torch's own kinds, for every way a file can be broken
         raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
     _check_names(where, names)
+    _check_numbers(where, model)
     if not ours:
         check(model)
     return model.eval()
@@ -115,6 +116,20 @@ def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
         raise RefineError(
             f"the weights of {where} are not those of its config.json: {'; '.join(problems)}; expected the files that belong together "
             "(a missing parameter would be random, an unknown one unused)"
+        )
+
+
+@torch.no_grad()
+def _check_numbers(where: str, model: Any) -> None:
+    """RefineError unless every weight is finite: a model with one that is not answers nonsense, and says nothing of it."""
+    # A sum is not finite where a term is not; one that overflows is looked at again.
+    suspects = [(name, p) for name, p in model.named_parameters() if not p.is_meta and not p.sum(dtype=torch.float32).isfinite()]
+    broken = {name: int((~p.isfinite()).sum()) for name, p in suspects if not p.isfinite().all()}
+    if broken:
+        found = ", ".join(f"{name} ({count})" for name, count in broken.items())
+        raise RefineError(
+            f"the weights of {where} are not all finite: NaN or infinity in {found}; a run that diverged wrote them, or the file is "
+            "damaged: take an earlier checkpoint or another copy"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 
 from refine_nsp.errors import RefineError, closest, first_line
 
@@ -103,12 +103,20 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
     if len(kinds) > 1:
         raise RefineError(f"files of several formats together ({', '.join(sorted(kinds))}); name one kind, for example by a glob")
     kind = kinds.pop()
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    options: dict[str, Any] = {}
+    if kind == "text":
+        options = {
+            "sample_by": "document",
+            "features": Features({"text": Value("string")}),
+        }  # streamed, it does not say by itself
     try:
-        return load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
+        data = load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
     except Exception as error:  # datasets wraps every parser's own errors
         cause = error.__cause__ or error
         raise RefineError(f"cannot read {files[0]} as {kind}: {first_line(cause)}") from error
+    if streaming:  # these are read again and again: whoever reads can see that they are still what they were
+        data.info.download_checksums = {str(f.resolve()): {"num_bytes": f.stat().st_size} for f in files}
+    return data
 
 
 def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:

@@ -28,11 +28,13 @@ class Stream(IterableDataset[dict[str, Any]]):
         data: as `prepare_data` streams it. every: rows of an optimizer step. keep: places kept.
 
     Raises:
-        RefineError: while it is read, when there is no row in it.
+        RefineError: while it is read, when there is no row in it; at the end of an epoch and when a checkpoint is saved, when one of its
+            local files has gone or has another size than when it was opened.
     """
 
     def __init__(self, data: datasets.IterableDataset, every: int, keep: int) -> None:
         self.data, self.every = data, every
+        self.sizes: dict[str, int] = {f: known["num_bytes"] for f, known in (data.info.download_checksums or {}).items()}
         self.row, self.epoch = 0, 0  # of the next one
         self.start: dict[str, Any] | None = None  # where the next iteration begins
         self.places: deque[tuple[int, dict[str, Any]]] = deque(maxlen=keep)
@@ -54,19 +56,41 @@ class Stream(IterableDataset[dict[str, Any]]):
                 raise RefineError(
                     "the streamed text has no document that is long enough, which min_prefix, one position and K need"
                 )
+            self.check_files()
             self.epoch += 1
+
+    def check_files(self) -> None:
+        """RefineError unless the files are as large as when they were opened: a run would go on with other text in silence."""
+        for name, size in self.sizes.items():
+            file = Path(name)
+            if not file.exists():
+                raise RefineError(f"{file} has gone while it was streamed; put it back, and resume from the last checkpoint")
+            if file.stat().st_size != size:
+                raise RefineError(
+                    f"{file} had {size} bytes when it was opened and has {file.stat().st_size} now; put back what it was and resume "
+                    "from the last checkpoint, or begin a new run"
+                )
 
     def save(self, folder: Path, row: int) -> None:
         """Note in a checkpoint how to go on at `row`, the end of an optimizer step."""
+        self.check_files()
         state = next(state for at, state in self.places if at == row)
-        write_atomically(folder / STREAM_FILE, json.dumps({"row": row, "state": state}) + "\n")
+        sizes = sorted(self.sizes.values())  # without names: files may be resumed from elsewhere
+        write_atomically(folder / STREAM_FILE, json.dumps({"row": row, "state": state, "sizes": sizes}) + "\n")
 
     def load(self, folder: Path) -> bool:
-        """Go on where a checkpoint says; False where it does not say."""
+        """Go on where a checkpoint says; False where it does not say. RefineError where the files had other sizes then."""
         path = folder / STREAM_FILE
         if not path.exists():
             return False
-        self.start = json.loads(path.read_text(encoding="utf-8"))
+        start = json.loads(path.read_text(encoding="utf-8"))
+        sizes = sorted(self.sizes.values())
+        if start.get("sizes", sizes) != sizes:
+            raise RefineError(
+                f"{folder} is of a run whose streamed files had {sum(start['sizes'])} bytes in {len(start['sizes'])} files; these have "
+                f"{sum(sizes)} in {len(sizes)}, so its place in them means nothing: put back what they were, or begin a new run"
+            )
+        self.start = start
         return True
 
 

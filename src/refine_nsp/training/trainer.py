@@ -381,6 +381,13 @@ class ReFINETrainer(Trainer):
         try:
             with part("optimizer"):  # what else there is in a step; all of the rest names itself
                 output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RefineError(
+                f"{str(error).strip().rstrip('.')}: a process that reads data has ended, perhaps for want of memory; resume from the last "
+                "checkpoint, with a smaller dataloader_num_workers (0: no process of its own)"
+            ) from error
         finally:
             self.args.ignore_data_skip = skips
             self.bar.on_train_end(self.args, self.state, self.control)
@@ -416,9 +423,11 @@ class ReFINETrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process has files of its own in it
             if self.args.should_save:
                 seal(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library's own kind for a full disk
+        except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
+            if isinstance(error, OSError | RuntimeError | SafetensorError):  # each library's own kind for a full disk
+                raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
+            raise
 
 
 def sharding_problem(model: nn.Module, args: ReFINEConfig) -> str | None:

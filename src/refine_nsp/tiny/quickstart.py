@@ -105,6 +105,7 @@ class Material:
 def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, text_column: str) -> Table:
     """Run all arms (those finished before are kept), print the table, write the page; returns the table."""
     out, console = Path(output_dir), Console()
+    out.mkdir(parents=True, exist_ok=True)  # known before any work whether results can be kept
     torch.set_flush_denormal(True)
     tokenizer = load_tokenizer(model_name)
     material = prepare(s, tokenizer, data, text_column)

@@ -31,7 +31,8 @@ try() { # PYTHON NAME REQUIREMENT..
     rm -rf "$work/venv" "$work/run"
 }
 
-builder=$(for v in "${versions[@]}"; do python_of "$v"; done | head -1)
+mapfile -t pythons < <(for v in "${versions[@]}"; do python_of "$v"; done)
+builder=${pythons[0]:-}
 test -n "$builder" || { echo "no Python from ${versions[0]} to ${versions[-1]} found" >&2; exit 1; }
 "$builder" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work" .
 wheel=$(ls "$work"/*.whl)

@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest, first_line
@@ -68,7 +75,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     except RefineError:
         raise
     except Exception as error:  # transformers', safetensors' and torch's own kinds, for every way a file can be broken
-        raise RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
+        raise hub_problem(where, error) or RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
     _check_names(where, names)
     _check_numbers(where, model)
     if not ours:
@@ -89,7 +96,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer("a")  # some broken files show only now
         return tokenizer
     except Exception as error:  # the tokenizers' parsers have errors of their own
-        raise RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
+        raise hub_problem(where, error) or RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,10 +149,29 @@ def load_config(name_or_path: str | Path) -> Any:
     except RefineError:
         raise
     except Exception as error:
-        raise RefineError(
+        raise hub_problem(where, error) or RefineError(
             f"cannot load a model from {where!r}: {first_line(error)}; expected a folder with config.json and "
             f"*.safetensors, a hub name, or one of {', '.join(SHIPPED)}"
         ) from error
+
+
+def hub_problem(name: str, error: BaseException) -> RefineError | None:
+    """What the hub had against a name, with the fix, where that is what an error of transformers comes from; else None."""
+    problem, causes = None, [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(e, GatedRepoError) for e in causes):
+        problem = f"is gated: accept its terms at https://huggingface.co/{name}, then log in (hf auth login, or HF_TOKEN)"
+    elif any(isinstance(e, RepositoryNotFoundError) for e in causes):
+        problem = "is not on the hub, or private: look its name up there (it may have another by now), or log in (hf auth login)"
+    elif any(isinstance(e, RevisionNotFoundError) for e in causes):
+        problem = "has no such revision on the hub"
+    elif any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in causes):
+        problem = (
+            f"is no folder here and not in the hub's cache, and the hub cannot be reached: where there is a network, hf download {name} "
+            f"--local-dir FOLDER, then name that folder; shipped: {', '.join(SHIPPED)}"
+        )
+    return None if problem is None else RefineError(f"{name} {problem}")
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """A full disk, a file-size limit, broken numbers, data that goes away: a clear line, an exit code, and nothing spoiled."""
 
+import json
 import math
 import os
 import resource
@@ -60,6 +61,49 @@ def test_no_room_for_a_file(tmp_path, text, largest_file):
     assert all(checkpoint_problem(folder) is None for folder in run.glob("checkpoint-*"))
     for file in run.glob("*.safetensors"):
         load_file(file)
+
+
+@pytest.mark.parametrize(
+    ("command", "largest_file"),
+    [
+        ("evaluate", 100),
+        ("evaluate", 1_500),
+        ("evaluate", 10_000),
+        ("inspect", 10_000),
+        ("report", 10_000),
+        ("quickstart", 1_500),
+    ],
+)
+def test_no_room_for_the_files_of_other_commands(tmp_path, text, command, largest_file):
+    """No file of a final name is half of one, and an evaluation keeps what it has."""
+    text.write_text(TEXT[:600])
+    if command == "report":
+        text.write_text(TEXT)
+        assert main(tiny(tmp_path, text)) == 0
+    argv = {
+        "evaluate": [
+            "evaluate",
+            "--tasks",
+            "niah_single_1",
+            "--lengths",
+            "512",
+            "--samples",
+            "2",
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+        "inspect": ["inspect", "refine-nsp/tiny-delta-net", str(text), "--output", str(tmp_path / "page.html")],
+        "report": ["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")],
+    }[command]
+    code, said = limited(argv, largest_file)
+    ours = [line for line in said.splitlines() if line.startswith("refine-nsp:")]
+    assert code == 1 and len(ours) == 1 and "--debug" not in said and "Traceback" not in said, said[-1000:]
+    for file in (tmp_path / "out").rglob("*.json"):
+        json.loads(file.read_text())
+    for page in (tmp_path / "page.html", tmp_path / "out" / "report.html"):
+        assert not page.exists() or page.read_text().rstrip().endswith("</html>")
+    if command == "evaluate":
+        assert main(argv) == 0 and len(read_rows(tmp_path / "out", "niah_single_1")) == 2
 
 
 def test_an_output_folder_that_is_a_file(tmp_path, text, capsys):

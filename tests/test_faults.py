@@ -65,14 +65,7 @@ def test_no_room_for_a_file(tmp_path, text, largest_file):
 
 @pytest.mark.parametrize(
     ("command", "largest_file"),
-    [
-        ("evaluate", 100),
-        ("evaluate", 1_500),
-        ("evaluate", 10_000),
-        ("inspect", 10_000),
-        ("report", 10_000),
-        ("quickstart", 1_500),
-    ],
+    [("evaluate", 100), ("evaluate", 1_500), ("evaluate", 10_000), ("inspect", 10_000), ("report", 1_000)],
 )
 def test_no_room_for_the_files_of_other_commands(tmp_path, text, command, largest_file):
     """No file of a final name is half of one, and an evaluation keeps what it has."""

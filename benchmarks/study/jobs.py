@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import datasets
@@ -30,6 +30,7 @@ from .controls import CONTROLS
 from .settings import ARMS, BASES, EXACT, MAIN, NTP, POST, SAME_TIME, TEMPERATURES, TEST_TIME, TEXT_LIMIT, Scale
 
 Figures = dict[str, Any]
+COST_STEPS, COST_TURNS = 12, 3
 REPORT_SEED = 100  # of prompts and probes; a seed of training adds to it
 
 
@@ -195,12 +196,23 @@ def base(study: Study, family: str, seed: int) -> Figures:
     )
 
 
+def cost(study: Study, family: str) -> Figures:
+    """Processor seconds of a few steps of NTP and of exact, the scores of their rows included, by turns in one process: jobs may run on
+    different machines, whose times do not compare."""
+    steps, seconds = min(COST_STEPS, study.scale.trial_steps), {NTP: [], EXACT: []}
+    for turn in range(COST_TURNS):  # rows of their own in every turn: known scores would cost nothing
+        for arm, times in seconds.items():
+            out = study.folder("training", "cost", family, arm, turn)
+            times.append(mid_train(study, family, arm, chosen(study, arm), m.TRIAL_SEED + 1 + turn, steps, out)[1])
+    ratios = [exact / ntp for ntp, exact in zip(*seconds.values(), strict=True)]
+    return {"steps": steps, "seconds": seconds, "ratio": median(ratios)}
+
+
 def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
     """Mid-train one arm with one seed."""
     steps, trained = study.scale.mid_steps, arm
     if arm == SAME_TIME:
-        known = [study.result(Job("mid", (family, other, seed)))["seconds"] for other in (NTP, EXACT)]
-        steps, trained = max(1, round(steps * known[1] / known[0])), NTP
+        steps, trained = max(1, round(steps * study.result(Job("cost", (family,)))["ratio"])), NTP
     settings = chosen(study, trained)
     model, seconds = mid_train(study, family, trained, settings, seed, steps, study.folder("training", family, arm, seed))
     figures = {"settings": settings, "steps": steps, "seconds": seconds, **measure(study, family, model, seed)}
@@ -331,8 +343,8 @@ def ttt(study: Study, start: str, seed: int, variant: str, method: str) -> Figur
 
 
 KINDS: dict[str, Callable[..., Figures]] = {
-    "trial": trial, "far": far, "base": base, "mid": mid, "sharpen": sharpen, "post": post, "sharpen_answers": sharpen_answers,
-    "rate": rate, "ttt": ttt,
+    "trial": trial, "far": far, "base": base, "cost": cost, "mid": mid, "sharpen": sharpen, "post": post,
+    "sharpen_answers": sharpen_answers, "rate": rate, "ttt": ttt,
 }  # fmt: skip
 
 

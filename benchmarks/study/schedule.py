@@ -49,7 +49,7 @@ def stages(study: Study) -> list[list[Job]]:
     ]
     return [
         first + trials(PRIMARY), mids(study, PRIMARY) + bases, sharpened,
-        trials(others), mids(study, others) + same_time,
+        [*trials(others), Job("cost", (MAIN,))], mids(study, others) + same_time,
         posts, rates + answers, adapted,
     ]  # fmt: skip
 

@@ -178,17 +178,16 @@ def sentence(overall: Mapping[str, Sequence[float]], adjusted: Mapping[str, floa
 # --- mid-training -----------------------------------------------------------------------------------------------------
 
 
-def arms_table(results: Results, columns: Sequence[Column], title: str, with_cost: bool) -> Table:
+def arms_table(results: Results, columns: Sequence[Column], title: str, with_steps: bool) -> Table:
     """Base and arms, means and standard deviations."""
     rows: list[list[Cell]] = []
     for name, figures in {"base": results.base(), **{arm: results.mid(arm) for arm in results.arms()}}.items():
         cells: list[Cell] = [spread([c.of(f) for f in figures], c.percent) for c in columns]
-        if with_cost:
-            known = "steps" in figures[0]
-            cells += [f"{mean(f[k] for f in figures):.0f}" if known else "" for k in ("steps", "seconds")]
+        if with_steps:
+            cells.append(f"{mean(f['steps'] for f in figures):.0f}" if "steps" in figures[0] else "")
         rows.append([name, *cells, len(figures)])
-    cost = ["steps", "seconds"] if with_cost else []
-    return Table(f"{results.family}: {title}", ["", *(c.name for c in columns), *cost, "seeds"], rows)
+    names = [c.name for c in columns] + ["steps"] * with_steps
+    return Table(f"{results.family}: {title}", ["", *names, "seeds"], rows)
 
 
 def differences_table(results: Results, columns: Sequence[Column], title: str) -> Table:

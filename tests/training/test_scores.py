@@ -1,5 +1,7 @@
 """Cached context scores: those of the online run's first step, kept part by part, and never another model's, text's or setting's."""
 
+import threading
+
 import datasets
 import pytest
 import torch
@@ -119,3 +121,16 @@ def test_streams_and_settings_without_scores_are_refused():
         with_context_scores(data(4).to_iterable_dataset(), build("delta_net"), CONFIG)
     with pytest.raises(RefineError, match="has nothing to keep: selection='entropy'"):
         with_context_scores(data(4), build("delta_net"), NSPConfig())
+
+
+def test_a_run_waits_for_another_that_scores_the_same(scored):
+    """Two at once: every row is scored once, and both have all."""
+    model, rows, found = build("delta_net"), data(10), []
+    runs = [
+        threading.Thread(target=lambda: found.append(with_context_scores(rows, model, CONFIG)["context_scores"][:])) for _ in "ab"
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(scored.rows) == 10 and len(found) == 2 and found[0] == found[1]

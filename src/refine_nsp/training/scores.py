@@ -11,6 +11,7 @@ import datasets
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
+from filelock import FileLock
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
@@ -28,7 +29,8 @@ PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
 def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, config: NSPConfig, quiet: bool = True) -> Dataset:
     """The data with a column `context_scores`, d of every token (as `context_divergence`, float32), read back where they are known.
 
-    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on.
+    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on. Of runs
+    beside each other that need the same scores one computes them, and the others wait.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
@@ -50,7 +52,7 @@ def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, confi
     parts = []
     training = model.training
     model.eval()
-    with step_progress(len(data), 0, "context scores", quiet) as progress:
+    with FileLock(folder / "lock"), step_progress(len(data), 0, "context scores", quiet) as progress:
         for start in range(0, len(data), PART_ROWS):
             rows = data.select(range(start, min(start + PART_ROWS, len(data))))
             # Named here: to find a name itself, `datasets` would pickle the model for every part.

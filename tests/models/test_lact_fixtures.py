@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from refine_nsp.models import LaCTConfig, LaCTForCausalLM
 from refine_nsp.ops.lact import Tokens, lact, naive_lact
-from refine_nsp.ops.lact_update import Triple, UpdateRule, initial_state, read, row_norms, update
+from refine_nsp.ops.lact_update import Pair, Triple, UpdateRule, initial_state, read, row_norms, update
 from tests.models.families import LACT
 
 
@@ -83,13 +83,13 @@ def test_update_gradients_are_those_of_the_loss_it_descends():
     """gradient_terms is minus the derivative of -<f(k), v> with respect to each weight, scaled by the learning rate."""
     torch.manual_seed(0)
     d, dh, C = 5, 7, 6
-    weights = Triple(*(torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((dh, d), (d, dh), (dh, d))))
+    weights = Pair(*(torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2 * dh, d), (d, dh))))
     k, v = torch.randn(C, d, dtype=torch.float64), torch.randn(C, d, dtype=torch.float64)
-    lr = Triple(*(torch.full((C, 1), s, dtype=torch.float64) for s in (0.3, 0.5, 0.7)))
+    lr = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64).expand(C, 3)
     grads = torch.autograd.grad((read(weights, k) * v).sum(), weights)
     rule = UpdateRule(False, None, True)
     moved = update(initial_state(weights, rule), row_norms(weights), k, v, lr, None, rule).main
-    for w, m, g, s in zip(weights, moved, grads, (0.3, 0.5, 0.7), strict=True):
+    for w, m, g, s in zip(*(Pair(*p).parts() for p in (weights, moved, grads)), (0.3, 0.5, 0.7), strict=True):
         torch.testing.assert_close(m - w, s * g)
 
 

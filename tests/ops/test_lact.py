@@ -7,6 +7,7 @@ from refine_nsp.ops.lact import Tokens, lact, lact_branches, naive_lact
 from refine_nsp.ops.lact_update import (
     Triple,
     UpdateRule,
+    gated,
     hidden_terms,
     naive_hidden_terms,
     naive_with_row_norms,
@@ -55,8 +56,14 @@ def assert_same(fast: list, naive: list, leaves: list[torch.Tensor]) -> None:
 
 def test_the_elementwise_parts_of_an_update():
     torch.manual_seed(0)
-    inputs = [leaf(2, H, C, DH) for _ in range(3)]
-    assert_same(list(hidden_terms(*inputs)), list(naive_hidden_terms(*inputs)), inputs)
+    x, dhidden = leaf(2, H, 2 * DH, C), leaf(2, H, DH, C)
+    hidden, dgate, dup = naive_hidden_terms(*x.chunk(2, -2), dhidden)
+    assert_same([gated(x)], [hidden], [x])
+    for width in (1, DH):
+        lr = torch.rand(2, H, 3 * width, C, dtype=torch.float64, requires_grad=True)
+        of_w0, of_w1, of_w2 = lr.chunk(3, -2)
+        dx = torch.cat([dgate * of_w0, dup * of_w2], -2) if width == 1 else torch.cat([dgate, dup], -2)
+        assert_same(list(hidden_terms(x, dhidden, lr)), [hidden * of_w1, dx], [x, dhidden, lr])
     w, norms = leaf(2, H, DH, D), leaf(1, H, DH, 1)
     with torch.no_grad():
         w[0, 0, 0] = 0.0  # has no direction, so it stays

@@ -5,23 +5,34 @@ after n tokens the weights have had (n - 1) // C updates, and the 1..C tokens si
 whatever comes next may complete their chunk. That makes every hand-over exact, which the original cannot do: it learns from whole
 sequences only.
 
-A state is a dictionary of tensors, row first: `w0`, `w1`, `w2`, what queries read; `main_*` (pre-norm) and `momentum_*` where the rule
-has them; `open_k`, `open_v`, `open_lr`, `open_momentum`, zeros behind a row's open tokens. How many are open follows from how many tokens
-a row has seen. Such counts, and positions, are tensors on the host: they decide shapes, and a device would have to be waited for.
+A state is a dictionary of tensors, row first: `w02` (w0 above w2) and `w1`, what queries read; `main_*` (pre-norm) and `momentum_*`
+where the rule has them; `open_k`, `open_v`, `open_lr`, `open_momentum`, zeros behind a row's open tokens. How many are open follows from
+how many tokens a row has seen. Such counts, and positions, are tensors on the host: they decide shapes, and a device would have to be
+waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from refine_nsp.ops.lact_update import FastState, Triple, UpdateRule, initial_state, read, row_norms, update
+from refine_nsp.ops.lact_update import (
+    FastState,
+    Pair,
+    Triple,
+    UpdateRule,
+    initial_state,
+    naive_read,
+    naive_update,
+    read,
+    row_norms,
+    update,
+)
 
-WEIGHTS = ("w0", "w1", "w2")
 State = dict[str, Tensor]
 
 
@@ -45,10 +56,6 @@ class Tokens(NamedTuple):
         """Stretches of `size` tokens, the last perhaps shorter."""
         parts = {name: x.split(size, 2) for name, x in self.named().items()}
         return [Tokens.of(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
-
-    def update_arguments(self) -> tuple[Tensor, Tensor, Triple, Tensor | None]:
-        """k, v, lr and momentum as `update` takes them."""
-        return self.k, self.v, Triple(*self.lr.chunk(3, -1)), self.momentum
 
     def named(self) -> State:
         """By their names in a state."""
@@ -117,12 +124,15 @@ def lact(
     (B, _, T, _), C = q.shape, chunk
     opened = torch.zeros(B, dtype=torch.long) if seen is None else open_count(seen, C)
     joined = tokens if state is None else _behind_open(Tokens.of(state), tokens, opened)
-    # Copied: states are read after the pass, and where a model is in shards a block's own parameters are gone by then.
-    fresh = Triple(*(w.clone() for w in initial)) if state is None else initial
-    fast = initial_state(_for_rows(fresh, B), rule) if state is None else _fast_state(state)
+    beginning = Pair.of(initial)
+    if state is None:
+        # Copied: states are read after the pass, and where a model is in shards a block's own parameters are gone by then.
+        fast = initial_state(_for_rows(Pair(beginning.w02, beginning.w1.clone()), B), rule)
+    else:
+        fast = _fast_state(state)
     total = opened + (T if lengths is None else lengths.cpu())
     n_chunks = max(1, -(-(int(opened.max()) + T) // C))
-    norms, chunks, outputs = row_norms(initial), [fast], []
+    norms, chunks, outputs = row_norms(beginning), [fast], []
     together = bool((opened == opened[0]).all())  # chunks of all rows begin at the same queries, so they are plain slices
     bounds = (torch.arange(n_chunks + 1)[:, None] * C - opened).clamp(0, T)  # [n + 1, B], of each chunk's queries
     # Split once: the gradient of a slice is as large as what it was cut from, that of all parts is put together once.
@@ -134,7 +144,7 @@ def lact(
         goes_on = total > (i + 1) * C
         if i + 1 < n_chunks:
             if bool(goes_on.any()):
-                learned = update(fast, norms, *learned_from[i].update_arguments(), rule)
+                learned = update(fast, norms, *learned_from[i], rule)
                 fast = learned if bool(goes_on.all()) else _where(goes_on.to(q.device, non_blocking=True), learned, fast)
             chunks.append(fast)
     o = torch.cat(outputs, 2) if together else torch.stack(outputs).sum(0)
@@ -154,21 +164,22 @@ def naive_lact(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[State]]:
     """Token by token: the definition, and the yardstick for `lact`. Same arguments; o with zeros at pads, and each row's last state."""
-    start = _named(initial_state(_for_rows(initial, len(q)), rule)) if state is None else state
-    norms = row_norms(_for_rows(initial, len(q)))
+    rows = _for_rows(Pair.of(initial), len(q))
+    start = _named(initial_state(rows, rule)) if state is None else state
+    norms = row_norms(rows)
     outputs, states = [], []
     for b in range(len(q)):
         own = slice(b, b + 1)
-        fast, norm = _fast_state({name: x[own] for name, x in start.items()}), Triple(*(x[own] for x in norms))
+        fast, norm = _fast_state({name: x[own] for name, x in start.items()}), Pair(*(x[own] for x in norms))
         kept = 0 if state is None or seen is None else int(open_count(seen, chunk)[b])
         opened = (tokens if state is None else Tokens.of(state)).cut(slice(kept), own)
         o = []
         for t in range(q.shape[2] if lengths is None else int(lengths[b])):
             if opened.k.shape[2] == chunk:
-                fast = update(fast, norm, *opened.update_arguments(), rule)
+                fast = naive_update(fast, norm, *opened, rule)
                 opened = opened.cut(slice(0))
             opened = _join(opened, tokens.cut(slice(t, t + 1), own))
-            o.append(read(fast.weights, q[own, :, t : t + 1]))
+            o.append(naive_read(fast.weights, q[own, :, t : t + 1]))
         outputs.append(torch.cat([*o, torch.zeros_like(q[own, :, len(o) :])], 2))
         states.append(_named(fast) | opened.named())
     return torch.cat(outputs), states
@@ -228,11 +239,11 @@ def _with_a_part_in(o: Tensor, tokens: Tokens) -> Tensor:
     return o
 
 
-def _for_rows(weights: Triple, B: int) -> Triple:
-    return Triple(*(w.expand(B, -1, -1, -1) for w in weights))
+def _for_rows(weights: Pair, B: int) -> Pair:
+    return Pair(*(w.expand(B, -1, -1, -1) for w in weights))
 
 
-def _read_span(weights: Triple, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
+def _read_span(weights: Pair, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Read queries start[b] .. end[b] - 1 of q [B, H, T, Dk] -> the same shape with zeros elsewhere, ready to be summed."""
     width = int((end - start).max())
     index = start[:, None] + torch.arange(width)  # [B, width]
@@ -248,31 +259,26 @@ def _read_span(weights: Triple, q: Tensor, start: Tensor, end: Tensor) -> Tensor
 
 
 def _named(fast: FastState) -> State:
-    state = dict(zip(WEIGHTS, fast.weights, strict=True))
-    for prefix, triple in (("main", fast.main), ("momentum", fast.momentum)):
-        if triple is not None:
-            state |= {f"{prefix}_{name}": w for name, w in zip(WEIGHTS, triple, strict=True)}
-    return state
+    parts = zip(("", "main_", "momentum_"), fast, strict=True)
+    return {f"{prefix}{name}": w for prefix, pair in parts if pair is not None for name, w in pair._asdict().items()}
 
 
 def _fast_state(state: State) -> FastState:
-    def triple(names: Sequence[str]) -> Triple | None:
-        return Triple(*(state[n] for n in names)) if names[0] in state else None
+    def pair(prefix: str) -> Pair | None:
+        return Pair(*(state[prefix + name] for name in Pair._fields)) if prefix + "w1" in state else None
 
-    return FastState(
-        Triple(*(state[n] for n in WEIGHTS)),
-        triple([f"main_{n}" for n in WEIGHTS]),
-        triple([f"momentum_{n}" for n in WEIGHTS]),
-    )
+    weights = pair("")
+    assert weights is not None
+    return FastState(weights, pair("main_"), pair("momentum_"))
 
 
 def _where(rows: Tensor, learned: FastState, before: FastState) -> FastState:
     """`learned` for the rows [B] bool that go on, `before` for the others."""
 
-    def choose(a: Triple | None, b: Triple | None) -> Triple | None:
+    def choose(a: Pair | None, b: Pair | None) -> Pair | None:
         if a is None or b is None:
             return None
-        return Triple(*(torch.where(rows[:, None, None, None], x, y) for x, y in zip(a, b, strict=True)))
+        return Pair(*(torch.where(rows[:, None, None, None], x, y) for x, y in zip(a, b, strict=True)))
 
     weights = choose(learned.weights, before.weights)
     assert weights is not None

@@ -36,12 +36,30 @@ class Triple(NamedTuple):
     w2: Tensor
 
 
+class Pair(NamedTuple):
+    """The same with w0 above w2, [.., 2 Dh, D]: queries and keys meet both in one product. Fewer, larger operations are what counts where
+    chunks are small or a device waits for its launches."""
+
+    w02: Tensor
+    w1: Tensor
+
+    @classmethod
+    def of(cls, weights: Triple) -> Pair:
+        """w0 and w2 put together."""
+        return cls(torch.cat([weights.w0, weights.w2], -2), weights.w1)
+
+    def parts(self) -> Triple:
+        """w0, w1 and w2."""
+        w0, w2 = self.w02.chunk(2, -2)
+        return Triple(w0, self.w1, w2)
+
+
 class FastState(NamedTuple):
     """weights: what queries read; main: unnormalised sums (pre-norm only); momentum: last d (momentum only)."""
 
-    weights: Triple
-    main: Triple | None
-    momentum: Triple | None
+    weights: Pair
+    main: Pair | None
+    momentum: Pair | None
 
 
 class UpdateRule(NamedTuple):
@@ -51,36 +69,43 @@ class UpdateRule(NamedTuple):
     muon: torch.dtype | None
     prenorm: bool
 
+    def muon_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """That of Newton-Schulz for keys of a dtype: a choice of float32 means "exact", and in a float64 run that is float64."""
+        return self.muon if self.muon in (None, torch.bfloat16) else torch.promote_types(dtype, self.muon)
 
-def row_norms(weights: Triple) -> Triple:
+
+def row_norms(weights: Pair) -> Pair:
     """Norm of every row (last axis) of each weight, kept as [.., 1]."""
-    return Triple(*(w.norm(dim=-1, keepdim=True) for w in weights))
+    return Pair(*(w.norm(dim=-1, keepdim=True) for w in weights))
 
 
-def initial_state(weights: Triple, rule: UpdateRule) -> FastState:
+def initial_state(weights: Pair, rule: UpdateRule) -> FastState:
     """The state before any update."""
-    zeros = Triple(*(torch.zeros_like(w) for w in weights)) if rule.momentum else None
+    zeros = Pair(*(torch.zeros_like(w) for w in weights)) if rule.momentum else None
     return FastState(weights, weights if rule.prenorm else None, zeros)
 
 
-def read(weights: Triple, q: Tensor) -> Tensor:
+def read(weights: Pair, q: Tensor) -> Tensor:
     """f(q): q [.., T, D] -> [.., T, D], in q's dtype."""
-    w0, w1, w2 = (w.to(q.dtype) for w in weights)  # kept wide, multiplied narrow: as the original does
-    return (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
+    w02, w1 = (w.to(q.dtype) for w in weights)  # kept wide, multiplied narrow: as the original does
+    return (w1 @ gated(w02 @ q.mT)).mT
 
 
-def gradient_terms(weights: Triple, k: Tensor, v: Tensor, lr: Triple) -> Triple:
+def gradient_terms(weights: Pair, k: Tensor, v: Tensor, lr: Tensor) -> Pair:
     """lr-weighted descent direction of -<f(k), v> summed over the chunk.
 
-    k, v: [.., C, D]; lr: [.., C, 1] (or a width that broadcasts) for each weight.
+    k, v: [.., C, D]; lr: [.., C, 3 * width], those of w0, w1 and w2 side by side; width 1, or that of the weights' last axis.
     """
-    w0, w1, w2 = (w.to(k.dtype) for w in weights)
+    w02, w1 = (w.to(k.dtype) for w in weights)
     # Written out, not left to autograd: an update is part of the forward pass, and the outer backward differentiates through it.
-    hidden, dgate, dup = hidden_terms(k @ w0.mT, k @ w2.mT, v @ w1)
-    d1 = v.mT @ (hidden * lr.w1).to(v.dtype)
-    d0 = dgate.mT @ (k * lr.w0).to(k.dtype)
-    d2 = dup.mT @ (k * lr.w2).to(k.dtype)
-    return Triple(d0, d1, d2)
+    hidden, dx = hidden_terms(w02 @ k.mT, w1.mT @ v.mT, lr.mT)
+    d1 = (hidden @ v).mT
+    if lr.shape[-1] == 3:
+        return Pair(dx @ k, d1)
+    # A rate for every channel of the keys, so w0 and w2 are not taught by the same ones.
+    dgate, dup = dx.chunk(2, -2)
+    of_w0, _, of_w2 = lr.chunk(3, -1)
+    return Pair(torch.cat([dgate @ (k * of_w0).to(k.dtype), dup @ (k * of_w2).to(k.dtype)], -2), d1)
 
 
 def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,12 +122,24 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if wide else x
 
 
+def orthogonal(step: Pair, dtype: torch.dtype) -> Pair:
+    """`newton_schulz` of w0's, w1's and w2's part at once: w1's is as large as theirs, if not square transposed."""
+    w02 = step.w02.unflatten(-2, (2, -1))
+    square = (
+        step.w1.shape[-1] == step.w1.shape[-2]
+    )  # not transposed then: in bfloat16 it would be rounded otherwise than published
+    w1 = step.w1 if square else step.w1.mT
+    w02, w1 = newton_schulz(torch.cat([w02, w1.unsqueeze(-3)], -3), dtype).split([2, 1], -3)
+    w1 = w1.squeeze(-3)
+    return Pair(w02.flatten(-3, -2), w1 if square else w1.mT)
+
+
 def update(
-    state: FastState, norms: Triple, k: Tensor, v: Tensor, lr: Triple, momentum: Tensor | None, rule: UpdateRule
+    state: FastState, norms: Pair, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, rule: UpdateRule
 ) -> FastState:
     """The state after one chunk of keys and values [.., C, D]; `norms` from `row_norms` of the initial weights.
 
-    momentum: [.., C, 1], averaged over the chunk; None without.
+    lr: as `gradient_terms` takes it. momentum: [.., C, 1], averaged over the chunk; None without.
     """
     step = gradient_terms(state.weights, k, v, lr)
     kept = None
@@ -110,19 +147,48 @@ def update(
         assert momentum is not None and state.momentum is not None
         mean = momentum.mean(-2, keepdim=True)
         # The momentum that is kept is that before Newton-Schulz, which would otherwise be fed its own output.
-        step = kept = Triple(*(d + m * mean for d, m in zip(step, state.momentum, strict=True)))
-    if rule.muon is not None:
-        # A choice of float32 means "exact": in a float64 run that is float64.
-        dtype = rule.muon if rule.muon == torch.bfloat16 else torch.promote_types(k.dtype, rule.muon)
-        step = Triple(*(newton_schulz(d, dtype) for d in step))
+        step = kept = Pair(*(m * mean + d for d, m in zip(step, state.momentum, strict=True)))
+    if (dtype := rule.muon_dtype(k.dtype)) is not None:
+        step = orthogonal(step, dtype)
     start = state.main if state.main is not None else state.weights
-    moved = Triple(*(w + d for w, d in zip(start, step, strict=True)))
+    moved = Pair(*(w + d for w, d in zip(start, step, strict=True)))
     # Rows keep the norms they began with: without this the weights would grow with every chunk.
     scaled = (with_row_norms(w, n) for w, n in zip(moved, norms, strict=True))
-    return FastState(Triple(*scaled), moved if rule.prenorm else None, kept)
+    return FastState(Pair(*scaled), moved if rule.prenorm else None, kept)
 
 
-# --- elementwise parts with hand-written backwards: on a CPU they cost memory passes, not arithmetic, so few are made ---------
+# --- the definition, matrix by matrix ---------------------------------------------------------------------------------
+
+
+def naive_read(weights: Pair, q: Tensor) -> Tensor:
+    """`read`."""
+    w0, w1, w2 = (w.to(q.dtype) for w in weights.parts())
+    return (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
+
+
+def naive_update(
+    state: FastState, norms: Pair, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, rule: UpdateRule
+) -> FastState:
+    """`update`."""
+    before = [None if pair is None else pair.parts() for pair in state]
+    rates, lengths, dtype = lr.chunk(3, -1), norms.parts(), rule.muon_dtype(k.dtype)
+    w0, w1, w2 = (w.to(k.dtype) for w in state.weights.parts())
+    hidden, dgate, dup = naive_hidden_terms(k @ w0.mT, k @ w2.mT, v @ w1)
+    steps = [dgate.mT @ (k * rates[0]).to(k.dtype), v.mT @ (hidden * rates[1]).to(v.dtype), dup.mT @ (k * rates[2]).to(k.dtype)]
+    after: list[list[Tensor]] = [[], [], []]
+    for i, step in enumerate(steps):
+        if momentum is not None and before[2] is not None:
+            step = step + before[2][i] * momentum.mean(-2, keepdim=True)
+            after[2].append(step)
+        start = (before[1] or before[0])[i]  # type: ignore[index]
+        after[1].append(start + (step if dtype is None else newton_schulz(step, dtype)))
+        after[0].append(naive_with_row_norms(after[1][-1], lengths[i]))
+    pairs = [Pair.of(Triple(*parts)) if parts else None for parts in after]
+    assert pairs[0] is not None
+    return FastState(pairs[0], pairs[1] if rule.prenorm else None, pairs[2])
+
+
+# --- elementwise parts with hand-written backwards: few passes over memory, and few launches --------------------------
 
 
 def naive_hidden_terms(gate: Tensor, up: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,9 +202,21 @@ def naive_with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
     return w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * norms
 
 
-def hidden_terms(gate: Tensor, up: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`naive_hidden_terms`, in the inputs' dtype."""
-    return _HiddenTerms.apply(gate, up, dhidden)
+def gated(x: Tensor) -> Tensor:
+    """silu(gate) up, of gate above up in x [.., 2 Dh, C]: tokens last, so that both are whole stretches of memory."""
+    return _Gated.apply(x)
+
+
+def hidden_terms(x: Tensor, dhidden: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+    """`naive_hidden_terms`, tokens last, of gate above up in x [.., 2 Dh, C], weighted by learning rates.
+
+    Args:
+        dhidden: [.., Dh, C]. lr: [.., 3 * width, C], those of w0, w1 and w2 above each other; width 1 or Dh.
+
+    Returns:
+        hidden times w1's rate [.., Dh, C], and the gradient of x; of width 1 with the rates of w0 and w2 in it. In x's dtype.
+    """
+    return _HiddenTerms.apply(x, dhidden, lr)
 
 
 def with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
@@ -146,44 +224,101 @@ def with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
     return _WithRowNorms.apply(w, norms)
 
 
-class _HiddenTerms(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, dhidden: Tensor) -> Any:
-        ctx.save_for_backward(gate, up, dhidden)
-        active = F.silu(gate)
-        return active * up, torch.ops.aten.silu_backward(dhidden * up, gate), active.mul_(dhidden)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -2)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, of_hidden: Tensor, of_dgate: Tensor, of_dup: Tensor) -> Any:
-        gate, up, dhidden = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return _gradient_of_gated(x, F.silu(x.chunk(2, -2)[0]), dy)
+
+
+def _gradient_of_gated(x: Tensor, active: Tensor, dy: Tensor) -> Tensor:
+    """That of x, for `dy` of active times up."""
+    gate, up = x.chunk(2, -2)
+    dx = torch.empty_like(x)
+    dgate, dup = dx.chunk(2, -2)
+    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    torch.mul(active, dy, out=dup)
+    return dx
+
+
+class _HiddenTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dhidden: Tensor, lr: Tensor) -> Any:
+        ctx.save_for_backward(x, dhidden, lr)
+        gate, up = x.chunk(2, -2)
+        active = F.silu(gate)
+        dx = _gradient_of_gated(x, active, dhidden)
+        if lr.shape[-2] == 3:
+            _halves(dx).mul_(_rates(lr))
+        return active.mul_(up).mul_(lr.chunk(3, -2)[1]), dx
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, of_hidden: Tensor, of_dx: Tensor) -> Any:
+        x, h, lr = ctx.saved_tensors
+        gate, up = x.chunk(2, -2)
         sigma = torch.sigmoid(gate)
         active = gate * sigma
         rest = active * sigma
         slope = (sigma + active).sub_(rest)
         curve = (sigma + slope).sub_(rest).mul_(1 - sigma)  # the slope's slope
+        # The rates' gradients: what they weigh, times its gradient.
+        dlr = torch.zeros_like(lr)
+        of_w1, dlr_w1 = lr.chunk(3, -2)[1], dlr.chunk(3, -2)[1]
+        weighed = (active * up).mul_(of_hidden)
+        dlr_w1.copy_(weighed.sum(-2, True, dtype=lr.dtype) if of_w1.shape[-2] == 1 else weighed)
+        of_hidden = (of_hidden * of_w1).to(x.dtype)
+        if lr.shape[-2] == 3:
+            weighed = torch.empty_like(x)
+            torch.mul(h * up, slope, out=weighed.chunk(2, -2)[0])
+            torch.mul(h, active, out=weighed.chunk(2, -2)[1])
+            torch.sum(_halves(weighed.mul_(of_dx)), -2, dtype=lr.dtype, out=dlr[..., ::2, :])
+            of_dx = (_halves(of_dx) * _rates(lr)).to(x.dtype).flatten(-3, -2)
+        of_dgate, of_dup = of_dx.chunk(2, -2)
+        dx = torch.empty_like(x)
         sloped = of_dgate * slope
-        of_up = (of_hidden * active).addcmul_(sloped, dhidden)
-        of_dhidden = (of_dup * active).addcmul_(sloped, up)
-        of_gate = curve.mul_(of_dgate).mul_(up).addcmul_(slope, of_dup).mul_(dhidden)
-        return of_gate.addcmul_(slope.mul_(of_hidden), up), of_up, of_dhidden
+        torch.addcmul(of_hidden * active, sloped, h, out=dx.chunk(2, -2)[1])
+        of_h = (of_dup * active).addcmul_(sloped, up)
+        of_gate = curve.mul_(of_dgate).mul_(up).addcmul_(slope, of_dup).mul_(h)
+        torch.addcmul(of_gate, slope.mul_(of_hidden), up, out=dx.chunk(2, -2)[0])
+        return dx, of_h, dlr
+
+
+def _halves(x: Tensor) -> Tensor:
+    """[.., 2 Dh, C] as [.., 2, Dh, C]."""
+    return x.unflatten(-2, (2, -1))
+
+
+def _rates(lr: Tensor) -> Tensor:
+    """Those of w0 and w2 [.., 2, 1, C] among lr [.., 3, C]."""
+    return lr[..., ::2, :].unsqueeze(-2)
 
 
 class _WithRowNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, n: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-        ctx.save_for_backward(w, n, norm)
-        return w * (n / (norm + NORM_EPSILON))
+        factor = (norm + NORM_EPSILON).reciprocal_()
+        scale = n * factor
+        ctx.save_for_backward(w, norm, factor, scale)
+        ctx.shape = n.shape
+        return w * scale
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        w, n, norm = ctx.saved_tensors
-        factor = 1 / (norm + NORM_EPSILON)
-        dn = (dy * w).sum(-1, keepdim=True) * factor
+        w, norm, factor, scale = ctx.saved_tensors
+        dn = (dy * w).sum(-1, keepdim=True).mul_(factor)
         # A row of zeros has no direction to follow; its dn is 0 already.
-        along = dn * factor * n / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        return (dy * (n * factor)).addcmul_(w, along, value=-1.0), dn.sum_to_size(n.shape)
+        along = (dn * scale).div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
+        return (dy * scale).addcmul_(w, along, value=-1.0), dn.sum_to_size(ctx.shape)

@@ -45,4 +45,4 @@ for version in "${versions[@]}"; do
     if [ -n "$python" ]; then try "$python" "Python $version, newest releases" "$wheel"; else echo "== Python $version: not found"; fi
 done
 mapfile -t lowest < <(unzip -p "$wheel" '*/METADATA' | sed -n 's/^Requires-Dist: \([^;]*\)$/\1/p' | sed 's/>=/==/')
-try "$builder" "Python $("$builder" -V), lowest releases" "$wheel" "${lowest[@]}"
+try "$builder" "$("$builder" -V), lowest releases" "$wheel" "${lowest[@]}"

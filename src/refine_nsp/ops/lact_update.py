@@ -125,9 +125,8 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 def orthogonal(step: Pair, dtype: torch.dtype) -> Pair:
     """`newton_schulz` of w0's, w1's and w2's part at once: w1's is as large as theirs, if not square transposed."""
     w02 = step.w02.unflatten(-2, (2, -1))
-    square = (
-        step.w1.shape[-1] == step.w1.shape[-2]
-    )  # not transposed then: in bfloat16 it would be rounded otherwise than published
+    square = step.w1.shape[-1] == step.w1.shape[-2]
+    # Not transposed where it need not be: in bfloat16 it would be rounded otherwise than published.
     w1 = step.w1 if square else step.w1.mT
     w02, w1 = newton_schulz(torch.cat([w02, w1.unsqueeze(-3)], -3), dtype).split([2, 1], -3)
     w1 = w1.squeeze(-3)

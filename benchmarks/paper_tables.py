@@ -6,8 +6,8 @@
 What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done; figures of finished jobs are in
 benchmarks/study/records (--records), and models are trained again where only their figures were kept. Without the files, questions are on
 paragraphs of the standard library, and what needs novels is left out. With a GPU: --device cuda --workers N, for the processors that
-measure beside it. On several machines: the same command with --shard 1/3, 2/3, 3/3
-on each; when one says that others' jobs are missing, gather the records of all in each and run it again.
+measure beside it. On several machines: the same command with --shard 1/3, 2/3, 3/3 on each; when one says that others' jobs are missing,
+gather the records of all in each and run it again.
 """
 
 from __future__ import annotations

@@ -22,6 +22,14 @@ from refine_nsp.training.checkpoints import checkpoint_problem
 from tests.test_cli import TEXT, tiny
 from tests.training import test_trainer
 
+EVALUATION = "evaluate --tasks niah_single_1 --lengths 512".split()
+
+
+def check_one_line(code: int, said: str) -> None:
+    """A command failed, and said so in one line of ours."""
+    ours = [line for line in said.splitlines() if line.startswith("refine-nsp:")]
+    assert code == 1 and len(ours) == 1 and "--debug" not in said and "Traceback" not in said, said[-1000:]
+
 
 @pytest.fixture
 def text(tmp_path) -> Path:
@@ -55,8 +63,7 @@ def test_no_room_for_a_file(tmp_path, text, largest_file):
     """From the first line of the settings to the optimizer's moments."""
     argv = tiny(tmp_path, text, "--save_strategy", "steps", "--save_steps", "1")
     code, said = limited(argv, largest_file)
-    ours = [line for line in said.splitlines() if line.startswith("refine-nsp:")]
-    assert code == 1 and len(ours) == 1 and "--debug" not in said and "Traceback" not in said, said[-1000:]
+    check_one_line(code, said)
     run = tmp_path / "run"
     assert all(checkpoint_problem(folder) is None for folder in run.glob("checkpoint-*"))
     for file in run.glob("*.safetensors"):
@@ -74,23 +81,12 @@ def test_no_room_for_the_files_of_other_commands(tmp_path, text, command, larges
         text.write_text(TEXT)
         assert main(tiny(tmp_path, text)) == 0
     argv = {
-        "evaluate": [
-            "evaluate",
-            "--tasks",
-            "niah_single_1",
-            "--lengths",
-            "512",
-            "--samples",
-            "2",
-            "--output_dir",
-            str(tmp_path / "out"),
-        ],
+        "evaluate": [*EVALUATION, "--samples", "2", "--output_dir", str(tmp_path / "out")],
         "inspect": ["inspect", "refine-nsp/tiny-delta-net", str(text), "--output", str(tmp_path / "page.html")],
         "report": ["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")],
     }[command]
     code, said = limited(argv, largest_file)
-    ours = [line for line in said.splitlines() if line.startswith("refine-nsp:")]
-    assert code == 1 and len(ours) == 1 and "--debug" not in said and "Traceback" not in said, said[-1000:]
+    check_one_line(code, said)
     for file in (tmp_path / "out").rglob("*.json"):
         json.loads(file.read_text())
     for page in (tmp_path / "page.html", tmp_path / "out" / "report.html"):
@@ -248,43 +244,33 @@ def test_an_output_that_cannot_be_written(tmp_path, text, capsys, monkeypatch, c
     from refine_nsp.training import ReFINETrainer
 
     monkeypatch.setattr(ReFINETrainer, "training_step", None)
+    monkeypatch.setattr("refine_nsp.evaluation.tasks.answer_all", None)
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "{"The key is 4711. " * 9}", "answers": ["4711"]}}\n' * 8)
     argv = {
         "midtrain": tiny(tmp_path, text),
         "posttrain": ["posttrain", "--dataset_name", str(tmp_path / "prompts.jsonl"), "--use_cpu", "--report_to", "none"],
-        "evaluate": ["evaluate", "--tasks", "niah_single_1", "--lengths", "512", "--samples", "1"],
+        "evaluate": [*EVALUATION, "--samples", "1"],
         "quickstart": ["quickstart"],
         "pretrain": ["pretrain"],
     }[command]
-    assert main([*argv, "--output_dir", NOWHERE]) == 1
-    said = capsys.readouterr().err
-    assert said.count("refine-nsp:") == 1 and NOWHERE in said and "Traceback" not in said and "--debug" not in said, said
+    code, said = main([*argv, "--output_dir", NOWHERE]), capsys.readouterr().err
+    check_one_line(code, said)
+    assert NOWHERE in said
 
 
 def test_a_page_that_cannot_be_written(tmp_path, text, capsys):
     text.write_text(TEXT[:300])
-    assert main(["inspect", "refine-nsp/tiny-delta-net", str(text), "--output", f"{NOWHERE}/page.html"]) == 1
+    code = main(["inspect", "refine-nsp/tiny-delta-net", str(text), "--output", f"{NOWHERE}/page.html"])
     said = capsys.readouterr().err
-    assert said.count("refine-nsp:") == 1 and NOWHERE in said and "--debug" not in said
+    check_one_line(code, said)
+    assert NOWHERE in said
 
 
 def test_an_evaluation_that_is_asked_to_stop(tmp_path, capsys, monkeypatch):
     """As a scheduler does, after the first answers: they are kept, and the rest is answered as it would have been."""
     from refine_nsp.evaluation import tasks
 
-    argv = [
-        "evaluate",
-        "--tasks",
-        "niah_single_1",
-        "--lengths",
-        "512",
-        "--samples",
-        "3",
-        "--protocol",
-        "published",
-        "--batch_tokens",
-        "600",
-    ]
+    argv = [*EVALUATION, "--samples", "3", "--protocol", "published", "--batch_tokens", "600"]
     assert main([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
     answer, asked = tasks.answer_all, []
 

@@ -35,7 +35,7 @@ from refine_nsp.models.state import FastWeightCache, LayerState
 
 HOUSE_ARGUMENTS = ("lengths", "snapshot_positions", "output_states")
 OUTPUT_PARTS = ("out_proj", "o_proj", "norm", "o_norm", "dense", "c_proj")  # of a mixer: they neither write nor read its state
-EXACT_SINCE = "5.23"  # recurrent layers of earlier releases write into the states they are given, and some forget them
+EXACT_SINCE = "5.23"  # recurrent layers of earlier releases write into the states they are given
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, EXACT_SINCE.split(".")))
 # How far states and hidden states may be off at loading, as shares of their size: a wrong state is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.15, torch.float16: 0.05}  # float32 may be TF32

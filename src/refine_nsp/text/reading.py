@@ -104,11 +104,8 @@ def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDat
         raise RefineError(f"files of several formats together ({', '.join(sorted(kinds))}); name one kind, for example by a glob")
     kind = kinds.pop()
     options: dict[str, Any] = {}
-    if kind == "text":
-        options = {
-            "sample_by": "document",
-            "features": Features({"text": Value("string")}),
-        }  # streamed, it does not say by itself
+    if kind == "text":  # its columns named, since streamed it does not say them by itself
+        options = {"sample_by": "document", "features": Features({"text": Value("string")})}
     try:
         data = load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
     except Exception as error:  # datasets wraps every parser's own errors

@@ -32,12 +32,14 @@ install: $(ALL)
 quickstart: $(CORE)
 	$(BIN)/refine-nsp quickstart --output_dir runs/quickstart
 
-# One thread: the models are tiny, and a second OpenMP thread beside another process costs more than it gives.
+# A process for each core, of one thread: the models are tiny, and a second thread costs more than it gives.
+PROCESSES := -n auto --maxprocesses 8 --dist worksteal
+
 test: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PROCESSES) -m "not slow" --durations=10
 
 test-all: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PROCESSES) --durations=10
 
 # On a CUDA device; without one the tests are skipped, unless TRITON_INTERPRET=1 runs the kernels on the CPU (Triton is needed).
 test-gpu: $(GPU)

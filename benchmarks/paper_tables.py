@@ -7,7 +7,8 @@ What is tested is in benchmarks/study/plan.md. Resumable: run it again and only 
 benchmarks/study/records (--records), and models are trained again where only their figures were kept. Without the files, questions are on
 paragraphs of the standard library, and what needs novels is left out. With a GPU: --device cuda --workers N, for the processors that
 measure beside it. On several machines: the same command with --shard 1/3, 2/3, 3/3 on each; when one says that others' jobs are missing,
-gather the records of all in each and run it again.
+gather the records of all in each and run it again. --so_far writes the tables
+of what is complete, once the test is.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def main() -> None:
         "--records", help="where the jobs' figures are kept, as in benchmarks/study/records/medium [with the rest]"
     )
     parser.add_argument("--document", type=Path, help="where the tables go [docs/results.md; output_dir for --scale smoke]")
+    parser.add_argument("--so_far", action="store_true", help="run nothing: write the tables of what is complete")
     args = parser.parse_args()
     scale, out = SCALES[args.scale], Path(args.output_dir) / args.scale
     if args.models:
@@ -59,11 +61,17 @@ def main() -> None:
     records = Path(args.records or out)
     study = Study(str(out), str(records), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}), args.device)
     claim_folder(records, settings_of(study))
-    started = time.monotonic()
-    complete = run_all(study, stages(study), args.workers, args.shard)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call")
-    if not complete:
-        sys.exit(f"this shard is done as far as it goes; gather the other shards' records in {records} and run it again")
+    planned = stages(study)
+    if args.so_far:
+        lacking = sorted(job.name for stage in planned[:2] for job in stage if not study.path(job).exists())
+        if lacking:
+            sys.exit(f"the test has jobs to run, {len(lacking)}: {' '.join(lacking)}; leave --so_far out to run them")
+    else:
+        started = time.monotonic()
+        complete = run_all(study, planned, args.workers, args.shard)
+        print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call")
+        if not complete:
+            sys.exit(f"this shard is done as far as it goes; gather the other shards' records in {records} and run it again")
     default = out / "results.md" if args.scale == "smoke" else Path(__file__).resolve().parents[1] / "docs" / "results.md"
     print(write_results(study, args.scale, args.document or default))
 

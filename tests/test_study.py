@@ -223,6 +223,25 @@ def test_long_ce_weighs_tokens_by_their_gain(model, material):
     assert float(gain.exp().max()) > 5.0  # so that the bound binds somewhere
 
 
+def test_what_the_plan_names_and_the_tables_lack_is_said(tmp_path):
+    study = study_at(tmp_path)
+    everything = [job for stage in stages(study) for job in stage]
+    for job in everything:
+        finish(study, job)
+    assert tables.not_run_yet(study) == ""
+    study.path(Job("mid", ("DeltaNet", "paper", 1))).unlink()
+    study.path(Job("sharpen", ("LaCT", NTP, 0))).unlink()
+    study.path(Job("rate", ("exact",))).unlink()
+    assert tables.not_run_yet(study) == "Planned and not run yet: the arm paper; LaCT at equal entropy; test time.\n"
+    assert "paper" not in tables.Results(study, "DeltaNet").arms() and EXACT in tables.Results(study, "DeltaNet").arms()
+
+
+def test_no_tables_before_the_test_is_complete(tmp_path):
+    command = [sys.executable, "benchmarks/paper_tables.py", "--scale", "smoke", "--so_far", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "mid-LaCT-NTP-0" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_whole_study_and_that_nothing_is_done_twice(tmp_path):
     command = [sys.executable, "benchmarks/paper_tables.py", "--scale", "smoke", "--models", "DeltaNet"]

@@ -51,6 +51,10 @@ class Study:
     def path(self, job: Job) -> Path:
         return Path(self.records, "jobs", f"{job.name}.json")
 
+    def done(self, kind: str, *arguments: Any) -> bool:
+        """Whether a job has left its figures."""
+        return self.path(Job(kind, arguments)).exists()
+
     def result(self, job: Job) -> Figures:
         """Figures of a finished job."""
         return json.loads(self.path(job).read_text(encoding="utf-8"))

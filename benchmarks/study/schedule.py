@@ -69,6 +69,11 @@ def mids(study: Study, arms: Sequence[str]) -> list[Job]:
     ]
 
 
+def unfinished(study: Study) -> set[Job]:
+    """Those that have left no figures yet."""
+    return {job for stage in stages(study) for job in stage if not study.path(job).exists()}
+
+
 def run_all(study: Study, planned: Sequence[Sequence[Job]], workers: int, shard: tuple[int, int] = (1, 1)) -> bool:
     """Run every job of this shard that has no result yet, stage by stage; whether all stages are complete.
 

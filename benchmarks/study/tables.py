@@ -17,7 +17,7 @@ from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
 from .jobs import Figures, Job, Study, chosen, settings_of
-from .schedule import arms_of, seeds_of
+from .schedule import arms_of, seeds_of, unfinished
 from .settings import ARMS, CE, EXACT, MAIN, NTP, POST, SAME_TIME, SHARPENED, STARTS, TEST_TIME
 
 PROTOCOLS = {"standard": "greedy", "published": "sampled as published"}
@@ -104,8 +104,9 @@ class Results:
         return self.study.result(Job(kind, (self.family, arm, seed)))
 
     def arms(self) -> list[str]:
-        found = arms_of(self.family)
-        return [*found, SAME_TIME] if self.family == MAIN else found
+        """Those that every seed of has been trained."""
+        planned = arms_of(self.family) + [SAME_TIME] * (self.family == MAIN)
+        return [a for a in planned if all(self.study.done("mid", self.family, a, s) for s in seeds_of(self.study, a))]
 
     def differences(self, column: Column, arm: str, against: str) -> list[float]:
         """Paired by seed, over the seeds that both arms have."""
@@ -230,6 +231,8 @@ def settings_table(study: Study) -> Table:
     """What was chosen for every arm, from how many trials."""
     rows: list[list[Cell]] = []
     for arm, spec in ARMS.items():
+        if not all(study.done("trial", arm, i) for i in range(len(spec.trials))):
+            continue
         tried = ", ".join(f"{k} {' '.join(f'{v:g}' for v in values)}" for k, values in spec.grid.items())
         rows.append([arm, ", ".join(f"{k} {v:g}" for k, v in chosen(study, arm).items()), tried, len(spec.trials)])
     return Table("Settings, chosen on a set that is not reported on", ["", "chosen", "tried", "trials"], rows)
@@ -367,28 +370,49 @@ def heat_maps(results: Results) -> dict[str, plots.Plot]:
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
+AFTER_POST, AFTER_TEST_TIME = {"post", "sharpen_answers"}, {"post", "rate", "ttt"}  # jobs of the last two sections
+
+
+def has_sharpened(study: Study, family: str) -> bool:
+    """Whether the controls have been measured at the entropy of exact, with every seed."""
+    return not any(job.kind == "sharpen" and job.arguments[0] == family for job in unfinished(study))
+
+
 def sections_of(study: Study, everything: Sequence[Results]) -> dict[str, list[Table]]:
-    """Tables by section."""
+    """Tables by section, of what is complete."""
+    kinds = {job.kind for job in unfinished(study)}
     sections = {"The test": [primary(everything)[0], settings_table(study)]}
     for r in everything:
         sections[f"Mid-training, {r.family}"] = [
             arms_table(r, OUTCOMES, "recall", True), differences_table(r, OUTCOMES, "recall, differences"),
             arms_table(r, TEXT_OUTCOMES, "text", False), differences_table(r, TEXT_OUTCOMES, "text, differences"),
-            sharpened_table(r), lengths_table(r),
+            *([sharpened_table(r)] if has_sharpened(study, r.family) else []), lengths_table(r),
         ]  # fmt: skip
     after = PostResults(study)
-    sections["Post-training (in the form of the paper's Table 4)"] = [
-        *(table_4(after, p) for p in PROTOCOLS), questions_against_ntp(after),
-    ]  # fmt: skip
-    sections["Test-time training"] = [test_time_table(after, f) for f in ("standard", "published", "log_p")]
+    if not kinds & AFTER_POST:
+        sections["Post-training (in the form of the paper's Table 4)"] = [
+            *(table_4(after, p) for p in PROTOCOLS), questions_against_ntp(after),
+        ]  # fmt: skip
+    if not kinds & AFTER_TEST_TIME:
+        sections["Test-time training"] = [test_time_table(after, f) for f in ("standard", "published", "log_p")]
     return sections
 
 
+def not_run_yet(study: Study) -> str:
+    """What the plan names and these tables lack, in a sentence; empty if nothing."""
+    missing = unfinished(study)
+    kinds = {job.kind for job in missing}
+    lacking = [f"the arm {arm}" for arm in (*ARMS, SAME_TIME) if any(j.kind == "mid" and j.arguments[1] == arm for j in missing)]
+    lacking += [f"{f} at equal entropy" for f in study.scale.families if not has_sharpened(study, f)]
+    lacking += ["post-training"] * bool(kinds & AFTER_POST) + ["test time"] * bool(kinds & AFTER_TEST_TIME)
+    return f"Planned and not run yet: {'; '.join(lacking)}.\n" if lacking else ""
+
+
 def write_results(study: Study, scale: str, document: Path) -> Path:
-    """The document with its plots beside it, and the run's page; returns the page's path."""
+    """The document with its plots beside it, and the run's page, once the test's jobs are done; returns the page's path."""
     everything = [Results(study, family) for family in study.scale.families]
     finding = primary(everything)[1]
-    lines = [introduction(study, scale), f"**{finding}**\n"]
+    lines = [introduction(study, scale), f"**{finding}**\n", not_run_yet(study)]
     page = [html.Section("Finding", f"<p>{finding}</p>")]
     for title, tables in sections_of(study, everything).items():
         lines += [f"\n## {title}\n", *(t.markdown() for t in tables)]

@@ -9,6 +9,7 @@ from datasets import Dataset
 import refine_nsp
 from refine_nsp.text import reading
 from refine_nsp.text.reading import read_documents
+from refine_nsp.training import data
 from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, prepare_data, split_documents
 from tests.models.families import FAMILY_NAMES, build
 
@@ -60,8 +61,7 @@ def test_prepared_data_is_cut_split_and_cached(tmp_path, tokenizer):
     assert all(26 <= len(x) <= 64 for x in [*train["input_ids"], *validation["input_ids"]])
     again, validation_again = prepare_data(arguments, tokenizer, 64, 26)
     assert again["input_ids"] == train["input_ids"] and validation_again["input_ids"] == validation["input_ids"]
-    data = read_documents(arguments.dataset_name)
-    a, b = split_documents(data, 0.25, 0)
+    a, b = split_documents(read_documents(arguments.dataset_name), 0.25, 0)
     assert len(b) == 3 and not set(a["text"]) & set(b["text"])
     tokens = sum(len(tokenizer(t)["input_ids"]) for t in a["text"])
     assert sum(map(len, train["input_ids"])) > 0.8 * tokens
@@ -93,6 +93,54 @@ def test_packed_windows_keep_their_documents_columns(tmp_path, tokenizer):
         for window, source in zip(torch.tensor(row["input_ids"]).split(row["lengths"]), row["source"], strict=True):
             starts = range(0, len(alone[source]), 64)
             assert window.tolist() in [alone[source][at : at + 64] for at in starts]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_of_tokens_give_the_windows_of_their_text(tmp_path, tokenizer, streaming, packing):
+    """In a column `input_ids` or one that is named; an empty and a missing row are nothing."""
+    settings = {"validation_fraction": 0.0, "packing": packing, "streaming": streaming}
+    text, _ = prepare_data(DataArguments(dataset_name=str(write(tmp_path, "jsonl")), **settings), tokenizer, 64, 26)
+    ids = [*tokenizer(TEXTS)["input_ids"], [], None]
+    Dataset.from_dict({"input_ids": ids, "attention_mask": ids}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": "none of it", "ids": i}) for i in ids))
+    for name, more in (("a.parquet", {}), ("a.parquet", {"text_column": "input_ids"}), ("b.jsonl", {"text_column": "ids"})):
+        tokens, _ = prepare_data(DataArguments(dataset_name=str(tmp_path / name), **settings, **more), tokenizer, 64, 26)
+        assert [dict(row) for row in tokens] == [dict(row) for row in text]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("column", "row", "words"),
+    [
+        ("input_ids", [5, 2048] * 20, "holds the token 2048, and the tokenizer has the tokens 0 to 2047"),
+        ("input_ids", [5, -1] * 20, "holds the token -1"),
+        ("input_ids", [0.5] * 40, "a list; expected text in every row, or token ids in every row"),
+        ("input_ids", [[1], [2, 3]], "a list; expected text"),
+        ("text", 7, "a int; expected text"),
+    ],
+)
+def test_rows_that_are_no_tokens_are_named(tmp_path, tokenizer, streaming, column, row, words):
+    Dataset.from_dict({column: [row]}).to_parquet(tmp_path / "a.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path / "a.parquet"), streaming=streaming)
+    with pytest.raises(refine_nsp.RefineError, match=words):
+        list(prepare_data(arguments, tokenizer, 64, 26)[0])
+
+
+def test_packed_rows_of_tokens_and_no_processes_are_refused(tmp_path, tokenizer):
+    Dataset.from_dict({"input_ids": [[1] * 60], "lengths": [[30, 30]]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(refine_nsp.RefineError, match="packed already"):
+        prepare_data(DataArguments(dataset_name=str(tmp_path / "a.parquet")), tokenizer, 64, 26)
+    with pytest.raises(refine_nsp.RefineError, match="dataset_num_proc=0: expected 1 or more"):
+        prepare_data(DataArguments(dataset_name=str(tmp_path / "a.parquet"), dataset_num_proc=0), tokenizer, 64, 26)
+
+
+def test_several_processes_give_the_same_windows_and_one_of_them_the_cache(tmp_path, tokenizer, monkeypatch):
+    arguments = DataArguments(dataset_name=str(write(tmp_path, "jsonl")), validation_fraction=0.0, dataset_num_proc=2)
+    windows = prepare_data(arguments, tokenizer, 64, 26)[0]["input_ids"][:]
+    monkeypatch.setattr(data, "tokens_of", None)  # would fail if called
+    arguments.dataset_num_proc = None
+    assert prepare_data(arguments, tokenizer, 64, 26)[0]["input_ids"][:] == windows
 
 
 def packed_examples(windows, max_length):

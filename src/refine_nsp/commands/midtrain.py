@@ -31,7 +31,7 @@ COMMON = (
     "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length "
     "num_generations estimator weights selection reward_funcs schedule lambda_rl context_scores steps_per_generation "
     "validation_dataset eval_strategy eval_steps logging_steps log_completions save_steps resume_from_checkpoint bf16 "
-    "gradient_checkpointing packing streaming use_peft seed"
+    "gradient_checkpointing packing streaming dataset_num_proc use_peft seed"
 ).split()
 
 
@@ -50,7 +50,8 @@ def run(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     nsp = args.nsp
-    train, validation = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest, wants_columns(nsp))
+    with args.main_process_first(desc="tokenize"):  # the other processes of a machine read what the first one leaves in the cache
+        train, validation = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest, wants_columns(nsp))
     if dry_run:
         Console().print(plan(model, train, validation, args, config).rich())
         return

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.text.reading import read_documents
+
+TEXT_COLUMN, TOKENS_COLUMN = "text", "input_ids"
 
 
 @dataclass
@@ -24,25 +27,28 @@ class DataArguments:
         dataset_name: a file (text, jsonl, parquet, arrow), a folder of them, a glob, a folder saved by `datasets`, or a hub name.
         dataset_config: configuration of a hub dataset.
         dataset_split: split of a hub dataset.
-        text_column: column that holds the text.
+        text_column: column that holds the text, or each row's token ids: these are used as they are. Where there is no `text` and no
+            other is named, `input_ids`.
         validation_dataset: the same for validation; None: a fixed, seeded share of the documents is kept back.
         validation_fraction: that share (of the windows, when there is one document only). 0: no validation.
         validation_windows: at most so many windows are validated on.
         packing: put several short documents in one example; in a batch each stays a row of its own, so nothing leaks.
         streaming: do not load or cache everything first (needs max_steps).
         split_seed: of the validation split.
+        dataset_num_proc: processes that tokenize what is not streamed.
     """
 
     dataset_name: str | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"
-    text_column: str = "text"
+    text_column: str = TEXT_COLUMN
     validation_dataset: str | None = None
     validation_fraction: float = 0.05
     validation_windows: int = 64
     packing: bool = False
     streaming: bool = False
     split_seed: int = 0
+    dataset_num_proc: int | None = None
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------
@@ -62,19 +68,27 @@ def tokenize(
     min_length: int,
     packing: bool,
     keep_columns: bool = False,
+    num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Windows of tokens: rows of `input_ids`, and `lengths` of the documents in them when packed. Cached by content.
 
-    keep_columns: every window keeps its document's other columns (packed: a list with a value per document).
+    column: of texts, or of the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a list with
+    a value per document). num_proc: processes, of what is not streamed.
 
     Raises:
         RefineError: no document is long enough.
     """
-
-    others = [name for name in data.column_names or [] if name != column] if keep_columns else []
+    names = data.column_names or []
+    column = TOKENS_COLUMN if column == TEXT_COLUMN and TEXT_COLUMN not in names and TOKENS_COLUMN in names else column
+    if column == TOKENS_COLUMN and "lengths" in names:
+        raise RefineError(
+            "rows of input_ids with lengths are packed already, and cutting them would let a state leak from one document to the next; "
+            "give a row to each document, and --packing to pack them again"
+        )
+    others = [name for name in names if name != column] if keep_columns else []
 
     def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
-        documents = tokenizer(texts_of(batch[column], column), add_special_tokens=True)["input_ids"]
+        documents = tokens_of(batch[column], column, tokenizer)
         windows = [(i, window) for i, ids in enumerate(documents) for window in cut_windows(ids, max_length, min_length)]
         rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
         return packed(rows, max_length) if packing else rows
@@ -85,7 +99,8 @@ def tokenize(
     # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
     content = tokenizer.backend_tokenizer.to_str()
     key = (data._fingerprint, content, column, max_length, min_length, packing, tuple(others))
-    result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), **options)
+    processes = num_proc and min(num_proc, len(data))
+    result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes, **options)
     if len(result) == 0:
         raise RefineError(
             f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; got {len(data)} "
@@ -94,14 +109,33 @@ def tokenize(
     return result
 
 
-def texts_of(values: Iterable[Any], column: str) -> list[str]:
-    """The texts of a column, missing ones empty. RefineError for anything that is no text."""
-    for value in values:
-        if value is not None and not isinstance(value, str):
-            raise RefineError(
-                f"column {column!r} holds {str(value)[:60]!r}, a {type(value).__name__}; expected text in every row"
-            )
-    return [value or "" for value in values]
+def tokens_of(values: Sequence[Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each document of a column: of texts as the tokenizer makes them, of rows of token ids as they are; missing ones empty.
+
+    Raises:
+        RefineError: neither text nor tokens, or tokens that the tokenizer does not have.
+    """
+    if all(value is None or isinstance(value, str) for value in values):
+        return tokenizer([value or "" for value in values], add_special_tokens=True)["input_ids"]
+    return [[] if value is None else checked_ids(value, column, len(tokenizer)) for value in values]
+
+
+def checked_ids(value: Any, column: str, vocabulary: int) -> list[int]:
+    """A row's token ids. RefineError unless all are whole numbers of the vocabulary."""
+    try:
+        ids = np.asarray(value)
+    except ValueError:  # lists of lists
+        ids = np.empty((0, 0))
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise RefineError(
+            f"column {column!r} holds {str(value)[:60]!r}, a {type(value).__name__}; expected text in every row, or token ids in every row"
+        )
+    if ids.size and not 0 <= (wrong := int(ids.min() if ids.min() < 0 else ids.max())) < vocabulary:
+        raise RefineError(
+            f"column {column!r} holds the token {wrong}, and the tokenizer has the tokens 0 to {vocabulary - 1}; were these rows "
+            "tokenized with another one?"
+        )
+    return ids.tolist()
 
 
 def packed(rows: Mapping[str, Sequence[Any]], max_length: int) -> dict[str, list]:
@@ -178,15 +212,21 @@ def prepare_data(
     """
     if arguments.dataset_name is None:
         raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
+    if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
+        raise RefineError(f"dataset_num_proc={arguments.dataset_num_proc}: expected 1 or more processes")
     if max_length < min_length:
         raise RefineError(
             f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
         )
     a = arguments
     source: dict[str, Any] = {
-        "columns": (a.text_column,), "config": a.dataset_config, "split": a.dataset_split, "streaming": a.streaming,
+        "columns": (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,),
+        "config": a.dataset_config, "split": a.dataset_split, "streaming": a.streaming,
     }  # fmt: skip
-    cut: dict[str, Any] = {"tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length}
+    cut: dict[str, Any] = {
+        "tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length,
+        "num_proc": a.dataset_num_proc,
+    }  # fmt: skip
     documents, validation = read_documents(arguments.dataset_name, **source), None
     if a.validation_dataset is not None:
         validation = read_documents(a.validation_dataset, **source)

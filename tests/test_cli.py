@@ -12,6 +12,7 @@ import yaml
 from refine_nsp.cli import main
 from refine_nsp.models.load import SHIPPED, load_model
 from refine_nsp.ops import kernels
+from tests.models import transformers_models
 from tests.models.families import build
 
 BASE = "refine-nsp/tiny-delta-net"
@@ -165,6 +166,17 @@ def test_inspect_writes_a_picture(tmp_path, text, capsys):
     content = page.read_text()
     assert "<svg" in content and "Rollouts against the truth" in content
     assert f"{load_model(BASE).num_parameters():,}" in capsys.readouterr().out
+
+
+def test_inspect_without_a_text_says_what_the_model_is(tmp_path, capsys, monkeypatch):
+    """A hybrid too; and it writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    transformers_models.plain("qwen3_next", dtype=torch.float32).save_pretrained("hybrid")
+    for name, kernels_are in ((BASE, "torch"), ("hybrid", "transformers' own; states by reference")):
+        assert main(["inspect", name]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"{load_model(name).num_parameters():,}" in out and "MiB after 256 tokens" in out and kernels_are in out
+    assert [path.name for path in tmp_path.iterdir()] == ["hybrid"]
 
 
 def test_bad_words_are_answered_with_the_nearest(tmp_path, text, capsys):

@@ -1,9 +1,11 @@
 """Every block of Python or shell of the README and the docs runs, or is skipped and says why; the site of the docs builds."""
 
 import argparse
+import gzip
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,11 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 
 import refine_nsp
 from refine_nsp.cli import main
 from refine_nsp.commands import FROM_DATACLASSES
+from refine_nsp.commands.estimate import EstimateArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,12 +33,19 @@ SKIPPED = {
     "tensorboard": "a server, of another package",
     "trackio": "a server, of another package",
 }
+MODEL = "refine-nsp/tiny-delta-net"  # where a page says MODEL
 # Sizes for a test, behind the flags that the README gives.
 SMALL = {
     "midtrain": "--max_steps 2 --max_length 256 --eval_strategy no --use_cpu",
     "posttrain": "--max_steps 2 --max_length 512 --ruler_length 512 --ruler_samples 8 --use_cpu",
     "ttt": "--max_new_tokens 4",
     "evaluate": "--tasks niah_single_1 qa_1 --lengths 512 --samples 2",
+}
+# And those of docs/scaling.md.
+SMALL_SCALING = {
+    "estimate": "--max_length 512",
+    "midtrain": "--max_steps 2 --max_length 256 --gradient_accumulation_steps 1 --save_strategy no --use_cpu",
+    "evaluate": "--lengths 512 --samples 1",
 }
 
 
@@ -73,6 +84,9 @@ def test_line_of_shell_is_one_that_works(words, monkeypatch):
         words = ["refine-nsp", *words[words.index("refine_nsp.cli") + 1 :]]
     if words[0] in SKIPPED:
         pytest.skip(f"{' '.join(words)}: {SKIPPED[words[0]]}")
+    if words[0] == "python":
+        assert Path(words[1]).is_file()
+        return
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", Path("Makefile").read_text(), re.M)
         return
@@ -116,6 +130,38 @@ def test_the_readmes_phases_run_one_after_another(tmp_path, monkeypatch):
     for words in commands_of(block):
         assert main([*words[1:], *SMALL.get(words[1], "").split()]) == 0, words
     assert Path("runs/report.html").exists() and Path("runs/post/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_scaling_run_one_after_another(tmp_path, monkeypatch):
+    """As they are written, only smaller, in one process, on a file of this machine; but `export`, for which there are no shards."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "recipes", "recipes")
+    with gzip.open("papers.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": f"paper {i}: " + "one two three four " * 200, "meta": {}}) + "\n" for i in range(70))
+    ran = []
+    for words in commands_of("\n".join(b.values[0] for b in blocks("bash") if b.id.startswith("scaling.md"))):
+        words = [MODEL if word == "MODEL" else word for word in words]
+        if words[0] == "accelerate":
+            words = ["refine-nsp", *words[words.index("refine_nsp.cli") + 1 :]]
+        if words[0] == "python":
+            given = ["--files", "papers.jsonl.gz", "--length", "256", "--tokens", "30000"]
+            runpy.run_path(words[1])["main"]([*words[2:], *given])
+        elif words[0] == "refine-nsp" and words[1] != "export":
+            assert main([*words[1:], *SMALL_SCALING.get(words[1], "").split()]) == 0, words
+            ran.append(words[1])
+    assert ran == ["env", "inspect", "estimate", "midtrain", "midtrain", "evaluate", "evaluate", "compare"]
+    rows = Dataset.from_parquet("data/long/tokens.parquet")["input_ids"]
+    assert all(len(ids) % 256 == 0 for ids in rows) and 30_000 <= sum(map(len, rows)) < 30_000 + 64 * 2_000
+
+
+@pytest.mark.parametrize("name", ["delta_net_1.3b", "lact_760m"])
+def test_the_papers_recipes_train_on_its_tokens(name):
+    """With eight processes, 200 M, as `estimate` counts its hours by default."""
+    recipe = yaml.safe_load((ROOT / "recipes" / f"midtrain_{name}.yaml").read_text())
+    sequences = 8 * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    tokens = recipe["max_steps"] * sequences * recipe["max_length"]
+    assert sequences == 32 and abs(tokens / EstimateArguments().total_tokens - 1) < 0.002
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -11,6 +11,8 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from refine_nsp.commands import midtrain as command
+from refine_nsp.training import data as data_rooms
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import Float64Stays
 from tests.training import test_nested, test_trainer
@@ -76,7 +78,24 @@ def copy(folder: Path, source: str) -> None:
     PartialState().wait_for_everyone()
 
 
-JOBS = {"midtrain": midtrain, "posttrain": posttrain, "forget": forget, "copy": copy}
+def tokenize(folder: Path, argv: list[str]) -> None:
+    """The documents that this process tokenizes in a dry run, in a file of its own."""
+    tokens_of, counts = data_rooms.tokens_of, []
+
+    def counting(values, *others):
+        counts.append(len(values))
+        return tokens_of(values, *others)
+
+    data_rooms.tokens_of = counting
+    try:
+        command.run(argv)
+    finally:
+        data_rooms.tokens_of = tokens_of
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{PartialState().process_index}.json").write_text(json.dumps(sum(counts)))
+
+
+JOBS = {"midtrain": midtrain, "posttrain": posttrain, "forget": forget, "copy": copy, "tokenize": tokenize}
 
 
 def main(path: str) -> None:

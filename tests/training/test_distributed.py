@@ -65,6 +65,9 @@ def two(tmp_path_factory) -> Path:
         ("midtrain", "stopped", {**three, "resume": True}),
         ("midtrain", "one", {**THREE_STEPS, **batches(1, 2), "resume": True}),
     ]
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + "alpha beta " * 60}) for i in range(40)))
+    argv = ["--dataset_name", str(folder / "texts.jsonl"), "--output_dir", str(folder / "tokenized"), "--max_length", "64"]
+    jobs += [("tokenize", "tokenized", {"argv": [*argv, "--use_cpu", "--dry_run"]})]
     jobs += [(kind, name, {**batches(size, 2), **settings}) for name, (kind, settings, size, _) in ALIKE.items()]
     (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
     launch(folder / "jobs.json", "tests.training.jobs")
@@ -95,6 +98,12 @@ def figures_of(folder: Path) -> list[dict[str, float]]:
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_first_process_of_a_machine_tokenizes_for_all(two):
+    error = two / "tokenized" / "error.txt"
+    assert not error.exists(), error.read_text()
+    assert [json.loads((two / "tokenized" / f"{i}.json").read_text()) for i in range(2)] == [40, 0]
 
 
 @pytest.mark.parametrize("name", ALIKE)

@@ -10,7 +10,11 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, is_deepspeed_available
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from refine_nsp.commands import midtrain
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -68,15 +72,37 @@ def test_zero_configs_describe_their_stage(monkeypatch, stage):
     assert env["ACCELERATE_USE_DEEPSPEED"] == "true" and env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(stage)
 
 
-@pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed")
+# What fills in `auto`. transformers makes it one of accelerate's configs only where deepspeed is installed.
+FILLED = type("Filled", (HfDeepSpeedConfig,), {k: v for k, v in vars(HfTrainerDeepSpeedConfig).items() if not k.startswith("__")})
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_configs_make_the_plugin_they_describe(monkeypatch, stage):
-    _, env = launched(config(f"eight_gpus_zero{stage}"))
+def test_zero_configs_make_the_plugin_they_describe_and_the_recipe_fills_it_in(monkeypatch, stage):
+    args = midtrain.options_of().parse(["--config", str(ROOT / "recipes" / "midtrain_delta_net_1.3b.yaml"), "--use_cpu"])[2]
+    _, env = launched(
+        config(f"eight_gpus_zero{stage}")
+    )  # only now: with these variables the settings above would want deepspeed itself
     for key, value in env.items():
-        if "DEEPSPEED" in key:
+        if "DEEPSPEED" in key or "GRADIENT" in key:
             monkeypatch.setenv(key, value)
     plugin = DeepSpeedPlugin()
     assert plugin.zero_stage == stage and plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
+    monkeypatch.setattr(type(args), "world_size", 8)
+    plugin.set_mixed_precision("bf16" if args.bf16 else "no")
+    filled = FILLED(plugin.deepspeed_config)
+    filled.mismatches = []
+    filled.trainer_config_process(args)
+    filled.trainer_config_finalize(args, None, args.max_steps)
+    got = filled.config
+    assert "auto" not in json.dumps(got) and got["zero_optimization"]["stage"] == stage
+    assert got["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is (stage == 3)
+    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (32, 1, 4)
+    assert got["gradient_clipping"] == args.max_grad_norm == 0.2 and got["bf16"]["enabled"] is True
+    if is_deepspeed_available():
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        read = DeepSpeedConfig({**got, "train_batch_size": 4})  # here is one process
+        assert read.zero_optimization_stage == stage and read.gradient_clipping == 0.2
 
 
 def test_a_run_starts_by_accelerate_launch(tmp_path):

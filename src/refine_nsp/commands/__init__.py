@@ -9,7 +9,7 @@ COMMANDS = {
     "evaluate": "RULER, LongBench, documents, short contexts, lm-eval's tasks",
     "compare": "two evaluations, example by example, with significance",
     "generate": "continue a prompt, streaming",
-    "inspect": "explain a text as a picture: entropy, chunks, positions, rollouts, rewards",
+    "inspect": "what a model is, and a text as a picture: entropy, chunks, positions, rollouts, rewards",
     "env": "what is installed, which devices there are, what computes each operation and why",
     "estimate": "memory and time of a training step on a device, before anything is loaded",
     "completion": "a script for bash, zsh or fish that completes commands, flags and choices",

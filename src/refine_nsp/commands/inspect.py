@@ -1,4 +1,4 @@
-"""`refine-nsp inspect MODEL FILE`: a text as ReFINE sees it, as one page; and what the model is."""
+"""`refine-nsp inspect MODEL [FILE]`: what the model is; and a text as ReFINE sees it, as one page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.load import check_vocabulary, load
+from refine_nsp.models.load import check_vocabulary, load, load_model
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.report.picture import picture_page
 from refine_nsp.report.tables import Cell, Table
+
+TOKENS = 256  # of no text in particular, that the state is measured after when there is no file
 
 COMMON = (
     "model_name_or_path file output max_tokens preset selection positions_per_sequence rollout_length num_generations reward_funcs seed"
@@ -33,7 +35,7 @@ class InspectArguments:
 
     Attributes:
         model_name_or_path: shipped name, folder or hub name (also as the first word).
-        file: a UTF-8 text file (also as the second word).
+        file: a UTF-8 text file (also as the second word). None: only what the model is.
         output: the page to write.
         max_tokens: read at most so many tokens.
         seed: of positions and rollouts.
@@ -48,20 +50,22 @@ class InspectArguments:
 
 def options_of() -> Options:
     """The command's flags."""
-    summary = "Explain a text as a picture: refine-nsp inspect MODEL FILE"
+    summary = "What a model keeps and what computes it: refine-nsp inspect MODEL; and a text as a picture: refine-nsp inspect MODEL FILE"
     return Options("inspect", summary, (InspectArguments, Settings(NSPConfig, preset="context")), COMMON)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Write the page and print the table of facts."""
+    """Print the table of facts; with a file, write the page."""
     options = options_of()
     arguments, config, dry_run = options.parse(positional(argv))
-    if arguments.file is None:
-        raise RefineError("no text: refine-nsp inspect MODEL FILE")
-    if not config.rolls_out:
+    if arguments.file is not None and not config.rolls_out:
         raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
     if dry_run:
         Console().print(str(config))
+        return
+    if arguments.file is None:
+        model = load_model(arguments.model_name_or_path)
+        Console().print(model_facts(model, torch.arange(TOKENS) % model.config.vocab_size).rich())
         return
     text = read_text(Path(arguments.file))
     model, tokenizer = load(arguments.model_name_or_path)
@@ -79,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def positional(argv: Sequence[str]) -> list[str]:
-    """`MODEL FILE flags` as flags only."""
+    """`MODEL [FILE] flags` as flags only."""
     words = list(argv)
     names = ["--model_name_or_path", "--file"]
     count = next((i for i, w in enumerate(words[:2]) if w.startswith("-")), min(2, len(words)))

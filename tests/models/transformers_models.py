@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -78,6 +81,19 @@ class Float64Stays(TorchFunctionMode):
             args = tuple(torch.float64 if x is torch.float32 else x for x in args)
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
         return func(*args, **kwargs)
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """`Float64Stays`, also where the backward pass runs a forward pass again, which modes do not reach."""
+    settings = inspect.unwrap(checkpoint).__kwdefaults__
+    before = settings["context_fn"]
+    settings["context_fn"] = lambda: (nullcontext(), Float64Stays())
+    try:
+        with Float64Stays():
+            yield
+    finally:
+        settings["context_fn"] = before
 
 
 def plain(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:

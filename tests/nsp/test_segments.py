@@ -1,20 +1,17 @@
 """By segments a step is what it is in one piece: the same losses and gradients, for every family and estimator, in less memory."""
 
-from contextlib import nullcontext
-from functools import partial
-
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models import hybrid, segments
 from refine_nsp.models.segments import read_by_segments, segment_ends
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training.phases import MicroBatch, NextToken
 from tests.models.families import FAMILY_NAMES, build
-from tests.models.transformers_models import Float64Stays, stateful
+from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.schedules import assert_same_gradients, gradients
 
 LENGTHS = torch.tensor([150, 97, 43])  # rows that end inside a segment, and before the last
@@ -30,12 +27,8 @@ ESTIMATORS = {
 
 
 @pytest.fixture
-def float64(monkeypatch):
-    """`Float64Stays`, also where the backward pass runs a forward pass again, which modes do not reach."""
-    for module in (segments, hybrid):
-        again = partial(module.checkpoint, context_fn=lambda: (nullcontext(), Float64Stays()))
-        monkeypatch.setattr(module, "checkpoint", again)
-    with Float64Stays():
+def float64():
+    with float64_throughout():
         yield
 
 
@@ -94,23 +87,40 @@ def test_with_gradient_checkpointing_of_the_blocks_inside(family):
     assert_same_gradients(ntp(model, 37)[1], whole[1][1])
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in HYBRIDS), ("bamba", True)])
+WRAPPED = ("qwen3_next", "bamba", "llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [*((name, None) for name in HYBRIDS), ("bamba", "gradient"), *((name, "activation") for name in WRAPPED)],
+)
 def test_hybrids(name, checkpointing, float64):
     model, lengths = stateful(name).train(), torch.tensor([50, 31, 24])
     settings = [ESTIMATORS[e] for e in ("exact", "snapshot", *(["fused"] if name == "qwen3_next" else []))]
     whole = [step_of(model, s, None, 50, lengths) for s in settings]
     plain = ntp(model, None, 50, lengths)
-    if checkpointing:
+    if checkpointing == "gradient":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing == "activation":
+        layers = model.model.layers
+        for i, layer in enumerate(layers):  # as FSDP's activation_checkpointing
+            layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False)
     for s, expected in zip(settings, whole, strict=True):
-        assert_same_step(step_of(model, s, 13, 50, lengths), expected, lengths)
-    assert_same_gradients(ntp(model, 13, 50, lengths)[1], plain[1])
+        for size in (13, None):
+            found, grads = step_of(model, s, size, 50, lengths)
+            assert_same_step((found, as_named(grads)), expected, lengths)
+    assert_same_gradients(as_named(ntp(model, 13, 50, lengths)[1]), plain[1])
+
+
+def as_named(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names of a model whose layers are not wrapped."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients.items()}
 
 
 @pytest.mark.parametrize("name", [*FAMILY_NAMES, "qwen3_next", "mistral"])
 def test_states_at_any_position_known_before_or_after(name):
     """At both edges of segments, before the first token, and in rows that have ended."""
-    with Float64Stays():
+    with float64_throughout():
         model = build(name) if name in FAMILY_NAMES else stateful(name)
         x, lengths = ids(2, 50), torch.tensor([50, 28])
         positions = torch.tensor([[-1, 12, 13, 49], [1, 14, 26, 27]])

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils.checkpoint import checkpoint
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.by_reference import RECURRENT_KINDS, ReferenceCache, kinds_of, nothing_yet, prefix, trimmed
@@ -118,19 +121,41 @@ class ByReference:
             real = torch.arange(columns + T) >= columns - lengths[:, None]
             arguments["attention_mask"] = real.long().to(x.device, non_blocking=True)
         names: list[list[str]] = []
+        wrappers = [m for m in self.trunk.modules() if isinstance(m, CheckpointWrapper)]
 
         def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
             given = iter(tensors)
             view = ReferenceCache(self.trunk.config, [{name: next(given) for name in layer} for layer in layers], columns)
-            h = self.trunk.plain(x, **arguments, **{self.cache_name: view})
+            with unwrapped(wrappers):
+                h = self.trunk.plain(x, **arguments, **{self.cache_name: view})
             after = view.states()
             names[:] = [list(layer) for layer in after]
             return h, *(tensor for layer in after for tensor in layer.values())
 
-        hidden, *tensors = self.trunk.checkpointed(forward, [tensor for layer in layers for tensor in layer.values()])
+        start = [tensor for layer in layers for tensor in layer.values()]
+        out = checkpoint(forward, *start, use_reentrant=False) if wrappers else self.trunk.checkpointed(forward, start)
+        hidden, *tensors = out
         given = iter(tensors)
         after = [{name: next(given) for name in layer} for layer in names]
         return hidden, FastWeightCache(after, lengths + T, columns + T)
+
+
+@contextmanager
+def unwrapped(wrappers: Sequence[CheckpointWrapper]) -> Iterator[None]:
+    """Inside, layers that are wrapped to be run again in the backward pass (FSDP's activation checkpointing) run as they are: one that is
+    run again alone would meet the states it left itself. Their segment is run again instead."""
+
+    def run(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    before = [w.checkpoint_fn for w in wrappers]
+    for w in wrappers:
+        w.checkpoint_fn = run  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for w, checkpoint_fn in zip(wrappers, before, strict=True):
+            w.checkpoint_fn = checkpoint_fn
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

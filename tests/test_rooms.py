@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the ground up. Files beside the rooms stand on the floor of their name.
 FLOORS = [
-    "errors", "files", "stopping", "processes", "progress", "environment", "config", "ops", "text", "models", "nsp", "prompts",
+    "errors", "files", "stopping", "progress", "environment", "config", "ops", "processes", "text", "models", "nsp", "prompts",
     "evaluation", "training", "report", "tiny", "commands", "cli",
 ]  # fmt: skip
 

@@ -9,6 +9,8 @@ from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from refine_nsp.ops.memory import part
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -27,4 +29,5 @@ def to_device(model: M, device: torch.device | str | None = None) -> M:
 
     `PreTrainedModel.to` is wrapped so that type checkers lose its first argument; called on any `nn.Module` it is as it should be.
     """
-    return model.to(process_state().device if device is None else device)
+    with part("loading"):
+        return model.to(process_state().device if device is None else device)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Trainer
 
 from refine_nsp.cli import main
 from refine_nsp.models.blocks import FastWeightModel
@@ -33,6 +34,7 @@ def in_backward(monkeypatch):
 
 
 PLACES = {
+    "In the weights, which asked for 20.00 GiB": (lambda m: m.setattr(Trainer, "_move_model_to_device", refused), ()),
     "In the forward pass": (lambda m: m.setattr(FastWeightModel, "forward", refused), ()),
     "In the rollouts, which asked for 20.00 GiB": (lambda m: m.setattr("refine_nsp.nsp.rollout.sample_rollouts", refused), ()),
     "In the head's logits": (lambda m: m.setattr("refine_nsp.nsp.passes.linear_cross_entropy", refused), ()),
@@ -67,6 +69,12 @@ def test_an_evaluation_too(tmp_path, capsys, monkeypatch):
     argv = ["evaluate", "refine-nsp/tiny-delta-net", "--tasks", "niah", "--lengths", "512", "--samples", "1"]
     fails(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "In the evaluation")
     assert main(["--help"]) == 0
+
+
+def test_weights_that_do_not_fit_where_they_are_evaluated(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", refused)
+    argv = ["evaluate", "refine-nsp/tiny-delta-net", "--tasks", "niah", "--lengths", "512", "--samples", "1"]
+    fails(capsys, [*argv, "--output_dir", str(tmp_path / "out")], "In the weights")
 
 
 def test_smaller_batches_are_tried_where_that_is_asked_for(tmp_path, monkeypatch):

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+import refine_nsp
 from refine_nsp.cli import main
 from refine_nsp.models.load import SHIPPED, load_model
 from refine_nsp.ops import kernels
@@ -38,6 +41,30 @@ def fails(capsys, argv: list[str], words: str, code: int = 1) -> None:
     err = capsys.readouterr().err
     assert "Traceback" not in err and words in err, err
     assert len([line for line in err.strip().splitlines() if line.startswith("refine-nsp:")]) == 1
+
+
+@pytest.fixture
+def bfloat16_folder(tmp_path) -> Path:
+    """A model as most of the hub's are stored."""
+    model, tokenizer = refine_nsp.load(BASE)
+    folder = tmp_path / "bfloat16"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_small_steps_change_a_bfloat16_checkpoint_under_autocast(tmp_path, text, bfloat16_folder):
+    """Its weights are trained in float32, unless another dtype is asked for, which is warned of."""
+    argv = [*tiny(tmp_path, text, "--model_name_or_path", str(bfloat16_folder), "--bf16"), "--learning_rate", "1e-6"]
+    changed = []
+    for dtype in ([], ["--dtype", "bfloat16"]):
+        with pytest.warns(UserWarning, match="in which a step of learning_rate=1e-06 rounds away") if dtype else nullcontext():
+            assert main([*argv, *dtype]) == 0
+        before, after = load_file(bfloat16_folder / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+        assert {x.dtype for x in after.values()} == {torch.bfloat16 if dtype else torch.float32}
+        moved = sum(int((after[name].float() != x.float()).sum()) for name, x in before.items())
+        changed.append(moved / sum(x.numel() for x in before.values()))
+    assert changed[0] > 0.5 and changed[1] < 0.1
 
 
 def test_help_lists_every_command(capsys):
@@ -239,8 +266,6 @@ def test_bad_models(tmp_path, text, capsys):
 
 
 def test_weights_that_overflow_end_in_one_line(tmp_path, text, capsys):
-    import refine_nsp
-
     model, tokenizer = refine_nsp.load(BASE)
     with torch.no_grad():
         model.model.norm.weight.fill_(3e38)  # finite, as is all that is loaded

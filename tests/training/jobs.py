@@ -7,14 +7,17 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
+import datasets
+import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 
 from refine_nsp.commands import midtrain as command
 from refine_nsp.training import data as data_rooms
+from refine_nsp.training import scores
 from tests.models.families import FAMILY_NAMES, build
-from tests.models.transformers_models import Float64Stays
+from tests.models.transformers_models import float64_throughout
 from tests.training import test_nested, test_trainer
 
 SETTINGS = {"max_steps": 2}
@@ -41,18 +44,19 @@ def midtrain(
     resume: bool = False,
     evaluate: bool = False,
     **settings,
-) -> None:
+) -> test_trainer.ReFINETrainer:
     data = packed_rows() if packed else rows(lengths) if lengths is not None else test_trainer.data(16)
     data = data.to_iterable_dataset() if streamed else data
     if evaluate:
         settings["eval_dataset"] = test_trainer.data(7)
     t = test_trainer.trainer(folder, train_dataset=data, **{**SETTINGS, **settings})
     # transformers' own models compute norms and gates in float32, where one rounding can change a sampled token.
-    with nullcontext() if settings.get("family", "delta_net") in FAMILY_NAMES else Float64Stays():
+    with nullcontext() if settings.get("family", "delta_net") in FAMILY_NAMES else float64_throughout():
         t.train(resume_from_checkpoint=resume)
         if evaluate:
             t.evaluate()
     t.save_model(str(folder))
+    return t
 
 
 def posttrain(folder: Path, **settings) -> None:
@@ -95,7 +99,20 @@ def tokenize(folder: Path, argv: list[str]) -> None:
     (folder / f"{PartialState().process_index}.json").write_text(json.dumps(sum(counts)))
 
 
-JOBS = {"midtrain": midtrain, "posttrain": posttrain, "forget": forget, "copy": copy, "tokenize": tokenize}
+def scored(folder: Path, **settings) -> None:
+    """Mid-training with context scores made beforehand, into a cache in `folder`, in parts of two rows; what each process scored."""
+    with pytest.MonkeyPatch.context() as patch:
+        rows, original = [], scores.scores_of
+        patch.setattr(scores, "scores_of", lambda row, *args: rows.append(row) or original(row, *args))
+        patch.setattr(scores, "PART_ROWS", 2)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        t = midtrain(folder, context_scores="cached", **settings)
+    (folder / f"scored.{t.args.process_index}").write_text(str(len(rows)))
+    if t.is_world_process_zero():
+        (folder / "scores.json").write_text(json.dumps(t.train_dataset["context_scores"][:]))
+
+
+JOBS = {"midtrain": midtrain, "scored": scored, "posttrain": posttrain, "forget": forget, "copy": copy, "tokenize": tokenize}
 
 
 def main(path: str) -> None:

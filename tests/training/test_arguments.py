@@ -119,3 +119,11 @@ def test_a_selection_by_its_published_name_can_be_set_on_a_config_that_has_anoth
 def test_a_reward_that_is_a_partial_has_a_name_too():
     args = config(reward_funcs=functools.partial(rewarded))
     assert json.loads(args.to_json_string())["nsp"]["reward"] == "functools.partial"
+
+
+@pytest.mark.parametrize(
+    ("autocast", "given", "loaded"),
+    [({}, None, None), ({"bf16": True}, None, "float32"), ({"bf16": True}, "bfloat16", "bfloat16"), ({}, "float64", "float64")],
+)
+def test_weights_are_trained_in_float32_under_autocast_unless_told_otherwise(tmp_path, autocast, given, loaded):
+    assert ReFINEConfig(output_dir=str(tmp_path), use_cpu=True, **autocast).weights_dtype(given) == loaded

@@ -29,6 +29,19 @@ ALIKE = {
     "one scale within the pass": ("midtrain", {**GROUPS, "schedule": "fused", "lambda_rl": 1.0}, 4, 8),
     "lact, one scale": ("midtrain", {**GROUPS, "family": "lact_swiglu", "selection": "context_kl", "local_window": 8}, 2, 4),
     "several steps from one batch of rollouts": ("midtrain", {**GROUPS, "steps_per_generation": 2}, 2, 1),
+    "lact, several steps from one batch of rollouts": (
+        "midtrain",
+        {**GROUPS, "family": "lact_swiglu", "steps_per_generation": 2},
+        2,
+        4,
+    ),
+    "hybrid, several steps from one batch of rollouts": (
+        "midtrain",
+        {**GROUPS, "family": "qwen3_next", "steps_per_generation": 2},
+        2,
+        4,
+    ),
+    "scores beforehand": ("scored", {**EXACT, "packed": True}, 2, 4),
     "packed": ("midtrain", {"packed": True, "num_generations": 2, "lambda_rl": 1.0}, 2, 4),
     "streamed, twice": ("midtrain", {"streamed": True, "max_steps": 3, "lambda_rl": 1.0}, 2, 8),
     "exact": ("midtrain", EXACT, 2, 4),
@@ -74,11 +87,20 @@ def two(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(jobs: Path, module: str) -> None:
-    """Two processes that run jobs."""
+def launch(jobs: Path, module: str, processes: int = 2) -> None:
+    """Processes that run jobs."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", module, str(jobs)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "-m",
+        module,
+        str(jobs),
+    ]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -121,6 +143,14 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, two, name)
 def test_the_runs_that_are_alike_had_something_to_learn_from(two, name, other):
     a, b = weights_of(two / name), weights_of(two / other)
     assert max(float((a[n] - b[n]).abs().max()) for n in a) > 1e-3
+
+
+def test_scores_made_by_two_processes_are_those_of_one(tmp_path, two):
+    JOBS["scored"](tmp_path, **batches(4, 1), **ALIKE["scores beforehand"][1])
+    one, both = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, two / "scores beforehand"))
+    assert one == both and sum(map(sum, one)) > 0
+    scored = [int((two / "scores beforehand" / f"scored.{rank}").read_text()) for rank in (0, 1)]
+    assert sum(scored) == len(one)  # each row once
 
 
 def test_two_processes_resume_with_the_rollouts_each_had_left(two):

@@ -123,6 +123,35 @@ def test_streams_and_settings_without_scores_are_refused():
         with_context_scores(data(4), build("delta_net"), NSPConfig())
 
 
+def test_processes_begin_with_parts_of_their_own_and_leave_none_out(scored):
+    model, rows = build("delta_net"), data(10)  # parts of 4, 4 and 2 rows
+    second = with_context_scores(rows, model, CONFIG, process=1, processes=2)
+    order = [row["input_ids"] for row in scored.rows]
+    assert order == [rows[i]["input_ids"] for i in (4, 5, 6, 7, 0, 1, 2, 3, 8, 9)]
+    assert second["input_ids"][:] == rows["input_ids"][:]
+    first = with_context_scores(rows, model, CONFIG, process=0, processes=2)
+    assert len(scored.rows) == 10 and first["context_scores"][:] == second["context_scores"][:]
+
+
+def test_scores_are_made_under_the_autocast_of_the_run(tmp_path, monkeypatch):
+    """As its first step would make them online; and not taken for those of a run without."""
+    seen, original = [], scores.with_context_scores
+    monkeypatch.setattr("refine_nsp.training.trainer.with_context_scores", lambda *args: seen.append(args[4]) or original(*args))
+    kept = [
+        trainer(
+            tmp_path / str(bf16), dtype=torch.float32, bf16=bf16, context_scores="cached", selection="context_kl", local_window=8
+        ).train_dataset[0]
+        for bf16 in (True, False)
+    ]
+    assert seen == [torch.bfloat16, None] and kept[0]["context_scores"] != kept[1]["context_scores"]
+
+
+def test_processes_that_have_not_all_of_the_weights_do_not_score(tmp_path, monkeypatch):
+    monkeypatch.setattr("refine_nsp.training.trainer.is_fsdp_enabled", lambda: True)
+    with pytest.raises(RefineError, match=r"fsdp_cpu_ram_efficient_loading .* turn them off, or use context_scores='online'"):
+        trainer(tmp_path, context_scores="cached", selection="context_kl", local_window=8)
+
+
 def test_a_run_waits_for_another_that_scores_the_same(scored):
     """Two at once: every row is scored once, and both have all."""
     model, rows, found = build("delta_net"), data(10), []

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.training.checkpoints import export_checkpoint
+from refine_nsp.training.checkpoints import check_shards, export_checkpoint
 from refine_nsp.training.trainer import sharding_problem
 from tests.models.families import build
 from tests.training.jobs import JOBS
@@ -32,6 +32,15 @@ ALIKE = {
     "lact, exact, gradient_checkpointing": ("midtrain", {**EXACT, **GRADIENTS, "family": "lact_swiglu"}, SHARDED, 4),
     "exact, rows of one process without context": ("midtrain", {**EXACT, **UNEVEN}, SHARDED, 2),
     "exact by segments, fewer on one process": ("midtrain", {**EXACT, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
+    "several steps from one batch of rollouts": ("midtrain", {**ROLLOUTS, "steps_per_generation": 2}, SHARDED, 2),
+    "exact, scores beforehand": ("scored", {**EXACT, **UNEVEN}, SHARDED, 2),
+    "hybrid, checkpointing": ("midtrain", {**EXACT, **UNEVEN, "family": "qwen3_next"}, CHECKPOINTING, 2),
+    "hybrid by segments, checkpointing": (
+        "midtrain",
+        {**EXACT, **UNEVEN, "family": "qwen3_next", "segment_tokens": 17},
+        CHECKPOINTING,
+        2,
+    ),
     "hybrid, exact": ("midtrain", {**EXACT, **UNEVEN, "family": "qwen3_next"}, SHARDED, 2),
     "nested exact": ("posttrain", EXACT, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
@@ -47,8 +56,11 @@ def plain(settings: dict) -> dict:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
+    alone = {**FOUR_STEPS, **batches(4, 1), "fsdp": True, "fsdp_config": SHARDED}
+    run(folder, [("midtrain", "one", {**alone, **SAVED}), ("forget", "one", {"checkpoints": [2, 3, 4]})], 1)
     four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True}
     jobs = [
+        ("midtrain", "one", {**four, "fsdp_config": SHARDED, "resume": True}),
         ("midtrain", "straight", {**four, **SAVED, "fsdp_config": SHARDED}),
         ("copy", "stopped", {"source": str(folder / "straight")}),
         ("forget", "stopped", {"checkpoints": [2, 3, 4]}),
@@ -56,9 +68,15 @@ def two(tmp_path_factory) -> Path:
     ]
     for name, (kind, settings, sharded, size) in ALIKE.items():
         jobs.append((kind, name, {**batches(size, 2), **settings, "fsdp": True, "fsdp_config": sharded}))
-    (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
-    launch(folder / "jobs.json", "tests.training.sharded_jobs")
+    run(folder, jobs, 2)
+    jobs = [("copy", "alone", {"source": str(folder / "straight")}), ("forget", "alone", {"checkpoints": [2, 3, 4]})]
+    run(folder, [*jobs, ("midtrain", "alone", {**alone, "resume": True})], 1)
     return folder
+
+
+def run(folder: Path, jobs: list, processes: int) -> None:
+    (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
+    launch(folder / "jobs.json", "tests.training.sharded_jobs", processes)
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -74,6 +92,24 @@ def test_checkpoints_in_shards_resume(two):
     checkpoint = two / "straight" / "checkpoint-1"
     assert (checkpoint / "pytorch_model_fsdp_0" / ".metadata").exists() and not (checkpoint / "model.safetensors").exists()
     assert_close(weights_of(two / "stopped"), weights_of(two / "straight"), 1e-12)
+
+
+def test_checkpoints_in_shards_resume_on_another_number_of_processes(two):
+    straight = weights_of(two / "straight")
+    assert_close(weights_of(two / "one"), straight, 1e-9)  # from one to two
+    assert_close(weights_of(two / "alone"), straight, 1e-9)  # and from two to one
+
+
+def test_a_run_goes_on_with_weights_as_they_were_saved(tmp_path, two):
+    """In shards or whole."""
+    shards = two / "straight" / "checkpoint-1"
+    with pytest.raises(RefineError, match=r"holds weights in shards, and this run holds them whole; .*refine-nsp export"):
+        JOBS["midtrain"](tmp_path, **FOUR_STEPS, **batches(4, 1), resume=str(shards))
+    check_shards(shards, True)
+    (tmp_path / "model.safetensors").touch()
+    check_shards(tmp_path, False)
+    with pytest.raises(RefineError, match="holds whole weights, and this run shares them out"):
+        check_shards(tmp_path, True)
 
 
 def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def trainer(folder, family: str = "delta_net", dtype=torch.float64, **settings) 
     extra.setdefault("train_dataset", data())
     model = (build if family in FAMILY_NAMES else stateful)(family, dtype=dtype)
     return ReFINETrainer(model=model, args=ReFINEConfig(**{**defaults, **settings}), **extra)
+
+
+def test_weights_too_coarse_for_the_learning_rate_are_said(tmp_path):
+    coarse = dict(dtype=torch.bfloat16, bf16=True, objective="ntp")
+    with pytest.warns(UserWarning, match="trained weights are in bfloat16, .*round"):
+        trainer(tmp_path, learning_rate=1e-6, **coarse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(tmp_path, learning_rate=1.0, **coarse)
+        trainer(tmp_path, learning_rate=1e-6, **{**coarse, "dtype": torch.float32})
 
 
 def weights(t: ReFINETrainer) -> dict[str, torch.Tensor]:

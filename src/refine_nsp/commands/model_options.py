@@ -25,7 +25,7 @@ class ModelArguments:
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.
         tokenizer_name: another tokenizer than the model's.
-        dtype: of the weights (float32, bfloat16); default: the checkpoint's.
+        dtype: of the weights (float32, bfloat16); default: float32 with bf16 or fp16 (autocast), else the checkpoint's.
         use_peft: train LoRA adapters only.
         lora_r, lora_alpha: their rank and scale.
         lora_target_modules: linear layers to adapt.
@@ -45,9 +45,9 @@ class ModelArguments:
         return self.tokenizer_name or self.model_name_or_path
 
 
-def build_model(arguments: ModelArguments) -> nn.Module:
-    """The model, wrapped by PEFT when LoRA adapters are asked for."""
-    model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
+def build_model(arguments: ModelArguments, dtype: str | None) -> nn.Module:
+    """The model in `dtype` (None: the checkpoint's), wrapped by PEFT when LoRA adapters are asked for."""
+    model = load_model(arguments.model_name_or_path, dtype=dtype)
     return with_adapters(model, arguments) if arguments.use_peft else model
 
 

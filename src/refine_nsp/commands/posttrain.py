@@ -43,7 +43,8 @@ def run(argv: Sequence[str]) -> None:
     options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
     config = options.resolved()
-    model = build_model(model_args)
+    dtype = args.weights_dtype(model_args.dtype)
+    model = build_model(model_args, dtype)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     train, validation = prepare_answers(data_args, tokenizer, args.max_length)
@@ -57,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
         raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
     trainer = PostTrainer(
         model=model, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
-        reference_model=load_model(model_args.model_name_or_path) if args.nsp.kl_coef > 0 else None,
+        reference_model=load_model(model_args.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
     start_run(trainer, out, config)

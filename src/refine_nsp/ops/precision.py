@@ -1,9 +1,10 @@
-"""Where automatic mixed precision must not reach: states and cumulative products are kept in float32 or better."""
+"""Where automatic mixed precision must not reach: states and cumulative products are kept in float32 or better; and steps that a dtype is
+too coarse for."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,20 @@ def without_autocast(function: F) -> F:
             return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def share_unmoved(weights: Iterable[Tensor], step: float, at_most: int = 4096) -> float:
+    """Share of weights that a step of this size leaves as they are, up or down: it is less than half of what their dtype can tell apart.
+
+    Of each tensor about `at_most` weights are looked at.
+    """
+    unmoved, total = 0.0, 0
+    for x in weights:
+        some = x.detach().flatten()[:: max(1, x.numel() // at_most)]
+        unmoved += x.numel() * float(((some + step == some) & (some - step == some)).double().mean())
+        total += x.numel()
+    return unmoved / max(1, total)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -151,6 +151,11 @@ class ReFINEConfig(TrainingArguments):
                 "P chunks needs room for a position"
             )
 
+    def weights_dtype(self, dtype: str | None) -> str | None:
+        """What a model that is to be trained is loaded in: `dtype` where one is given; else, under autocast (`bf16`, `fp16`), float32,
+        since small steps would round away in what most checkpoints have; else None, the checkpoint's."""
+        return "float32" if dtype is None and self.mixed_precision != "no" else dtype
+
     def to_dict(self) -> dict[str, Any]:
         """As in transformers (loggers and model cards take it), the method's settings among the others."""
         return {**super().to_dict(), "nsp": self.nsp.as_dict()}

@@ -68,6 +68,21 @@ def check_dealing(folder: Path, own: Dealing) -> None:
         )
 
 
+def check_shards(folder: Path, sharded: bool) -> None:
+    """RefineError unless a checkpoint's weights lie as this run reads them: in shards, or whole."""
+    made = bool([*folder.glob(f"{FSDP_MODEL_NAME}*")])
+    if made and not sharded:
+        raise RefineError(
+            f"{folder} holds weights in shards, and this run holds them whole; launch it with FSDP, as it was made (on any number of "
+            f"processes), or begin a new run from a plain folder: refine-nsp export {folder} FOLDER, then model_name_or_path=FOLDER"
+        )
+    if sharded and not made:
+        raise RefineError(
+            f"{folder} holds whole weights, and this run shares them out (FSDP); launch it without FSDP, as it was made, or begin a new "
+            f"run from the weights (model_name_or_path={folder})"
+        )
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
     numbered = [p for p in folder.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdecimal()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import datasets
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
@@ -26,11 +27,24 @@ from refine_nsp.training.data import collate
 PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
 
 
-def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, config: NSPConfig, quiet: bool = True) -> Dataset:
+def with_context_scores(
+    data: Dataset | IterableDataset,
+    model: nn.Module,
+    config: NSPConfig,
+    quiet: bool = True,
+    autocast: torch.dtype | None = None,
+    process: int = 0,
+    processes: int = 1,
+) -> Dataset:
     """The data with a column `context_scores`, d of every token (as `context_divergence`, float32), read back where they are known.
 
-    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on. Of runs
-    beside each other that need the same scores one computes them, and the others wait.
+    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on. Processes
+    beside each other, of this run or of others that need the same scores, share the parts out: each begins with its own, goes on with
+    what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
+
+    Args:
+        autocast: what products are computed in, where that is not the weights' dtype.
+        process, processes: which of how many this is.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
@@ -40,33 +54,43 @@ def with_context_scores(data: Dataset | IterableDataset, model: nn.Module, confi
         raise RefineError(
             "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
         )
-    key = scores_key(data, model, config)
+    key = scores_key(data, model, config, autocast)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
 
     def scored(row: Mapping[str, Any]) -> dict[str, list[float]]:
-        return {"context_scores": scores_of(row, model, config, gain, device)}
+        with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
+            return {"context_scores": scores_of(row, model, config, gain, device)}
 
     features = datasets.Features({**data.features, "context_scores": datasets.Sequence(datasets.Value("float32"))})
-    parts = []
+    starts = range(0, len(data), PART_ROWS)
+    own_first = sorted(starts, key=lambda start: (start // PART_ROWS - process) % processes)
+    parts: dict[int, Dataset] = {}
     training = model.training
     model.eval()
-    with FileLock(folder / "lock"), step_progress(len(data), 0, "context scores", quiet) as progress:
-        for start in range(0, len(data), PART_ROWS):
+    with step_progress(len(data), 0, "context scores", quiet) as progress:
+        for start, blocking in [(s, False) for s in own_first] + [(s, True) for s in own_first]:
+            if start in parts:
+                continue
             rows = data.select(range(start, min(start + PART_ROWS, len(data))))
             # Named here: to find a name itself, `datasets` would pickle the model for every part.
             part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{key}-{start}"}
-            parts.append(rows.map(scored, features=features, load_from_cache_file=True, **part))
-            progress.advance(sum(map(len, parts[-1]["context_scores"])), len(rows))
+            try:
+                with FileLock(folder / f"part-{start}.lock", blocking=blocking):
+                    parts[start] = rows.map(scored, features=features, load_from_cache_file=True, **part)
+            except Timeout:
+                continue  # somebody is at it
+            progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
     model.train(training)
-    return concatenate_datasets(parts)
+    return concatenate_datasets([parts[start] for start in starts])
 
 
-def scores_key(data: Dataset, model: nn.Module, config: NSPConfig) -> str:
+def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: torch.dtype | None = None) -> str:
     """Name of the scores: they depend on the data, the weights and what is computed with them, and what the score is."""
     gain = wants_gain(config)
-    return Hasher.hash((data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain))
+    settings = (data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain)
+    return Hasher.hash(settings if autocast is None else (*settings, str(autocast)))
 
 
 def model_key(model: nn.Module) -> str:

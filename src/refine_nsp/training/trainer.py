@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
@@ -35,11 +36,14 @@ from refine_nsp.models.load import check_vocabulary
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
+from refine_nsp.ops.precision import share_unmoved
+from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.checkpoints import (
     Dealing,
     check_dealing,
+    check_shards,
     checkpoint_problem,
     last_complete_checkpoint,
     load_pending,
@@ -53,6 +57,9 @@ from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.stream import Stream, check_streaming
 
 P = TypeVar("P", bound=Phase)
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = tuple(AUTOCAST.values())
+UNMOVED = 0.1  # share of weights that a step may leave as they are, before that is said
 
 
 class ReFINETrainer(Trainer):
@@ -90,7 +97,8 @@ class ReFINETrainer(Trainer):
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
         kwargs.setdefault("data_collator", collate)
-        super().__init__(model=model, args=args, **kwargs)
+        with part("loading"):
+            super().__init__(model=model, args=args, **kwargs)
         if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
             warnings.warn(
                 "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
@@ -98,15 +106,15 @@ class ReFINETrainer(Trainer):
                 stacklevel=2,
             )
         self.nsp: NSPConfig = args.nsp
+        self._check_steps()
         if self._is_sharded and (problem := sharding_problem(self.model, args)) is not None:
             raise RefineError(problem)
         self.reference_model = reference_model
         if reference_model is not None:
-            nn.Module.to(reference_model, args.device).eval()
+            to_device(reference_model, args.device).eval()
         self.phase = self.shared(phase if phase is not None else self.make_phase())
         if args.context_scores == "cached" and args.objective == "refine" and self.train_dataset is not None:
-            with args.main_process_first(desc="context scores"):
-                self.train_dataset = with_context_scores(self.train_dataset, self.model, self.nsp, quiet=bool(args.disable_tqdm))
+            self.train_dataset = self._with_context_scores(self.train_dataset)
         if isinstance(self.train_dataset, IterableDataset):
             # As far as steps and data loaders read ahead.
             self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
@@ -117,6 +125,42 @@ class ReFINETrainer(Trainer):
         self._last_log = (time.monotonic(), 0)
         self._tokens_seen = 0
         self._shown_at = -1
+
+    def _check_steps(self) -> None:
+        """A warning where weights are too coarse for the learning rate. FSDP widens them where products are narrower."""
+        args = self.args
+        if self.is_fsdp_enabled and args.mixed_precision != "no":
+            return
+        coarse = [p for p in self.model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
+        if (share := share_unmoved(coarse, args.learning_rate)) > UNMOVED and self.is_world_process_zero():
+            warnings.warn(
+                f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
+                f"of learning_rate={args.learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
+                "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate",
+                stacklevel=3,
+            )
+
+    def _with_context_scores(self, data: Any) -> Any:
+        """The data with context scores by the model as it is, each process scoring a share on its device.
+
+        Raises:
+            RefineError: a process that has not all of the weights yet.
+        """
+        if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+            raise RefineError(
+                "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
+                "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
+                "context_scores='online'"
+            )
+        home, quiet = next(self.model.parameters()).device, bool(self.args.disable_tqdm) or not self.is_world_process_zero()
+        # What FSDP is to share out is whole still, and on the host.
+        to_device(self.model, self.args.device)
+        scored = with_context_scores(
+            data, self.model, self.nsp, quiet, AUTOCAST.get(self.args.mixed_precision),
+            self.args.process_index, self.args.world_size,
+        )  # fmt: skip
+        to_device(self.model, home)
+        return scored
 
     def _replace_callbacks(self) -> None:
         """Our progress instead of transformers', the guard, and a clean end when asked to stop."""
@@ -373,6 +417,7 @@ class ReFINETrainer(Trainer):
                     f"cannot resume from {checkpoint}: {problem}; resume_from_checkpoint=last takes the newest complete one"
                 )
             check_dealing(checkpoint, self.dealing)
+            check_shards(checkpoint, bool(self.is_fsdp_enabled))
             self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
         self._last_log = (time.monotonic(), 0)
         skips = self.args.ignore_data_skip

@@ -10,6 +10,7 @@ from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops import kernels
 from refine_nsp.ops.window_attention import naive_window_attention, window_attention
 from tests.models.families import FAMILY_NAMES, build
+from tests.models.transformers_models import stateful
 
 pytestmark = pytest.mark.gpu
 STEPS = {
@@ -17,13 +18,15 @@ STEPS = {
     "fused": {"schedule": "fused"},
     "snapshot": {"schedule": "snapshot", "num_generations": 2},
 }
+HYBRIDS = ["qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear"]  # models of transformers on flash-linear-attention's kernels
 SETTINGS = {"rollout_length": 3, "positions_per_sequence": 2, "min_prefix": 5, "reward": "hybrid"}
 
 
 def model_of(family, device, dtype):
-    if family == "gated_deltanet" and kernels.chosen().gated:
+    if family != "kimi_linear" and family in ["gated_deltanet", *HYBRIDS] and kernels.chosen().gated:
         pytest.skip(kernels.chosen().gated)
-    return build(family, dtype=torch.float32).to(device, dtype).train()
+    made = stateful if family in HYBRIDS else build
+    return made(family, dtype=torch.float32).to(device, dtype).train()
 
 
 def step_of(model, name, length: int = 70):
@@ -36,7 +39,7 @@ def step_of(model, name, length: int = 70):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet", *HYBRIDS])
 def test_a_step_on_kernels_is_the_step_on_pytorch(device, on_torch, family, name):
     """Under the interpreter in float32, where sampled tokens are the same; a device runs bfloat16, whose rollouts may differ."""
     model = model_of(family, device, torch.float32 if kernels.interpreted() else torch.bfloat16)

@@ -30,6 +30,7 @@ from refine_nsp.errors import RefineError, first_line
 from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModelOutput, check_rows
 from refine_nsp.models.by_reference import EXACT_KINDS, RECURRENT_KINDS, kinds_of
 from refine_nsp.models.keeping import ByReference, ByTokens, Keeping, StatesOfPass
+from refine_nsp.models.layer_kernels import decide_at_each_call
 from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
 from refine_nsp.models.state import FastWeightCache, LayerState
 
@@ -66,6 +67,7 @@ class StatefulTrunk:
     head_factor: float
     plainly: bool
     mixers: list[Any]
+    kernel_names: list[str]  # of other packages, where they can run
 
     @property
     def label(self) -> str:
@@ -75,9 +77,9 @@ class StatefulTrunk:
     @property
     def kernels(self) -> str:
         """What computes it, and how its states are kept, in words."""
-        return (
-            f"transformers' own; states {'by reference' if isinstance(self.keeping, ByReference) else 'read again from tokens'}"
-        )
+        on_device = f", on a CUDA device {', '.join(self.kernel_names)}" if self.kernel_names else ""
+        states = "by reference" if isinstance(self.keeping, ByReference) else "read again from tokens"
+        return f"transformers' own{on_device}; states {states}"
 
     def read(
         self,
@@ -254,11 +256,12 @@ def class_for(config: Any) -> Any:
     return causal_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
-def with_states(model: Any) -> Any:
+def with_states(model: Any, check_states: bool = True) -> Any:
     """A causal model of transformers, in place: it also answers the calls of this package from now on.
 
     Args:
         model: a `PreTrainedModel`, as `AutoModelForCausalLM.from_pretrained` returns it; weights, names and config stay as they are.
+        check_states: run a few tokens to see that states and head are exact; not needed where only sizes count.
 
     Raises:
         RefineError: logits that are more than a matrix product of the last hidden state (and a known scale).
@@ -267,7 +270,8 @@ def with_states(model: Any) -> Any:
         return model
     model.__class__ = causal_class(type(model))  # type: ignore[arg-type]
     _install(model)
-    check(model)
+    if check_states:
+        check(model)
     return model
 
 
@@ -276,6 +280,7 @@ def _install(model: Any) -> None:
     trunk.__class__ = trunk_class(type(trunk))  # type: ignore[arg-type]
     trunk.plainly = False
     trunk.head_factor = head_factor(model.config)
+    trunk.kernel_names = decide_at_each_call(trunk)
     kinds = kinds_of(trunk.config)[0]
     by_reference = set(kinds) <= set(EXACT_KINDS) and not (OLD and set(kinds) & set(RECURRENT_KINDS))
     trunk.keeping = ByReference(trunk) if by_reference else ByTokens(trunk)
@@ -393,20 +398,20 @@ def _state_error(keeping: ByReference, ids: Tensor) -> float:
     return max((float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-12)) for a, b in pairs), default=0.0)
 
 
+@torch.enable_grad()
 def _forgets(keeping: ByReference, ids: Tensor) -> bool:
-    """Whether it makes no difference to the first recurrent layer what its state was, as in Jamba; rounding could hide that elsewhere."""
+    """Whether a recurrent layer's state does not come from the one before where several tokens follow, as in Jamba.
+
+    Asked of the graph that the layer leaves. Values would not tell: what is left of a state after a few tokens may be below rounding.
+    """
     _, states = keeping.run(ids[:, :4], None, torch.full((2, 1), 3))
     assert states is not None
-    first = next((i for i, layer in enumerate(states.layers) if "recurrent_0" in layer), None)
-    if first is None:
-        return False
-    blank = FastWeightCache([_blank(layer) for layer in states.layers], states.lengths, states.columns)
-    after = [keeping.run(ids[:, 4:], s, torch.full((2, 1), ids.shape[1] - 5))[1] for s in (states, blank)]
-    return torch.equal(*(s.layers[first]["recurrent_0"] for s in after if s is not None))
-
-
-def _blank(layer: LayerState) -> LayerState:
-    return {name: torch.zeros_like(x) if name.startswith("recurrent") else x for name, x in layer.items()}
+    before: list[LayerState] = [{name: x.detach().requires_grad_() for name, x in layer.items()} for layer in states.layers]
+    _, states = keeping.run(ids[:, 4:6], FastWeightCache(before, states.lengths, states.columns), torch.full((2, 1), 1))
+    assert states is not None
+    pairs = [(x, states.layers[i][name]) for i, layer in enumerate(before) for name, x in layer.items() if "recurrent" in name]
+    found = [torch.autograd.grad(after.sum(), x, retain_graph=True, allow_unused=True)[0] for x, after in pairs]
+    return bool(found) and (any(g is None for g in found) or not any(g.any() for g in found if g is not None))
 
 
 def _few_tokens(module: Any, rows: int, count: int) -> Tensor:

@@ -1,0 +1,68 @@
+"""Whether a function of transformers' layers runs on a kernel, asked at each call.
+
+Where flash-linear-attention, mamba-ssm or causal-conv1d is installed, transformers puts its kernels in the place of the layers' own PyTorch
+code when a layer's file is imported, whatever device the tensors will be on. But a kernel takes tensors of a CUDA device alone, and a
+model that is loaded starts on the CPU. So here the device of the tensors and `ops/kernels.py` decide, as for this package's own families.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from refine_nsp.ops import kernels
+
+
+def decide_at_each_call(trunk: nn.Module) -> list[str]:
+    """Bind the kernels of `trunk`'s layers to tensors they can run on; return their names.
+
+    A layer finds them in the file of transformers that it comes from, so all models of that file are served, with states or without.
+    """
+    names = []
+    for file in sorted({type(module).__module__ for module in trunk.modules()}):
+        for name, function in list(vars(sys.modules[file]).items()):
+            kernel = substitute_of(function)
+            if kernel is not None:
+                function = deciding(function, kernel)
+                setattr(sys.modules[file], name, function)
+            if hasattr(function, "kernel_name"):
+                names.append(function.kernel_name)
+    return sorted(set(names))
+
+
+def substitute_of(function: Any) -> Callable[..., Any] | None:
+    """The kernel that transformers calls in the place of a layer's own function, or None."""
+    if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
+        return None
+    kernel = inspect.getclosurevars(function).nonlocals.get("implementation")  # of `use_kernel_func_from_hub_with_fallback`
+    return None if kernel is function.__wrapped__ else kernel
+
+
+def deciding(function: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which calls `kernel`, where that runs; elsewhere the layer's own PyTorch code."""
+    own, package = function.__wrapped__, kernel.__module__.partition(".")[0]  # type: ignore[attr-defined]
+    runs = functools.partial(_delta_rule_runs, gated="gated" in kernel.__name__) if package == "fla" else _runs
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        # Packed sequences are kept apart by kernels alone; the layers' own code would mix them without a word.
+        packed = any(kwargs.get(name) is not None for name in ("cu_seqlens", "seq_idx"))
+        return (function if packed or runs(x) else own)(*args, **kwargs)
+
+    call.kernel_name = f"{kernel.__name__} ({package})"  # type: ignore[attr-defined]
+    return call
+
+
+def _delta_rule_runs(queries: Tensor, gated: bool) -> bool:
+    """queries [B, T, H, Dk]."""
+    return kernels.delta_rule_runs(queries, queries.dtype, queries.shape[-1], gated)
+
+
+def _runs(x: Tensor) -> bool:
+    return x.is_cuda and kernels.wanted() != "torch"

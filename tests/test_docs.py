@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,7 @@ def test_the_papers_recipes_train_on_its_tokens(name):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    warnings.filterwarnings("error", message=".*cannot be handed over exactly")
     exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 

@@ -24,7 +24,7 @@ from refine_nsp.models.keeping import ByReference, ByTokens
 from refine_nsp.models.load import load_model
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.step import ReFINEStep
-from tests.models.transformers_models import COMMON, NAMES, Float64Stays, plain, skip_if_old, stateful
+from tests.models.transformers_models import COMMON, CONFIGS, NAMES, RECURRENT, Float64Stays, plain, skip_if_old, stateful
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
 TIGHT = dict(rtol=1e-9, atol=1e-11)
@@ -120,7 +120,7 @@ def test_cached_equals_uncached_and_padded_equals_alone(name, float64):
     torch.testing.assert_close(rest[1], expected * model.model.head_factor, **TIGHT)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "granite_4", "llama"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_closed_form_is_that_of_the_plain_model_s_logits(name, float64):
     model, original, ids, K = stateful(name).train(), plain(name), tokens(), 2
     scores = torch.rand(3, T, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -262,6 +262,23 @@ def test_peft_wraps_it_as_any_model_of_transformers():
     step(tokens(), lengths=LENGTHS, generator=torch.Generator().manual_seed(0)).loss.backward()
     grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
     assert grads and all(g is not None and bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "qwen3_5" else pytest.param(name, marks=pytest.mark.slow) for name in [*RECURRENT, "llama"]]
+)
+def test_any_random_model_keeps_its_states_by_reference(name):
+    """Heads that decay within a few tokens included, as weights drawn by transformers have them."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        skip_if_old(model)
+        assert isinstance(with_states(model).model.keeping, ByReference), seed
+
+
+def test_the_check_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(hybrid, "check", None)
+    with_states(plain("llama"), check_states=False)
 
 
 # --- what cannot be exact ---------------------------------------------------------------------------------------------

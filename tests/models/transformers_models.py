@@ -66,6 +66,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }  # fmt: skip
 NAMES = list(CONFIGS)
+RECURRENT = [name for name in NAMES if name not in ("llama", "qwen3", "mistral")]
 
 
 class Float64Stays(TorchFunctionMode):

@@ -10,10 +10,12 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.evaluation.documents import continuation_match, score_document
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, chosen_parameters
+from tests.models.transformers_models import NAMES as ALL
 from tests.models.transformers_models import plain, stateful
 from tests.training import test_nested, test_trainer
 
-NAMES = ["qwen3_next", "bamba", "llama"]
+QUICK = ["qwen3_next", "bamba", "llama"]
+NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL if name not in QUICK)]
 SHORT = {"min_prefix": 4, "positions_per_sequence": 2, "rollout_length": 3, "local_window": 6}
 
 

@@ -229,7 +229,8 @@ def causal_class(plain: Any) -> Any:
 
     def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         # `save_pretrained` may write other names than the model's (experts one by one); resuming reads them back by name alone,
-        # and would leave what it does not find as it is.
+        # and would leave what it does not find as it is. transformers converts names only while it loads (the way back, at saving, is a
+        # function of its own), and its steps are internal and change from release to release: so a second model is loaded for its names.
         if not strict and state_dict.keys() - self.state_dict().keys():
             state_dict = (
                 type(self).from_pretrained(None, config=self.config, state_dict=state_dict, dtype=self.dtype).state_dict()

@@ -4,8 +4,10 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.hybrid import with_states
 from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops import kernels
 from refine_nsp.ops.window_attention import naive_window_attention, window_attention
@@ -39,7 +41,7 @@ def step_of(model, name, length: int = 70):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet", *HYBRIDS])
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet", *(pytest.param(h, marks=pytest.mark.cuda) for h in HYBRIDS)])
 def test_a_step_on_kernels_is_the_step_on_pytorch(device, on_torch, family, name):
     """Under the interpreter in float32, where sampled tokens are the same; a device runs bfloat16, whose rollouts may differ."""
     model = model_of(family, device, torch.float32 if kernels.interpreted() else torch.bfloat16)
@@ -51,6 +53,37 @@ def test_a_step_on_kernels_is_the_step_on_pytorch(device, on_torch, family, name
         torch.testing.assert_close(ours.loss_ntp, theirs.loss_ntp, rtol=2e-2, atol=0)
     if name == "exact":
         assert torch.nn.functional.cosine_similarity(gradient, expected, 0) > 0.95
+
+
+def test_a_layer_of_transformers_on_kernels_is_its_own_code(device, on_torch):
+    """Outputs, what goes on from a snapshot, and gradients; whole steps of several layers take the interpreter too long."""
+    torch.manual_seed(0)
+    heads = dict(linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    config = Qwen3_5TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, layer_types=["linear_attention"],
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, **heads,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    model = with_states(model.to(device, torch.float32 if kernels.interpreted() else torch.bfloat16), check_states=False)
+    if kernels.chosen().gated:
+        pytest.skip(kernels.chosen().gated)
+    ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def run():
+        out = model.model(ids, snapshot_positions=torch.tensor([[6]]))
+        rest = model.model(ids[:, :3], past_key_values=out.snapshots, use_cache=False).last_hidden_state
+        model.zero_grad()
+        (out.last_hidden_state.sin().sum() + rest.sin().sum()).backward()
+        gradient = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+        return out.last_hidden_state, rest, gradient
+
+    tolerance = 1e-4 if kernels.interpreted() else 5e-2
+    for ours, theirs in zip(run(), on_torch(run), strict=True):
+        assert (ours - theirs).float().norm() < tolerance * theirs.float().norm()
+        assert not torch.equal(ours, theirs)  # another code did run
 
 
 @pytest.mark.cuda

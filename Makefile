@@ -36,10 +36,10 @@ quickstart: $(CORE)
 PROCESSES := -n auto --maxprocesses 8 --dist worksteal
 
 test: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PROCESSES) -m "not slow" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PROCESSES) -m "not slow" --durations=10 -rs
 
 test-all: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PROCESSES) --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PROCESSES) --durations=10 -rs
 
 # On a CUDA device; without one the tests are skipped, unless TRITON_INTERPRET=1 runs the kernels on the CPU (Triton is needed).
 test-gpu: $(GPU)
@@ -55,7 +55,7 @@ test-interpreter: $(ALL)
 		flash-linear-attention fla-core einops triton==3.7.1
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/interpreter $(BIN)/python -m pytest -q tests/gpu
 
-# The wheel on every Python found, with the newest and the lowest releases of what it needs: minutes and gigabytes of downloads.
+# The wheel on Python 3.10 to 3.13 (or those of WHEEL_PYTHONS), with the newest and the lowest releases of what it needs: minutes and gigabytes of downloads.
 test-wheel:
 	bash tests/wheel.sh
 

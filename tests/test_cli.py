@@ -12,7 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 import refine_nsp
+from refine_nsp import environment
 from refine_nsp.cli import main
+from refine_nsp.config import PRESETS
 from refine_nsp.models.load import SHIPPED, load_model
 from refine_nsp.ops import kernels
 from tests.models import transformers_models
@@ -117,6 +119,52 @@ def test_help_shows_types_choices_and_what_the_preset_makes_the_default(capsys, 
     assert all(len(line) <= 131 for line in preset.splitlines())
 
 
+def test_help_is_ours_where_transformers_says_little(capsys):
+    assert main(["midtrain", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert line_of(shown, "resume_from_checkpoint").startswith("TEXT `last`: go on from the newest whole checkpoint")
+    assert "less memory, more time" in line_of(shown, "gradient_checkpointing") and "eprecated" not in shown
+    assert main(["midtrain", "--help_all"]) == 0
+    everything = capsys.readouterr().out
+    assert line_of(everything, "dataloader_in_order").endswith("[True]")
+
+
+AS_COMMAND = "import sys; sys.argv[0] = '/somewhere/refine-nsp'; from refine_nsp.cli import main; "
+
+
+def as_command(code: str) -> subprocess.CompletedProcess[str]:
+    """What happens in a process that was started as `refine-nsp`."""
+    return subprocess.run([sys.executable, "-c", AS_COMMAND + code], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_load_no_library(word):
+    done = as_command(f"assert main([{word!r}]) == 0; assert not {{'torch', 'transformers', 'numpy'}} & set(sys.modules)")
+    assert done.returncode == 0 and "refine-nsp" in done.stdout, done.stderr
+
+
+def test_the_packages_names_are_there_in_the_command_too():
+    done = as_command("import refine_nsp; print([getattr(refine_nsp, n).__name__ for n in refine_nsp.__all__])")
+    assert done.returncode == 0 and "ReFINETrainer" in done.stdout and "DeltaNetForCausalLM" in done.stdout, done.stderr
+
+
+def test_sigterm_while_libraries_are_loaded_ends_quietly():
+    loading = "import importlib, os, signal; importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGTERM); "
+    done = as_command(loading + "main(['midtrain', '--help'])")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ("init", "add a.py", "-c user.name=a -c user.email=a@b commit -m a"):
+        (tmp_path / "a.py").touch()
+        subprocess.run(["git", *words.split()], check=True, capture_output=True)
+    (tmp_path / "installed.py").touch()  # as in an environment inside a repository
+    assert len(environment.commit_of(tmp_path / "a.py") or "") == 40
+    assert environment.commit_of(tmp_path / "installed.py") is None
+    assert environment.environment()["commit"] == environment.commit_of(Path(environment.__file__))
+
+
 def test_the_method_has_the_same_settings_for_training_test_time_and_inspect():
     from refine_nsp.commands.inspect import InspectArguments
     from refine_nsp.commands.model_options import TEST_TIME
@@ -218,6 +266,45 @@ def test_bad_words_are_answered_with_the_nearest(tmp_path, text, capsys):
     fails(capsys, ["pretrain", "--config", str(bad)], "key: value")
 
 
+def test_values_of_another_type_are_one_line(tmp_path, text, capsys):
+    for argv, words in (
+        (
+            tiny(tmp_path, text, "--max_steps", "abc"),
+            "--max_steps/--max-steps: invalid int value: 'abc'; `refine-nsp midtrain --help`",
+        ),
+        (["generate", "--top_k", "x"], "invalid int value: 'x'; `refine-nsp generate --help`"),
+        (["report"], "required: runs; `refine-nsp report --help`"),
+        (["--wrong"], "--wrong; `refine-nsp --help`"),
+        (["midtrain", "--config"], "--config: expected one argument; `refine-nsp midtrain --help`"),
+    ):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("refine-nsp: ") and said.count("\n") == 1 and words in said, said
+
+
+def test_values_out_of_range(tmp_path, text, capsys):
+    fails(capsys, ["generate", "--prompt", "a", "--top_k", "-3"], "--top_k must be at least 1, or 0 for all tokens, got -3")
+    fails(capsys, ["generate", "--prompt", "a", "--top_p", "7"], "--top_p must be above 0 and at most 1, got 7.0")
+    fails(
+        capsys, tiny(tmp_path, text, "--learning_rate", "-1", "--dry_run"), "learning_rate must be a finite number of at least 0"
+    )
+    (tmp_path / "t.txt").write_text(TEXT[:1200])
+    page = ["--output", str(tmp_path / "t.txt" / "x.html")]
+    fails(capsys, ["inspect", BASE, str(text), "--max_tokens", "300", *page], "t.txt is a file, so nothing can be written")
+
+
+@pytest.mark.parametrize("command", ["midtrain", "posttrain"])
+def test_reporting_to_what_is_not_installed_is_known_before_any_work(tmp_path, text, capsys, monkeypatch, command):
+    from refine_nsp.commands import midtrain
+
+    monkeypatch.setattr(midtrain, "get_available_reporting_integrations", lambda: ["wandb"])
+    argv = [command, *tiny(tmp_path, text, "--dry_run")[1:]]
+    argv[argv.index("--report_to") + 1] = "tensorboard"
+    fails(capsys, argv, "--report_to tensorboard needs a package that is not installed: pip install tensorboard")
+    argv[argv.index("--report_to") + 1] = "wandbb"
+    fails(capsys, argv, "did you mean 'wandb'")
+
+
 def test_bad_data_and_settings(tmp_path, text, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
@@ -297,6 +384,41 @@ def test_a_full_disk_and_ctrl_c_end_in_one_line(tmp_path, text, capsys, monkeypa
 def test_debug_shows_the_traceback(tmp_path, text):
     with pytest.raises(ValueError, match="no file or folder"):
         main([*tiny(tmp_path, tmp_path / "missing.txt"), "--debug"])
+
+
+def test_shipped_recipes_are_found_by_name_wherever_one_is(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = ["--dataset_name", str(text), "--use_cpu", "--bf16", "False", "--dry_run"]
+    assert main(["midtrain", "--config", "recipes/midtrain_exact.yaml", *named]) == 0
+    assert "exact" in capsys.readouterr().out
+    fails(capsys, ["midtrain", "--config", "recipes/midtrain_exakt.yaml", *named], "did you mean 'recipes/midtrain_exact.yaml'")
+    fails(capsys, ["midtrain", "--config", "recipes/../x.yaml", *named], "no configuration file recipes/../x.yaml")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "midtrain_exact.yaml").write_text("max_steps: 77\n")  # what is here goes first
+    assert main(["midtrain", "--config", "recipes/midtrain_exact.yaml", *named]) == 0
+    assert "77" in capsys.readouterr().out
+
+
+def test_a_saved_configuration_has_what_was_set_and_gives_the_run_again(tmp_path, text):
+    """Also one that went on from a checkpoint, in a folder without any."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: exact\nrollout_length: 5\nlearning_rate: 1.0e-3\n")  # 5 is the default, but not the preset's
+    saving = ["--config", str(file), "--save_strategy", "steps", "--save_steps", "1"]
+    assert main(tiny(tmp_path, text, *saving)) == 0
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert main(tiny(tmp_path, text, *saving, "--resume_from_checkpoint", "last")) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    from_preset = {"reward_funcs" if name == "reward" else name for name in PRESETS["exact"]}
+    flags = {w[2:] for w in tiny(tmp_path, text) if w.startswith("--")} | {
+        "preset",
+        "rollout_length",
+        "learning_rate",
+        "save_steps",
+    }
+    assert flags - {"report_to", "save_strategy"} <= set(saved) <= flags | from_preset, saved  # but for what is the default
+    assert saved["rollout_length"] == 5
+    assert main(["midtrain", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == weights
 
 
 def test_recipes_are_understood(tmp_path, text, capsys):

@@ -3,25 +3,28 @@
 Importing the package registers DeltaNet, Gated DeltaNet and LaCT with transformers' Auto classes.
 """
 
+import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models import (
-    DeltaNetConfig,
-    DeltaNetForCausalLM,
-    FastWeightCache,
-    GatedDeltaNetConfig,
-    GatedDeltaNetForCausalLM,
-    LaCTConfig,
-    LaCTForCausalLM,
-    load,
-    with_states,
-)
-from refine_nsp.nsp.step import ReFINEStep
 
 if TYPE_CHECKING:
+    from refine_nsp.models import (
+        DeltaNetConfig,
+        DeltaNetForCausalLM,
+        FastWeightCache,
+        GatedDeltaNetConfig,
+        GatedDeltaNetForCausalLM,
+        LaCTConfig,
+        LaCTForCausalLM,
+        load,
+        with_states,
+    )
+    from refine_nsp.nsp.step import ReFINEStep
     from refine_nsp.training import PostTrainer, PostTrainingConfig, ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrainer
 
 try:
@@ -49,12 +52,17 @@ __all__ = [
     "load",
     "with_states",
 ]
+# The trainers pull in accelerate and datasets; inference should not pay for them.
+_TRAINING = ("PostTrainer", "PostTrainingConfig", "ReFINEConfig", "ReFINETrainer", "TestTimeConfig", "TestTimeTrainer")
 
 
 def __getattr__(name: str) -> Any:
-    # The trainers pull in accelerate and datasets; inference should not pay for them.
-    if name in __all__:
-        from refine_nsp import training
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = "training" if name in _TRAINING else "nsp.step" if name == "ReFINEStep" else "models"
+    return getattr(importlib.import_module(f"refine_nsp.{room}"), name)
 
-        return getattr(training, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+# Registers the models. The command does so where it loads one: its help needs neither torch nor transformers.
+if Path(*sys.argv[:1]).stem != "refine-nsp":
+    from refine_nsp import models as models

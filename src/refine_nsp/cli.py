@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import signal
@@ -10,8 +9,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from logging import getLogger as logger
+from types import FrameType
 
-from refine_nsp.commands import COMMANDS, FROM_DATACLASSES
+from refine_nsp.commands import COMMANDS, FROM_DATACLASSES, Parser
 from refine_nsp.environment import keep_freed_memory
 from refine_nsp.stopping import TERMINATED_CODE, Terminated, terminate
 
@@ -25,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
     main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    previous = signal.signal(signal.SIGTERM, end_at_once) if main_thread else None
     try:
         return dispatch(words)
     except KeyboardInterrupt:
@@ -61,10 +63,11 @@ def describe(error: Exception) -> str:
 
 
 def dispatch(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="refine-nsp", description="Train fast-weight language models on next-sequence prediction (ReFINE).",
         epilog="`refine-nsp COMMAND --help` explains a command. --debug shows tracebacks.",
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"refine-nsp {own_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -80,13 +83,28 @@ def dispatch(words: list[str]) -> int:
     module = importlib.import_module(f"refine_nsp.commands.{name}")
     quiet_libraries()
     keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
     if name in FROM_DATACLASSES:
         module.run(rest)
         return 0
-    own = argparse.ArgumentParser(prog=f"refine-nsp {name}", description=module.__doc__, allow_abbrev=False)
+    own = Parser(prog=f"refine-nsp {name}", description=module.__doc__, allow_abbrev=False)
     module.add_arguments(own)
     module.run(own.parse_args(rest))
     return 0
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler of SIGTERM for the start, when there is nothing to clean up and libraries are halfway loaded."""
+    os._exit(TERMINATED_CODE)
+
+
+def own_version() -> str:
+    """As installed."""
+    try:
+        return version("refine-nsp")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def quiet_libraries() -> None:
@@ -96,6 +114,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # What a parser stumbled on, attempts to reach the hub: our one line says what came of it.
+    logger("datasets").setLevel("CRITICAL")
+    logger("huggingface_hub").setLevel("ERROR")
 
 
 if __name__ == "__main__":

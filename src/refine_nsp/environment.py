@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
@@ -30,12 +31,18 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
     facts |= {name: installed(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
     facts |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "seed": seed}
+    return facts | {"commit": commit_of(Path(__file__).resolve())}
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of the repository that a file is kept in; None where it is in none, whatever repository lies around it."""
+    at = ["git", "-C", str(file.parent)]
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-        facts["commit"] = commit.stdout.strip() or None
-    except OSError:
-        facts["commit"] = None
-    return facts
+        kept = subprocess.run([*at, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=False)
+        commit = subprocess.run([*at, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() or None if kept.returncode == 0 else None
 
 
 def devices() -> list[dict[str, str]]:

@@ -15,9 +15,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None
-)
+
+def find_chromium() -> str | None:
+    """The one that the variable CHROMIUM names, else one on the path, else playwright's (`playwright install chromium`)."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    on_path = [path for name in (os.environ.get("CHROMIUM", ""), *names) if (path := shutil.which(name))]
+    theirs = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache" / "ms-playwright"))
+    return next(iter([*on_path, *(str(p) for p in sorted(theirs.glob("chromium*/chrome-*/*")) if p.name in PLAYWRIGHTS)]), None)
+
+
+PLAYWRIGHTS = ("chrome", "headless_shell", "chrome-headless-shell")
+CHROMIUM = find_chromium()
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-extensions --hide-scrollbars --remote-debugging-pipe"

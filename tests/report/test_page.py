@@ -1,18 +1,29 @@
 """Pages in a real browser: on a phone and on a desk, in the light and in the dark."""
 
 import json
+import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from refine_nsp.files import write_atomically
+from refine_nsp.cli import main
+from refine_nsp.evaluation.run import TaskResult, rows_path, summarise
+from refine_nsp.evaluation.tasks import Row
+from refine_nsp.files import append_json_lines, write_atomically
 from refine_nsp.report import html, plots
+from refine_nsp.report.evaluation import write_evaluation
 from refine_nsp.report.runs import report
+from refine_nsp.tiny import quickstart
+from refine_nsp.tiny.measures import write_curves
 from tests.report.browser import CHROMIUM, Browser, browser
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="NO PAGE WAS LOOKED AT: no Chromium here; install one, or name one in the variable CHROMIUM"
+)
 LONG = "deltanet_context_lambda0.2_positions8_rollouts8_temperature1.0_learningrate3e-4_seed0_second_try"
 NAMES = ("a/mid", "b/mid", LONG, "<b>bold<script>alert(1)<", "e", "f", "g", "no_evaluation", "i")
+PAGES = ("nine", "drawings", "evaluation", "comparison", "inspect", "quickstart", "pretraining")
 SIZES = [(width, dark) for width in (390, 768, 1440) for dark in (False, True)]
 
 # Contrast of every piece of text with what lies behind it: backgrounds of its ancestors, and in a drawing the shape under its middle.
@@ -54,6 +65,24 @@ OVERLAPS = """[...document.querySelectorAll('.drawing svg, .drawing > svg')].fla
   const boxes = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
   return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
     p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1).map(([b, q]) => [a, b])); })"""
+# Words of tables, headings and notes that run into others or out of their cell.
+HTML_OVERLAPS = """(() => {
+  const shown = [...document.querySelectorAll('h1,h2,p,li,td,th,figcaption,summary,caption')].filter(e => !e.closest('svg') &&
+    e.textContent.trim() && !e.querySelector('p,li,td,th,figcaption,summary,svg'));
+  const boxes = shown.map(e => { const range = document.createRange(); range.selectNodeContents(e);
+    return [e, range.getBoundingClientRect()]; });
+  const pinned = e => getComputedStyle(e).position === 'sticky';
+  const bad = boxes.filter(([e, p]) => e.matches('td,th') && p.right > e.getBoundingClientRect().right + 1)
+    .map(([e]) => ['out of its cell', e.textContent.slice(0, 40)]);
+  for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
+    const [a, p] = boxes[i], [b, q] = boxes[j];
+    if (!pinned(a) && !pinned(b) && !a.contains(b) && !b.contains(a) && p.left < q.right - 1 && q.left < p.right - 1 &&
+        p.top < q.bottom - 2 && q.top < p.bottom - 2 && a.closest('table') === b.closest('table'))
+      bad.push([a.textContent.slice(0, 40), b.textContent.slice(0, 40)]);
+  }
+  return bad.slice(0, 5);
+})()"""
+OPEN = "document.querySelectorAll('details').forEach(d => d.open = true)"
 CUT = """[...document.querySelectorAll('.drawing > svg')].flatMap(svg => { const s = svg.getBoundingClientRect();
   return [...svg.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();
     return r.left < s.left - 1 || r.right > s.right + 1 || r.top < s.top - 1 || r.bottom > s.bottom + 1; }).map(t => t.textContent); })"""
@@ -81,6 +110,60 @@ def run_folder(path: Path, i: int) -> Path:
     return path
 
 
+def evaluation(folder: Path, seed: int) -> tuple[Path, list[TaskResult]]:
+    """What an evaluation leaves: needles, questions with long answers, documents, ready-made prompts."""
+    rng, tasks = random.Random(seed), {}
+    for task in ("niah_single_1", "niah_multikey_2", "hotpotqa", LONG):
+        tasks[task] = []
+        for i in range(12):
+            scores = {"fraction_match": rng.random(), "any_match": float(i % 2)}
+            meta = {
+                "length": 2 ** (9 + i % 4),
+                "depth": i % 5 / 5,
+                "adapt_seconds": 1.5,
+                "answer_seconds": 0.1,
+                "extra_bytes": 2**24,
+            }
+            tasks[task].append(Row(f"{task}/{i}", "an answer that goes on " * 6, ["the reference", "<b>"], scores, meta=meta))
+    figures = [{"loss": 2 + rng.random(), "accuracy": rng.random()} for _ in range(4)]
+    tasks["ntp"] = [Row(f"ntp/{i}", "", [], f, 100.0, {"buckets": {"0": f, "1024": f}}) for i, f in enumerate(figures)]
+    for task, rows in tasks.items():
+        append_json_lines(rows_path(folder, task, None), [asdict(r) for r in rows])
+    (folder / "results.json").write_text(json.dumps({"tasks": [{"name": task} for task in tasks]}))
+    return folder, [summarise(task, rows) for task, rows in tasks.items()]
+
+
+def pretraining(folder: Path) -> Path:
+    folder.mkdir()
+    probes = {
+        f"{family}_{n}": {"greedy": 0.5, "tokens": 0.6, "log_p": -1.0}
+        for family in ("facts", "listing_held_out")
+        for n in (256, 1024)
+    }
+    append_json_lines(
+        folder / "metrics.jsonl", [{"step": s, "loss": 3 / s, "eval_loss": 3.1 / s, "probes": probes} for s in (1, 2, 3)]
+    )
+    return write_curves(folder)
+
+
+def quickstart_page(folder: Path) -> Path:
+    rng, settings = random.Random(0), quickstart.settings(False)
+    for i, arm in enumerate(("ntp", "exact")):
+        run_folder(folder / f"{arm}-seed0", i)
+    results = {}
+    for arm in ("base", *quickstart.ARMS):
+        grid = [[rng.random() for _ in settings.lengths] for _ in settings.depths]
+        results[arm] = [{**{k: rng.random() for k in quickstart.FIGURES}, "seconds": 60.0, "map": grid} for _ in range(3)]
+    return quickstart.write_report(folder, settings, results, "refine-nsp/tiny-delta-net", None)
+
+
+def picture(folder: Path) -> Path:
+    (folder / "text.py").write_text("".join(f"def function_{i}(argument):\n    return argument + {i}\n\n" for i in range(30)))
+    argv = ["inspect", "refine-nsp/tiny-delta-net", str(folder / "text.py"), "--num_generations", "2", "--max_tokens", "300"]
+    assert main([*argv, "--output", str(folder / "inspect.html")]) == 0
+    return folder / "inspect.html"
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
     """A report of nine runs, and a page with the other kinds of drawing."""
@@ -92,7 +175,16 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     labels = ["recall: greedy exact match", "held-out text: loss", "log p of the answer"]
     forest = plots.forest_plot(points, labels, "difference", "percentage points above NTP")
     other = html.page("Drawings", "two kinds", [html.Section("Where", html.plots(heat, forest))])
+    (a, results), (b, _) = evaluation(folder / "one", 0), evaluation(folder / LONG, 1)
+    assert main(["compare", str(a), str(b), "--output", str(folder / "comparison.html")]) == 0
     return {
+        "evaluation": write_evaluation(
+            a, results, "tasks:\n- " + "niah_single_1 " * 30, json.dumps({"torch": "2.13.0"}, indent=1)
+        ),
+        "comparison": folder / "comparison.html",
+        "inspect": picture(folder),
+        "quickstart": quickstart_page(folder / "quickstart"),
+        "pretraining": pretraining(folder / "pretraining"),
         "nine": report(runs, folder / "nine.html"),
         "drawings": write_atomically(folder / "drawings.html", other),
     }
@@ -104,18 +196,22 @@ def chromium():
         yield one
 
 
-@pytest.mark.parametrize("name", ["nine", "drawings"])
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_scrolls_sideways_overlaps_complains_or_is_fetched(chromium: Browser, pages: dict[str, Path], name: str):
     for width, dark in SIZES:
         chromium.open(pages[name], width, dark)
+        chromium.run(OPEN)
         assert chromium.run("document.documentElement.scrollWidth") <= width
         assert chromium.run("document.documentElement.clientWidth") == width
-        assert chromium.run(OVERLAPS) == [] and chromium.run(CUT) == []
+        assert chromium.run(
+            "[...document.querySelectorAll('caption > *')].every(c => c.getBoundingClientRect().right <= innerWidth)"
+        )
+        assert chromium.run(OVERLAPS) == [] and chromium.run(CUT) == [] and chromium.run(HTML_OVERLAPS) == []
         assert chromium.complaints() == [] and chromium.requests() == [pages[name].resolve().as_uri()]
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("name", ["nine", "drawings"])
+@pytest.mark.parametrize("name", PAGES)
 def test_text_and_lines_stand_out(chromium: Browser, pages: dict[str, Path], name: str, dark: bool):
     chromium.open(pages[name], 1440, dark)
     background = chromium.run("getComputedStyle(document.body).backgroundColor")
@@ -123,7 +219,7 @@ def test_text_and_lines_stand_out(chromium: Browser, pages: dict[str, Path], nam
     found = chromium.run(CONTRAST)
     assert found["seen"] > 40 and found["bad"] == []
     lines = set(chromium.run(LINES))
-    assert lines
+    assert lines or name == "comparison"
     for colour in lines:
         assert contrast(colour, background) >= 3, colour
 

@@ -1,5 +1,9 @@
 """The commands of `refine-nsp`, one module each: `add_arguments(parser)` or `options_of()`, and `run(...)`."""
 
+import argparse
+import sys
+from typing import NoReturn
+
 COMMANDS = {
     "quickstart": "mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline)",
     "pretrain": "make a tiny base model from the text on this machine",
@@ -24,3 +28,18 @@ FROM_DATACLASSES = (
     "inspect",
     "estimate",
 )  # flags and YAML; the others have a few flags of their own
+USAGE = 2  # exit code where a flag's value is not of its type
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all our errors; its usage is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(self.prog, message)
+
+
+def refuse(program: str, message: str) -> NoReturn:
+    """End for flags that cannot be read."""
+    text = " ".join(message.split())
+    sys.stderr.write(f"refine-nsp: {text if len(text) <= 600 else text[:600] + '…'}; `{program} --help` explains the flags\n")
+    raise SystemExit(USAGE)

@@ -1,6 +1,6 @@
 """`refine-nsp completion SHELL`: a script for the shell, so that Tab completes commands, flags, choices and files.
 
-The script is plain text, made once from the parsers: completing starts no Python.
+The script is plain text, made once from the parsers: completing starts no Python. Keep it in a file, since making it loads all libraries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ FILE_ENDINGS = ("_file", "_path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help='bash: eval "$(refine-nsp completion bash)" in ~/.bashrc')
+    parser.add_argument(
+        "shell", choices=SHELLS, help="bash: refine-nsp completion bash > ~/.refine-nsp.bash, and source that file in ~/.bashrc"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,6 +34,12 @@ def run(args: argparse.Namespace) -> None:
         raise RefineError(f"--max_new_tokens must be at least 1, got {args.max_new_tokens}")
     if not args.temperature > 0:
         raise RefineError(f"--temperature must be positive, got {args.temperature}; for the likeliest token use --greedy")
+    if not 0 <= args.seed < 2**63:
+        raise RefineError(f"--seed must be a whole number from 0 to 2**63 - 1, got {args.seed}")
+    if args.top_k < 0:
+        raise RefineError(f"--top_k must be at least 1, or 0 for all tokens, got {args.top_k}")
+    if not 0 < args.top_p <= 1:
+        raise RefineError(f"--top_p must be above 0 and at most 1, got {args.top_p}")
     model, tokenizer = load(args.model)
     check_vocabulary(model, tokenizer)
     to_device(model)

@@ -12,10 +12,11 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
-from refine_nsp.config import NSPConfig
+from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
@@ -45,6 +46,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
     options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
+    check_reporting(args)
     config = options.resolved()
     dtype = args.weights_dtype(model_args.dtype)
     model = build_model(model_args, dtype)
@@ -85,6 +87,17 @@ def start_run(trainer: ReFINETrainer, out: Path, config: dict[str, Any]) -> None
     if trainer.is_world_process_zero():
         write_atomically(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
         write_atomically(out / "environment.json", json.dumps(environment(trainer.args.seed), indent=1) + "\n")
+
+
+def check_reporting(args: ReFINEConfig) -> None:
+    """RefineError for a place of --report_to whose package is not here."""
+    here = get_available_reporting_integrations()
+    for name in list(args.report_to or []):
+        check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none"))
+        if name != "none" and name not in here:
+            raise RefineError(
+                f"--report_to {name} needs a package that is not installed: pip install {name}; or --report_to none"
+            )
 
 
 def resume_from(args: ReFINEConfig) -> str | bool | None:

@@ -16,14 +16,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from refine_nsp.commands import Parser, refuse
 from refine_nsp.config import PRESETS, NSPConfig, choices_of, preset_settings
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.training.arguments import RENAMED
+
+# In the wheel, and in a checkout.
+RECIPES = (Path(__file__).resolve().parents[1] / "recipes", Path(__file__).resolve().parents[3] / "recipes")
+# What transformers' own words for its settings leave out, of those that --help shows.
+HELP = {
+    "output_dir": "folder of the run: checkpoints, the final model, its card, its report",
+    "max_steps": "optimizer steps; default: num_train_epochs decides",
+    "num_train_epochs": "times the data is gone through, where max_steps is not given",
+    "per_device_train_batch_size": "sequences that go through the model together, on each device",
+    "gradient_accumulation_steps": "so many of these batches make an optimizer step",
+    "eval_strategy": "validate never (no), every eval_steps (steps), or after every epoch (epoch)",
+    "eval_steps": "optimizer steps between validations; below 1: a share of all steps. Default: logging_steps",
+    "save_steps": "optimizer steps between checkpoints; below 1: a share of all steps",
+    "save_strategy": "checkpoints every save_steps (steps), after every epoch (epoch), with every best validation (best), or never (no)",
+    "resume_from_checkpoint": "`last`: go on from the newest whole checkpoint in output_dir; or the folder of one",
+    "bf16": "matrix products in bfloat16; weights and optimizer state keep their precision",
+    "gradient_checkpointing": "keep no activations of blocks, but compute them again going backward: less memory, more time",
+    "report_to": "where figures go beside metrics.jsonl: none, tensorboard, trackio, wandb, or several",
+    "use_cpu": "on the CPU, even where there is a GPU",
+    "seed": "of all randomness of training",
+}
+
+
+class FlagParser(HfArgumentParser):
+    """HfArgumentParser with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(self.prog, message)
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,16 @@ def _takes(hint: Any, value: Any) -> bool:
     return not isinstance(kind, type) or not issubclass(kind, str | bool | dict | enum.Enum) or isinstance(value, kind)
 
 
+def check_types(settings: Any, cls: Any) -> None:
+    """RefineError for a value of a file that cannot be meant for the dataclass' field of its name."""
+    if not isinstance(settings, dict):
+        raise RefineError(f"{str(settings)[:60]!r} is no mapping of settings to values")
+    hints = get_type_hints(cls)
+    for name, value in settings.items():
+        if name in hints and ((isinstance(value, str) and hints[name] in (int, float)) or not _takes(hints[name], value)):
+            raise RefineError(f"{name} is {value!r}, a {type(value).__name__}; expected {_named(hints[name])}")
+
+
 def _named(hint: Any) -> str:
     """A type as a reader of YAML knows it."""
     if get_origin(hint) in (Union, UnionType):
@@ -161,8 +200,8 @@ class Options:
         self.settings = [s if isinstance(s, Settings) else Settings(s) for s in settings]
         self.shown = [part for s in self.settings for part in (s, s.nsp) if part is not None]
         views: list[Any] = [s.view() for s in self.shown]
-        self.parser = HfArgumentParser(views, add_help=False, allow_abbrev=False, prog=f"refine-nsp {command}")
-        self.docs: dict[str, str] = {}
+        self.parser = FlagParser(views, add_help=False, allow_abbrev=False, prog=f"refine-nsp {command}")
+        self.docs: dict[str, str] = dict(HELP)
         self.choices: dict[str, tuple[Any, ...]] = {}
         for s in self.shown:
             docs: dict[str, str] = {}
@@ -175,11 +214,10 @@ class Options:
             if s.has_preset:
                 self.docs[s.preset_flag] = "settings to start from: the paper's by phase, or ours"
                 self.choices[s.preset_flag] = tuple(PRESETS)
-        self.actions = {a.dest: a for a in self.parser._actions}
+        # Of several actions for a flag the first: for a boolean that is true there is a --no_ form too, whose default means nothing.
+        self.actions = {a.dest: a for a in reversed(self.parser._actions)}
         self.known = set(self.actions)
-        self.defaults = {name: a.default for name, a in self.actions.items()} | {
-            s.preset_flag: None for s in self.shown if s.has_preset
-        }
+        self.defaults = vars(self.parser.parse_args([])) | {s.preset_flag: None for s in self.shown if s.has_preset}
         hints = {flag: get_type_hints(s.cls)[f.name] for s in self.shown for flag, f in s.flags().items()}
         self.hints = hints | {s.preset_flag: str | None for s in self.shown if s.has_preset}
         self.code = [flag for flag, hint in hints.items() if any(_is_callable(part) for part in get_args(hint))]
@@ -192,7 +230,7 @@ class Options:
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """The filled dataclasses, and whether --dry_run was given. Prints help and exits where asked; RefineError for unknowns."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = Parser(prog=self.parser.prog, add_help=False, allow_abbrev=False)
         first.add_argument("--config", type=Path)
         for flag in ("--help", "-h", "--help_all", "--dry_run", "--allow_code_in_config"):
             first.add_argument(flag, action="store_true", dest=flag.strip("-"))
@@ -201,6 +239,7 @@ class Options:
         if not own.allow_code_in_config:
             self._refuse_code(own.config, from_file)
         self._start_from_presets(rest, from_file)
+        self.preset_defaults = vars(self.parser.parse_args([]))
         self.parser.set_defaults(**from_file)
         if own.help or own.h or own.help_all:
             sys.stdout.write(self.help(own.help_all))
@@ -220,7 +259,7 @@ class Options:
     def _start_from_presets(self, words: Sequence[str], from_file: dict[str, Any]) -> None:
         """A preset is a set of defaults, below the file and the flags."""
         for s in (s for s in self.shown if s.has_preset):
-            only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            only = Parser(prog=self.parser.prog, add_help=False, allow_abbrev=False)
             only.add_argument(f"--{s.preset_flag}", default=from_file.get(s.preset_flag, s.preset))
             name = getattr(only.parse_known_args(list(words))[0], s.preset_flag)
             if name is None:
@@ -229,9 +268,10 @@ class Options:
             self.parser.set_defaults(**{flag: values[f.name] for flag, f in s.flags().items() if f.name in values})
 
     def resolved(self) -> dict[str, Any]:
-        """Every flag of the latest parse that differs from its default without file and preset: what `--config` needs for the same
-        run."""
-        return {k: _plain(v) for k, v in self.values.items() if v != self.defaults[k]}
+        """Every flag of the latest parse that differs from its default, with the preset or without: what `--config` needs for the same
+        run, in a folder of its own, from its beginning."""
+        set_here = {k: v for k, v in self.values.items() if v != self.defaults[k] or v != self.preset_defaults[k]}
+        return {k: _plain(v) for k, v in set_here.items() if k != "resume_from_checkpoint"}
 
     def _read(self, path: Path) -> dict[str, Any]:
         data = read_yaml(path)
@@ -259,7 +299,7 @@ class Options:
         """Usage, then one flag a line with its default."""
         lines = [f"usage: refine-nsp {self.command} [--config FILE.yaml] [flags]", "", self.summary, ""]
         own = [
-            ("config FILE", "YAML with any of these as keys; flags win"),
+            ("config FILE", "YAML with any of these as keys, or the package's recipes/NAME.yaml; flags win"),
             ("dry_run", "show what would run, touch nothing"),
             ("allow_code_in_config", "let the file of --config name code to import, such as a reward of yours"),
             ("debug", "a traceback instead of one line when something is wrong"),
@@ -295,10 +335,25 @@ def _paragraph(head: str, text: str) -> list[str]:
     return first + [" " * indent + line for line in lines]
 
 
+def found_config(path: Path) -> Path:
+    """The file itself; else the shipped one, where its name begins with `recipes/`. RefineError when there is neither."""
+    shipped = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
+    if path.is_file():
+        return path
+    if path.parts[:1] != ("recipes",):
+        raise RefineError(f"no configuration file {path}; those of the package are named recipes/NAME.yaml, wherever you are")
+    inside = shipped.joinpath(*path.parts[1:])
+    if ".." in path.parts or not inside.is_file():
+        names = sorted(f"recipes/{p.name}" for p in shipped.glob("*.yaml"))
+        raise RefineError(
+            f"no configuration file {path}, here or in the package{closest(str(path), names)}; it has {', '.join(names)}"
+        )
+    return inside
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. RefineError when the file is missing or is something else."""
-    if not path.is_file():
-        raise RefineError(f"no configuration file {path}")
+    path = found_config(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

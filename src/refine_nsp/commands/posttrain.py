@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.midtrain import start_run, train_and_save
+from refine_nsp.commands.midtrain import check_reporting, start_run, train_and_save
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, train, save, report."""
     options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
+    check_reporting(args)
     config = options.resolved()
     dtype = args.weights_dtype(model_args.dtype)
     model = build_model(model_args, dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refine_nsp.commands.options import read_yaml
+from refine_nsp.commands.options import check_types, read_yaml
 from refine_nsp.errors import RefineError
 
 
@@ -27,18 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Pretrain (or go on), and say where the model is."""
     from refine_nsp.tiny.pretrain import pretrain
-    from refine_nsp.tiny.pretrain_settings import PretrainConfig
+    from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
 
     settings = read_yaml(args.config) if args.config is not None else {}
     for name in ("output_dir", "seed", "learning_rate", "tokens_per_step"):
         if (value := getattr(args, name)) is not None:
             settings[name] = value
     try:
+        check_types(settings, PretrainConfig)
+        for phase in settings.get("phases") or []:
+            check_types(phase, PretrainPhase)
         config = PretrainConfig.read(settings)
     except RefineError as error:
         raise RefineError(f"{args.config or 'pretrain'}: {error}") from error
-    console = Console(stderr=True)
     if args.dry_run:
-        console.print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")
+        Console().print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")
         return
-    console.print(f"model: {pretrain(config, resume=not args.restart, stop_after=args.stop_after)}")
+    Console(stderr=True).print(f"model: {pretrain(config, resume=not args.restart, stop_after=args.stop_after)}")

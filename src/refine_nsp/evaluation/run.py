@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from accelerate import PartialState
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Estimate, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
-from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
+from refine_nsp.files import append_json_lines, expecting, read_json, read_json_lines, write_atomically
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
@@ -69,7 +69,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path, "the settings of an evaluation")
     changed = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k))
     if changed:
         shown = "; ".join(f"{k} was {known.get(k)!r}, now {wanted.get(k)!r}" for k in changed[:3])
@@ -112,15 +112,28 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
     first = rows_path(out, task, None)
     files = [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]
     rows: dict[str, Row] = {}
-    for row in (Row(**record) for path in files for record in read_json_lines(path)):
-        rows.setdefault(row.id, row)
+    for path in files:
+        for record in read_json_lines(path):
+            with expecting("an answer with its scores on every line", path):
+                row = Row(**record)
+                rows.setdefault(
+                    str(row.id),
+                    replace(
+                        row,
+                        scores={str(k): float(v) for k, v in row.scores.items()},
+                        weight=float(row.weight),
+                        meta=dict(row.meta),
+                    ),
+                )
     return rows
 
 
 def summarise(name: str, rows: Sequence[Row]) -> TaskResult:
     """Mean, standard error and interval of every figure."""
-    weights = [r.weight for r in rows]
     figures = list(rows[0].scores) if rows else []
+    if odd := next((r for r in rows if set(r.scores) != set(figures)), None):
+        raise RefineError(f"{name}: the answer {odd.id!r} has the figures {', '.join(odd.scores)}, others {', '.join(figures)}")
+    weights = [r.weight for r in rows]
     return TaskResult(name, list(rows), {f: estimate([r.scores[f] for r in rows], weights) for f in figures})
 
 
@@ -137,8 +150,9 @@ def read_results(out: Path) -> list[TaskResult]:
     path = out / "results.json"
     if not path.exists():
         raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
-    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-    return [summarise(t["name"], list(read_rows(out, t["name"]).values())) for t in tasks]
+    with expecting("what an evaluation found", path):
+        names = [str(t["name"]) for t in read_json(path, "what an evaluation found")["tasks"]]
+    return [summarise(name, list(read_rows(out, name).values())) for name in names]
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:

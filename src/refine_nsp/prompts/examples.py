@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError
+from refine_nsp.files import expecting
 from refine_nsp.text.reading import read_documents
 
 PROMPT_COLUMNS = ("prompt", "input")
@@ -51,7 +52,8 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
         if "max_seq_length" in meta:
             meta["length"] = meta.pop("max_seq_length")
         name_of_row = row.get("id", row.get("_id", row.get("index", i)))
-        budget = int(row.get("max_gen_tokens") or default_budget)
+        with expecting("a whole number in max_gen_tokens", f"{name}, row {i}"):
+            budget = int(row.get("max_gen_tokens") or default_budget)
         example = Example(f"{task}/{name_of_row}", str(row[prompt_column]), references, budget, meta)
         examples.setdefault(task, []).append(example)
     for task, of_task in examples.items():
@@ -63,7 +65,12 @@ def as_answers(value: Any, where: str) -> list[str]:
     """A string, a list of strings, or SQuAD's {"text": [...]} as a list without repeats; RefineError when nothing is in it."""
     if isinstance(value, Mapping):
         value = value.get("text", [])
-    answers = [value] if isinstance(value, str) else [str(a["text"] if isinstance(a, Mapping) else a) for a in value or []]
+    given = [value] if isinstance(value, str) else value or []
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(a, str | int | float) or "text" in a for a in given if a is not None
+    ):
+        raise RefineError(f"{where}: the answer is {str(value)[:60]!r}; expected text, or a list of texts of which any is right")
+    answers = [str(a["text"] if isinstance(a, Mapping) else a) for a in given if a is not None]
     kept = list(dict.fromkeys(a for a in answers if a.strip()))
     if not kept:
         raise RefineError(f"{where}: no answer; every example needs at least one that is not empty")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.errors import RefineError
+from refine_nsp.files import expecting
 from refine_nsp.prompts.examples import as_answers
 from refine_nsp.text.reading import read_documents
 
@@ -50,9 +51,13 @@ def read_qa(name: str, split: str = "validation") -> QASource:
             loaded = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
-        raw = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
     else:
-        raw = list(_rows(read_documents(name, ("question",), split=split), name))
+        loaded = read_documents(name, ("question",), split=split)
+    with expecting("SQuAD's or HotpotQA's own layout, or rows of question, answers and context", name):
+        raw = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
+        for _, text, _, documents, _ in raw:
+            if not all(isinstance(part, str) for part in (text, *documents)):
+                raise TypeError(f"the question or a document of {text!r} is not text")
     if not raw:
         raise RefineError(f"{name} holds no question that can be answered")
     index: dict[str, int] = {}

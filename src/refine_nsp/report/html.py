@@ -27,6 +27,7 @@ p.note { color:var(--dim); margin:.3rem 0; font-size:.9rem; }
 .scroll { overflow-x:auto; margin:.6rem 0; }
 table { border-collapse:collapse; font-variant-numeric:tabular-nums; font-size:.88rem; overflow-wrap:normal; }
 caption { text-align:left; font-weight:600; padding:.3rem 0; overflow-wrap:anywhere; }
+caption span { position:sticky; left:0; display:inline-block; max-width:calc(100vw - 2.5rem); }
 th,td { border-bottom:1px solid var(--line); padding:.3rem .7rem; text-align:right; white-space:nowrap; vertical-align:top; }
 th { white-space:normal; min-width:4rem; max-width:14rem; overflow-wrap:anywhere; vertical-align:bottom; }
 td.prose { white-space:pre-wrap; max-width:30rem; overflow-wrap:break-word; }

@@ -10,7 +10,7 @@ from typing import Any
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
-from refine_nsp.files import read_json_lines, write_atomically
+from refine_nsp.files import expecting, read_json, read_json_lines, write_atomically
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
@@ -35,6 +35,7 @@ CURVES = (
     ("grad_norm", "gradient norm", ""),
     ("tokens_per_second", "tokens per second", ""),
 )
+COMPLETION = ("step", "position", "prefix", "truth", "rollout", "reward", "advantage")
 SHOWN_COMPLETIONS = 24
 ROUNDING = 1e-5
 
@@ -66,15 +67,16 @@ def read_run(folder: Path) -> Run:
     if not metrics:
         raise RefineError(f"{folder} has no metrics.jsonl; expected the output_dir of a refine-nsp run")
     # A resumed run logs some steps again; the later record counts.
-    by_step = {(m["step"], "eval_loss" in m, "train_runtime" in m): m for m in metrics}
+    with expecting("a step, a number, in every record", folder / "metrics.jsonl"):
+        by_step = {(float(m["step"]), "eval_loss" in m, "train_runtime" in m): m for m in metrics}
+    completions = read_json_lines(folder / "completions.jsonl")
+    with expecting(f"{', '.join(COMPLETION)} in every record", folder / "completions.jsonl"):
+        completions = [{name: c[name] for name in COMPLETION} for c in completions]
     config, environment = folder / "config.yaml", folder / "environment.json"
-    return Run(
-        folder.resolve().name,
-        [by_step[k] for k in sorted(by_step)],
-        read_json_lines(folder / "completions.jsonl"),
-        config.read_text(encoding="utf-8") if config.exists() else "",
-        json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
-    )
+    with expecting("text", config):
+        settings = config.read_text(encoding="utf-8") if config.exists() else ""
+    found = read_json(environment, "what a run was made with") if environment.exists() else {}
+    return Run(folder.resolve().name, [by_step[k] for k in sorted(by_step)], completions, settings, found)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -129,8 +131,8 @@ def curve_plots(runs: list[Run]) -> str:
 
 
 def completions_table(run: Run) -> Table:
-    names = ["step", "position", "prefix", "truth", "rollout", "reward", "advantage"]
     rows: list[list[Cell]] = [
-        [repr(c[n])[1:-1] if isinstance(c[n], str) else c[n] for n in names] for c in run.completions[-SHOWN_COMPLETIONS:]
+        [repr(c[n])[1:-1] if isinstance(c[n], str) else c[n] if isinstance(c[n], int | float) else str(c[n]) for n in COMPLETION]
+        for c in run.completions[-SHOWN_COMPLETIONS:]
     ]
-    return Table("prefix tail, truth, rollout", names, rows)
+    return Table("prefix tail, truth, rollout", list(COMPLETION), rows)

@@ -50,7 +50,7 @@ class Table:
         cells = ["".join(f"<td{k}>{escape(show(c))}</td>" for k, c in zip(kinds, row, strict=True)) for row in self.rows]
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         notes = "".join(f"<p class='note'>{escape(n)}</p>" for n in self.notes)
-        caption = f"<caption>{escape(self.title)}</caption>"
+        caption = f"<caption><span>{escape(self.title)}</span></caption>"
         return f"<div class='scroll' tabindex='0'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
 
     def rich(self) -> RichTable:

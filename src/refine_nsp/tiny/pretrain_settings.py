@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,12 +35,17 @@ class PretrainPhase:
     answer_weight: float
 
     def __post_init__(self) -> None:
+        if self.steps < 0 or self.length < 2 or not (0 <= self.dense <= 1 and 0 <= self.answer_weight < math.inf):
+            raise RefineError(
+                f"phases: steps={self.steps} must not be negative, length={self.length} at least 2, dense={self.dense} between 0 and 1, "
+                f"answer_weight={self.answer_weight} a finite number of at least 0"
+            )
         if not isinstance(self.shares, Mapping):
             raise RefineError(f"shares={self.shares!r}: expected a share for each family, as in {{facts: 0.5}}")
         for name, share in self.shares.items():
             if name not in SHARED:
                 raise RefineError(f"shares: no family {name!r}{closest(name, SHARED)}; there are {', '.join(SHARED)}")
-            if not 0 <= share <= 1:
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
                 raise RefineError(f"shares: {name} is {share}; a share of rows is between 0 and 1")
         if (total := sum(self.shares.values())) > 1 + 1e-9:
             raise RefineError(f"shares add up to {total:g}; all of them together are at most 1, what is left is plain text")
@@ -94,6 +100,15 @@ class PretrainConfig:
     )
 
     def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size hidden_size num_hidden_layers num_heads intermediate_size window tokens_per_step probes_per_kind".split()
+        )
+        for name in (*sizes, "save_steps", "log_steps", "probe_steps"):
+            if getattr(self, name) < 1:
+                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RefineError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
         if self.store_dtype not in STORE_DTYPES:
             raise RefineError(f"store_dtype={self.store_dtype!r} is not one of {', '.join(STORE_DTYPES)}")
 

@@ -1,4 +1,4 @@
-"""By segments a step is what it is in one piece: the same losses and gradients, for every family and estimator, in less memory."""
+"""By segments a step is what it is in one piece: the same losses and gradients, for every family and estimator, in memory that grows by what is said."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.segments import read_by_segments, segment_ends
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.ops import linear_cross_entropy
 from refine_nsp.training.phases import MicroBatch, NextToken
+from refine_nsp.training.simulation import counted
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.schedules import assert_same_gradients, gradients
@@ -133,6 +135,27 @@ def test_states_at_any_position_known_before_or_after(name):
             assert torch.equal(snapshots.lengths, whole.lengths)
             found = model.model(tokens, past_key_values=snapshots, use_cache=False).last_hidden_state
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def counted_peak(model, size: int | None, length: int) -> float:
+    with counted() as counter:
+        ntp(model, size, length, torch.tensor([length] * 3))
+    model.zero_grad()
+    return max(counter.peaks.values())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_memory_grows_by_a_hidden_vector_a_token_and_a_state_a_segment(family, monkeypatch):
+    """And the few numbers of a token itself, as its id and its loss."""
+    monkeypatch.setattr(linear_cross_entropy, "BLOCK_LOGITS", 64 * 128)  # blocks of 128 tokens, far fewer than there are
+    model, size, short, long = build(family, dtype=torch.float32).train(), 128, 512, 2048
+    layers = model.model(ids(length=size), use_cache=True).past_key_values.layers
+    state_bytes = sum(x.numel() * x.element_size() for layer in layers for x in layer.values())
+    more_tokens, more_segments = 3 * (long - short), (long - short) // size
+    stated = more_tokens * (model.config.hidden_size * 4 + 16) + more_segments * state_bytes
+    growth = counted_peak(model, size, long) - counted_peak(model, size, short)
+    assert 0.8 * stated < growth < 1.05 * stated
+    assert counted_peak(model, None, long) > 3.5 * counted_peak(model, None, short)  # in one piece everything grows
 
 
 def test_segments_end_where_no_model_needs_code_of_its_own():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic
 
 from rich.console import Console
 
@@ -56,16 +57,31 @@ def run(argv: Sequence[str]) -> None:
     if dry_run:
         Console().print(str(options.resolved()))
         return
-    config = load_config(model_args.model_name_or_path)
+    config, console = load_config(model_args.model_name_or_path), Console()
     adapters = partial(with_adapters, arguments=model_args) if model_args.use_peft else None
-    found = estimate(config, args, where.num_processes, where.sharded, adapters, model_args.dtype)
-    console = Console()
-    console.print(table(found, where).rich())
+    found = estimate(
+        config, args, where.num_processes, where.sharded, adapters, model_args.dtype, progress=Patience(console.print)
+    )
+    console.print(table(found, where, assumed=model_args.dtype is None).rich())
+    if found.uncounted is not None:
+        console.print(f"warning: activations and time are missing: a step of this model could not be counted ({found.uncounted})")
     if found.total > device.bytes:
         console.print(
             f"warning: {found.total / 1e9:.1f} GB do not fit into {device.bytes / 1e9:.0f} GB of a {where.device}; "
             f"{remedy(found, where, args)}"
         )
+
+
+class Patience:
+    """Hands on a line now and then, once a few seconds have passed."""
+
+    def __init__(self, tell: Callable[[str], None], every_seconds: float = 4.0) -> None:
+        self.tell, self.every, self.last = tell, every_seconds, monotonic()
+
+    def __call__(self, line: str) -> None:
+        if monotonic() - self.last >= self.every:
+            self.last = monotonic()
+            self.tell(line)
 
 
 def remedy(found: Estimate, where: EstimateArguments, args: ReFINEConfig) -> str:
@@ -81,29 +97,37 @@ def remedy(found: Estimate, where: EstimateArguments, args: ReFINEConfig) -> str
     return "set gradient_checkpointing, or segment_tokens for long sequences"
 
 
-def table(found: Estimate, where: EstimateArguments) -> Table:
+def table(found: Estimate, where: EstimateArguments, assumed: bool) -> Table:
     """Bytes by part, then time."""
     device = device_named(where.device)
-    seconds = found.flops / (device.flops * where.utilisation)
-    hours = where.total_tokens / found.tokens * seconds / 3600
-    more = found.activations - found.ntp_activations
-    rows: list[list[Cell]] = [
-        [name, f"{value / 1e9:.2f} GB"]
-        for name, value in (
-            ("weights", found.weights), ("gradients kept between micro-batches", found.gradients), ("optimizer state", found.optimizer),
-            ("activations and gradients at their peak", found.activations), ("  of these beyond next-token prediction's", more),
-            ("in all, on each device", found.total), (f"memory of {where.device}", device.bytes),
-        )
+    known = found.uncounted is None
+    parts = [
+        ("weights", found.weights), ("gradients" if not known else "gradients kept between micro-batches", found.gradients),
+        ("optimizer state", found.optimizer),
     ]  # fmt: skip
-    rows += [
-        ["tokens a step, on all devices", f"{found.tokens:,}"],
-        ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
-        ["seconds a step", f"{seconds:.2f}"],
-        ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
-        [f"hours for {where.total_tokens / 1e6:,.0f} M tokens", f"{hours:.2f}"],
-    ]
-    assumed = f"{where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s"
-    notes = [f"counted on PyTorch's operations; time assumes {assumed}, and nothing for exchange between devices"]
+    if known:
+        parts += [
+            ("activations and gradients at their peak", found.activations),
+            ("  of these beyond next-token prediction's", found.activations - found.ntp_activations),
+        ]
+    parts += [("in all, on each device" if known else "in all without activations", found.total)]
+    parts += [(f"memory of {where.device}", device.bytes)]
+    rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in parts]
+    rows.append(["tokens a step, on all devices", f"{found.tokens:,}"])
+    notes = [f"weights in {str(found.dtype).removeprefix('torch.')}" + (" (assumed; dtype sets it)" if assumed else "")]
+    if known:
+        seconds = found.flops / (device.flops * where.utilisation)
+        rows += [
+            ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
+            ["seconds a step", f"{seconds:.2f}"],
+            ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
+            [
+                f"hours for {where.total_tokens / 1e6:,.0f} M tokens",
+                f"{where.total_tokens / found.tokens * seconds / 3600:.2f}",
+            ],
+        ]
+        rate = f"{where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s"
+        notes.append(f"counted on PyTorch's operations; time assumes {rate}, and nothing for exchange between devices")
     return Table(
         f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}",
         ["what", "how much"],

@@ -1,14 +1,15 @@
 """Memory and time of a training step before anything large is loaded (`refine-nsp estimate`).
 
-Weights, gradients and the optimizer's state are arithmetic. Activations, states, rollouts and blocks of logits are counted on a few layers
-and tokens (`training/simulation.py`), on PyTorch's operations: kernels of a GPU keep no more. Time is the counted matrix products
+Weights, gradients and the optimizer's state are arithmetic. Activations, states, rollouts and blocks of logits are counted on a layer of
+each kind, or two, and few tokens (`training/simulation.py`), by the shapes of PyTorch's operations (`training/shapes.py`): kernels of a GPU
+keep no more. Nothing of the model's size is computed or kept, so a model of any size is counted. Time is the counted matrix products
 over a stated share of the device's peak, which is an assumption: what does not use it (memory-bound operations, waiting) is in that share.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.hybrid import with_states
 from refine_nsp.nsp.context import TOKENS_AT_ONCE
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.linear_cross_entropy import block_tokens
-from refine_nsp.ops.memory import part
+from refine_nsp.ops.memory import OutOfMemory, part
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import PHASES, MicroBatch
+from refine_nsp.training.shapes import ShapesOnly, allocate
 from refine_nsp.training.simulation import Figures, counted, extrapolate, parameter_bytes
 
 
@@ -49,7 +51,6 @@ DEVICES = {
     "rtx4090": Device(165e12, 24e9),
 }
 FLOPS = "flops"
-LARGEST_COUNTED = 4e9  # parameters of the few layers that are run here
 TOKENS = 512  # at least, of a sequence without segments; and twice as many
 SEGMENT, SEGMENTS = (256, 512), (2, 4)  # counted, where there are segments: their tokens, and how many
 MOMENTS = {
@@ -67,7 +68,8 @@ class Estimate:
 
     Attributes:
         activations: of the objective, at their peak; ntp_activations: of the cross-entropy alone. flops: of an optimizer step on one
-            device. tokens: of an optimizer step, on all devices.
+            device. tokens: of an optimizer step, on all devices. dtype: of the weights. uncounted: why activations and flops could not
+            be counted and are 0; else None.
     """
 
     weights: float
@@ -77,6 +79,8 @@ class Estimate:
     ntp_activations: float
     flops: float
     tokens: int
+    dtype: torch.dtype = torch.float32
+    uncounted: str | None = None
 
     @property
     def total(self) -> float:
@@ -84,41 +88,33 @@ class Estimate:
 
 
 def estimate(
-    config: Any, args: ReFINEConfig, processes: int = 1, sharded: bool = False, adapters: Any = None, dtype: str | None = None
-) -> Estimate:
+    config: Any, args: ReFINEConfig, processes: int = 1, sharded: bool = False, adapters: Any = None, dtype: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Estimate:  # fmt: skip
     """Of one optimizer step.
 
     Args:
         config: of a causal language model; its weights are not needed.
         args: the run's settings. processes: devices. sharded: weights, gradients and optimizer state are shared out (FSDP2, ZeRO-3).
-        adapters: a function that wraps a model in LoRA adapters, or None. dtype: of the weights (default: the configuration's).
-
-    Raises:
-        RefineError: the few layers that would be counted are larger than a computer without accelerators takes.
+        adapters: a function that wraps a model in LoRA adapters, or None. dtype: of the weights (default: float32).
+        progress: told before every small step how many there are.
     """
-    kinds = layer_kinds(config)
-    period = period_of(kinds)
-    whole: Any = on_meta(config, len(kinds), dtype, adapters)
+    whole: Any = on_meta(config, dtype, adapters)
+    kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
-    largest = sum(p.numel() for p in on_meta(config, min(2 * period, len(kinds)), dtype, adapters).parameters())
-    if largest > LARGEST_COUNTED:
-        raise RefineError(
-            f"{min(2 * period, len(kinds))} layers of this model have {largest / 1e9:.1f} B parameters, more than is run here to count a "
-            f"step; its weights take {weights / 1e9:.1f} GB, AdamW's state {2 * trained / 1e9:.1f} GB"
-        )
-    sizes, corners = sizes_of(args, len(kinds), period, whole.config.vocab_size)
-
-    def count(objective: str) -> tuple[float, float]:
-        """Bytes at their peak, and flops."""
-        found = extrapolate(lambda **given: measure_step(config, args, objective, dtype, adapters, **given), sizes, corners)
-        flops = found.pop(FLOPS)
-        return max(found.values()), flops
-
-    ntp, ntp_flops = count("ntp")
-    peak, flops = (ntp, ntp_flops) if args.objective == "ntp" else count(args.objective)
+    peak = ntp = flops = 0.0
+    uncounted = None
+    try:
+        (peak, flops), (ntp, _) = counts(config, args, kinds, dtype, adapters, progress)
+    except OutOfMemory as error:
+        uncounted = str(error)
+    except RefineError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        uncounted = f"{type(error).__name__}: {first_line(error)}"  # as foreign code fails
     share = processes if sharded else 1
     # With gradients to add up to, they are there all through the next micro-batch; else they come as activations go.
-    accumulated = args.gradient_accumulation_steps > 1
+    accumulated = args.gradient_accumulation_steps > 1 or uncounted is not None
     gathered = weights / max(1, len(kinds)) if sharded and processes > 1 else 0  # a layer at a time
     moments = MOMENTS.get(str(getattr(args.optim, "value", args.optim)))
     elements = sum(p.numel() for p in whole.parameters() if p.requires_grad)
@@ -131,7 +127,43 @@ def estimate(
         ntp_activations=ntp,
         flops=flops * args.gradient_accumulation_steps,
         tokens=rows * args.max_length * processes,
+        dtype=dtype_of(dtype),
+        uncounted=uncounted,
     )
+
+
+def counts(
+    config: Any, args: ReFINEConfig, kinds: Sequence[Any], dtype: str | None, adapters: Any, progress: Callable[[str], None]
+) -> list[tuple[float, float]]:
+    """Bytes at their peak, and flops, of the run's objective and of the cross-entropy alone."""
+    shapes, done = ShapesOnly(), 0
+    sizes, corners = sizes_of(args, config.get_text_config(decoder=True).vocab_size)
+    few, more = few_layers(kinds)
+    objectives = list(dict.fromkeys((args.objective, "ntp")))
+    corner_count = 2 ** sum(value > corners[name][1] for name, value in sizes.items())
+    steps = len(objectives) * corner_count * (1 + len(more))
+
+    def run(objective: str, layers: Sequence[int], given: dict[str, int]) -> Figures:
+        nonlocal done
+        done += 1
+        progress(f"counting small step {done} of {steps}: {objective}, {len(layers)} layers")
+        return measure_step(config, args, objective, dtype, adapters, layers, shapes, **given)
+
+    def count(objective: str) -> tuple[float, float]:
+        def deep(**given: int) -> Figures:
+            least = run(objective, few, given)
+            total = dict(least)
+            for layer, times in more.items():
+                for name, value in run(objective, sorted([*few, layer]), given).items():
+                    total[name] = total.get(name, 0.0) + times * (value - least.get(name, 0.0))
+            return total
+
+        found = extrapolate(deep, sizes, corners)
+        flops = found.pop(FLOPS)
+        return max(found.values()), flops
+
+    found = {objective: count(objective) for objective in objectives}
+    return [found[args.objective], found["ntp"]]
 
 
 # --- a few layers -----------------------------------------------------------------------------------------------------
@@ -148,46 +180,70 @@ def layer_kinds(config: Any) -> list[str]:
     return ["attention" if i in attention else "layer" for i in range(text.num_hidden_layers)]
 
 
-def period_of(kinds: Sequence[str]) -> int:
-    """After how many layers their kinds come again; all of them where they never do."""
-    for period in range(1, len(kinds)):
-        if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
-            return period
-    return len(kinds)
+def kinds_of_layers(model: Any) -> list[Any]:
+    """What tells the layers of a model apart: the names that its configuration has for them, and the shapes of their weights."""
+    names = layer_kinds(model.config)
+    shapes = [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers_of(model)]
+    return list(zip(names, shapes, strict=True))
 
 
-def shortened(config: Any, layers: int) -> Any:
-    """The configuration with its first layers only."""
-    text = copy.deepcopy(config.get_text_config(decoder=True))
-    for field in ("layer_types", "layers_block_type"):
-        if isinstance(vars(text).get(field), Sequence):
-            setattr(text, field, list(vars(text)[field])[:layers])
-    if vars(text).get("attn_layer_indices"):
-        text.attn_layer_indices = [i for i in text.attn_layer_indices if i < layers]
-    text.num_hidden_layers = layers
-    return text
+def few_layers(kinds: Sequence[Any]) -> tuple[list[int], dict[int, int]]:
+    """The first layer of each kind, and the second of each: how often what it adds is there beyond the first."""
+    by_kind: dict[Any, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(i)
+    return [same[0] for same in by_kind.values()], {same[1]: len(same) - 1 for same in by_kind.values() if len(same) > 1}
 
 
-def build(config: Any, layers: int, dtype: str | None, adapters: Any) -> nn.Module:
-    """A random model of the first layers."""
-    small = shortened(config, layers)
-    named = torch.float32 if dtype in (None, "auto") else getattr(torch, str(dtype))
-    model = AutoModelForCausalLM.from_config(small, dtype=named)
-    model = model if small.model_type in FAMILIES else with_states(model)
+def layers_of(model: Any) -> nn.ModuleList:
+    """The list of a model's layers."""
+    count = len(layer_kinds(model.config))
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+
+def keep_layers(model: Any, which: Sequence[int]) -> None:
+    """Make a model one of these of its layers, in place, and its configuration too."""
+    layers, config, count = layers_of(model), model.config, len(layer_kinds(model.config))
+    kept = [layers[i] for i in which]
+    del layers[:]
+    layers.extend(kept)
+    for i, layer in enumerate(kept):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = i  # type: ignore[assignment]
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == count and not name.endswith("_indices"):
+            setattr(config, name, [value[i] for i in which])
+    if vars(config).get("attn_layer_indices"):
+        config.attn_layer_indices = [new for new, old in enumerate(which) if old in config.attn_layer_indices]
+    config.num_hidden_layers = len(which)
+
+
+def dtype_of(dtype: str | None) -> torch.dtype:
+    """Of the weights."""
+    return torch.float32 if dtype in (None, "auto") else getattr(torch, str(dtype))
+
+
+def build(config: Any, layers: Sequence[int] | None, dtype: str | None, adapters: Any) -> nn.Module:
+    """A random model of these of the layers, or of all."""
+    config = copy.deepcopy(config.get_text_config(decoder=True))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(dtype))
+    if layers is not None:
+        keep_layers(model, layers)
+    model = model if config.model_type in FAMILIES else with_states(model)
     return model if adapters is None else adapters(model)
 
 
-def on_meta(config: Any, layers: int, dtype: str | None, adapters: Any) -> nn.Module:
-    """The same without memory for its weights."""
+def on_meta(config: Any, dtype: str | None, adapters: Any, layers: Sequence[int] | None = None) -> nn.Module:
+    """The same without memory for its weights. Random ones would fail the check that `with_states` makes; these are not checked."""
     with torch.device("meta"):
         return build(config, layers, dtype, adapters)
 
 
-def sizes_of(args: ReFINEConfig, layers: int, period: int, vocabulary: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """A run's sizes, and those they are counted at."""
     nsp, T = args.nsp, args.max_length
-    sizes = {"layers": layers, "rows": args.per_device_train_batch_size}
-    corners = {"layers": (period, 2 * period), "rows": (1, 2)}
+    sizes, corners = {"rows": args.per_device_train_batch_size}, {"rows": (1, 2)}
     if nsp.segment_tokens is None or nsp.segment_tokens >= T:
         # From where on blocks of tokens are full, and the next one is made before the last one is gone.
         scored = nsp.score.startswith("context") if nsp.rolls_out or nsp.weights == "selected" else True
@@ -200,24 +256,31 @@ def sizes_of(args: ReFINEConfig, layers: int, period: int, vocabulary: int) -> t
 
 
 def measure_step(
-    config: Any, args: ReFINEConfig, objective: str, dtype: str | None, adapters: Any,
-    layers: int, rows: int, tokens: int = 0, segment: int = 0, segments: int = 0,
+    config: Any, args: ReFINEConfig, objective: str, dtype: str | None, adapters: Any, layers: Sequence[int] | None = None,
+    shapes: ShapesOnly | None = None, rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0,
 ) -> Figures:  # fmt: skip
     """Peak bytes beyond the weights and what was there before, by part of the step, and flops, of one micro-batch's forward and backward
-    pass."""
+    pass, computed, or run for its `shapes`."""
     torch.manual_seed(0)
-    model: Any = build(config, layers, dtype, adapters).train()
+    if shapes is None:
+        model: Any = build(config, layers, dtype, adapters).train()
+    else:
+        model = allocate(on_meta(config, dtype, adapters, layers)).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad and args.gradient_accumulation_steps > 1 else None
+        p.grad = (
+            (torch.zeros_like if shapes is None else torch.empty_like)(p)
+            if p.requires_grad and args.gradient_accumulation_steps > 1
+            else None
+        )
     nsp = args.nsp if not segment else NSPConfig(**{**vars(args.nsp), "segment_tokens": segment})
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
     phase = PHASES[objective](nsp)
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
     autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
-    with counted() as counter, autocast:
+    with shapes or nullcontext(), counted() as counter, autocast:
         model.eval()
         with torch.no_grad():
             phase.prepare(lambda step: step(model), [batch])  # type: ignore[arg-type]

@@ -14,15 +14,39 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from refine_nsp.ops.memory import inside
+from refine_nsp.training.shapes import tensors
 
 Figures = dict[str, float]
 Corners = Mapping[str, tuple[int, int]]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Of attention on a CPU, as of the other kinds: causality is not deducted."""
+    B, H, T, D = query.shape
+    return 2 * B * H * T * key.shape[-2] * (D + value.shape[-1])
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    B, H, T, D = query.shape
+    return 2 * B * H * T * key.shape[-2] * (3 * D + 2 * value.shape[-1])
+
+
+def _grouped_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    """Of experts: every row meets one matrix."""
+    return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+# What PyTorch's own table leaves out.
+FLOPS_OF = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}
 
 
 class Counter(TorchDispatchMode):
@@ -43,12 +67,13 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+        if (flops := FLOPS_OF.get(func._overloadpacket)) is not None:
+            self.flops += flops(*args, **kwargs)
+        elif (flops := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += flops(*args, **kwargs, out_val=out)
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage(), given)
+        given = {id(t.untyped_storage()) for t in tensors((*args, *kwargs.values()))}
+        for tensor in tensors((out,)):
+            self._hold(tensor.untyped_storage(), given)
         return out
 
     def _hold(self, storage: torch.UntypedStorage, given: set[int]) -> None:

@@ -1,4 +1,6 @@
-"""By segments a step is what it is in one piece: the same losses and gradients, for every family and estimator, in memory that grows by what is said."""
+"""By segments a step is what it is in one piece: the same losses and gradients, for every family and estimator.
+
+Memory grows by what is said."""
 
 import pytest
 import torch

@@ -5,8 +5,8 @@ import sys
 import tempfile
 
 import torch
-
 from benchmarks._timing import peak_resident, resident_bytes
+
 from refine_nsp.training import ReFINETrainer
 from tests.training.measured_models import LARGE, SMALL, arguments, model_of
 
@@ -24,4 +24,4 @@ if __name__ == "__main__":
         before = resident_bytes()
         with peak_resident() as peak:
             train(sys.argv[1], LARGE, folder)
-        print(json.dumps({"bytes": peak() - before}))
+        sys.stdout.write(json.dumps({"bytes": peak() - before}))

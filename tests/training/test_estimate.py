@@ -11,10 +11,11 @@ import torch
 from transformers import KimiLinearConfig, NemotronHConfig, Qwen3_5TextConfig, Qwen3NextConfig
 
 from refine_nsp.cli import main
+from refine_nsp.commands.estimate import Patience
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_config
-from refine_nsp.commands.estimate import Patience
-from refine_nsp.training import ReFINEConfig, estimate as module
+from refine_nsp.training import ReFINEConfig
+from refine_nsp.training import estimate as module
 from refine_nsp.training.estimate import (
     FLOPS,
     device_named,
@@ -76,11 +77,11 @@ def config_named(name):
 @pytest.mark.parametrize("settings", [NTP, {"preset": "exact", "bf16": True}, {"preset": "mid_training"}])
 @pytest.mark.parametrize("name", ["delta_net", "llama", "qwen3_next", "bamba"])
 def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings):
-    """To the byte, but where positions are drawn: prefixes are then as long as it happens."""
+    """To the byte, but where positions are drawn: prefixes are then as long as it happens, and in short texts that counts."""
     config, args = config_named(name), arguments(200, **settings)
     skip_if_old(on_meta(config, None, None))
     computed, shaped = (peak_of(config, args, shapes, tokens=200) for shapes in (None, ShapesOnly()))
-    assert shaped == (pytest.approx(computed, rel=0.15) if "preset" in settings and "bf16" not in settings else computed)
+    assert shaped == (pytest.approx(computed, rel=0.25) if settings.get("preset") == "mid_training" else computed)
 
 
 @pytest.mark.parametrize("name", ["delta_net", "qwen3_5", "bamba"])

@@ -65,9 +65,11 @@ class ShapesOnly(TorchDispatchMode):
     def _made(func: Any, args: Any, kwargs: Any) -> Any:
         """By an operation without tensors."""
         if func in FILLED:
-            dtype = kwargs.get("dtype") or (type(args[1]) if func is aten.full.default else None) or torch.get_default_dtype()
-            if dtype is float or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                return torch.empty(args[0], dtype=torch.get_default_dtype() if dtype is float else dtype)
+            given = kwargs.get("dtype") or (
+                torch.tensor(args[1]).dtype if func is aten.full.default else torch.get_default_dtype()
+            )
+            if given.is_floating_point:
+                return torch.empty(args[0], dtype=given)
         return func(*args, **kwargs)
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -177,7 +179,7 @@ def allocate(model: nn.Module) -> nn.Module:
     """Give the weights of a model on the meta device memory, unwritten; in place, shared ones once."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def of(x: Tensor) -> Tensor:
+    def of(x: Any) -> Any:
         if id(x) not in made:
             new = torch.empty(x.shape, dtype=x.dtype) if is_unwritten(x) else torch.zeros(x.shape, dtype=x.dtype)
             made[id(x)] = (nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new, x)

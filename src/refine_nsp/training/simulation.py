@@ -42,7 +42,7 @@ def _grouped_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
 
 
 # What PyTorch's own table leaves out.
-FLOPS_OF = {
+FLOPS_OF: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten._grouped_mm: _grouped_flops,
@@ -67,8 +67,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if (flops := FLOPS_OF.get(func._overloadpacket)) is not None:
-            self.flops += flops(*args, **kwargs)
+        if (ours := FLOPS_OF.get(func._overloadpacket)) is not None:
+            self.flops += ours(*args, **kwargs)
         elif (flops := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += flops(*args, **kwargs, out_val=out)
         given = {id(t.untyped_storage()) for t in tensors((*args, *kwargs.values()))}

@@ -11,7 +11,7 @@ import torch
 from transformers import KimiLinearConfig, NemotronHConfig, Qwen3_5TextConfig, Qwen3NextConfig
 
 from refine_nsp.cli import main
-from refine_nsp.commands.estimate import Patience
+from refine_nsp.commands.estimate import Patience, notes_of
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_config
 from refine_nsp.training import ReFINEConfig
@@ -19,6 +19,7 @@ from refine_nsp.training import estimate as module
 from refine_nsp.training.estimate import (
     FLOPS,
     device_named,
+    dtype_of,
     estimate,
     few_layers,
     kinds_of_layers,
@@ -63,7 +64,7 @@ def test_straight_lines_are_followed():
 
 
 def peak_of(config, args, shapes=None, **sizes):
-    figures = measure_step(config, args, args.objective, None, None, shapes=shapes, **sizes)
+    figures = measure_step(config, args, args.objective, torch.float32, None, shapes=shapes, **sizes)
     flops = figures.pop(FLOPS)
     return max(figures.values()), flops
 
@@ -79,7 +80,7 @@ def config_named(name):
 def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings):
     """To the byte, but where positions are drawn: prefixes are then as long as it happens, and in short texts that counts."""
     config, args = config_named(name), arguments(200, **settings)
-    skip_if_old(on_meta(config, None, None))
+    skip_if_old(on_meta(config, torch.float32, None))
     computed, shaped = (peak_of(config, args, shapes, tokens=200) for shapes in (None, ShapesOnly()))
     assert shaped == (pytest.approx(computed, rel=0.25) if settings.get("preset") == "mid_training" else computed)
 
@@ -87,7 +88,7 @@ def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings
 @pytest.mark.parametrize("name", ["delta_net", "qwen3_5", "bamba"])
 def test_a_training_measured(name):
     """Within 15 % of what the process takes: weights, optimizer, gradients and activations."""
-    skip_if_old(on_meta(measured_models.config_of(name, measured_models.SMALL), None, None))
+    skip_if_old(on_meta(measured_models.config_of(name, measured_models.SMALL), torch.float32, None))
     # Freed memory goes back at once, so that what is resident is what is held.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.training.measured_job", name]
@@ -118,7 +119,7 @@ def test_a_model_of_more_layers_and_tokens_than_are_counted(family, settings):
 @pytest.mark.parametrize("name", ["qwen3_5", "bamba"])
 def test_a_hybrid_of_more_layers_and_tokens_than_are_counted(name):
     config = measured_models.config_of(name, measured_models.SMALL | {"num_hidden_layers": 6})
-    skip_if_old(on_meta(config, None, None))
+    skip_if_old(on_meta(config, torch.float32, None))
     args = arguments(1500, **NTP)
     found, (peak, flops) = estimate(config, args), peak_of(config, args, tokens=1500)
     assert found.activations == pytest.approx(peak, rel=0.15)
@@ -149,9 +150,9 @@ def test_layers_that_differ():
     for name, few, more in (
         ("qwen3_next", [0, 1], {2: 1}), ("bamba", [0, 1], {2: 1}), ("nemotron_h", [0, 1, 2, 3], {}), ("llama", [0], {1: 1}),
     ):  # fmt: skip
-        model = on_meta(CONFIGS[name](), None, None)
+        model = on_meta(CONFIGS[name](), torch.float32, None)
         assert few_layers(kinds_of_layers(model)) == (few, more)
-        kept = on_meta(CONFIGS[name](), None, None, few[-1:])
+        kept = on_meta(CONFIGS[name](), torch.float32, None, few[-1:])
         assert layer_kinds(kept.config) == layer_kinds(model.config)[few[-1] : few[-1] + 1]
 
 
@@ -176,7 +177,7 @@ def test_a_model_of_any_size(name):
     """In a process that may not have 16 GB, weights of 300 GB."""
     make, sizes, parameters = NAMED[name]
     lines = []
-    found = estimate(make(**sizes), arguments(16384, **NTP), dtype="bfloat16", progress=lines.append)
+    found = estimate(make(**sizes), arguments(16384, **NTP), dtype=torch.bfloat16, progress=lines.append)
     assert found.uncounted is None and found.weights == pytest.approx(2 * parameters, rel=0.05)
     assert found.activations > 1e9 and found.flops > 6 * 1e9 * 16384
     assert lines and f"of {len(lines)}" in lines[-1]
@@ -193,6 +194,16 @@ def test_what_cannot_be_counted_is_named(capsys, monkeypatch):
     assert "warning: activations and time are missing" in out and "no rule for aten::strange" in out
 
 
+def test_weights_are_what_the_trainer_loads():
+    config = CONFIGS["qwen3_5"]()
+    plain, mixed = arguments(512), arguments(512, bf16=True)
+    assert dtype_of(config, plain) == torch.float32  # where nothing is known of the checkpoint
+    config.dtype = torch.bfloat16
+    assert dtype_of(config, plain) == dtype_of(config, mixed, "bfloat16") == torch.bfloat16
+    assert dtype_of(config, mixed) == dtype_of(config, plain, "float32") == torch.float32
+    assert "weights in float32 (autocast keeps them so)" in notes_of(config, mixed, None, torch.float32)
+
+
 def test_who_waits_is_told():
     lines = []
     for every in (60.0, 0.0):
@@ -206,6 +217,6 @@ def test_the_command(capsys):
     )
     out = capsys.readouterr().out
     assert "optimizer state" in out and "seconds a step" in out and "warning" not in out
-    assert "weights in float32 (assumed" in out
+    assert "weights in float32 (the configuration's)" in " ".join(out.split())
     with pytest.raises(RefineError, match="known are b200"):
         device_named("h1000")

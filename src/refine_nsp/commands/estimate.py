@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from refine_nsp.commands.midtrain import COMMON as MIDTRAIN
 from refine_nsp.commands.model_options import ModelArguments, positional_model, with_adapters
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.load import load_config
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig
-from refine_nsp.training.estimate import Estimate, device_named, estimate
+from refine_nsp.training.estimate import Estimate, device_named, dtype_of, estimate
 
 COMMON = ["model_name_or_path", "device", "num_processes", "sharded", "utilisation", "total_tokens", *MIDTRAIN[3:]]
 
@@ -59,10 +62,9 @@ def run(argv: Sequence[str]) -> None:
         return
     config, console = load_config(model_args.model_name_or_path), Console()
     adapters = partial(with_adapters, arguments=model_args) if model_args.use_peft else None
-    found = estimate(
-        config, args, where.num_processes, where.sharded, adapters, model_args.dtype, progress=Patience(console.print)
-    )
-    console.print(table(found, where, assumed=model_args.dtype is None).rich())
+    dtype = dtype_of(config, args, model_args.dtype)
+    found = estimate(config, args, where.num_processes, where.sharded, adapters, dtype, progress=Patience(console.print))
+    console.print(table(found, where, notes_of(config, args, model_args.dtype, dtype)).rich())
     if found.uncounted is not None:
         console.print(f"warning: activations and time are missing: a step of this model could not be counted ({found.uncounted})")
     if found.total > device.bytes:
@@ -97,7 +99,22 @@ def remedy(found: Estimate, where: EstimateArguments, args: ReFINEConfig) -> str
     return "set gradient_checkpointing, or segment_tokens for long sequences"
 
 
-def table(found: Estimate, where: EstimateArguments, assumed: bool) -> Table:
+def notes_of(config: Any, args: ReFINEConfig, asked: str | None, dtype: torch.dtype) -> list[str]:
+    """What the figures assume of the weights and of what computes them."""
+    text = config.get_text_config(decoder=True)
+    why = (
+        "dtype" if asked not in (None, "auto")
+        else "autocast keeps them so" if args.weights_dtype(asked) is not None
+        else "the configuration's" if config.dtype or text.dtype
+        else "assumed: the configuration names no dtype"
+    )  # fmt: skip
+    notes = [f"weights in {str(dtype).removeprefix('torch.')} ({why})"]
+    if text.model_type not in FAMILIES:
+        notes.append("layers are counted on transformers' PyTorch code; kernels for recurrent ones, where installed, keep less")
+    return notes
+
+
+def table(found: Estimate, where: EstimateArguments, notes: Sequence[str] = ()) -> Table:
     """Bytes by part, then time."""
     device = device_named(where.device)
     known = found.uncounted is None
@@ -114,7 +131,7 @@ def table(found: Estimate, where: EstimateArguments, assumed: bool) -> Table:
     parts += [(f"memory of {where.device}", device.bytes)]
     rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in parts]
     rows.append(["tokens a step, on all devices", f"{found.tokens:,}"])
-    notes = [f"weights in {str(found.dtype).removeprefix('torch.')}" + (" (assumed; dtype sets it)" if assumed else "")]
+    notes = list(notes)
     if known:
         seconds = found.flops / (device.flops * where.utilisation)
         rows += [

@@ -79,7 +79,7 @@ class Estimate:
     ntp_activations: float
     flops: float
     tokens: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
     uncounted: str | None = None
 
     @property
@@ -88,7 +88,7 @@ class Estimate:
 
 
 def estimate(
-    config: Any, args: ReFINEConfig, processes: int = 1, sharded: bool = False, adapters: Any = None, dtype: str | None = None,
+    config: Any, args: ReFINEConfig, processes: int = 1, sharded: bool = False, adapters: Any = None, dtype: torch.dtype | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Estimate:  # fmt: skip
     """Of one optimizer step.
@@ -96,9 +96,10 @@ def estimate(
     Args:
         config: of a causal language model; its weights are not needed.
         args: the run's settings. processes: devices. sharded: weights, gradients and optimizer state are shared out (FSDP2, ZeRO-3).
-        adapters: a function that wraps a model in LoRA adapters, or None. dtype: of the weights (default: float32).
+        adapters: a function that wraps a model in LoRA adapters, or None. dtype: of the weights (default: as `dtype_of`).
         progress: told before every small step how many there are.
     """
+    dtype = dtype_of(config, args) if dtype is None else dtype
     whole: Any = on_meta(config, dtype, adapters)
     kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
@@ -127,13 +128,13 @@ def estimate(
         ntp_activations=ntp,
         flops=flops * args.gradient_accumulation_steps,
         tokens=rows * args.max_length * processes,
-        dtype=dtype_of(dtype),
+        dtype=dtype,
         uncounted=uncounted,
     )
 
 
 def counts(
-    config: Any, args: ReFINEConfig, kinds: Sequence[Any], dtype: str | None, adapters: Any, progress: Callable[[str], None]
+    config: Any, args: ReFINEConfig, kinds: Sequence[Any], dtype: torch.dtype, adapters: Any, progress: Callable[[str], None]
 ) -> list[tuple[float, float]]:
     """Bytes at their peak, and flops, of the run's objective and of the cross-entropy alone."""
     shapes, done = ShapesOnly(), 0
@@ -219,22 +220,26 @@ def keep_layers(model: Any, which: Sequence[int]) -> None:
     config.num_hidden_layers = len(which)
 
 
-def dtype_of(dtype: str | None) -> torch.dtype:
-    """Of the weights."""
-    return torch.float32 if dtype in (None, "auto") else getattr(torch, str(dtype))
+def dtype_of(config: Any, args: ReFINEConfig, asked: str | None = None) -> torch.dtype:
+    """What the trainer loads weights in (`ReFINEConfig.weights_dtype`); for a checkpoint's own, what its configuration names, or float32."""
+    named = args.weights_dtype(asked)
+    if named in (None, "auto"):
+        own = config.dtype or config.get_text_config(decoder=True).dtype
+        return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32"))
+    return getattr(torch, str(named))
 
 
-def build(config: Any, layers: Sequence[int] | None, dtype: str | None, adapters: Any) -> nn.Module:
+def build(config: Any, layers: Sequence[int] | None, dtype: torch.dtype, adapters: Any) -> nn.Module:
     """A random model of these of the layers, or of all."""
     config = copy.deepcopy(config.get_text_config(decoder=True))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if layers is not None:
         keep_layers(model, layers)
     model = model if config.model_type in FAMILIES else with_states(model)
     return model if adapters is None else adapters(model)
 
 
-def on_meta(config: Any, dtype: str | None, adapters: Any, layers: Sequence[int] | None = None) -> nn.Module:
+def on_meta(config: Any, dtype: torch.dtype, adapters: Any, layers: Sequence[int] | None = None) -> nn.Module:
     """The same without memory for its weights. Random ones would fail the check that `with_states` makes; these are not checked."""
     with torch.device("meta"):
         return build(config, layers, dtype, adapters)
@@ -256,7 +261,7 @@ def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[
 
 
 def measure_step(
-    config: Any, args: ReFINEConfig, objective: str, dtype: str | None, adapters: Any, layers: Sequence[int] | None = None,
+    config: Any, args: ReFINEConfig, objective: str, dtype: torch.dtype, adapters: Any, layers: Sequence[int] | None = None,
     shapes: ShapesOnly | None = None, rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0,
 ) -> Figures:  # fmt: skip
     """Peak bytes beyond the weights and what was there before, by part of the step, and flops, of one micro-batch's forward and backward

@@ -221,7 +221,7 @@ def keep_layers(model: Any, which: Sequence[int]) -> None:
 
 
 def dtype_of(config: Any, args: ReFINEConfig, asked: str | None = None) -> torch.dtype:
-    """What the trainer loads weights in (`ReFINEConfig.weights_dtype`); for a checkpoint's own, what its configuration names, or float32."""
+    """What the trainer loads weights in (`ReFINEConfig.weights_dtype`); for a checkpoint's own what its configuration names, or float32."""
     named = args.weights_dtype(asked)
     if named in (None, "auto"):
         own = config.dtype or config.get_text_config(decoder=True).dtype

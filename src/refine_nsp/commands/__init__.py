@@ -17,7 +17,7 @@ COMMANDS = {
     "env": "what is installed, which devices there are, what computes each operation and why",
     "estimate": "memory and time of a training step on a device, before anything is loaded",
     "completion": "a script for bash, zsh or fish that completes commands, flags and choices",
-    "export": "a plain model folder from a checkpoint in shards",
+    "export": "a plain model folder from LoRA adapters (merged), or from a checkpoint in shards",
     "report": "one HTML page comparing runs",
 }
 FROM_DATACLASSES = (

@@ -1,4 +1,4 @@
-"""`refine-nsp export CHECKPOINT FOLDER`: a plain model folder from a checkpoint whose weights are in shards (FSDP)."""
+"""`refine-nsp export RUN FOLDER`: a plain model folder from LoRA adapters (merged), or from a checkpoint in shards (FSDP)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="checkpoint-N of a run with sharded weights")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a run with --use_peft, or a checkpoint with adapters or with sharded weights",
+    )
     parser.add_argument("folder", type=Path, help="where the plain model goes")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,8 +12,9 @@ from torch import nn
 from refine_nsp.commands.options import Settings
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
+from refine_nsp.models.adapters import peft
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.load import load_model
+from refine_nsp.models.load import adapters_of, load_adapter, load_model
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
 DEFAULT_MODEL = "refine-nsp/tiny-delta-net"
@@ -26,7 +28,7 @@ class ModelArguments:
         model_name_or_path: a shipped model, a folder or a hub name.
         tokenizer_name: another tokenizer than the model's.
         dtype: of the weights (float32, bfloat16); default: float32 with bf16 or fp16 (autocast), else the checkpoint's.
-        use_peft: train LoRA adapters only.
+        use_peft: train LoRA adapters only; those of model_name_or_path where it holds some, else new ones.
         lora_r, lora_alpha: their rank and scale.
         lora_target_modules: linear layers to adapt.
     """
@@ -47,18 +49,26 @@ class ModelArguments:
 
 def build_model(arguments: ModelArguments, dtype: str | None) -> nn.Module:
     """The model in `dtype` (None: the checkpoint's), wrapped by PEFT when LoRA adapters are asked for."""
-    model = load_model(arguments.model_name_or_path, dtype=dtype)
-    return with_adapters(model, arguments) if arguments.use_peft else model
+    if not arguments.use_peft:
+        return load_model(arguments.model_name_or_path, dtype=dtype)
+    if not adapters_of(arguments.model_name_or_path):
+        return with_adapters(load_model(arguments.model_name_or_path, dtype=dtype), arguments)
+    model = load_adapter(arguments.model_name_or_path, dtype=dtype)
+    own = model.peft_config["default"]
+    if (own.r, own.lora_alpha) != (arguments.lora_r, arguments.lora_alpha) or arguments.lora_target_modules:
+        warnings.warn(
+            f"use_peft goes on with the adapters of {arguments.model_name_or_path}: lora_r={own.r}, lora_alpha={own.lora_alpha} and their "
+            "layers stay; for new ones on what it learned, make a plain model of it first: refine-nsp export",
+            stacklevel=2,
+        )
+    return model
 
 
 def with_adapters(model: nn.Module, arguments: ModelArguments) -> nn.Module:
-    """LoRA adapters on a model, which alone are trained."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise RefineError("use_peft needs PEFT: pip install 'refine-nsp[lora]'") from error
+    """New LoRA adapters on a model, which alone are trained."""
     targets = arguments.lora_target_modules or "all-linear"
-    return get_peft_model(model, LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets))
+    config = peft().LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets)
+    return peft().get_peft_model(model, config)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest, first_line
+from refine_nsp.models.adapters import Adapter, attach, find_adapter
 from refine_nsp.models.families import FAMILIES, register
 from refine_nsp.models.hybrid import check, class_for
 from refine_nsp.ops.memory import part
@@ -33,23 +34,26 @@ def resolve(name_or_path: str | Path) -> str:
     name = str(name_or_path)
     if name in SHIPPED:
         return str(SHIPPED[name])
+    if Path(name).parts[-3:-1] == ("refine_nsp", ASSETS.name) and not Path(name).exists():
+        return resolve(f"refine-nsp/{Path(name).name}")  # that of another installation, as adapters name their base
     if name.startswith("refine-nsp/"):
         raise RefineError(f"no shipped model {name!r}{closest(name, SHIPPED)}; shipped: {', '.join(SHIPPED)}")
     return name
 
 
 def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model (eval mode) and tokenizer of a shipped name, a folder in the hub's layout, or a hub name.
+    """Model (eval mode) and tokenizer of a shipped name, a folder in the hub's layout, or a hub name; of LoRA adapters the base that they
+    name with the adapters merged into it: a plain model.
 
     Args:
         name_or_path: for example `"refine-nsp/tiny-delta-net"`; of any causal language model of transformers too
-            (docs/models_and_states.md).
+            (docs/models_and_states.md), or LoRA adapters of PEFT.
         dtype: of the weights; None is the one the model's configuration names (of a shipped name float32, however it is stored).
         kwargs: passed to `from_pretrained` (device_map, revision, ...).
 
     Raises:
         RefineError: no such folder or name, no causal language model, a pickle checkpoint, missing or unknown parameters (with the
-            list) or ones that are not finite, or no tokenizer.
+            list) or ones that are not finite, or no tokenizer; adapters without their base, or that cannot be merged into it.
     """
     return load_model(name_or_path, dtype, **kwargs), load_tokenizer(name_or_path)
 
@@ -57,6 +61,11 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
 def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
     """The model alone; see `load`."""
     where = resolve(name_or_path)
+    if adapters_of(where, kwargs.get("revision")):
+        model = load_adapter(where, dtype, **kwargs).merge_and_unload().requires_grad_(True)  # PEFT had frozen it
+        model.name_or_path = where  # an adapter that is put on it next belongs on this, not on the base
+        _check_numbers(where, model)
+        return model.eval()
     folder = Path(where)
     if folder.exists():
         _check_folder(folder)
@@ -83,11 +92,44 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     return model.eval()
 
 
+def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
+    """LoRA adapters on their base as PEFT's own model, to be trained on; `kwargs` as in `load`. RefineError where there are none."""
+    where = resolve(name_or_path)
+    adapters = adapters_of(where, kwargs.get("revision"))
+    if not adapters:
+        raise RefineError(f"{where} holds no adapter (adapter_config.json and adapter_model.safetensors)")
+    own = adapters[0]
+    kwargs = {k: v for k, v in kwargs.items() if k != "revision"} | ({"revision": own.revision} if own.revision else {})
+    try:
+        base = load_model(own.base, dtype, **kwargs)
+    except RefineError as error:
+        raise RefineError(
+            f"the base of the adapter {where} (base_model_name_or_path in its adapter_config.json) cannot be loaded: {error}"
+        ) from error
+    return attach(base, own)
+
+
+def adapters_of(name_or_path: str | Path, revision: str | None = None) -> list[Adapter]:
+    """The adapters that lead to a plain model, the outermost first: none of a plain model, several where a base is an adapter itself."""
+    where, found = resolve(name_or_path), []
+    while (adapter := find_adapter(where, revision)) is not None:
+        found.append(adapter)
+        where, revision = resolve(adapter.base), adapter.revision
+        if where in (a.where for a in found):
+            raise RefineError(
+                f"the adapter {adapter.where} names {where} as its base, which leads back to itself: set base_model_name_or_path in its "
+                "adapter_config.json to a model, or move the adapter to a folder of its own"
+            )
+    return found
+
+
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; see `load`."""
+    """The tokenizer alone; see `load`. Adapters without one have their base's."""
     where = resolve(name_or_path)
     folder = Path(where)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if folder.is_dir() and not _has_tokenizer(folder) and (adapters := adapters_of(where)):
+        return load_tokenizer(adapters[0].base)
+    if folder.is_dir() and not _has_tokenizer(folder):
         raise RefineError(
             f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy one there, or name another (midtrain: --tokenizer_name)"
         )
@@ -97,6 +139,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         return tokenizer
     except Exception as error:  # the tokenizers' parsers have errors of their own
         raise hub_problem(where, error) or RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,6 +189,8 @@ def _check_numbers(where: str, model: Any) -> None:
 def load_config(name_or_path: str | Path) -> Any:
     """The configuration alone, of what `load` takes; weights need not be there."""
     where = resolve(name_or_path)
+    if adapters := adapters_of(where):
+        where = resolve(adapters[-1].base)
     register()  # again: another library may have been imported since
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)

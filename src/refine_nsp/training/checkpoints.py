@@ -19,6 +19,8 @@ from torch import Tensor
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
+from refine_nsp.models.adapters import CONFIG as ADAPTER_CONFIG
+from refine_nsp.models.load import load
 from refine_nsp.nsp.records import Batch, Rollouts
 from refine_nsp.training.phases import MicroBatch
 
@@ -152,24 +154,35 @@ def checksum(path: Path) -> int:
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Make a plain folder, as `from_pretrained` reads it, of a checkpoint whose weights are in shards; complete or not at all.
+    """Make a plain folder, as `from_pretrained` reads it, of a checkpoint whose weights are in shards, or of LoRA adapters by merging them
+    into their base; complete or not at all.
 
     Raises:
-        RefineError: the checkpoint has none, or the folder has something in it.
+        RefineError: it has neither, or the folder has something in it.
     """
     shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
-    if not (shards / ".metadata").exists():
+    sharded = (shards / ".metadata").exists()
+    if not sharded and not (checkpoint / ADAPTER_CONFIG).exists():
         plain = (checkpoint / "model.safetensors").exists() or (checkpoint / "model.safetensors.index.json").exists()
-        raise RefineError(f"{checkpoint} {'is a plain folder already' if plain else f'holds no sharded weights ({shards.name})'}")
+        what = (
+            "is a plain folder already"
+            if plain
+            else f"holds no sharded weights ({shards.name}) and no adapters ({ADAPTER_CONFIG})"
+        )
+        raise RefineError(f"{checkpoint} {what}")
     if folder.exists() and any(folder.iterdir()):
         raise RefineError(f"{folder} is not empty; name a new folder")
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    merge_fsdp_weights(str(shards), str(temporary))
-    for pattern in PLAIN_FILES:
-        for file in checkpoint.glob(pattern):
-            shutil.copy(file, temporary)
+    if sharded:
+        merge_fsdp_weights(str(shards), str(temporary))
+        for pattern in PLAIN_FILES:
+            for file in checkpoint.glob(pattern):
+                shutil.copy(file, temporary)
+    else:
+        for part in load(checkpoint):
+            part.save_pretrained(temporary)
     os.replace(temporary, folder)
 
 

@@ -136,7 +136,7 @@ def test_post_training_goes_on_with_the_adapters(run, files, tmp_path):
     assert all((before[k] - after[k]).abs().max() < 1e-3 for k in before)
     assert [a.base for a in adapters_of(post)] == [str(SHIPPED[BASE])]
     torch.testing.assert_close(logits(refine_nsp.load(post)[0]), adapted(post), rtol=1e-4, atol=1e-4)
-    with pytest.warns(UserWarning, match="lora_r=16 and lora_alpha=32"):
+    with pytest.warns(UserWarning, match="lora_r=16, lora_alpha=32"):
         build_model(ModelArguments(str(run), use_peft=True, lora_r=4), None)
 
 

@@ -173,6 +173,11 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     scores: list[Tensor] = []
     columns: dict[str, list[Any]] = {}
     for i, example in enumerate(examples):
+        if "input_ids" not in example:
+            raise RefineError(
+                f"rows of training need a column input_ids, there are {', '.join(example)}; rows of a dataset with a column text are "
+                "tokenized by the trainer, those of files by prepare_data, prompts with answers by prepare_answers (PostTrainer)"
+            )
         packed = "lengths" in example
         cuts = list(example["lengths"]) if packed else [len(example["input_ids"])]
         rows += torch.as_tensor(example["input_ids"]).split(cuts)

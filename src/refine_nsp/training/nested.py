@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -155,7 +156,9 @@ class PostTrainer(ReFINETrainer):
 
     args: PostTrainingConfig
 
-    def __init__(self, model: nn.Module | None = None, args: PostTrainingConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module | str | Path | None = None, args: PostTrainingConfig | None = None, **kwargs: Any
+    ) -> None:
         kwargs.setdefault("data_collator", collate_answers)
         args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
         super().__init__(model=model, args=args, **kwargs)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers import ProgressCallback as TqdmCallback
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from refine_nsp.config import NSPConfig
+from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.hybrid import StatefulTrunk
@@ -52,6 +52,7 @@ from refine_nsp.training.checkpoints import (
 )
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
+from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.stream import Stream, check_streaming
@@ -66,12 +67,14 @@ class ReFINETrainer(Trainer):
     """Mid-training with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
 
     Args:
-        model: a causal model of this package (PEFT-wrapped is fine).
+        model: a causal model of this package (PEFT-wrapped is fine), or what `refine_nsp.load` takes: a name or a folder.
         args: a `ReFINEConfig`.
-        train_dataset: rows of `input_ids` (and `lengths` when packed; other columns are handed to rewards). eval_dataset: the same.
-        processing_class: the tokenizer, for tables of completions and the vocabulary check.
+        train_dataset: rows of `input_ids` (and `lengths` when packed; other columns are handed to rewards), or of `text`, which is cut into
+            windows of `max_length` tokens. eval_dataset: the same.
+        processing_class: the tokenizer, for text, tables of completions and the vocabulary check; of a model by name its own.
         reference_model: frozen model, needed when `kl_coef` > 0.
         phase: an objective of your own instead of `args.objective`.
+        reward_funcs: instead of those in `args`. peft_config: PEFT's, of adapters that alone are trained.
 
     Raises:
         RefineError: a tokenizer with more tokens than the model, or settings that do not fit together.
@@ -84,19 +87,24 @@ class ReFINETrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module | str | Path | None = None,
         args: ReFINEConfig | None = None,
         reference_model: FastWeightForCausalLM | None = None,
         phase: Phase | None = None,
+        reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else ReFINEConfig(output_dir="runs/refine")
-        if model is not None and kwargs.get("processing_class") is not None:
+        args = with_rewards(args if args is not None else ReFINEConfig(output_dir="runs/refine"), reward_funcs)
+        model, kwargs["processing_class"] = model_given(model, kwargs.get("processing_class"), peft_config, args)
+        if kwargs.setdefault("data_collator", collate) is collate:
+            for name in ("train_dataset", "eval_dataset"):
+                kwargs[name] = tokenized(kwargs.get(name), kwargs["processing_class"], args)
+        if model is not None and kwargs["processing_class"] is not None:
             check_vocabulary(model, kwargs["processing_class"])
         args.remove_unused_columns = False
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
-        kwargs.setdefault("data_collator", collate)
         with part("loading"):
             super().__init__(model=model, args=args, **kwargs)
         if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:

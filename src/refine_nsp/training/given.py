@@ -1,0 +1,78 @@
+"""What a trainer is given in other words than its own, as TRL's trainers take it: a model by name, rewards and adapters beside the
+settings, rows of text. Made into the one form that the trainer works with, or refused with the way that there is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from refine_nsp.config import RewardSpec
+from refine_nsp.errors import RefineError
+from refine_nsp.models.adapters import peft
+from refine_nsp.models.load import adapters_of, load_model, load_tokenizer
+from refine_nsp.nsp.rewards import resolve_reward, wants_columns
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN, tokenize
+
+
+def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardSpec] | None) -> ReFINEConfig:
+    """The settings with other rewards; the caller's stay as they are."""
+    if reward_funcs is None:
+        return args
+    if isinstance(reward_funcs, str) or callable(reward_funcs):
+        reward_funcs = [reward_funcs]
+    rewards: list[RewardSpec] = list(reward_funcs)
+    for reward in rewards:
+        resolve_reward(reward)
+    args = copy.copy(args)
+    args.nsp = replace(args.nsp, reward=rewards[0] if len(rewards) == 1 else rewards)
+    return args
+
+
+def model_given(
+    model: nn.Module | str | Path | None, tokenizer: PreTrainedTokenizerBase | None, peft_config: Any, args: ReFINEConfig
+) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
+    """The model itself, with new adapters where they are asked for, and its tokenizer.
+
+    Raises:
+        RefineError: adapters on adapters: which of them is meant to be trained is not said.
+    """
+    if isinstance(model, str | Path):
+        adapted = bool(adapters_of(model))
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
+        model = cast(nn.Module, load_model(model, dtype=args.weights_dtype(None)))
+    else:
+        adapted = hasattr(model, "peft_config")
+    if peft_config is None:
+        return model, tokenizer
+    if not isinstance(peft_config, peft().PeftConfig):
+        raise RefineError(f"peft_config must be PEFT's, such as LoraConfig(target_modules='all-linear'), got {peft_config!r:.60}")
+    if adapted:
+        raise RefineError(
+            "got peft_config for a model that has adapters: to go on with those leave it out, and give the model as "
+            "refine_nsp.models.load.load_adapter(FOLDER) returns it; for new ones merge first (refine-nsp export)"
+        )
+    return peft().get_peft_model(model, peft_config), tokenizer
+
+
+def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> Any:
+    """Rows of text as windows of tokens, cut as `midtrain` does; all else as it is."""
+    columns = data.column_names or [] if isinstance(data, Dataset | IterableDataset) else []
+    if TEXT_COLUMN not in columns or TOKENS_COLUMN in columns:
+        return data
+    if tokenizer is None:
+        raise RefineError(f"the dataset has a column {TEXT_COLUMN!r} and no input_ids: give the tokenizer as processing_class")
+    cut: dict[str, Any] = {
+        "column": TEXT_COLUMN,
+        "max_length": args.max_length,
+        "min_length": args.nsp.shortest,
+        "packing": False,
+    }
+    return tokenize(data, tokenizer, keep_columns=wants_columns(args.nsp), **cut)

@@ -8,10 +8,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from logging import getLogger as logger
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from refine_nsp.commands import COMMANDS, FROM_DATACLASSES, Parser
 from refine_nsp.environment import keep_freed_memory
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [w for w in words if w != "--debug"]
     main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, end_at_once) if main_thread else None
+    show = warnings.showwarning
+    warnings.showwarning = in_one_line(show)
     try:
         return dispatch(words)
     except KeyboardInterrupt:
@@ -48,8 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"refine-nsp: {describe(error)}\n")
         return FAILED
     finally:
+        warnings.showwarning = show
         if main_thread:
             signal.signal(signal.SIGTERM, previous)
+
+
+def in_one_line(show: Callable[..., None]) -> Callable[..., None]:
+    """A `warnings.showwarning` that says our warnings as we say all else, in one line of one process, and leaves others to `show`."""
+
+    def said(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> None:
+        if not issubclass(category, UserWarning) or not Path(filename).is_relative_to(Path(__file__).parent):
+            show(message, category, filename, *more)
+        elif os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"refine-nsp: {' '.join(str(message).split())}\n")
+
+    return said
 
 
 def describe(error: Exception) -> str:

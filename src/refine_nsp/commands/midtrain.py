@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from refine_nsp.commands.model_options import ModelArguments, build_model
@@ -26,6 +28,7 @@ from refine_nsp.report.card import write_card
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
+from refine_nsp.training.checkpoints import last_complete_checkpoint
 
 COMMON = (
     "model_name_or_path dataset_name text_column output_dir objective preset max_length max_steps num_train_epochs "
@@ -65,7 +68,7 @@ def run(argv: Sequence[str]) -> None:
         reference_model=load_model(model_args.model_name_or_path, dtype=dtype) if nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
-    start_run(trainer, out, config)
+    trainer.add_callback(Noting(config))
     train_and_save(trainer, out, model_args.model_name_or_path, [str(data_args.dataset_name)], options.values)
 
 
@@ -82,11 +85,17 @@ def train_and_save(trainer: ReFINETrainer, out: Path, base: str, data: Sequence[
         Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
 
 
-def start_run(trainer: ReFINETrainer, out: Path, config: dict[str, Any]) -> None:
-    """Settings and environment into the run's folder."""
-    if trainer.is_world_process_zero():
-        write_atomically(out / "config.yaml", yaml.safe_dump(config, sort_keys=True))
-        write_atomically(out / "environment.json", json.dumps(environment(trainer.args.seed), indent=1) + "\n")
+class Noting(TrainerCallback):
+    """Settings and environment into the run's folder, once it is known to be this run's."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            out = Path(str(args.output_dir))
+            write_atomically(out / "config.yaml", yaml.safe_dump(self.config, sort_keys=True))
+            write_atomically(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
 
 
 def check_reporting(args: ReFINEConfig) -> None:
@@ -100,10 +109,16 @@ def check_reporting(args: ReFINEConfig) -> None:
             )
 
 
-def resume_from(args: ReFINEConfig) -> str | bool | None:
-    """What --resume_from_checkpoint means: a folder, or the last checkpoint."""
+def resume_from(args: ReFINEConfig) -> str | None:
+    """What --resume_from_checkpoint means: a folder, or the last checkpoint. A run that was stopped before its first has none, and the
+    same command line, as schedulers repeat it, begins it anew."""
     given = args.resume_from_checkpoint
-    return True if given in ("True", "true", "last") else given
+    if given not in ("True", "true", "last"):
+        return given
+    last = last_complete_checkpoint(Path(str(args.output_dir)))
+    if last is None:
+        warnings.warn(f"{args.output_dir} has no checkpoint to resume from: the run begins anew", stacklevel=2)
+    return last
 
 
 def save(trainer: ReFINETrainer, out: Path) -> None:

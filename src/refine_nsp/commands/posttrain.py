@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.midtrain import check_reporting, start_run, train_and_save
+from refine_nsp.commands.midtrain import Noting, check_reporting, train_and_save
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
         reference_model=load_model(model_args.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None,
     )  # fmt: skip
     out = Path(args.output_dir)
-    start_run(trainer, out, config)
+    trainer.add_callback(Noting(config))
     sources = [name for name in (data_args.dataset_name, data_args.squad, data_args.hotpotqa) if name is not None]
     train_and_save(trainer, out, model_args.model_name_or_path, sources, options.values)
 

@@ -66,9 +66,15 @@ def read_run(folder: Path) -> Run:
     metrics = read_json_lines(folder / "metrics.jsonl")
     if not metrics:
         raise RefineError(f"{folder} has no metrics.jsonl; expected the output_dir of a refine-nsp run")
-    # A resumed run logs some steps again; the later record counts.
+    # A resumed run makes some steps again: what it logs counts, and what was logged of later steps does not.
+    by_step: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     with expecting("a step, a number, in every record", folder / "metrics.jsonl"):
-        by_step = {(float(m["step"]), "eval_loss" in m, "train_runtime" in m): m for m in metrics}
+        latest = 0.0
+        for m in metrics:
+            if (step := float(m["step"])) < latest:
+                by_step = {k: known for k, known in by_step.items() if k[0] <= step}
+            by_step[step, "eval_loss" in m, "train_runtime" in m] = m
+            latest = step
     completions = read_json_lines(folder / "completions.jsonl")
     with expecting(f"{', '.join(COMPLETION)} in every record", folder / "completions.jsonl"):
         completions = [{name: c[name] for name in COMPLETION} for c in completions]

@@ -85,11 +85,15 @@ def check_shards(folder: Path, sharded: bool) -> None:
         )
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, newest first."""
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdecimal()]
+    return sorted(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that can be read to its end; an unreadable one is passed over, saying so."""
-    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdecimal()]
-    newest_first = sorted(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for checkpoint in newest_first:
+    for checkpoint in checkpoints_of(folder):
         if (problem := checkpoint_problem(checkpoint)) is None:
             return str(checkpoint)
         warnings.warn(f"{checkpoint.name} is not complete ({problem}); the one before it is taken", stacklevel=2)
@@ -114,6 +118,11 @@ def checkpoint_problem(folder: Path) -> str | None:
     except ValueError:
         return "trainer_state.json is empty or cut off"
     return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were made before it."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def seal(folder: Path) -> None:

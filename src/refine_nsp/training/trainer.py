@@ -45,13 +45,16 @@ from refine_nsp.training.checkpoints import (
     check_dealing,
     check_shards,
     checkpoint_problem,
+    checkpoints_of,
     last_complete_checkpoint,
     load_pending,
     save_pending,
     seal,
+    step_of,
 )
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
+from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
 from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.scores import with_context_scores
@@ -130,9 +133,13 @@ class ReFINETrainer(Trainer):
         self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
         self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
         self._restored: list[MicroBatch] | None = None
+        self._begun_at = 0  # the step of the checkpoint that was resumed from
         self._last_log = (time.monotonic(), 0)
         self._tokens_seen = 0
         self._shown_at = -1
+        self._model_in_words = model_of(self.model)
+        self._trained_before = False
+        self._settings: dict[str, Any] = {}
 
     def _check_steps(self) -> None:
         """A warning where weights are too coarse for the learning rate. FSDP widens them where products are narrower."""
@@ -207,7 +214,12 @@ class ReFINETrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of one optimizer step, prepared and counted."""
+        """The micro-batches of one optimizer step, prepared and counted; none where a resumed run had made all of its steps."""
+        if self.state.global_step >= self.state.max_steps:
+            # The Trainer would make one step more: it asks after a step whether it was the last.
+            self._restored = None
+            self.control.should_training_stop = True
+            return [], None
         if self._restored is not None:
             # The interrupted run had drawn these from the data loader already.
             self._pending, drawn = self._restored, len(self._restored)
@@ -359,6 +371,8 @@ class ReFINETrainer(Trainer):
             if "tokens_per_second" in means:
                 means["tokens_per_second"] *= self.args.world_size
             logs = {**logs, **means, "skipped_steps": self.guard.skipped}
+            if self.state.global_step == self._begun_at:
+                logs.pop("train_loss", None)  # a mean over no step
         super().log(logs, start_time)
 
     def _show(self, batch: MicroBatch) -> None:
@@ -409,31 +423,20 @@ class ReFINETrainer(Trainer):
     # --- saving and resuming ------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint. Ctrl-C and SIGTERM save, then
-        raise KeyboardInterrupt and SystemExit (143).
+        raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside, in a folder inside it.
 
         Raises:
-            RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one of steps that were dealt out otherwise.
+            RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(Path(str(self.args.output_dir)))
-            if resume_from_checkpoint is None:
-                raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
-        if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            if (problem := checkpoint_problem(checkpoint)) is not None:
-                raise RefineError(
-                    f"cannot resume from {checkpoint}: {problem}; resume_from_checkpoint=last takes the newest complete one"
-                )
-            check_dealing(checkpoint, self.dealing)
-            check_shards(checkpoint, bool(self.is_fsdp_enabled))
-            self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        self._begin(checkpoint)
         self._last_log = (time.monotonic(), 0)
         skips = self.args.ignore_data_skip
-        if resume_from_checkpoint and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
+        if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
             self.args.ignore_data_skip = True  # it is there already
         try:
             with part("optimizer"):  # what else there is in a step; all of the rest names itself
-                output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -447,6 +450,35 @@ class ReFINETrainer(Trainer):
             self.stop.restore()
         self.stop.request.end()
         return output
+
+    def _checkpoint_of(self, given: Any) -> Path | None:
+        """The checkpoint that `train` is to resume from, whole and made by a run like this one."""
+        if not given:
+            return None
+        if given is True:
+            given = last_complete_checkpoint(Path(str(self.args.output_dir)))
+            if given is None:
+                raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
+        elif (problem := checkpoint_problem(Path(given))) is not None:
+            raise RefineError(f"cannot resume from {given}: {problem}; resume_from_checkpoint=last takes the newest complete one")
+        return Path(given)
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        """Have this run's folder hold this run alone, and what waits in its checkpoint at hand."""
+        folder, early = Path(str(self.args.output_dir)), [] if self._trained_before else self.state.log_history
+        self._settings, self._trained_before = settings_of(self.args, self._model_in_words, self.train_dataset), True
+        self._begun_at, self._pending = 0 if checkpoint is None else step_of(checkpoint), []
+        if checkpoint is not None:
+            check_dealing(checkpoint, self.dealing)
+            check_shards(checkpoint, bool(self.is_fsdp_enabled))
+            check_settings(checkpoint, self._settings)
+            self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
+        inside = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+        if not inside and self.is_world_process_zero() and (aside := set_aside(folder, early)) is not None:
+            last = next(iter(checkpoints_of(aside)), None)
+            how = f"; to go on with it, resume_from_checkpoint={last}" if last is not None else ""
+            warnings.warn(f"{folder} had an earlier run in it, which is in {aside} now{how}", stacklevel=3)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its shards, and has
@@ -470,6 +502,7 @@ class ReFINETrainer(Trainer):
                 save_pending(folder, self.args.process_index, self._pending)
             if self.args.should_save:
                 self.dealing.save(folder)
+                save_settings(folder, self._settings)
                 if isinstance(self.train_dataset, Stream):
                     self.train_dataset.save(folder, self.state.global_step * self.dealing.examples)
             super()._save_checkpoint(model, trial)

@@ -31,7 +31,13 @@ KINDS = {
     "nested": {"nested": True},
 }
 # Phases of a run, by the trainer's method; and those of which every kind has some.
-PHASES = {"training_step": "step", "prepare": "rollout", "update": "inner update", "evaluate": "evaluation", "_save_checkpoint": "saving"}
+PHASES = {
+    "training_step": "step",
+    "prepare": "rollout",
+    "update": "inner update",
+    "evaluate": "evaluation",
+    "_save_checkpoint": "saving",
+}
 NAMES = ("between", *PHASES.values())
 MORE = {"in order, validated": ["evaluation"], "nested": ["inner update"]}
 TERMINATED = f"terminated; {cli.GO_ON}\n"

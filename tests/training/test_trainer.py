@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import warnings
@@ -135,14 +134,14 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, conten
 
 
 SEALED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "rollouts.process0.safetensors",
-          "dealing.json", "training_args.bin")  # fmt: skip
+          "dealing.json", "settings.json", "training_args.bin")  # fmt: skip
+WAITING = {"steps_per_generation": 3, "schedule": "snapshot", "train_dataset": data(32)}
 
 
 @pytest.fixture(scope="module")
 def sealed_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sealed")
-    settings = dict(steps_per_generation=3, schedule="snapshot", train_dataset=data(32))
-    trainer(folder, max_steps=4, save_strategy="steps", save_steps=2, **settings).train()
+    trainer(folder, max_steps=4, save_strategy="steps", save_steps=2, **WAITING).train()
     return folder
 
 
@@ -172,8 +171,43 @@ def test_a_seal_that_is_cut_off_and_folders_of_other_names(tmp_path, sealed_run)
     (tmp_path / "run" / "checkpoint-best").mkdir()
     with pytest.warns(UserWarning, match="sealed.json is empty or cut off"):
         assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
-    seal.unlink()  # as other programs write checkpoints
+    seal.unlink()
+    with pytest.warns(UserWarning, match="no sealed.json, which is written last"):
+        assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    (tmp_path / "run" / "checkpoint-4" / "dealing.json").unlink()  # as other programs write checkpoints
     assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-4")
+    for name in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
+        file = tmp_path / "run" / "checkpoint-4" / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.warns(UserWarning, match=f"checkpoint-4 is not complete .{name} cannot be read"):
+            assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    t = trainer(tmp_path_factory.mktemp("alone"), max_steps=4, **WAITING)
+    t.train()
+    return weights(t)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("name", SEALED[:6])
+def test_training_goes_on_from_before_the_damage(tmp_path, sealed_run, left_alone, name, sealed):
+    """Also where no seal says that a file was cut off; the rollouts that wait in the checkpoint before are learned from."""
+    shutil.copytree(sealed_run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-4"
+    content = (newest / name).read_bytes()
+    (newest / name).write_bytes(content[: len(content) // 2])
+    for other in () if sealed else ("sealed.json", "dealing.json"):
+        (newest / other).unlink()
+    again = trainer(tmp_path / "run", max_steps=4, **WAITING)
+    with pytest.warns(UserWarning, match="checkpoint-4 is not complete") as said:
+        again.train(resume_from_checkpoint=True)
+    assert [str(w.message).partition(" (")[0] for w in said] == ["checkpoint-4 is not complete"]
+    assert again._begun_at == 2 and again.state.global_step == 4
+    assert all(torch.equal(w, left_alone[n]) for n, w in weights(again).items())
 
 
 def test_pickles_in_a_checkpoint_are_not_run(tmp_path, sealed_run):
@@ -183,8 +217,9 @@ def test_pickles_in_a_checkpoint_are_not_run(tmp_path, sealed_run):
         shutil.copytree(sealed_run / "checkpoint-4", folder)
         torch.save({"state": Touch(str(tmp_path / "touched"))}, folder / name)
         (folder / "sealed.json").unlink()
-        t = trainer(tmp_path / name, max_steps=6, steps_per_generation=3, schedule="snapshot")
-        with pytest.raises(pickle.UnpicklingError):
+        (folder / "dealing.json").unlink()
+        t = trainer(tmp_path / name, max_steps=6, **WAITING)
+        with pytest.raises(RefineError, match=f"{name} cannot be read: Weights only load failed"):
             t.train(resume_from_checkpoint=str(folder))
     assert not (tmp_path / "touched").exists()
 

@@ -10,14 +10,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from accelerate.utils import merge_fsdp_weights
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.trainer_pt_utils import safe_globals
 
-from refine_nsp.errors import RefineError
+from refine_nsp.errors import RefineError, first_line
 from refine_nsp.files import write_atomically
 from refine_nsp.models.adapters import CONFIG as ADAPTER_CONFIG
 from refine_nsp.models.load import load
@@ -103,13 +107,18 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None when it can.
 
-    A sealed one is compared with its seal, file by file. One without a seal (of other programs, or cut off before it) is judged by its
-    trainer state, which is written after all but the seal.
+    A sealed one is compared with its seal, file by file. One of ours without a seal was cut off before it. One of another program is
+    judged by its trainer state, which transformers writes last, and by whether its files can be read.
     """
     if not folder.is_dir():
         return "there is no such folder"
     if (problem := seal_problem(folder)) is not None:
         return problem
+    if not (folder / SEAL_FILE).exists():
+        if (folder / DEALING_FILE).exists():
+            return f"no {SEAL_FILE}, which is written last"
+        if (problem := unreadable(folder)) is not None:
+            return problem
     path = folder / "trainer_state.json"
     if not path.exists():
         return "no trainer_state.json"
@@ -150,6 +159,24 @@ def seal_problem(folder: Path) -> str | None:
             return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
         if checksum(file) != crc:
             return f"{name} was changed or damaged"
+    return None
+
+
+def unreadable(folder: Path) -> str | None:
+    """Which file of tensors or states cannot be read, or would run code; None where all can."""
+    for path in sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".pt", ".pth")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    file.keys()
+                continue
+            with ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    return f"{path.name} is damaged in {damaged}"
+            with safe_globals():
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, BadZipFile, SafetensorError, UnpicklingError) as error:
+            return f"{path.name} cannot be read: {first_line(error)}"
     return None
 
 
@@ -242,8 +269,6 @@ def load_pending(folder: Path, process: int, own: Dealing, device: torch.device)
 
 def read_pending(path: Path) -> list[dict[str, Tensor]]:
     """The tensors of each micro-batch that waits."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         names = ("input_ids", "lengths", *_TENSORS)
         return [{name: file.get_tensor(f"{i}.{name}") for name in names} for i in range(int(file.metadata()["count"]))]

@@ -458,6 +458,34 @@ def test_a_saved_model_has_a_card_and_nobodys_own_is_overwritten(tmp_path, text)
     assert (run / "README.md").read_text() == "mine"
 
 
+def test_every_saved_model_has_a_card_of_what_had_an_effect(tmp_path):
+    """In Python as well: of a run's model and of its checkpoints, sampled or exact, by steps or by epochs."""
+    from tests.training.test_trainer import trainer
+
+    steps = trainer(tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=1)
+    steps.train()
+    steps.save_model()
+    card, early = (p.read_text() for p in (tmp_path / "a" / "README.md", tmp_path / "a" / "checkpoint-1" / "README.md"))
+    assert "# a\n" in card and "# a, checkpoint-1\n" in early and "config.yaml" not in card
+    for words in (
+        "| max_steps | 2 |",
+        "| reward_funcs | \\['hybrid'\\] |",
+        "| positions_per_sequence | 2 |",
+        "NTP loss (training)",
+    ):
+        assert words in card and words in early, words
+    for name in ("num_train_epochs", "lora_r", "use_peft", "weights", "bf16", "preset"):
+        assert f"| {name} |" not in card + early
+    assert "curves.svg" in card and "curves.svg" not in early
+    steps.save_model(str(tmp_path / "elsewhere"))
+    assert "# a, elsewhere" in (tmp_path / "elsewhere" / "README.md").read_text()
+    epochs = trainer(tmp_path / "b", max_steps=-1, num_train_epochs=1, preset="exact", reward_funcs="prefix_match")
+    epochs.save_model()  # before it was trained
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert all(f"| {name} |" in card for name in ("num_train_epochs", "weights", "estimator"))
+    assert not any(f"| {name} |" in card for name in ("max_steps", "num_generations", "selection", "positions_per_sequence"))
+
+
 def test_an_adapters_card_names_its_base(tmp_path, text):
     assert main(tiny(tmp_path, text, "--logging_steps", "1", "--objective", "ntp", "--use_peft", "--learning_rate", "1e-4")) == 0
     card = (tmp_path / "run" / "README.md").read_text()

@@ -195,6 +195,11 @@ class NSPConfig:
             return ["cosine" if self.rolls_out else "prefix_match"]
         return list(self.reward) if isinstance(self.reward, list | tuple) else [self.reward]
 
+    @property
+    def reward_names(self) -> list[Any]:
+        """The rewards by name; a callable by its dotted path."""
+        return [_plain(r) for r in self.rewards]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values by field; a callable reward as its dotted path."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}

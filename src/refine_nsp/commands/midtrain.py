@@ -24,7 +24,6 @@ from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import wants_columns
-from refine_nsp.report.card import write_card
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
@@ -74,14 +73,14 @@ def run(argv: Sequence[str]) -> None:
 
 def train_and_save(trainer: ReFINETrainer, out: Path, base: str, data: Sequence[str], settings: dict[str, Any]) -> None:
     """The run itself, from where it stands; then its model, its last figures, its card and its report."""
+    trainer.describe(base, data, settings)
     trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     save(trainer, out)  # before anything else can go wrong
     if trainer.eval_dataset is not None:
         trainer.evaluate()
         trainer.save_state()
     if trainer.is_world_process_zero():
-        kind = trainer.accelerator.unwrap_model(trainer.model).config.model_type
-        write_card(out, base, data, settings, [kind, str(trainer.args.objective)])
+        trainer.write_card(out)  # once more: with the last figures
         Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
 
 

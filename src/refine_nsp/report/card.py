@@ -11,7 +11,7 @@ import yaml
 
 from refine_nsp.files import write_atomically
 from refine_nsp.report import plots
-from refine_nsp.report.runs import CURVES, Run, read_run
+from refine_nsp.report.runs import CURVES, Run
 from refine_nsp.report.tables import Cell, Table
 
 MARK = "<!-- written by refine-nsp; take this line out and it will not be written again -->"
@@ -22,6 +22,15 @@ TOLD = (
     "num_generations", "max_length", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r", "seed",
 )  # fmt: skip
+METHOD = (
+    "preset", "estimator", "weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence", "rollout_length",
+    "num_generations",
+)  # fmt: skip
+OBJECTIVES = {
+    "refine": "next-sequence prediction beside next-token prediction",
+    "ntp": "next-token prediction alone",
+    "none": "the answers alone",
+}
 PEFT = "# Model Card for Model ID"  # what an adapter's folder is given before anybody has written a word
 PAPER = """@article{hwang2026refine,
   title   = {Reinforced Fast Weights with Next-Sequence Prediction},
@@ -31,20 +40,44 @@ PAPER = """@article{hwang2026refine,
 }"""
 
 
-def write_card(folder: Path, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str]) -> Path | None:
-    """README.md and curves.svg of a run's folder; None, and nothing touched, where somebody else's README.md is.
+def is_ours(path: Path) -> bool:
+    """Whether a README.md is one of ours, or one that nobody has written a word in."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return MARK in text or PEFT in text
+
+
+def write_card(
+    folder: Path, run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str], plotted: bool = True
+) -> Path | None:
+    """README.md of a saved model, and curves.svg where there are curves; None, and nothing touched, where somebody else's README.md is.
 
     Args:
-        base: the model it was trained from. data: what on; of folders and files on this machine the last part is named.
-        settings: of the run, by the names of flags. tags: of the hub.
+        run: how the model came about. base: the model it was trained from, "" where that has no name.
+        data: what on; of folders and files on this machine the last part is named.
+        settings: of the run, by the names of flags. tags: of the hub. plotted: False leaves the curves out.
     """
     path = folder / "README.md"
-    if path.exists() and MARK not in (there := path.read_text(encoding="utf-8", errors="replace")) and PEFT not in there:
+    if path.exists() and not is_ours(path):
         return None
-    run = read_run(folder)
-    if (svg := curves(run)) is not None:
+    if plotted and (svg := curves(run)) is not None:
         write_atomically(folder / CURVE_FILE, svg)
-    return write_atomically(path, card(run, base, data, settings, tags, svg is not None))
+    has_curves = plotted and svg is not None
+    return write_atomically(path, card(run, base, data, effective(settings), tags, has_curves))
+
+
+def effective(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that had an effect."""
+    without = {"num_train_epochs" if (settings.get("max_steps") or 0) > 0 else "max_steps"}
+    if not settings.get("use_peft"):
+        without |= {"use_peft", "lora_r"}
+    estimator, at_positions = settings.get("estimator"), settings.get("weights") == "selected"
+    if settings.get("objective") != "refine":
+        without |= set(METHOD)
+    elif estimator == "sampled":
+        without |= {"weights"}
+    else:
+        without |= {"num_generations"} | (set() if at_positions else {"selection", "positions_per_sequence"})
+    return {name: value for name, value in settings.items() if name not in without and value is not False}
 
 
 def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str], has_curves: bool) -> str:
@@ -62,13 +95,12 @@ def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tag
         for name in ("refine-nsp", "torch", "transformers")
         if run.environment.get(name)
     )
-    alone = settings.get("objective") == "ntp"
-    method = "next-token prediction alone" if alone else "next-sequence prediction beside next-token prediction"
+    method = OBJECTIVES.get(str(settings.get("objective")), OBJECTIVES["refine"])
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{MARK}\n",
         f"# {text_of(run.name)}\n",
-        f"Trained from {named(base)} on {', '.join(map(named, data))} by refine-nsp: {method}{f' ({versions})' if versions else ''}. All "
-        "settings are in `config.yaml`.\n",
+        f"Trained from {named(base) if base else 'a model without a name'} on {', '.join(map(named, data)) or 'data of its own'} by "
+        f"refine-nsp: {method}{f' ({versions})' if versions else ''}.{' All settings are in `config.yaml`.' if run.config else ''}\n",
         Table("Settings", ["setting", "value"], told).markdown(),
         "\n## Measured\n",
         figures(run).markdown(),

@@ -59,6 +59,14 @@ class Run:
         return float(values[-1]) if values else None
 
 
+def run_of(folder: Path, environment: dict[str, Any], with_figures: bool = True) -> Run:
+    """What a run's folder holds so far, where it may hold nothing; its environment unless there is a file of it."""
+    if with_figures and (folder / "metrics.jsonl").exists():
+        run = read_run(folder)
+        return replace(run, environment=run.environment or environment)
+    return Run(folder.resolve().name, [], [], "", environment)
+
+
 def read_run(folder: Path) -> Run:
     """Read metrics.jsonl, completions.jsonl, config.yaml and environment.json. RefineError when it is no run at all."""
     if not folder.is_dir():

@@ -219,6 +219,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     else:
         for part in load(checkpoint):
             part.save_pretrained(temporary)
+    if (card := checkpoint / "README.md").exists():
+        shutil.copy(card, temporary)
     os.replace(temporary, folder)
 
 

@@ -96,12 +96,19 @@ def check_settings(checkpoint: Path, own: Mapping[str, Any]) -> None:
         why = f" (lr_scheduler_type={own['lr_scheduler_type']} follows it)" if "max_steps" in changed else ""
         shown = "; ".join(f"{name} was {made[name]!r}, now {own[name]!r}" for name in changed)
         raise RefineError(
-            f"{checkpoint} was made with other settings: {shown}{why}. Go on with those it was made with, or begin a new run from its "
-            f"weights (model_name_or_path={checkpoint})"
+            f"{checkpoint} was made with other settings: {shown}{why}. Go on with those it was made with, or begin a new run: in "
+            f"another output_dir, or from its weights (model_name_or_path={checkpoint})"
         )
 
 
 # --- an earlier run's files -------------------------------------------------------------------------------------------
+def ours(path: Path) -> bool:
+    """Whether a file of a run's folder is not the user's own model card."""
+    from refine_nsp.report.card import is_ours
+
+    return path.name != "README.md" or is_ours(path)
+
+
 def set_aside(folder: Path, own: Sequence[Mapping[str, Any]]) -> Path | None:
     """Move what an earlier run left in a folder into one of its own inside it; that folder, or None where there was nothing.
 
@@ -113,7 +120,7 @@ def set_aside(folder: Path, own: Sequence[Mapping[str, Any]]) -> Path | None:
         return None
     weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_*")]
     patterns = (*WRITTEN, *(PLAIN_FILES if weights else ()))
-    found = sorted({*checkpoints_of(folder), *(p for pattern in patterns for p in folder.glob(pattern))})
+    found = sorted({*checkpoints_of(folder), *(p for pattern in patterns for p in folder.glob(pattern) if ours(p))})
     number = next(n for n in range(1, 10**6) if not (folder / EARLIER.format(n)).exists())
     aside = folder / EARLIER.format(number)
     aside.mkdir()

@@ -15,6 +15,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from transformers import ProgressCallback as TqdmCallback
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig, RewardSpec
+from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.hybrid import StatefulTrunk
@@ -38,7 +40,7 @@ from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.processes import to_device
-from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.arguments import RENAMED, ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.checkpoints import (
     Dealing,
@@ -138,6 +140,9 @@ class ReFINETrainer(Trainer):
         self._tokens_seen = 0
         self._shown_at = -1
         self._model_in_words = model_of(self.model)
+        self._said: dict[str, Any] = {}  # of the run, to model cards
+        self._base = self._inner_config.name_or_path
+        self._sources: Sequence[str] = ()
         self._trained_before = False
         self._settings: dict[str, Any] = {}
 
@@ -480,19 +485,50 @@ class ReFINETrainer(Trainer):
             warnings.warn(f"{folder} had an earlier run in it, which is in {aside} now{how}", stacklevel=3)
         self.accelerator.wait_for_everyone()
 
+    def describe(self, base: str, data: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """What model cards are to say of this run: the model it is trained from, its data, and settings by the names of flags, beside those
+        that the trainer has itself."""
+        self._base, self._sources, self._said = base, data, dict(settings)
+
+    @property
+    def _inner_config(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).config
+
+    def write_card(self, folder: Path, plotted: bool = True) -> None:
+        """The model card of what is saved in a folder: how it came about, and what was logged so far."""
+        from refine_nsp.report.card import write_card
+        from refine_nsp.report.runs import run_of
+
+        out = Path(str(self.args.output_dir))
+        made_with = {} if (out / "environment.json").exists() else environment(self.args.seed)
+        run = run_of(out, made_with, with_figures=self._trained_before)
+        if folder.resolve() != out.resolve():
+            run = replace(run, name=f"{run.name}, {folder.name}", config="")
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        own = {
+            **vars(self.args),
+            **{RENAMED.get(k, k): v for k, v in self.nsp.as_dict().items()},
+            "reward_funcs": self.nsp.reward_names,
+        }
+        own |= {"use_peft": bool(adapters), "lora_r": next((getattr(a, "r", None) for a in adapters.values()), None)}
+        tags = [self._inner_config.model_type, str(self.args.objective)]
+        write_card(folder, run, self._base, self._sources, {**self._said, **own}, tags, plotted)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer.save_model. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its shards, and has
-        with them what `export_checkpoint` makes a plain folder of."""
+        """As Trainer.save_model, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
+        shards, and has with them what `export_checkpoint` makes a plain folder of."""
+        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        in_checkpoint = _internal_call and output_dir is not None
         if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             super().save_model(output_dir, _internal_call)
-            return
-        folder = output_dir if output_dir is not None else str(self.args.output_dir)
-        if not _internal_call or output_dir is None:
+        elif not in_checkpoint:
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
         elif self.args.should_save:
             for part in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
                 if part is not None:
                     part.save_pretrained(folder)
+        if self.args.should_save:
+            self.write_card(Path(folder), plotted=not in_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

@@ -1,15 +1,28 @@
 """A step of a float64 model is float64 from its states to its gradients: no operation makes a narrower number on the way."""
 
+from dataclasses import replace
+
+import datasets
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.evaluation.likelihood import log_likelihoods
+from refine_nsp.nsp.context import context_divergence
+from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.rewards import edit_similarity
 from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.training.data import collate
+from refine_nsp.training.nested import answer_loss
+from refine_nsp.training.scores import wants_gain, with_context_scores
+from refine_nsp.training.trainer import to_batch
 from tests.models.families import FAMILY_NAMES, LACT_VARIANTS, build
+from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.test_step import LENGTHS, generator, ids
+from tests.training.test_trainer import data
 
 STEPS = {
     "fused": {"schedule": "fused"},
@@ -54,6 +67,42 @@ def test_nothing_of_a_step_is_narrower(family, name):
         result.loss.backward()
     assert narrow.found == set()
     assert all(p.grad.dtype == torch.float64 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["fused", "exact"])
+def test_nothing_of_a_hybrids_step_is_narrower(name):
+    """But for what transformers makes float32 whatever the weights are."""
+    model = stateful("qwen3_next").train()
+    config = NSPConfig(positions_per_sequence=3, min_prefix=5, local_window=8, **STEPS[name])
+    with float64_throughout(), Narrow() as narrow:
+        ReFINEStep(model, config)(ids(), lengths=LENGTHS, generator=generator()).loss.backward()
+    # transformers' rotary embedding makes positions float32, which holds such whole numbers exactly.
+    assert all(found.startswith("aten._to_copy.default") and found.endswith(", 1)") for found in narrow.found)
+
+
+@pytest.mark.parametrize("settings", [
+    {"selection": "context_kl", "reward": "hybrid"}, {"estimator": "exact"}, {"estimator": "exact", "weights": "context_gain"},
+])  # fmt: skip
+def test_scores_that_are_kept_are_float64(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    model, config = build("delta_net").train(), NSPConfig(positions_per_sequence=3, min_prefix=5, local_window=8, **settings)
+    rows = with_context_scores(data(3), model, config)
+    assert rows.features["context_scores"].feature.dtype == "float64"
+    batch = to_batch(collate(rows), torch.device("cpu"))
+    online = context_divergence(model, replace(batch, scores=None), run_hidden(model, batch, config), config, wants_gain(config))
+    assert batch.scores.dtype == torch.float64 and float((batch.scores - online * batch.real).abs().max()) < 1e-12
+    with Narrow() as narrow:
+        step = ReFINEStep(model, config)
+        step(batch.input_ids, lengths=batch.lengths, generator=generator(), scores=batch.scores).loss.backward()
+    assert narrow.found == set()
+
+
+def test_the_loss_of_answers_and_likelihoods_are_float64():
+    model = build("delta_net").train()
+    with Narrow() as narrow:
+        answer_loss(model, Batch.of(ids(), LENGTHS), torch.full((3,), 4), 12.0, NSPConfig()).backward()
+        log_likelihoods(model, [([1, 2, 3], [4, 5]), ([6, 7], [8])], 100)
+    assert narrow.found == set()
 
 
 def test_a_narrow_number_is_noticed():

@@ -56,6 +56,26 @@ def test_a_stream_goes_on_at_every_place(tmp_path, tokenizer, packing):
     assert take(again, 20) == rows[:20]  # without a place, from the beginning
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_a_shuffled_stream_goes_on_in_its_order(tmp_path, tokenizer, after):
+    """Shuffled before or after something else is done to the rows, in every epoch another way."""
+
+    def rows_of(**kept):
+        data = streamed(tmp_path, tokenizer)
+        data = data.shuffle(seed=3, buffer_size=9)
+        return Stream(data.map(lambda row: {"sum": sum(row["input_ids"])}) if after else data, every=4, **kept)
+
+    count = 2 * len(list(streamed(tmp_path, tokenizer))) + 9
+    whole = rows_of(keep=1000)
+    rows = take(whole, count)
+    assert rows[: count // 2] != rows[count // 2 :][: count // 2]
+    for row in range(4, count - 3, 28):
+        whole.save(tmp_path, row)
+        again = rows_of(keep=2)
+        assert again.load(tmp_path)
+        assert take(again, count - row) == rows[row:]
+
+
 @pytest.mark.parametrize(
     ("settings", "stop", "reads_less"),
     [

@@ -46,7 +46,8 @@ def log_likelihoods(
         hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
         for row, i in enumerate(batch):
             n, k = len(rows[row]), len(pairs[i][1])
-            logits = model.lm_head(hidden[row, n - k - 1 : n - 1]).float()
+            logits = model.lm_head(hidden[row, n - k - 1 : n - 1])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             truth = ids[row, n - k : n]
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
             likelihoods[i] = (float(log_p), bool((logits.argmax(-1) == truth).all()))

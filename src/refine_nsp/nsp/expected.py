@@ -60,7 +60,8 @@ def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NS
     # All K tokens of the continuation must be there: t + K <= length - 1.
     allowed = batch.before(batch.lengths - config.rollout_length).to(hidden.dtype)
     if batch.scores is not None:
-        return Weighing(allowed * batch.scores, None, None, batch.num_targets)
+        scores = batch.scores.to(torch.promote_types(hidden.dtype, torch.float32))
+        return Weighing(allowed * scores, None, None, batch.num_targets)
     first, T = 2 * config.local_window, batch.input_ids.shape[1]
     if first >= T:
         return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)

@@ -184,7 +184,9 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         places += [(i, document) for document in range(len(cuts))]
         for name, value in example.items():
             if name == "context_scores":
-                scores += torch.as_tensor(value).split(cuts)
+                scores += torch.as_tensor(value, dtype=torch.float64).split(
+                    cuts
+                )  # as they are kept: of a float64 model in float64
             elif name not in ("input_ids", "lengths"):
                 columns.setdefault(name, []).extend(value if packed else [value])
     padded = torch.nn.utils.rnn.pad_sequence

@@ -36,7 +36,7 @@ def with_context_scores(
     process: int = 0,
     processes: int = 1,
 ) -> Dataset:
-    """The data with a column `context_scores`, d of every token (as `context_divergence`, float32), read back where they are known.
+    """The data with a column `context_scores`, d of every token (float32, or float64), read back where they are known.
 
     Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on. Processes
     beside each other, of this run or of others that need the same scores, share the parts out: each begins with its own, goes on with
@@ -63,7 +63,7 @@ def with_context_scores(
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
             return {"context_scores": scores_of(row, model, config, gain, device)}
 
-    features = datasets.Features({**data.features, "context_scores": datasets.Sequence(datasets.Value("float32"))})
+    features = datasets.Features({**data.features, "context_scores": datasets.Sequence(datasets.Value(kept_dtype(model)))})
     starts = range(0, len(data), PART_ROWS)
     own_first = sorted(starts, key=lambda start: (start // PART_ROWS - process) % processes)
     parts: dict[int, Dataset] = {}
@@ -90,7 +90,13 @@ def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: tor
     """Name of the scores: they depend on the data, the weights and what is computed with them, and what the score is."""
     gain = wants_gain(config)
     settings = (data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain)
-    return Hasher.hash(settings if autocast is None else (*settings, str(autocast)))
+    wide = ("float64",) if kept_dtype(model) == "float64" else ()
+    return Hasher.hash((*settings, *wide) if autocast is None else (*settings, *wide, str(autocast)))
+
+
+def kept_dtype(model: nn.Module) -> str:
+    """What a model's scores are kept in."""
+    return "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
 
 
 def model_key(model: nn.Module) -> str:
@@ -119,7 +125,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
     def score(m: FastWeightForCausalLM) -> Tensor:
         return context_divergence(m, batch, run_hidden(m, batch, config), config, gain)
 
-    d = model(step=score).float().cpu()
+    d = model(step=score).cpu()
     return torch.cat([x[:n] for x, n in zip(d, batch.sizes, strict=True)]).tolist()
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
@@ -22,7 +24,8 @@ class Stream(IterableDataset[dict[str, Any]]):
     """Rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
 
     Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, and kept
-    for the latest steps: data loaders read ahead of the step that a checkpoint is of.
+    for the latest steps: data loaders read ahead of the step that a checkpoint is of. Where a buffer shuffles, what is in it follows from
+    all rows before: that epoch is read again from its beginning, and what was given out is left out.
 
     Args:
         data: as `prepare_data` streams it. every: rows of an optimizer step. keep: places kept.
@@ -35,7 +38,8 @@ class Stream(IterableDataset[dict[str, Any]]):
     def __init__(self, data: datasets.IterableDataset, every: int, keep: int) -> None:
         self.data, self.every = data, every
         self.sizes: dict[str, int] = {f: known["num_bytes"] for f, known in (data.info.download_checksums or {}).items()}
-        self.row, self.epoch = 0, 0  # of the next one
+        self.row, self.epoch, self.epoch_row = 0, 0, 0  # of the next one; the epoch's first
+        self.refills = has_buffer(data)
         self.start: dict[str, Any] | None = None  # where the next iteration begins
         self.places: deque[tuple[int, dict[str, Any]]] = deque(maxlen=keep)
 
@@ -43,14 +47,16 @@ class Stream(IterableDataset[dict[str, Any]]):
         start, self.start = self.start, None
         self.places.clear()
         # A place belongs to its epoch: in the following ones `datasets` begins at the beginning.
-        self.data.load_state_dict(None if start is None else start["state"])
+        self.data.load_state_dict(None if start is None or "given_out" in start["state"] else start["state"])
         self.row, self.epoch = (0, 0) if start is None else (start["row"], start["state"]["epoch"])
+        given_out = 0 if start is None else start["state"].get("given_out", 0)
+        self.epoch_row = self.row - given_out
         while True:
             self.data.set_epoch(self.epoch)
-            for example in self.data:
+            for example in islice(self.data, given_out, None):
                 self.row += 1
                 if self.row % self.every == 0:
-                    self.places.append((self.row, self.data.state_dict()))
+                    self.places.append((self.row, self.place()))
                 yield example
             if self.row == 0:
                 raise RefineError(
@@ -58,6 +64,11 @@ class Stream(IterableDataset[dict[str, Any]]):
                 )
             self.check_files()
             self.epoch += 1
+            self.epoch_row, given_out = self.row, 0
+
+    def place(self) -> dict[str, Any]:
+        """Where the next row is read: the epoch, and the dataset's own state or the epoch's rows before."""
+        return {"epoch": self.epoch, "given_out": self.row - self.epoch_row} if self.refills else self.data.state_dict()
 
     def check_files(self) -> None:
         """RefineError unless the files are as large as when they were opened: a run would go on with other text in silence."""
@@ -92,6 +103,17 @@ class Stream(IterableDataset[dict[str, Any]]):
             )
         self.start = start
         return True
+
+
+def has_buffer(data: datasets.IterableDataset) -> bool:
+    """Whether rows go through a shuffle buffer, which a dataset's state leaves out."""
+    waiting: list[Any] = [data._ex_iterable]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, BufferShuffledExamplesIterable):
+            return True
+        waiting += [x for x in (getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())) if x is not None]
+    return False
 
 
 def check_streaming(args: TrainingArguments) -> None:

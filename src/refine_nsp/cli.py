@@ -17,7 +17,7 @@ from typing import Any
 
 from refine_nsp.commands import COMMANDS, FROM_DATACLASSES, Parser
 from refine_nsp.environment import keep_freed_memory
-from refine_nsp.stopping import TERMINATED_CODE, Terminated, terminate
+from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate
 
 GO_ON = "run the same command again (training: with --resume_from_checkpoint last) to go on"
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [w for w in words if w != "--debug"]
     main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, end_at_once) if main_thread else None
+    TERMINATIONS.clear()
     show = warnings.showwarning
     warnings.showwarning = in_one_line(show)
     try:
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED
     except Exception as error:
+        if TERMINATIONS:
+            sys.stderr.write(f"terminated; {GO_ON}\n")
+            return TERMINATED_CODE
         # Only errors about input are expected; any other is a defect, whose traceback --debug shows.
         if debug:
             raise

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 TERMINATED_CODE = 128 + signal.SIGTERM  # as a shell counts it
+TERMINATIONS: list[int] = []  # signals that `terminate` has handled
 
 
 class Terminated(SystemExit):
@@ -55,5 +56,8 @@ class StopRequest:
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """A handler of SIGTERM that ends the process with its clean-up: temporary folders go, the terminal is left in order."""
+    """A handler of SIGTERM that ends the process with its clean-up: temporary folders go, the terminal is left in order.
+
+    What is under way may make another error of it (a module that is being imported: ImportError); TERMINATIONS tells."""
+    TERMINATIONS.append(number)
     raise Terminated

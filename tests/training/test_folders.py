@@ -1,6 +1,8 @@
 """A folder holds one run: resumed alike or refused, a finished one left as it is, an earlier one set aside whole."""
 
 import json
+import os
+import signal
 import warnings
 
 import pytest
@@ -160,6 +162,20 @@ def test_a_refused_command_changes_nothing(tmp_path, text, capsys):
     assert main([*argv, "--resume_from_checkpoint", "last"]) == 1
     assert "learning_rate was 0.001, now 1e-06" in lines_of(capsys)[-1]
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_sigterm_while_a_module_is_imported_is_no_error_of_that_module(capsys, monkeypatch):
+    from refine_nsp.commands import midtrain
+
+    def importing(argv):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(midtrain, "run", importing)
+    assert main(["midtrain"]) == 143
+    assert capsys.readouterr().err.startswith("terminated; ")
 
 
 def test_our_warnings_are_lines_of_ours_and_others_stay(tmp_path, text, capsys, monkeypatch):

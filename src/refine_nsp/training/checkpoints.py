@@ -219,8 +219,9 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     else:
         for part in load(checkpoint):
             part.save_pretrained(temporary)
-    if (card := checkpoint / "README.md").exists():
-        shutil.copy(card, temporary)
+    if (card := checkpoint / "README.md").exists():  # what is written is a whole model, of adapters too
+        text = card.read_text(encoding="utf-8").replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+        write_atomically(temporary / "README.md", text)
     os.replace(temporary, folder)
 
 

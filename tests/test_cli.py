@@ -288,6 +288,14 @@ def test_values_out_of_range(tmp_path, text, capsys):
     fails(
         capsys, tiny(tmp_path, text, "--learning_rate", "-1", "--dry_run"), "learning_rate must be a finite number of at least 0"
     )
+    fails(capsys, tiny(tmp_path, text, "--dtype", "float3"), "dtype='float3' is not one of float32, bfloat16, float16")
+    fails(capsys, tiny(tmp_path, text, "--validation_fraction", "2"), "validation_fraction=2.0: expected a share")
+    fails(capsys, tiny(tmp_path, text, "--adam_beta2", "1"), "adam_beta2 must be at least 0 and below 1, got 1.0")
+    evaluation = ["evaluate", "--tasks", "ntp", "--documents", str(text), "--window", "1", "--output_dir", str(tmp_path / "e")]
+    fails(capsys, evaluation, "window must be at least 2")
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    evaluation = ["evaluate", "--tasks", "ntp", "--documents", str(tmp_path / "d.jsonl"), "--output_dir", str(tmp_path / "e")]
+    fails(capsys, evaluation, "row 1: text is 'None'; expected text in every row")
     (tmp_path / "t.txt").write_text(TEXT[:1200])
     page = ["--output", str(tmp_path / "t.txt" / "x.html")]
     fails(capsys, ["inspect", BASE, str(text), "--max_tokens", "300", *page], "t.txt is a file, so nothing can be written")
@@ -350,6 +358,37 @@ def test_bad_models(tmp_path, text, capsys):
         tiny(tmp_path, text, "--model_name_or_path", str(bare), "--tokenizer_name", BASE),
         "the tokenizer has 2048 tokens but",
     )
+
+
+def test_what_transformers_has_against_settings_is_one_line(tmp_path, text, capsys):
+    fails(capsys, tiny(tmp_path, text, "--reward_funcs", "os.getcwd"), "the reward getcwd returned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "false")  # which transformers sets
+        fails(capsys, tiny(tmp_path, text, "--fsdp", "full_shard"), "these settings cannot be trained with: ")
+
+
+def test_special_tokens_that_are_no_numbers_are_named(tmp_path, capsys):
+    model, tokenizer = refine_nsp.load(BASE)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": "a"}))
+    fails(capsys, ["generate", str(tmp_path / "m"), "--prompt", "a"], "eos_token_id is 'a' in its GenerationConfig")
+
+
+def test_damaged_folders_of_runs_are_named(tmp_path, text, capsys):
+    assert main(tiny(tmp_path, text, "--logging_steps", "1", "--log_completions")) == 0
+    run = tmp_path / "run"
+    for name, damage in (
+        ("metrics.jsonl", '{"step": 1, "loss": \n{"step": 2}\n'), ("metrics.jsonl", '[1]\n'), ("metrics.jsonl", '{"loss": 1}\n'),
+        ("completions.jsonl", '{"step": 1}\n'), ("environment.json", "[]"), ("environment.json", "{"),
+    ):  # fmt: skip
+        kept = (run / name).read_text()
+        (run / name).write_text(damage)
+        fails(capsys, ["report", str(run), "--output", str(tmp_path / "r.html")], f"{run / name} is damaged or something else")
+        (run / name).write_text(kept)
+    fails(capsys, ["report", str(run), "--output", ""], ". is a folder; name a file to write")
+    assert not (tmp_path / "r.html").exists() and main(["report", str(run), "--output", str(tmp_path / "r.html")]) == 0
 
 
 def test_weights_that_overflow_end_in_one_line(tmp_path, text, capsys):

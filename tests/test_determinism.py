@@ -1,18 +1,35 @@
 """The same seed gives the same bits: every command that draws anything, run twice."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from refine_nsp.cli import main
+from refine_nsp.tiny import quickstart as q
 from tests.test_cli import TEXT, tiny
 from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
 from tests.tiny.test_pretrain import tiny as tiny_base
 
 BASE = "refine-nsp/tiny-delta-net"
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = replace(
+    q.Settings(),
+    seeds=1,
+    steps=1,
+    sequences_per_step=1,
+    max_length=128,
+    lengths=(128,),
+    depths=(0.5,),
+    prompts_per_cell=1,
+    text_windows=1,
+)
 ADAPTED = ["--ttt_learning_rate", "1e-3", "--ttt_positions_per_sequence", "2", "--ttt_num_generations", "2"]
 
 
@@ -79,6 +96,40 @@ def test_twice(command, tmp_path, capsys, library):  # noqa: F811
         capsys.readouterr()
         found.append(command(tmp_path / name, capsys))
     assert found[0] and found[0] == found[1]
+
+
+def quickstart(folder: Path, capsys) -> object:
+    """All arms on the same rows, in its smallest form."""
+    chosen = q.standard_library(held_out=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(q, "standard_library", lambda held_out: chosen[:1] if held_out else chosen[1:3])
+        q.quickstart(QUICKSTART, str(folder / "quick"), BASE, None, "text")
+    found = json.loads((folder / "quick" / "results.json").read_text())["figures"]
+    return re.sub(r'"[a-z_]*seconds": [\d.e-]+', "", json.dumps(found))
+
+
+def everything(folder: Path) -> None:
+    """What three commands make, into a file by command."""
+    for command in (midtrain, evaluate, quickstart):
+        (folder / command.__name__).mkdir()
+        made = repr(command(folder / command.__name__, None)).replace(str(folder), "")
+        (folder / f"{command.__name__}.made").write_text(made)
+
+
+def test_the_order_of_sets_and_hashes_decides_nothing(tmp_path):
+    """In processes of their own, which hash strings differently and share no cache."""
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        code = "import sys, pathlib; from tests.test_determinism import everything; everything(pathlib.Path(sys.argv[1]))"
+        environment = os.environ | {"PYTHONHASHSEED": seed, "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        argv = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=environment, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-1000:]
+    for command in (midtrain, evaluate, quickstart):
+        one, other = ((tmp_path / seed / f"{command.__name__}.made").read_text() for seed in "12")
+        assert one and one == other, command.__name__
 
 
 def test_another_seed_is_another_draw(capsys):

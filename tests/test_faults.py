@@ -5,12 +5,18 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import yaml
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import save
 from torch.utils.data import get_worker_info
 
 from refine_nsp import load
@@ -19,7 +25,10 @@ from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.run import read_rows
 from refine_nsp.stopping import TERMINATED_CODE
 from refine_nsp.training.checkpoints import checkpoint_problem
+from tests.models.families import build
 from tests.test_cli import TEXT, tiny
+from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
+from tests.tiny.test_pretrain import tiny as tiny_base
 from tests.training import test_trainer
 
 EVALUATION = "evaluate --tasks niah_single_1 --lengths 512".split()
@@ -93,6 +102,75 @@ def test_no_room_for_the_files_of_other_commands(tmp_path, text, command, larges
         assert not page.exists() or page.read_text().rstrip().endswith("</html>")
     if command == "evaluate":
         assert main(argv) == 0 and len(read_rows(tmp_path / "out", "niah_single_1")) == 2
+
+
+def posttrain(tmp_path: Path) -> list[str]:
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "{"The key is 4711. " * 9}", "answers": ["4711"]}}\n' * 8)
+    given = "--use_cpu --report_to none --max_steps 2 --max_length 256 --positions_per_sequence 2 --save_strategy steps --save_steps 1"
+    return ["posttrain", "--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "run"), *given.split()]
+
+
+@pytest.mark.parametrize("largest_file", [300, 100_000, 12_000_000])
+def test_no_room_for_the_files_of_post_training(tmp_path, largest_file):
+    check_one_line(*limited(posttrain(tmp_path), largest_file))
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        assert checkpoint_problem(folder) is None
+    for file in (tmp_path / "run").glob("*.safetensors"):
+        load_file(file)
+
+
+@pytest.mark.parametrize("largest_file", [100, 20_000, 60_000])
+def test_no_room_for_the_files_of_pretraining(tmp_path, library, largest_file):  # noqa: F811
+    """What is there can be gone on with."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(asdict(tiny_base(tmp_path / "base", {"facts": 0.3}))))
+    argv = ["pretrain", "--config", str(tmp_path / "c.yaml")]
+    check_one_line(*limited(argv, largest_file))
+    assert not list((tmp_path / "base").glob("model/*")) and not (tmp_path / "base" / "model.tmp").exists()
+    assert main(argv) == 0 and load(tmp_path / "base" / "model")
+
+
+def test_no_room_for_a_comparison(tmp_path):
+    for name in "ab":
+        assert main([*EVALUATION, "--samples", "1", "--output_dir", str(tmp_path / name)]) == 0
+    for page in ("page.html", "page.md"):
+        check_one_line(*limited(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / page)], 100))
+        assert not (tmp_path / page).exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_room_for_an_exported_model(tmp_path):
+    checkpoint = tmp_path / "checkpoint-1"
+    model = build("delta_net")
+    model.config.save_pretrained(checkpoint)
+    save({"model": model.state_dict()}, checkpoint_id=checkpoint / f"{FSDP_MODEL_NAME}_0", no_dist=True)
+    argv = ["export", str(checkpoint), str(tmp_path / "plain")]
+    check_one_line(*limited(argv, 5_000))
+    assert not (tmp_path / "plain").exists() and not list(tmp_path.glob("*.tmp"))
+    assert main(argv) == 0 and load_file(tmp_path / "plain" / "model.safetensors")
+
+
+def test_no_room_for_the_cache_of_tokens(tmp_path, text, monkeypatch):
+    """Nor is half a cache taken for a whole one afterwards."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    check_one_line(*limited(tiny(tmp_path, text), 2_000))
+    assert not (tmp_path / "run").exists() and main(tiny(tmp_path, text)) == 0
+
+
+@pytest.mark.parametrize(("what", "size"), [("run", "200k"), ("run", "2m"), ("cache", "16k")])
+def test_a_full_disk(tmp_path, text, monkeypatch, capfd, what, size):
+    """One of our own, where we may have one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no right to mount a disk of our own")
+    try:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", (disk if what == "cache" else tmp_path) / "cache")
+        argv = tiny(disk if what == "run" else tmp_path, text, "--save_strategy", "steps", "--save_steps", "1")
+        code = main(argv)
+        check_one_line(code, capfd.readouterr().err)
+        assert all(checkpoint_problem(folder) is None for folder in (disk / "run").glob("checkpoint-*"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_an_output_folder_that_is_a_file(tmp_path, text, capsys):

@@ -115,6 +115,12 @@ def test_nothing_reaches_for_the_network(tmp_path, text, offline):
         f"assert main(['generate', '--prompt', 'import', '--max_new_tokens', '2']) == 0\n"
         f"assert main(['midtrain', '--dataset_name', {str(text)!r}, '--max_length', '128', '--dry_run', '--use_cpu',"
         f" '--output_dir', {str(tmp_path / 'run')!r}]) == 0\n"
+        f"assert main(['midtrain', '--dataset_name', {str(text)!r}, '--max_length', '128', '--max_steps', '1', '--use_cpu',"
+        f" '--positions_per_sequence', '2', '--output_dir', {str(tmp_path / 'run')!r}]) == 0\n"
+        f"assert main(['report', {str(tmp_path / 'run')!r}, '--output', {str(tmp_path / 'page.html')!r}]) == 0\n"
+        f"assert main(['ttt', '--prompt_file', {str(text)!r}, '--max_new_tokens', '1']) == 0\n"
+        f"assert main(['evaluate', '--tasks', 'niah_single_1', '--lengths', '512', '--samples', '1', '--output_dir',"
+        f" {str(tmp_path / 'evaluation')!r}]) == 0\n"
     )
     environment = {"HF_HUB_OFFLINE": offline, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1] / "src")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from refine_nsp.errors import RefineError, first_line
 
@@ -56,6 +59,21 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise TypeError(f"a {type(found).__name__}")
         return found
+
+
+@contextmanager
+def made_whole(temporary: Path, final: Path) -> Iterator[Path]:
+    """A file or folder under a temporary name, renamed when it is done; RefineError, and nothing left, where there is no room for it."""
+    try:
+        yield temporary
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors' own kind for a full disk
+            raise RefineError(f"could not write {final}: {first_line(error)}") from error
+        raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

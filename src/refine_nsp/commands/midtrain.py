@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,16 @@ def run(argv: Sequence[str]) -> None:
         return
     if validation is None and args.eval_strategy != "no":
         raise RefineError("eval_strategy asks for validation, but there is no validation text; set validation_dataset")
-    trainer = ReFINETrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
-        reference_model=load_model(model_args.model_name_or_path, dtype=dtype) if nsp.kl_coef > 0 else None,
-    )  # fmt: skip
+    reference = load_model(model_args.model_name_or_path, dtype=dtype) if nsp.kl_coef > 0 else None
+    with in_one_line():
+        trainer = ReFINETrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            reference_model=reference,
+        )
     out = Path(args.output_dir)
     trainer.add_callback(Noting(config))
     train_and_save(trainer, out, model_args.model_name_or_path, [str(data_args.dataset_name)], options.values)
@@ -74,7 +81,8 @@ def run(argv: Sequence[str]) -> None:
 def train_and_save(trainer: ReFINETrainer, out: Path, base: str, data: Sequence[str], settings: dict[str, Any]) -> None:
     """The run itself, from where it stands; then its model, its last figures, its card and its report."""
     trainer.describe(base, data, settings)
-    trainer.train(resume_from_checkpoint=resume_from(trainer.args))
+    with in_one_line((ImportError,)):  # an optimizer of a package that is not installed
+        trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     save(trainer, out)  # before anything else can go wrong
     if trainer.eval_dataset is not None:
         trainer.evaluate()
@@ -95,6 +103,17 @@ class Noting(TrainerCallback):
             out = Path(str(args.output_dir))
             write_atomically(out / "config.yaml", yaml.safe_dump(self.config, sort_keys=True))
             write_atomically(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
+
+
+@contextmanager
+def in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, ImportError)) -> Iterator[None]:
+    """What transformers has against settings, in its words but as our error."""
+    try:
+        yield
+    except RefineError:
+        raise
+    except kinds as error:
+        raise RefineError(f"these settings cannot be trained with: {' '.join(str(error).split())}") from error
 
 
 def check_reporting(args: ReFINEConfig) -> None:

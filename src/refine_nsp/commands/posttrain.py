@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.midtrain import Noting, check_reporting, train_and_save
+from refine_nsp.commands.midtrain import Noting, check_reporting, in_one_line, train_and_save
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
@@ -57,10 +57,16 @@ def run(argv: Sequence[str]) -> None:
         return
     if validation is None and args.eval_strategy != "no":
         raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
-    trainer = PostTrainer(
-        model=model, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
-        reference_model=load_model(model_args.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None,
-    )  # fmt: skip
+    reference = load_model(model_args.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None
+    with in_one_line():
+        trainer = PostTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            reference_model=reference,
+        )
     out = Path(args.output_dir)
     trainer.add_callback(Noting(config))
     sources = [name for name in (data_args.dataset_name, data_args.squad, data_args.hotpotqa) if name is not None]

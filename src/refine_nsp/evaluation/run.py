@@ -116,6 +116,7 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
         for record in read_json_lines(path):
             with expecting("an answer with its scores on every line", path):
                 row = Row(**record)
+                check_row(row)
                 rows.setdefault(
                     str(row.id),
                     replace(
@@ -126,6 +127,16 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
                     ),
                 )
     return rows
+
+
+def check_row(row: Row) -> None:
+    """TypeError for an answer that no table could show."""
+    places = [row.meta[name] for name in ("length", "depth") if name in row.meta]
+    buckets = [value for bucket in row.meta.get("buckets", {}).values() for value in bucket.values()]
+    if not isinstance(row.output, str) or not all(isinstance(r, str) for r in row.references):
+        raise TypeError("an answer that is not text")
+    if not all(isinstance(value, int | float) for value in (*places, *buckets)):
+        raise TypeError("a place that is not a number")
 
 
 def summarise(name: str, rows: Sequence[Row]) -> TaskResult:

@@ -126,6 +126,9 @@ class EvaluationArguments:
             if getattr(self, name) < 0:
                 raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
 
+        if self.window == 1:
+            raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
+
     def names(self) -> list[str]:
         """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
         names: dict[str, None] = {}
@@ -362,6 +365,10 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
             raise RefineError(f"{documents[0]} needs text: --documents")
         rows = read_documents(a.documents, (a.text_column,), split="test")
         texts = list(rows[a.text_column])[: a.limit or None]
+        if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
+            raise RefineError(
+                f"{a.documents}, row {odd}: {a.text_column} is {str(texts[odd])[:60]!r}; expected text in every row"
+            )
         for name in documents:
             tasks[name] = DocumentTask(name, texts, a)
     return list(tasks.values())

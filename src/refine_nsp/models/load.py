@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.adapters import Adapter, attach, find_adapter
 from refine_nsp.models.families import FAMILIES, register
@@ -25,6 +26,7 @@ from refine_nsp.ops.memory import part
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-gated-deltanet", "tiny-lact")}
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -60,6 +62,8 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
     """The model alone; see `load`."""
+    if isinstance(dtype, str):
+        check_choice("dtype", dtype, DTYPES)
     where = resolve(name_or_path)
     if adapters_of(where, kwargs.get("revision")):
         model = load_adapter(where, dtype, **kwargs).merge_and_unload().requires_grad_(True)  # PEFT had frozen it
@@ -85,6 +89,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         raise
     except Exception as error:  # transformers', safetensors' and torch's own kinds, for every way a file can be broken
         raise hub_problem(where, error) or RefineError(f"cannot load the weights of {where}: {first_line(error)}") from error
+    _check_tokens(where, model)
     _check_names(where, names)
     _check_numbers(where, model)
     if not ours:
@@ -152,6 +157,16 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}; "
             "use the tokenizer the model was trained with"
         )
+
+
+def _check_tokens(where: str, model: Any) -> None:
+    """RefineError for special tokens that are no ids."""
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = vars(config).get(name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int for i in ids):
+                raise RefineError(f"{where}: {name} is {value!r} in its {type(config).__name__}; expected the number of a token")
 
 
 def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:

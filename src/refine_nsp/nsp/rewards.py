@@ -161,7 +161,12 @@ def compute_rewards(
     total = hidden.new_zeros(R, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for spec, weight in zip(specs, weights if weights is not None else [1.0] * len(specs), strict=True):
         name, function = resolve_reward(spec)
-        value = torch.as_tensor(function(**_arguments(name, function, inputs, columns or {})), device=total.device)
+        returned = function(**_arguments(name, function, inputs, columns or {}))
+        try:
+            value = torch.as_tensor(returned, device=total.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            shown = f"{str(returned)[:60]!r}, a {type(returned).__name__}"
+            raise RefineError(f"the reward {name} returned {shown}; expected numbers, [R]=[{R}] or [R, K]=[{R}, {K}]") from error
         if value.shape not in ((R,), (R, K)):
             raise RefineError(f"the reward {name} returned shape {tuple(value.shape)}; expected [R]=[{R}] or [R, K]=[{R}, {K}]")
         if function not in BUILT_IN.values() and not bool(value.isfinite().all()):

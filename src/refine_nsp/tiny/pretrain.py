@@ -8,7 +8,6 @@ convolution shifted by one token, so that a key already stands for "what came be
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import time
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
-from refine_nsp.files import append_json_lines, read_json_lines
+from refine_nsp.files import append_json_lines, made_whole, read_json_lines
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model, load_tokenizer
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
@@ -261,9 +260,8 @@ def save_checkpoint(
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
-    temporary = out / "checkpoint.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"step": str(step), "settings": json.dumps(decisive(config))})
-    os.replace(temporary, out / "checkpoint.safetensors")
+    with made_whole(out / "checkpoint.safetensors.tmp", out / "checkpoint.safetensors") as file:
+        save_file(tensors, file, metadata={"step": str(step), "settings": json.dumps(decisive(config))})
 
 
 def decisive(config: PretrainConfig) -> dict[str, Any]:
@@ -311,13 +309,11 @@ def save_model(
     The weights are stored as `config.store_dtype`, while the model's own configuration names the dtype it was trained in, which is
     what `load` widens them to.
     """
-    temporary, final = out / "model.tmp", out / "model"
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(out / "model.tmp", ignore_errors=True)
     stored = {name: weight.to(getattr(torch, config.store_dtype)) for name, weight in model.state_dict().items()}
-    model.save_pretrained(temporary, state_dict={k: v for k, v in stored.items() if k != "lm_head.weight"})
-    tokenizer.save_pretrained(temporary)
-    (temporary / "pretrain_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    return final
+    with made_whole(out / "model.tmp", out / "model") as folder:
+        model.save_pretrained(folder, state_dict={k: v for k, v in stored.items() if k != "lm_head.weight"})
+        tokenizer.save_pretrained(folder)
+        (folder / "pretrain_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return out / "model"

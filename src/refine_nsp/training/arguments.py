@@ -103,9 +103,19 @@ class ReFINEConfig(TrainingArguments):
         for name in counts:
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"):
+        for name in (
+            "num_train_epochs",
+            "learning_rate",
+            "weight_decay",
+            "adam_epsilon",
+            "warmup_steps",
+            "dataloader_num_workers",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RefineError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RefineError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name in ("seed", "data_seed"):
             if (seed := getattr(self, name)) is not None and not 0 <= seed < 2**32:
                 raise RefineError(f"{name} must be a whole number from 0 to 2**32 - 1, got {seed}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 import zlib
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.files import write_atomically
+from refine_nsp.files import made_whole, write_atomically
 from refine_nsp.models.adapters import CONFIG as ADAPTER_CONFIG
 from refine_nsp.models.load import load
 from refine_nsp.nsp.records import Batch, Rollouts
@@ -210,19 +209,19 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise RefineError(f"{folder} is not empty; name a new folder")
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if sharded:
-        merge_fsdp_weights(str(shards), str(temporary))
-        for pattern in PLAIN_FILES:
-            for file in checkpoint.glob(pattern):
-                shutil.copy(file, temporary)
-    else:
-        for part in load(checkpoint):
-            part.save_pretrained(temporary)
-    if (card := checkpoint / "README.md").exists():  # what is written is a whole model, of adapters too
-        text = card.read_text(encoding="utf-8").replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
-        write_atomically(temporary / "README.md", text)
-    os.replace(temporary, folder)
+    with made_whole(temporary, folder):
+        temporary.mkdir(parents=True)
+        if sharded:
+            merge_fsdp_weights(str(shards), str(temporary))
+            for pattern in PLAIN_FILES:
+                for file in checkpoint.glob(pattern):
+                    shutil.copy(file, temporary)
+        else:
+            for part in load(checkpoint):
+                part.save_pretrained(temporary)
+        if (card := checkpoint / "README.md").exists():  # what is written is a whole model, of adapters too
+            text = card.read_text(encoding="utf-8").replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+            write_atomically(temporary / "README.md", text)
 
 
 # --- rollouts that wait for their steps -------------------------------------------------------------------------------

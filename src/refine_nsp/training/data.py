@@ -197,9 +197,16 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**batch, **columns}
 
 
+def check_fraction(fraction: float) -> None:
+    """RefineError unless it is a share that leaves something."""
+    if not 0 <= fraction < 1:
+        raise RefineError(f"validation_fraction={fraction}: expected a share of the data, 0 or more and below 1")
+
+
 def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
     """Train and validation documents, disjoint, the same for the same data and seed; None when there is only one document."""
-    if fraction <= 0 or len(data) < 2:
+    check_fraction(fraction)
+    if fraction == 0 or len(data) < 2:
         return data, None
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     kept_back = min(max(1, round(len(data) * fraction)), len(data) - 1)
@@ -221,6 +228,7 @@ def prepare_data(
         raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
     if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
         raise RefineError(f"dataset_num_proc={arguments.dataset_num_proc}: expected 1 or more processes")
+    check_fraction(arguments.validation_fraction)
     if max_length < min_length:
         raise RefineError(
             f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"

@@ -597,9 +597,8 @@ def run_case(kind: str, seed: int, models: Path) -> str | None:
         if problem is None and "--dry_run" in words and (folder / "run").exists():
             problem = "a dry run left a folder"
         if problem is None:
-            problem = next(
-                (p for path, state in states(folder).items() if before.get(path) != state if (p := broken(path))), None
-            )
+            written = [path for path, state in states(folder).items() if state not in before.values()]
+            problem = next((p for path in written if (p := broken(path))), None)
         return None if problem is None else f"{problem}: {shown}: {said[-600:]}"
 
 
@@ -620,10 +619,10 @@ def problem_of(code: Any, said: str) -> str | None:
     return f"a line that is not ours ({strange[0][:200]!r})" if strange else None
 
 
-def states(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Files, and how to see whether they were written."""
+def states(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """Files, and how to see whether they were written, and not only moved."""
     files = [p for p in folder.rglob("*") if not p.is_symlink() and p.is_file()]
-    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
+    return {p: (s.st_ino, s.st_mtime_ns, s.st_size) for p in files for s in [p.stat()]}
 
 
 def broken(path: Path) -> str | None:

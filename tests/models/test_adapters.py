@@ -137,13 +137,23 @@ def test_post_training_goes_on_with_the_adapters(run, files, tmp_path):
     assert [a.base for a in adapters_of(post)] == [str(SHIPPED[BASE])]
     torch.testing.assert_close(logits(refine_nsp.load(post)[0]), adapted(post), rtol=1e-4, atol=1e-4)
     with pytest.warns(UserWarning, match="lora_r=16, lora_alpha=32"):
-        build_model(ModelArguments(str(run), use_peft=True, lora_r=4), None)
+        build_model(ModelArguments(str(run), use_peft=True, lora_r=4), None, seed=0)
 
 
 def test_post_training_without_adapters_trains_the_merged_model(run, files, tmp_path):
-    post = train("posttrain", run, files["pairs"], tmp_path / "post", "--objective", "none", "--learning_rate", "1e-6")
+    post = train("posttrain", run, files["pairs"], tmp_path / "post", "--objective", "none", "--learning_rate", "1e-7")
     assert (post / "config.json").exists() and not (post / "adapter_config.json").exists()
     torch.testing.assert_close(logits(refine_nsp.load(post)[0]), adapted(run), rtol=1e-2, atol=1e-2)
+
+
+def test_new_adapters_are_drawn_by_the_seed():
+    arguments = ModelArguments(BASE, use_peft=True, lora_r=2)
+
+    def drawn(seed):
+        return {k: v for k, v in build_model(arguments, None, seed).named_parameters() if "lora_A" in k}
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(first[k], again[k]) and not torch.equal(first[k], other[k]) for k in first) and first
 
 
 def test_new_adapters_on_adapters(run, tmp_path):

@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
         Console().print(str(options.resolved()))
         return
     config, console = load_config(model_args.model_name_or_path), Console()
-    adapters = partial(with_adapters, arguments=model_args) if model_args.use_peft else None
+    adapters = partial(with_adapters, arguments=model_args, seed=args.seed) if model_args.use_peft else None
     dtype = dtype_of(config, args, model_args.dtype)
     found = estimate(config, args, where.num_processes, where.sharded, adapters, dtype, progress=Patience(console.print))
     console.print(table(found, where, notes_of(config, args, model_args.dtype, dtype)).rich())

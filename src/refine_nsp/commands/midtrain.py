@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
     check_reporting(args)
     config = options.resolved()
     dtype = args.weights_dtype(model_args.dtype)
-    model = build_model(model_args, dtype)
+    model = build_model(model_args, dtype, args.seed)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     nsp = args.nsp

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
 from refine_nsp.commands.options import Settings
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
-from refine_nsp.models.adapters import peft
+from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import adapters_of, load_adapter, load_model
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
@@ -47,12 +47,12 @@ class ModelArguments:
         return self.tokenizer_name or self.model_name_or_path
 
 
-def build_model(arguments: ModelArguments, dtype: str | None) -> nn.Module:
-    """The model in `dtype` (None: the checkpoint's), wrapped by PEFT when LoRA adapters are asked for."""
+def build_model(arguments: ModelArguments, dtype: str | None, seed: int) -> nn.Module:
+    """The model in `dtype` (None: the checkpoint's), wrapped by PEFT when LoRA adapters are asked for; new ones are drawn by `seed`."""
     if not arguments.use_peft:
         return load_model(arguments.model_name_or_path, dtype=dtype)
     if not adapters_of(arguments.model_name_or_path):
-        return with_adapters(load_model(arguments.model_name_or_path, dtype=dtype), arguments)
+        return with_adapters(load_model(arguments.model_name_or_path, dtype=dtype), arguments, seed)
     model = load_adapter(arguments.model_name_or_path, dtype=dtype)
     own = model.peft_config["default"]
     if (own.r, own.lora_alpha) != (arguments.lora_r, arguments.lora_alpha) or arguments.lora_target_modules:
@@ -64,11 +64,11 @@ def build_model(arguments: ModelArguments, dtype: str | None) -> nn.Module:
     return model
 
 
-def with_adapters(model: nn.Module, arguments: ModelArguments) -> nn.Module:
+def with_adapters(model: nn.Module, arguments: ModelArguments, seed: int) -> nn.Module:
     """New LoRA adapters on a model, which alone are trained."""
     targets = arguments.lora_target_modules or "all-linear"
     config = peft().LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets)
-    return peft().get_peft_model(model, config)
+    return cast(nn.Module, new_adapters(model, config, seed))
 
 
 @dataclass

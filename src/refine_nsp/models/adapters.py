@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -31,6 +33,13 @@ class Adapter:
     folder: Path
     base: str
     revision: str | None
+
+
+def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
+    """A model with new adapters by PEFT's config, whose weights are drawn by `seed` alone: alike in every process and every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft().get_peft_model(model, config)
 
 
 def find_adapter(where: str, revision: str | None = None) -> Adapter | None:

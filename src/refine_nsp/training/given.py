@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.adapters import peft
+from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.load import adapters_of, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import resolve_reward, wants_columns
 from refine_nsp.training.arguments import ReFINEConfig
@@ -59,7 +59,7 @@ def model_given(
             "got peft_config for a model that has adapters: to go on with those leave it out, and give the model as "
             "refine_nsp.models.load.load_adapter(FOLDER) returns it; for new ones merge first (refine-nsp export)"
         )
-    return peft().get_peft_model(model, peft_config), tokenizer
+    return new_adapters(cast(nn.Module, model), peft_config, args.seed), tokenizer
 
 
 def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> Any:

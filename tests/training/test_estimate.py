@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import KimiLinearConfig, NemotronHConfig, Qwen3_5TextConfig, Q
 
 from refine_nsp.cli import main
 from refine_nsp.commands.estimate import Patience, notes_of
+from refine_nsp.commands.model_options import ModelArguments, with_adapters
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_config
 from refine_nsp.training import ReFINEConfig
@@ -146,6 +148,15 @@ def test_parts_that_are_arithmetic():
     one, shared = estimate(config, args), estimate(config, args, processes=4, sharded=True)
     assert one.optimizer == 2 * one.weights == 2 * one.gradients and one.tokens == 1024 and shared.tokens == 4096
     assert shared.optimizer == one.optimizer / 4 and shared.weights == one.weights / 4 + one.weights / config.num_hidden_layers
+
+
+def test_steps_with_adapters_are_counted():
+    """Rollouts too, which call the model inside PEFT's."""
+    config, args = load_config("refine-nsp/tiny-delta-net"), arguments(256)
+    adapters = partial(with_adapters, arguments=ModelArguments(use_peft=True), seed=0)
+    found, whole = estimate(config, args, adapters=adapters), estimate(config, args)
+    assert found.uncounted is None and found.optimizer < whole.optimizer / 3
+    assert found.activations == pytest.approx(whole.activations, rel=0.3) and found.flops > 0
 
 
 def test_layers_that_differ():

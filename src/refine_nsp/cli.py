@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, end_at_once) if main_thread else None
     TERMINATIONS.clear()
     show = warnings.showwarning
-    warnings.showwarning = in_one_line(show)
+    warnings.showwarning = saying_ours(show)
     try:
         return dispatch(words)
     except KeyboardInterrupt:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, previous)
 
 
-def in_one_line(show: Callable[..., None]) -> Callable[..., None]:
+def saying_ours(show: Callable[..., None]) -> Callable[..., None]:
     """A `warnings.showwarning` that says our warnings as we say all else, in one line of one process, and leaves others to `show`."""
 
     def said(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> None:

@@ -13,6 +13,7 @@ from refine_nsp.cli import main
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import SHIPPED, adapters_of, load_adapter, load_config
+from refine_nsp.training import ReFINEConfig
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -137,7 +138,7 @@ def test_post_training_goes_on_with_the_adapters(run, files, tmp_path):
     assert [a.base for a in adapters_of(post)] == [str(SHIPPED[BASE])]
     torch.testing.assert_close(logits(refine_nsp.load(post)[0]), adapted(post), rtol=1e-4, atol=1e-4)
     with pytest.warns(UserWarning, match="lora_r=16, lora_alpha=32"):
-        build_model(ModelArguments(str(run), use_peft=True, lora_r=4), None, seed=0)
+        build_model(ModelArguments(str(run), use_peft=True, lora_r=4), ReFINEConfig(output_dir="x", report_to="none"))
 
 
 def test_post_training_without_adapters_trains_the_merged_model(run, files, tmp_path):
@@ -150,7 +151,8 @@ def test_new_adapters_are_drawn_by_the_seed():
     arguments = ModelArguments(BASE, use_peft=True, lora_r=2)
 
     def drawn(seed):
-        return {k: v for k, v in build_model(arguments, None, seed).named_parameters() if "lora_A" in k}
+        model = build_model(arguments, ReFINEConfig(output_dir="x", report_to="none", seed=seed))
+        return {k: v for k, v in model.named_parameters() if "lora_A" in k}
 
     first, again, other = drawn(1), drawn(1), drawn(2)
     assert all(torch.equal(first[k], again[k]) and not torch.equal(first[k], other[k]) for k in first) and first

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from refine_nsp.commands.model_options import ModelArguments, build_model
@@ -50,37 +50,43 @@ def run(argv: Sequence[str]) -> None:
     options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
     check_reporting(args)
-    config = options.resolved()
-    dtype = args.weights_dtype(model_args.dtype)
-    model = build_model(model_args, dtype, args.seed)
+    model = build_model(model_args, args)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     nsp = args.nsp
     with args.main_process_first(desc="tokenize"):  # the other processes of a machine read what the first one leaves in the cache
         train, validation = prepare_data(data_args, tokenizer, args.max_length, nsp.shortest, wants_columns(nsp))
     if dry_run:
-        Console().print(plan(model, train, validation, args, config).rich())
+        Console().print(plan(model, train, validation, args, options.resolved()).rich())
         return
-    if validation is None and args.eval_strategy != "no":
-        raise RefineError("eval_strategy asks for validation, but there is no validation text; set validation_dataset")
-    reference = load_model(model_args.model_name_or_path, dtype=dtype) if nsp.kl_coef > 0 else None
+    train_and_save(ReFINETrainer, options, model_args, model, tokenizer, args, (train, validation), [str(data_args.dataset_name)])
+
+
+def train_and_save(
+    kind: type[ReFINETrainer], options: Options, source: ModelArguments, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
+    args: ReFINEConfig, rows: tuple[Any, Any], data: Sequence[str],
+) -> None:  # fmt: skip
+    """The run itself, from where it stands; then its model, its last figures, its card and its report.
+
+    Args:
+        rows: to train on, and to validate on (or None). data: where they come from, for the card.
+    """
+    if rows[1] is None and args.eval_strategy != "no":
+        raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
+    dtype = args.weights_dtype(source.dtype)
+    reference = load_model(source.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None
     with in_one_line():
-        trainer = ReFINETrainer(
+        trainer = kind(
             model=model,
             args=args,
-            train_dataset=train,
-            eval_dataset=validation,
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
             processing_class=tokenizer,
             reference_model=reference,
         )
-    out = Path(args.output_dir)
-    trainer.add_callback(Noting(config))
-    train_and_save(trainer, out, model_args.model_name_or_path, [str(data_args.dataset_name)], options.values)
-
-
-def train_and_save(trainer: ReFINETrainer, out: Path, base: str, data: Sequence[str], settings: dict[str, Any]) -> None:
-    """The run itself, from where it stands; then its model, its last figures, its card and its report."""
-    trainer.describe(base, data, settings)
+    out = Path(str(args.output_dir))
+    trainer.add_callback(Noting(options.resolved()))
+    trainer.describe(source.model_name_or_path, data, options.values)
     with in_one_line((ImportError,)):  # an optimizer of a package that is not installed
         trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     save(trainer, out)  # before anything else can go wrong

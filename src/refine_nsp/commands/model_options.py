@@ -15,6 +15,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import adapters_of, load_adapter, load_model
+from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
 DEFAULT_MODEL = "refine-nsp/tiny-delta-net"
@@ -47,12 +48,13 @@ class ModelArguments:
         return self.tokenizer_name or self.model_name_or_path
 
 
-def build_model(arguments: ModelArguments, dtype: str | None, seed: int) -> nn.Module:
-    """The model in `dtype` (None: the checkpoint's), wrapped by PEFT when LoRA adapters are asked for; new ones are drawn by `seed`."""
+def build_model(arguments: ModelArguments, args: ReFINEConfig) -> nn.Module:
+    """The model to train, in the dtype that suits `args`, wrapped by PEFT when LoRA adapters are asked for; new ones drawn by its seed."""
+    dtype = args.weights_dtype(arguments.dtype)
     if not arguments.use_peft:
         return load_model(arguments.model_name_or_path, dtype=dtype)
     if not adapters_of(arguments.model_name_or_path):
-        return with_adapters(load_model(arguments.model_name_or_path, dtype=dtype), arguments, seed)
+        return with_adapters(load_model(arguments.model_name_or_path, dtype=dtype), arguments, args.seed)
     model = load_adapter(arguments.model_name_or_path, dtype=dtype)
     own = model.peft_config["default"]
     if (own.r, own.lora_alpha) != (arguments.lora_r, arguments.lora_alpha) or arguments.lora_target_modules:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.midtrain import Noting, check_reporting, in_one_line, train_and_save
+from refine_nsp.commands.midtrain import check_reporting, train_and_save
 from refine_nsp.commands.model_options import ModelArguments, build_model
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.models.load import check_vocabulary, load_tokenizer
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
@@ -43,9 +42,7 @@ def run(argv: Sequence[str]) -> None:
     options = options_of()
     model_args, data_args, args, dry_run = options.parse(argv)
     check_reporting(args)
-    config = options.resolved()
-    dtype = args.weights_dtype(model_args.dtype)
-    model = build_model(model_args, dtype, args.seed)
+    model = build_model(model_args, args)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
     train, validation = prepare_answers(data_args, tokenizer, args.max_length)
@@ -53,24 +50,10 @@ def run(argv: Sequence[str]) -> None:
     if args.objective == "refine" and shortest < args.nsp.shortest:
         raise RefineError(f"the shortest prompt has {shortest} tokens; --objective refine needs {args.nsp.shortest}")
     if dry_run:
-        Console().print(plan(train, validation, config).rich())
+        Console().print(plan(train, validation, options.resolved()).rich())
         return
-    if validation is None and args.eval_strategy != "no":
-        raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
-    reference = load_model(model_args.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None
-    with in_one_line():
-        trainer = PostTrainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=tokenizer,
-            reference_model=reference,
-        )
-    out = Path(args.output_dir)
-    trainer.add_callback(Noting(config))
     sources = [name for name in (data_args.dataset_name, data_args.squad, data_args.hotpotqa) if name is not None]
-    train_and_save(trainer, out, model_args.model_name_or_path, sources, options.values)
+    train_and_save(PostTrainer, options, model_args, model, tokenizer, args, (train, validation), sources)
 
 
 def plan(train: Dataset, validation: Dataset | None, config: dict[str, Any]) -> Table:

@@ -12,7 +12,7 @@ from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.training.checkpoints import check_shards, export_checkpoint
-from refine_nsp.training.trainer import sharding_problem
+from refine_nsp.training.problems import sharding_problem
 from tests.models.families import build
 from tests.training.jobs import JOBS
 from tests.training.test_distributed import EXACT, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of

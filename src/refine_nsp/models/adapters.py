@@ -42,6 +42,11 @@ def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
         return peft().get_peft_model(model, config)
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's, whose layers hold the adapters; one without adapters as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+
+
 def find_adapter(where: str, revision: str | None = None) -> Adapter | None:
     """The adapter of a folder or a hub name; None where that holds none.
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest, first_line
+from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.hybrid import with_states
 from refine_nsp.nsp.context import TOKENS_AT_ONCE
@@ -279,7 +280,7 @@ def measure_step(
             if p.requires_grad and args.gradient_accumulation_steps > 1
             else None
         )
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's layers are inside: the steps call ours
+    model = without_adapters(model)  # steps call ours
     nsp = args.nsp if not segment else NSPConfig(**{**vars(args.nsp), "segment_tokens": segment})
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None

@@ -15,7 +15,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,18 +29,16 @@ from transformers import ProgressCallback as TqdmCallback
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig, RewardSpec
-from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.hybrid import StatefulTrunk
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
-from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.processes import to_device
-from refine_nsp.training.arguments import RENAMED, ReFINEConfig
+from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
+from refine_nsp.training.cards import Origin, write_run_card
 from refine_nsp.training.checkpoints import (
     Dealing,
     check_dealing,
@@ -59,13 +56,12 @@ from refine_nsp.training.data import collate
 from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
 from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
+from refine_nsp.training.problems import rounding_problem, sharding_problem
 from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.stream import Stream, check_streaming
 
 P = TypeVar("P", bound=Phase)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-HALF = tuple(AUTOCAST.values())
-UNMOVED = 0.1  # share of weights that a step may leave as they are, before that is said
 
 
 class ReFINETrainer(Trainer):
@@ -119,7 +115,14 @@ class ReFINETrainer(Trainer):
                 stacklevel=2,
             )
         self.nsp: NSPConfig = args.nsp
-        self._check_steps()
+        # FSDP widens weights where products are narrower.
+        widened = self.is_fsdp_enabled and args.mixed_precision != "no"
+        if (
+            not widened
+            and self.is_world_process_zero()
+            and (problem := rounding_problem(self.model, args.learning_rate)) is not None
+        ):
+            warnings.warn(problem, stacklevel=2)
         if self._is_sharded and (problem := sharding_problem(self.model, args)) is not None:
             raise RefineError(problem)
         self.reference_model = reference_model
@@ -140,25 +143,9 @@ class ReFINETrainer(Trainer):
         self._tokens_seen = 0
         self._shown_at = -1
         self._model_in_words = model_of(self.model)
-        self._said: dict[str, Any] = {}  # of the run, to model cards
-        self._base = self._inner_config.name_or_path
-        self._sources: Sequence[str] = ()
+        self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
         self._trained_before = False
         self._settings: dict[str, Any] = {}
-
-    def _check_steps(self) -> None:
-        """A warning where weights are too coarse for the learning rate. FSDP widens them where products are narrower."""
-        args = self.args
-        if self.is_fsdp_enabled and args.mixed_precision != "no":
-            return
-        coarse = [p for p in self.model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
-        if (share := share_unmoved(coarse, args.learning_rate)) > UNMOVED and self.is_world_process_zero():
-            warnings.warn(
-                f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
-                f"of learning_rate={args.learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
-                "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate",
-                stacklevel=3,
-            )
 
     def _with_context_scores(self, data: Any) -> Any:
         """The data with context scores by the model as it is, each process scoring a share on its device.
@@ -488,31 +475,12 @@ class ReFINETrainer(Trainer):
     def describe(self, base: str, data: Sequence[str], settings: Mapping[str, Any]) -> None:
         """What model cards are to say of this run: the model it is trained from, its data, and settings by the names of flags, beside those
         that the trainer has itself."""
-        self._base, self._sources, self._said = base, data, dict(settings)
-
-    @property
-    def _inner_config(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).config
+        self._origin = Origin(base, data, settings)
 
     def write_card(self, folder: Path, plotted: bool = True) -> None:
         """The model card of what is saved in a folder: how it came about, and what was logged so far."""
-        from refine_nsp.report.card import write_card
-        from refine_nsp.report.runs import run_of
-
-        out = Path(str(self.args.output_dir))
-        made_with = {} if (out / "environment.json").exists() else environment(self.args.seed)
-        run = run_of(out, made_with, with_figures=self._trained_before)
-        if folder.resolve() != out.resolve():
-            run = replace(run, name=f"{run.name}, {folder.name}", config="")
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
-        own = {
-            **vars(self.args),
-            **{RENAMED.get(k, k): v for k, v in self.nsp.as_dict().items()},
-            "reward_funcs": self.nsp.reward_names,
-        }
-        own |= {"use_peft": bool(adapters), "lora_r": next((getattr(a, "r", None) for a in adapters.values()), None)}
-        tags = [self._inner_config.model_type, str(self.args.objective)]
-        write_card(folder, run, self._base, self._sources, {**self._said, **own}, tags, plotted)
+        model = self.accelerator.unwrap_model(self.model)
+        write_run_card(folder, self.args, model, self._origin, self._trained_before, plotted)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
@@ -550,22 +518,6 @@ class ReFINETrainer(Trainer):
             if isinstance(error, OSError | RuntimeError | SafetensorError):  # each library's own kind for a full disk
                 raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
             raise
-
-
-def sharding_problem(model: nn.Module, args: ReFINEConfig) -> str | None:
-    """Why processes that hold parts of a model could make different numbers of passes, and so wait for each other for ever, or None."""
-    nsp = args.nsp
-    if args.objective != "refine" or nsp.estimator != "sampled":
-        return None
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    hybrid = isinstance(getattr(base, "model", None), StatefulTrunk)
-    if nsp.segment_tokens is None and not hybrid:
-        return None
-    what = "segment_tokens" if nsp.segment_tokens is not None else "a model of transformers"
-    return (
-        f"rollouts with {what} run the segments that hold their positions, which differ from process to process, and shards need every "
-        "process in every pass; use estimator: exact (preset: exact), which needs no positions, or DDP"
-    )
 
 
 def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:

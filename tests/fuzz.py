@@ -667,7 +667,7 @@ def ended(words: list[str]) -> tuple[Any, str]:
         os.dup2(said.fileno(), 2)  # what libraries write there by other ways than ours too
         signal.alarm(SECONDS)
         try:
-            warned = mock.patch("refine_nsp.cli.in_one_line", return_value=told_apart)
+            warned = mock.patch("refine_nsp.cli.saying_ours", return_value=told_apart)
             with warned, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 code: Any = main(words)
         except BaseException as error:

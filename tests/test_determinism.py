@@ -116,6 +116,7 @@ def everything(folder: Path) -> None:
         (folder / f"{command.__name__}.made").write_text(made)
 
 
+@pytest.mark.slow
 def test_the_order_of_sets_and_hashes_decides_nothing(tmp_path):
     """In processes of their own, which hash strings differently and share no cache."""
     for seed in ("1", "2"):

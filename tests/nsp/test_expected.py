@@ -64,7 +64,7 @@ def test_the_loss_is_what_anyone_can_recompute(family, weights, K, estimator, sh
 
 def test_it_is_the_sampled_policy_gradient_over_all_rollouts():
     """Sum over all V^K rollouts of probability * gradient of the sampled step = gradient of the closed form."""
-    V, K, t = 3, 3, 6
+    V, K, t = 2, 3, 6
     model = build("delta_net", vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1).train()
     x = torch.randint(0, V, (1, 12), generator=generator(2))
     settings = {"positions_per_sequence": 1, "rollout_length": K, "min_prefix": 1, "lambda_ntp": 0.0, "lambda_rl": 1.0}

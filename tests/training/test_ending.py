@@ -71,7 +71,7 @@ def check_the_end(folder: Path, launched: subprocess.Popen, processes: list[int]
     return said
 
 
-@pytest.mark.parametrize("whom", ["one process", "the launcher"])
+@pytest.mark.parametrize("whom", ["one process", pytest.param("the launcher", marks=pytest.mark.slow)])
 def test_asked_to_stop(tmp_path, whom):
     """A scheduler's signal reaches one process, or the launcher, which passes it on: all save after the same step."""
     launched, processes = start(tmp_path, argv_of(tmp_path))

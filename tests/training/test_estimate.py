@@ -89,7 +89,7 @@ def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings
     assert shaped == (pytest.approx(computed, rel=0.25) if settings.get("preset") == "mid_training" else computed)
 
 
-@pytest.mark.parametrize("name", ["delta_net", "qwen3_5", pytest.param("bamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["delta_net", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_5", "bamba"))])
 def test_a_training_measured(name):
     """Within 15 % of what the process takes: weights, optimizer, gradients and activations."""
     skip_if_old(on_meta(measured_models.config_of(name, measured_models.SMALL), torch.float32, None))

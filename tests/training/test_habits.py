@@ -116,7 +116,7 @@ def test_a_model_by_name_text_rewards_and_adapters_are_given_as_to_trl(tmp_path)
         peft_config=peft.LoraConfig(**lora),
     )  # fmt: skip
     found = next(log for log in logs_of(theirs) if "loss" in log)
-    torch.manual_seed(0)
+    torch.manual_seed(plain.seed)
     ours = ReFINETrainer(
         model=peft.get_peft_model(model, peft.LoraConfig(**lora)), args=plain, processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"input_ids": [w for t in TEXTS for w in cut_windows(tokenizer(t)["input_ids"], 160, 11)]}),

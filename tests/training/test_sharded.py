@@ -1,7 +1,8 @@
 """Two processes that hold half of every weight each (FSDP2, over gloo) give the model of one process; their checkpoints resume and
-become plain folders. They are launched once for all."""
+become plain folders. They are launched once for all (once more for the slow ones)."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ ALIKE = {
     "nested exact": ("posttrain", EXACT, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
 }
+# What `make test` has time for: both kinds of models and a hybrid, sampled and exact, both phases.
+FIRST = {
+    "rollouts", "lact, checkpointing", "exact by segments, fewer on one process", "several steps from one batch of rollouts",
+    "hybrid, checkpointing", "nested exact",
+}  # fmt: skip
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
 
 
@@ -55,23 +61,38 @@ def plain(settings: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
+    """What two processes made of jobs: a folder each."""
     folder = tmp_path_factory.mktemp("sharded")
-    alone = {**FOUR_STEPS, **batches(4, 1), "fsdp": True, "fsdp_config": SHARDED}
-    run(folder, [("midtrain", "one", {**alone, **SAVED}), ("forget", "one", {"checkpoints": [2, 3, 4]})], 1)
     four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True}
     jobs = [
-        ("midtrain", "one", {**four, "fsdp_config": SHARDED, "resume": True}),
         ("midtrain", "straight", {**four, **SAVED, "fsdp_config": SHARDED}),
         ("copy", "stopped", {"source": str(folder / "straight")}),
         ("forget", "stopped", {"checkpoints": [2, 3, 4]}),
         ("midtrain", "stopped", {**four, "fsdp_config": CHECKPOINTING, "resume": True}),
     ]
-    for name, (kind, settings, sharded, size) in ALIKE.items():
-        jobs.append((kind, name, {**batches(size, 2), **settings, "fsdp": True, "fsdp_config": sharded}))
-    run(folder, jobs, 2)
-    jobs = [("copy", "alone", {"source": str(folder / "straight")}), ("forget", "alone", {"checkpoints": [2, 3, 4]})]
-    run(folder, [*jobs, ("midtrain", "alone", {**alone, "resume": True})], 1)
+    run(folder, [*jobs, *alike(FIRST)], 2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory, two) -> Path:
+    """The others, and runs that went from one process to two, and from two to one."""
+    folder = tmp_path_factory.mktemp("more")
+    alone = {**FOUR_STEPS, **batches(4, 1), "fsdp": True, "fsdp_config": SHARDED}
+    jobs = [("copy", "alone", {"source": str(two / "straight")}), ("forget", "alone", {"checkpoints": [2, 3, 4]})]
+    jobs += [("midtrain", "one", {**alone, **SAVED}), ("forget", "one", {"checkpoints": [2, 3, 4]})]
+    run(folder, [*jobs, ("midtrain", "alone", {**alone, "resume": True})], 1)
+    four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True, "fsdp_config": SHARDED}
+    run(folder, [("midtrain", "one", {**four, "resume": True}), *alike(ALIKE.keys() - FIRST)], 2)
+    return folder
+
+
+def alike(names: Collection[str]) -> list:
+    return [
+        (kind, name, {**batches(size, 2), **settings, "fsdp": True, "fsdp_config": sharded})
+        for name, (kind, settings, sharded, size) in ALIKE.items()
+        if name in names
+    ]
 
 
 def run(folder: Path, jobs: list, processes: int) -> None:
@@ -79,12 +100,13 @@ def run(folder: Path, jobs: list, processes: int) -> None:
     launch(folder / "jobs.json", "tests.training.sharded_jobs", processes)
 
 
-@pytest.mark.parametrize("name", ALIKE)
-def test_shards_equal_one_process_with_the_same_global_batch(tmp_path, two, name):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in ALIKE])
+def test_shards_equal_one_process_with_the_same_global_batch(tmp_path, request, name):
     kind, settings, _, size = ALIKE[name]
+    both = request.getfixturevalue("two" if name in FIRST else "more") / name
     JOBS[kind](tmp_path, **batches(2 * size, 1), **plain(settings))
-    assert_close(weights_of(tmp_path), weights_of(two / name), 1e-9)
-    for figures, own in zip(figures_of(two / name), figures_of(tmp_path), strict=True):
+    assert_close(weights_of(tmp_path), weights_of(both), 1e-9)
+    for figures, own in zip(figures_of(both), figures_of(tmp_path), strict=True):
         assert figures == pytest.approx(own, rel=1e-6, abs=1e-9)
 
 
@@ -94,10 +116,11 @@ def test_checkpoints_in_shards_resume(two):
     assert_close(weights_of(two / "stopped"), weights_of(two / "straight"), 1e-12)
 
 
-def test_checkpoints_in_shards_resume_on_another_number_of_processes(two):
+@pytest.mark.slow
+def test_checkpoints_in_shards_resume_on_another_number_of_processes(two, more):
     straight = weights_of(two / "straight")
-    assert_close(weights_of(two / "one"), straight, 1e-9)  # from one to two
-    assert_close(weights_of(two / "alone"), straight, 1e-9)  # and from two to one
+    assert_close(weights_of(more / "one"), straight, 1e-9)  # from one to two
+    assert_close(weights_of(more / "alone"), straight, 1e-9)  # and from two to one
 
 
 def test_a_run_goes_on_with_weights_as_they_were_saved(tmp_path, two):

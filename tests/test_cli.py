@@ -516,6 +516,8 @@ def test_every_saved_model_has_a_card_of_what_had_an_effect(tmp_path):
     for name in ("num_train_epochs", "lora_r", "use_peft", "weights", "bf16", "preset"):
         assert f"| {name} |" not in card + early
     assert "curves.svg" in card and "curves.svg" not in early
+    steps.create_model_card(model_name="a", tags=["x"])  # as a push to the hub does
+    assert (tmp_path / "a" / "README.md").read_text() == card
     steps.save_model(str(tmp_path / "elsewhere"))
     assert "# a, elsewhere" in (tmp_path / "elsewhere" / "README.md").read_text()
     epochs = trainer(tmp_path / "b", max_steps=-1, num_train_epochs=1, preset="exact", reward_funcs="prefix_match")

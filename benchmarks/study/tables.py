@@ -119,7 +119,7 @@ def spread(values: Sequence[float], percent: bool = False) -> str:
     """mean +- standard deviation over seeds."""
     if values[0] != values[0]:
         return ""
-    k, digits = (100, 1) if percent else (1, 4)
+    k, digits = (100, 1) if percent else (1, 3)
     shown = f"{k * mean(values):.{digits}f}"
     return f"{shown} ± {k * stdev(values):.{digits}f}" if len(values) > 1 else shown
 
@@ -128,7 +128,7 @@ def difference(values: Sequence[float], percent: bool = False) -> str:
     """Mean of paired differences, half its 95 % t-interval, * where the mean exceeds it."""
     if values[0] != values[0]:
         return ""
-    k, digits = (100, 1) if percent else (1, 4)
+    k, digits = (100, 1) if percent else (1, 3)
     d, half = t_interval(values)
     return f"{k * d:+.{digits}f} ± {k * half:.{digits}f}" + (" *" if abs(d) > half else "")
 

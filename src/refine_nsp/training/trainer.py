@@ -482,6 +482,11 @@ class ReFINETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         write_run_card(folder, self.args, model, self._origin, self._trained_before, plotted)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """That same card where Trainer would write its own over it: on a push to the hub."""
+        if self.is_world_process_zero():
+            self.write_card(Path(str(self.args.output_dir)))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer.save_model, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
         shards, and has with them what `export_checkpoint` makes a plain folder of."""

@@ -105,7 +105,7 @@ def test_a_model_card_shows_markup_as_text():
     assert [line.count("|") - line.count("\\|") for line in rows] == [3, 3, 3]  # two cells each
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("offline", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_nothing_reaches_for_the_network(tmp_path, text, offline):
     """Importing, loading a shipped model, and the commands on it."""
     code = GUARD + (

@@ -82,6 +82,7 @@ def test_asked_to_stop(tmp_path, whom):
         assert f"exitcode: {TERMINATED_CODE}" in " ".join(said.split()).replace("exitcode : ", "exitcode: ")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies(tmp_path):
     """The other one does not wait for it for ever."""
     launched, processes = start(tmp_path, argv_of(tmp_path))

@@ -108,7 +108,7 @@ def test_a_training_measured(name):
 @pytest.mark.parametrize(("family", "settings"), [
     ("delta_net", NTP),
     ("delta_net", {"preset": "exact", "context_scores": "cached", "gradient_checkpointing": True}),
-    ("lact_swiglu", {"num_generations": 2, "advantage_group": "position"}),
+    pytest.param("lact_swiglu", {"num_generations": 2, "advantage_group": "position"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_model_of_more_layers_and_tokens_than_are_counted(family, settings):
     """Within 15 % of the whole step, computed and counted."""

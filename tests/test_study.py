@@ -56,6 +56,7 @@ def test_parts_share_no_paragraph_and_windows_do_not_overlap_between_them(materi
     assert not choose & report
 
 
+@pytest.mark.slow
 def test_an_adaptation_that_changes_nothing_gives_the_same_answers(model, material):
     """Sampled ones too: test-time training is compared with none on the same draws."""
     scale = dataclasses.replace(SCALE, qa_prompts=12, test_time_prompts=12)

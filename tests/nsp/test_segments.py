@@ -91,12 +91,14 @@ def test_with_gradient_checkpointing_of_the_blocks_inside(family):
     assert_same_gradients(ntp(model, 37)[1], whole[1][1])
 
 
-WRAPPED = ("qwen3_next", "bamba", "llama")
-
-
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [*((name, None) for name in HYBRIDS), ("bamba", "gradient"), *((name, "activation") for name in WRAPPED)],
+    [
+        *((name, None) for name in HYBRIDS),
+        ("bamba", "gradient"),
+        ("llama", "activation"),
+        *(pytest.param(name, "activation", marks=pytest.mark.slow) for name in ("qwen3_next", "bamba")),
+    ],
 )
 def test_hybrids(name, checkpointing, float64):
     model, lengths = stateful(name).train(), torch.tensor([50, 31, 24])
@@ -146,7 +148,9 @@ def counted_peak(model, size: int | None, length: int) -> float:
     return max(counter.peaks.values())
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize(
+    "family", ["delta_net", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILY_NAMES if f != "delta_net")]
+)
 def test_memory_grows_by_a_hidden_vector_a_token_and_a_state_a_segment(family, monkeypatch):
     """And the few numbers of a token itself, as its id and its loss."""
     monkeypatch.setattr(linear_cross_entropy, "BLOCK_LOGITS", 64 * 128)  # blocks of 128 tokens, far fewer than there are

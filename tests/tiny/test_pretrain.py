@@ -32,7 +32,9 @@ def texts():
 
 @pytest.fixture(scope="module")
 def small_tokenizer(texts):
-    return module.train_tokenizer(texts[1:3], 600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WORD_REPEATS", 200)  # seconds less, for little text
+        return module.train_tokenizer(texts[1:3], 600)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Two processes over gloo give the losses and the model of one with the same global batch. They are launched once for all."""
+"""Two processes over gloo give the losses and the model of one with the same global batch. They are launched once for all, and once
+more for what is slow."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,10 @@ ALIKE = {
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
     "nested exact": ("posttrain", EXACT, 4, 8),
 }
+SLOW = {  # are slow: each is like one that is not
+    "lact, one scale", "lact, several steps from one batch of rollouts", "hybrid, several steps from one batch of rollouts", "packed",
+    "lact, short rows", "hybrid",
+}  # fmt: skip
 THREE_STEPS = {**GROUPS, "max_steps": 3, "steps_per_generation": 3, "lambda_rl": 1.0}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -81,7 +87,19 @@ def two(tmp_path_factory) -> Path:
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + "alpha beta " * 60}) for i in range(40)))
     argv = ["--dataset_name", str(folder / "texts.jsonl"), "--output_dir", str(folder / "tokenized"), "--max_length", "64"]
     jobs += [("tokenize", "tokenized", {"argv": [*argv, "--use_cpu", "--dry_run"]})]
-    jobs += [(kind, name, {**batches(size, 2), **settings}) for name, (kind, settings, size, _) in ALIKE.items()]
+    return run(folder, [*jobs, *alike(ALIKE.keys() - SLOW)])
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("more"), alike(SLOW))
+
+
+def alike(names: Collection[str]) -> list:
+    return [(kind, name, {**batches(size, 2), **settings}) for name, (kind, settings, size, _) in ALIKE.items() if name in names]
+
+
+def run(folder: Path, jobs: list) -> Path:
     (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
     launch(folder / "jobs.json", "tests.training.jobs")
     return folder
@@ -128,12 +146,13 @@ def test_the_first_process_of_a_machine_tokenizes_for_all(two):
     assert [json.loads((two / "tokenized" / f"{i}.json").read_text()) for i in range(2)] == [40, 0]
 
 
-@pytest.mark.parametrize("name", ALIKE)
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, two, name):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ALIKE])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, request, name):
     kind, settings, _, alone = ALIKE[name]
+    both = request.getfixturevalue("more" if name in SLOW else "two") / name
     JOBS[kind](tmp_path, **batches(alone, 1), **settings)
-    assert_close(weights_of(two / name), weights_of(tmp_path), 1e-9)
-    for figures, own in zip(figures_of(two / name), figures_of(tmp_path), strict=True):
+    assert_close(weights_of(both), weights_of(tmp_path), 1e-9)
+    for figures, own in zip(figures_of(both), figures_of(tmp_path), strict=True):
         assert figures == pytest.approx(own, rel=1e-6, abs=1e-9)
 
 

@@ -38,6 +38,7 @@ from refine_nsp.tiny.pretrain_settings import FACTS, SHARED, PretrainConfig, Pre
 from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
+WORD_REPEATS = 20_000  # of the words of recall documents, in the text a tokenizer learns from
 TOKENS_AT_ONCE = 4096  # of a processor, whose cache they should fit; a device takes a step's rows together
 
 
@@ -130,7 +131,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
         show_progress=False,
     )
     words = " " + " ".join(NAMES + VALUES)
-    bpe.train_from_iterator([*texts, *([words] * 20_000)], trainer)
+    bpe.train_from_iterator([*texts, *([words] * WORD_REPEATS)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
         model_max_length=1_000_000,

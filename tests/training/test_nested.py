@@ -1,7 +1,9 @@
 """Post-training: the inner update and the SFT step are what they say, and everything of the trainer goes on working."""
 
 import json
+from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -13,7 +15,7 @@ from refine_nsp.models.load import load_tokenizer
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.step import ReFINEStep
-from refine_nsp.training import AnswerArguments, PostTrainer, PostTrainingConfig, prepare_answers
+from refine_nsp.training import AnswerArguments, PostTrainer, PostTrainingConfig, answers, prepare_answers
 from refine_nsp.training.nested import answer_loss, deal
 from tests.models.families import build
 
@@ -200,6 +202,19 @@ def test_rows_become_tokens_that_end(tmp_path, tokenizer):
     assert row["answers_ids"][0][-1] == tokenizer.eos_token_id
     text = tokenizer.decode(row["prompt_ids"] + row["answers_ids"][0][:-1])
     assert text.endswith(f"Answer: {row['references'][0]}")
+
+
+def test_rows_of_files_are_tokenized_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    arguments = AnswerArguments(
+        dataset_name=write(tmp_path / "a.jsonl", [question(i) for i in range(8)]), validation_fraction=0.25
+    )
+    first = prepare_answers(arguments, tokenizer, 512)
+    other = prepare_answers(replace(arguments, max_answer_tokens=1), tokenizer, 512)
+    assert other[0]["answers_ids"] != first[0]["answers_ids"]
+    monkeypatch.setattr(answers, "encode_row", None)  # would fail if called
+    again = prepare_answers(arguments, tokenizer, 512)
+    assert [list(rows) for rows in again] == [list(rows) for rows in first]
 
 
 def test_truncation_never_cuts_the_question(tmp_path, tokenizer):

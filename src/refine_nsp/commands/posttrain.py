@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from datasets import Dataset
@@ -45,7 +46,9 @@ def run(argv: Sequence[str]) -> None:
     model = build_model(model_args, args)
     tokenizer = load_tokenizer(model_args.tokenizer)
     check_vocabulary(model, tokenizer)
-    train, validation = prepare_answers(data_args, tokenizer, args.max_length)
+    # The other processes of a machine read what the first one leaves in the cache; questions that prompts are built of leave nothing.
+    with args.main_process_first(desc="tokenize") if data_args.dataset_name is not None else nullcontext():
+        train, validation = prepare_answers(data_args, tokenizer, args.max_length)
     shortest = min(len(ids) for ids in train["prompt_ids"])
     if args.objective == "refine" and shortest < args.nsp.shortest:
         raise RefineError(f"the shortest prompt has {shortest} tokens; --objective refine needs {args.nsp.shortest}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -86,8 +87,8 @@ def prepare_answers(
         rows, validation = split_documents(rows, arguments.validation_fraction, arguments.split_seed)
     if validation is not None:
         validation = validation.select(range(min(len(validation), arguments.validation_examples)))
-        validation = Dataset.from_list(encode_rows(validation, arguments, tokenizer, max_length))
-    return Dataset.from_list(encode_rows(rows, arguments, tokenizer, max_length)), validation
+        validation = encode_rows(validation, arguments, tokenizer, max_length)
+    return encode_rows(rows, arguments, tokenizer, max_length), validation
 
 
 def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -123,11 +124,24 @@ def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase
     return Dataset.from_list(rows).shuffle(a.ruler_seed)
 
 
-def encode_rows(
-    rows: Iterable[Mapping[str, Any]], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, Any]]:
-    """One dictionary of tokens a row. See `prepare_answers`."""
-    return [encode_row(row, arguments, tokenizer, max_length, f"{arguments.source}, row {i}") for i, row in enumerate(rows)]
+def encode_rows(rows: Dataset, arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Rows of tokens, cached by content where the given ones are files. See `prepare_answers`."""
+
+    def tokens_of(row: Mapping[str, Any], i: int) -> dict[str, Any]:
+        return encode_row(row, arguments, tokenizer, max_length, f"{arguments.source}, row {i}")
+
+    # As in data.tokenize: pickling a tokenizer gives another fingerprint once it has been used.
+    content = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.chat_template
+    key = (
+        rows._fingerprint,
+        content,
+        max_length,
+        arguments.question_column,
+        arguments.max_answer_tokens,
+        arguments.apply_chat_template,
+    )
+    options: dict[str, Any] = {"with_indices": True, "remove_columns": rows.column_names, "new_fingerprint": Hasher.hash(key)}
+    return rows.map(tokens_of, desc="tokenize", **options)
 
 
 def encode_row(

@@ -295,6 +295,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The policy gradient in closed form, over all tokens by how much their prediction depends on far context. Lambda is what the trials of
     # benchmarks/study chose, on a set that no figure reports on.
     "exact": {"estimator": "exact", "weights": "context", "rollout_length": 3, "local_span": 4, "lambda_rl": 4.0},
-    # Cross-entropy at the same weights.
-    "likelihood": {"estimator": "likelihood", "weights": "context", "rollout_length": 1, "local_span": 4, "lambda_rl": 10.0},
+    # Cross-entropy at the same weights, lambda likewise.
+    "likelihood": {"estimator": "likelihood", "weights": "context", "rollout_length": 1, "local_span": 4, "lambda_rl": 30.0},
 }

@@ -325,6 +325,7 @@ def test_bad_data_and_settings(tmp_path, text, capsys):
     fails(capsys, tiny(tmp_path, text, "--positions_per_sequence", "100"), "too many for max_length")
     fails(capsys, tiny(tmp_path, text, "--reward_funcs", "cosin"), "did you mean 'cosine'")
     fails(capsys, ["inspect", BASE, str(tmp_path / "empty.txt")], "is empty")
+    fails(capsys, ["ttt", BASE, "--prompt", ""], "the prompt is empty")
     fails(capsys, ["report", str(tmp_path / "nothing")], "no run folder")
     fails(capsys, ["report", str(tmp_path)], "no metrics.jsonl")
     assert not (tmp_path / "run").exists()

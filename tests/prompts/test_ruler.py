@@ -156,6 +156,9 @@ def test_squad_and_hotpotqa_as_published(tmp_path):
     squad = read_qa(str(tmp_path / "squad.json"))
     assert [(q.text, q.answers) for q in squad.questions] == [("What is old?", ["Rome"]), ("Small?", ["Bern"])]
     assert [squad.documents[d] for q in squad.questions for d in q.documents] == [PARAGRAPHS[0], PARAGRAPHS[2]]
+    untitled = [article | {"title": title} for article, title in zip(SQUAD["data"], (["Cities"], None), strict=True)]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": untitled}))
+    assert read_qa(str(tmp_path / "squad.json")) == squad
     (tmp_path / "hotpot.json").write_text(json.dumps(HOTPOT))
     hotpot = read_qa(str(tmp_path / "hotpot.json"))
     assert hotpot.documents == ["Rome\nOld. City.", "Oslo\nCold."] and hotpot.questions[0].documents == (0, 1)

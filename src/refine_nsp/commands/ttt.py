@@ -63,6 +63,8 @@ def run(argv: Sequence[str]) -> None:
     check_vocabulary(model, tokenizer)
     to_device(model.eval())
     request = Request(0, tokenizer(text)["input_ids"], prompt.max_new_tokens)
+    if not request.ids:
+        raise RefineError("the prompt is empty: give --prompt or --prompt_file with some text")
     trainer = TestTimeTrainer(model, config)
     plain, plain_seconds = answer(model, tokenizer, request)
     with trainer.adapt(request.ids):

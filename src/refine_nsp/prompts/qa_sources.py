@@ -82,7 +82,7 @@ def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw]:
             for q in paragraph["qas"]:
                 if not q.get("is_impossible", False):
                     answers = as_answers(q["answers"], f"question {q['id']}")
-                    yield str(q["id"]), q["question"], answers, [paragraph["context"]], article.get("title", "")
+                    yield str(q["id"]), q["question"], answers, [paragraph["context"]], str(article.get("title") or "")
 
 
 def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw]:

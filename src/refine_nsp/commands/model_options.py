@@ -42,6 +42,11 @@ class ModelArguments:
     lora_alpha: int = 32
     lora_target_modules: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha"):
+            if (value := getattr(self, name)) < 1:
+                raise RefineError(f"{name} must be at least 1, got {value}")
+
     @property
     def tokenizer(self) -> str:
         """Where the tokenizer comes from."""

@@ -322,6 +322,7 @@ def test_bad_data_and_settings(tmp_path, text, capsys):
     fails(capsys, tiny(tmp_path, text, "--text_column", "txt"), "did you mean 'text'")
     fails(capsys, tiny(tmp_path, text, "--rollout_length", "0"), "rollout_length must be at least 1")
     fails(capsys, tiny(tmp_path, text, "--use_peft", "--lora_r", "0"), "lora_r must be at least 1")
+    fails(capsys, tiny(tmp_path, text, "--use_peft", "--lora_target_modules", "x"), "Its linear layers are")
     fails(capsys, tiny(tmp_path, text, "--positions_per_sequence", "0"), "positions_per_sequence must be at least 1")
     fails(capsys, tiny(tmp_path, text, "--positions_per_sequence", "100"), "too many for max_length")
     fails(capsys, tiny(tmp_path, text, "--reward_funcs", "cosin"), "did you mean 'cosine'")

@@ -36,10 +36,18 @@ class Adapter:
 
 
 def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
-    """A model with new adapters by PEFT's config, whose weights are drawn by `seed` alone: alike in every process and every run."""
+    """A model with new adapters by PEFT's config, whose weights are drawn by `seed` alone: alike in every process and every run.
+
+    Raises:
+        RefineError: layers to adapt that the model does not have.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft().get_peft_model(model, config)
+        try:
+            return peft().get_peft_model(model, config)
+        except ValueError as error:
+            names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise RefineError(f"no adapters: {first_line(error)} Its linear layers are {', '.join(names)}") from error
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

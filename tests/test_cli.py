@@ -264,6 +264,8 @@ def test_bad_words_are_answered_with_the_nearest(tmp_path, text, capsys):
     fails(capsys, tiny(tmp_path, text, "--config", str(bad)), "key: value")
     fails(capsys, tiny(tmp_path, text, "--config", str(tmp_path / "none.yaml")), "no configuration file")
     fails(capsys, ["pretrain", "--config", str(bad)], "key: value")
+    bad.write_text("null: 3\n")
+    fails(capsys, ["pretrain", "--config", str(bad)], "unknown key None")
 
 
 def test_values_of_another_type_are_one_line(tmp_path, text, capsys):

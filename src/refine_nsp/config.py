@@ -45,7 +45,7 @@ def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
     """RefineError unless `value` is one of the options."""
     if value not in options:
         names = [str(o) for o in options if o is not None]
-        raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(str(value), names)}")
+        raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(value, names)}")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ class RefineError(ValueError):
     """Bad input. The message says what was seen, what was expected and how to mend it."""
 
 
-def closest(name: str, options: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the option nearest to `name`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(options), n=1)
+def closest(name: object, options: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the option nearest to `name` (a key of YAML need not be text), or an empty string when none is near."""
+    near = difflib.get_close_matches(str(name), list(options), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

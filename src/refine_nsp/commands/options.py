@@ -277,7 +277,7 @@ class Options:
         data = read_yaml(path)
         for key in data:
             if key not in self.known:
-                raise RefineError(f"{path}: unknown key {key!r}{closest(str(key), self.known)}")
+                raise RefineError(f"{path}: unknown key {key!r}{closest(key, self.known)}")
             if key in self.hints and not _takes(self.hints[key], data[key]):
                 raise RefineError(
                     f"{path}: {key} is {data[key]!r}, a {type(data[key]).__name__}; expected {_named(self.hints[key])}"
@@ -346,7 +346,7 @@ def found_config(path: Path) -> Path:
     if ".." in path.parts or not inside.is_file():
         names = sorted(f"recipes/{p.name}" for p in shipped.glob("*.yaml"))
         raise RefineError(
-            f"no configuration file {path}, here or in the package{closest(str(path), names)}; it has {', '.join(names)}"
+            f"no configuration file {path}, here or in the package{closest(path, names)}; it has {', '.join(names)}"
         )
     return inside
 

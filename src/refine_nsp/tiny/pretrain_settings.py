@@ -136,7 +136,7 @@ class PretrainConfig:
 
 def _read_phase(given: Mapping[str, Any]) -> PretrainPhase:
     known = {f.name for f in fields(PretrainPhase)}
-    if unknown := sorted(set(given) - known):
+    if unknown := [key for key in given if key not in known]:
         hint = "; recall_share: s is now shares: {facts: s}" if "recall_share" in unknown else closest(unknown[0], known)
         raise RefineError(f"phases: unknown key {unknown[0]!r}{hint}")
     if missing := sorted(known - set(given)):

@@ -22,6 +22,7 @@ from .settings import ARMS, CE, EXACT, MAIN, NTP, POST, SAME_TIME, SHARPENED, ST
 
 PROTOCOLS = {"standard": "greedy", "published": "sampled as published"}
 NEEDLES_FROM = 1024  # tokens, of the primary outcome
+MEAN = "mean of the bases"
 HALF = "± half a 95 % t-interval over seeds; * beyond it"
 
 
@@ -147,9 +148,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = largest
     return adjusted
-
-
-MEAN = "mean of the bases"
 
 
 def contrasts(everything: Sequence[Results]) -> dict[str, dict[str, list[float]]]:

@@ -212,7 +212,7 @@ class Options:
                 self.docs |= {flag: docs[f.name]} if f.name in docs else {}
                 self.choices |= {flag: choices[f.name]} if f.name in choices else {}
             if s.has_preset:
-                self.docs[s.preset_flag] = "settings to start from: the paper's by phase, or ours (`likelihood` recalled most)"
+                self.docs[s.preset_flag] = "settings to start from: the paper's by phase, or ours (start with `likelihood`)"
                 self.choices[s.preset_flag] = tuple(PRESETS)
         # Of several actions for a flag the first: for a boolean that is true there is a --no_ form too, whose default means nothing.
         self.actions = {a.dest: a for a in reversed(self.parser._actions)}

@@ -20,8 +20,9 @@ def process_state() -> PartialState:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether its weights lie in parts with several processes: these must then make the same passes, since each gathers the weights."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    """Whether its weights lie in parts with several processes (FSDP2; DeepSpeed ZeRO-3, which marks them): these must then make the same
+    passes, since each gathers the weights."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def to_device(model: M, device: torch.device | str | None = None) -> M:

@@ -48,6 +48,21 @@ def tokens(rows: int = 3, length: int = T, seed: int = 1) -> torch.Tensor:
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("cuts", "n", "n_tokens", "expected"),
+    [
+        ([], 0, 50, []),
+        ([10, 20], 2, 50, [10, 20]),
+        ([10, 20], 4, 50, [10, 20, 27, 35]),
+        ([], 3, 8, [2, 4, 6]),
+        ([1], 9, 3, [1, 2]),
+        ([], 4, 1, []),
+    ],
+)
+def test_passes_in_shards_have_as_many_segments_whatever_the_positions(cuts, n, n_tokens, expected):
+    assert keeping.filled(cuts, n, n_tokens) == expected
+
+
 @pytest.mark.parametrize("name", [*(n for n in NAMES if n != "kimi_linear"), pytest.param("kimi_linear", marks=pytest.mark.slow)])
 def test_all_schedules_give_the_same_loss_and_gradients(name, float64):
     model = stateful(name).train()

@@ -3,6 +3,7 @@ become plain folders. They are launched once for all (once more for the slow one
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.training.checkpoints import check_shards, export_checkpoint
-from refine_nsp.training.problems import sharding_problem
+from refine_nsp.training.problems import for_shards
 from tests.models.families import build
 from tests.training.jobs import JOBS
 from tests.training.test_distributed import EXACT, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
@@ -43,13 +44,16 @@ ALIKE = {
         2,
     ),
     "hybrid, exact": ("midtrain", {**EXACT, **UNEVEN, "family": "qwen3_next"}, SHARDED, 2),
+    "hybrid, rollouts, checkpointing": ("midtrain", {**ROLLOUTS, **UNEVEN, "family": "qwen3_next"}, CHECKPOINTING, 2),
+    "hybrid, rollouts": ("midtrain", {**ROLLOUTS, **UNEVEN, "family": "falcon_h1", "evaluate": True}, SHARDED, 2),
+    "rollouts by segments": ("midtrain", {**ROLLOUTS, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
     "nested exact": ("posttrain", EXACT, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
 }
 # What `make test` has time for: both kinds of models and a hybrid, sampled and exact, both phases.
 FIRST = {
     "rollouts", "lact, checkpointing", "exact by segments, fewer on one process", "several steps from one batch of rollouts",
-    "hybrid, checkpointing", "nested exact",
+    "hybrid, checkpointing", "hybrid, rollouts", "nested exact",
 }  # fmt: skip
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
 
@@ -151,10 +155,15 @@ def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
 
 
 @pytest.mark.parametrize(("family", "settings"), [("delta_net", {"segment_tokens": 17}), ("qwen3_next", {})])
-def test_rollouts_by_segments_are_refused_in_shards(tmp_path, family, settings):
-    """Their passes depend on each process' positions; the closed form's don't."""
-    args = trainer(tmp_path, family, **settings).args
-    model = trainer(tmp_path, family).model
-    assert "use estimator: exact" in (sharding_problem(model, args) or "")
-    args.nsp = NSPConfig.preset("exact")
-    assert sharding_problem(model, args) is None
+def test_rollouts_from_segments_are_sampled_in_a_pass_of_their_own_in_shards(tmp_path, family, settings):
+    model, nsp = trainer(tmp_path, family).model, NSPConfig(schedule="fused", **settings)
+    assert for_shards(model, nsp) == replace(nsp, schedule="snapshot")
+    closed = NSPConfig.preset("exact", **settings)
+    assert for_shards(model, closed) is closed
+    assert for_shards(build("delta_net"), NSPConfig(schedule="fused")).schedule == "fused"
+
+
+def test_rollouts_of_a_hybrid_by_segments_are_refused_in_shards(tmp_path):
+    """Each segment would be cut at the positions of its process."""
+    with pytest.raises(RefineError, match=r"segment_tokens=17: rollouts of qwen3_next .*leave segment_tokens out"):
+        for_shards(trainer(tmp_path, "qwen3_next").model, NSPConfig(segment_tokens=17))

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from refine_nsp.errors import RefineError
 from refine_nsp.models.by_reference import RECURRENT_KINDS, ReferenceCache, kinds_of, nothing_yet, prefix, trimmed
 from refine_nsp.models.state import FastWeightCache, LayerState
+from refine_nsp.processes import is_sharded
 
 SEGMENT_TOKENS = 64  # states that are asked for after a pass are kept every so many tokens, or ...
 SEGMENTS = 16  # ... so many times, whichever is rarer: segments repeat a layer's keys, and tails behind them are run again
@@ -72,8 +73,11 @@ class ByReference:
         if wanted is None and T == 1 and self.recurs:
             x = torch.cat([x, x], 1)  # see `segments`; what follows a token does not touch it
         tokens = [] if wanted is None else wanted.unique().tolist()
+        cuts = self.cuts(tokens, T)
+        if wanted is not None and self.recurs and is_sharded(self.trunk):
+            cuts = filled(cuts, wanted.numel(), T)
         hidden, taken = [], Taken(self, past, wanted)
-        for start, end, h, after in self.segments(x, past, [*self.cuts(tokens, T), x.shape[1]]):
+        for start, end, h, after in self.segments(x, past, [*cuts, x.shape[1]]):
             hidden.append(h)
             taken.take([t for t in tokens if start <= t < end], start, end, after)
         return joined(hidden)[:, :T], taken.all_rows() if wanted is not None else None
@@ -163,6 +167,16 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
+def filled(cuts: Sequence[int], n: int, n_tokens: int) -> list[int]:
+    """With cuts added in the middle of the longest segments, until a pass over `n_tokens` has `n` of them or one behind every token: how
+    many segments there are then follows from shapes alone, as it must where processes hold shards of a model."""
+    ends = [0, *cuts, n_tokens]
+    while len(ends) - 2 < min(n, n_tokens - 1):
+        longest = max(range(1, len(ends)), key=lambda i: ends[i] - ends[i - 1])
+        ends.insert(longest, (ends[longest - 1] + ends[longest]) // 2)
+    return ends[1:-1]
+
+
 def in_order(parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
     """States in parts as one batch; slots: the rows that each part's are to be, on the host."""
     return parts[0] if len(parts) == 1 else FastWeightCache.concatenate(parts).index(torch.cat(list(slots)).argsort())
@@ -245,6 +259,8 @@ class Tails:
         start = in_order([self.kept[i].index(row[slot]) for i, slot in zip(used, slots, strict=True)], slots)
         first, rest = kept * self.step, counts - kept * self.step
         width = int(rest.max()) if len(rest) else 0
+        if is_sharded(self.keeping.trunk):
+            width = self.step + 1  # whatever the positions: processes run together
         if width == 0:
             return start
         columns = (first[:, None] + torch.arange(width)).clamp(max=self.x.shape[1] - 1).to(self.x.device, non_blocking=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.hybrid import StatefulTrunk
 from refine_nsp.models.keeping import ByTokens, in_order
 from refine_nsp.models.state import NEWEST_LAST, FastWeightCache
+from refine_nsp.processes import is_sharded
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,12 @@ class PassBySegments:
         # Two tokens or more: a single one is code of its own in some models (see `ByReference.segments`).
         which = (torch.searchsorted(torch.tensor(self.starts), flat) - 1).clamp(min=0)
         parts, order = [], []
-        for i in which.unique().tolist():
+        used = which.unique().tolist()
+        if is_sharded(self.segments.trunk):  # processes run together: as many segments whatever the positions
+            unused = (i for i in range(len(self.starts)) if i not in used)
+            for i in islice(unused, max(0, min(len(flat), len(self.starts)) - len(used))):
+                self.segments.run(self.starts[i], self.starts[i] + 1, self.before[i], [], positions, hands_over=False)
+        for i in used:
             slots = (which == i).nonzero()[:, 0]
             end = int(flat[slots].max().clamp(min=0)) + 1
             _, taken, _ = self.segments.run(

@@ -1,16 +1,19 @@
-"""What would go wrong with a model and its settings, in words for a warning or an error."""
+"""What would go wrong with a model and its settings: in words for a warning or an error, or set right."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.hybrid import StatefulTrunk
+from refine_nsp.models.keeping import ByReference
 from refine_nsp.ops.precision import share_unmoved
-from refine_nsp.training.arguments import ReFINEConfig
 
 HALF = (torch.bfloat16, torch.float16)
 UNMOVED = 0.1  # share of weights that a step may leave as they are, before that is said
@@ -29,17 +32,25 @@ def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
     )
 
 
-def sharding_problem(model: nn.Module, args: ReFINEConfig) -> str | None:
-    """Why processes that hold parts of a model could make different numbers of passes, and so wait for each other for ever, or None."""
-    nsp = args.nsp
-    if args.objective != "refine" or nsp.estimator != "sampled":
-        return None
+def for_shards(model: nn.Module, nsp: NSPConfig) -> NSPConfig:
+    """The method's settings for a model whose weights lie in parts with several processes, which must then make the same passes.
+
+    Where states are taken between segments, how many are run again for them would differ from process to process, and gradients would
+    reach weights through states alone, which FSDP does not see. Rollouts are therefore sampled in a pass of their own, without gradients
+    (schedule `snapshot`), and learned from in one whose segments are as many everywhere: the same loss and gradients.
+
+    Raises:
+        RefineError: a model of transformers by `segment_tokens`: each segment would be cut at its positions.
+    """
     base: Any = without_adapters(model)
-    hybrid = isinstance(getattr(base, "model", None), StatefulTrunk)
-    if nsp.segment_tokens is None and not hybrid:
-        return None
-    what = "segment_tokens" if nsp.segment_tokens is not None else "a model of transformers"
-    return (
-        f"rollouts with {what} run the segments that hold their positions, which differ from process to process, and shards need every "
-        "process in every pass; use estimator: exact (preset: exact), which needs no positions, or DDP"
-    )
+    trunk: Any = getattr(base, "model", None)
+    cut = isinstance(trunk, StatefulTrunk) and isinstance(trunk.keeping, ByReference)
+    if not nsp.rolls_out or not (cut or nsp.segment_tokens):
+        return nsp
+    if cut and nsp.segment_tokens:
+        raise RefineError(
+            f"segment_tokens={nsp.segment_tokens}: rollouts of {trunk.label} cut segments at their positions, which differ from process to "
+            "process, and shards need every process in every pass; leave segment_tokens out (to save memory: gradient_checkpointing), or "
+            "use estimator: exact (preset: exact), which needs no positions, or DDP"
+        )
+    return replace(nsp, schedule="snapshot")

@@ -56,7 +56,7 @@ from refine_nsp.training.data import collate
 from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
 from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
-from refine_nsp.training.problems import rounding_problem, sharding_problem
+from refine_nsp.training.problems import for_shards, rounding_problem
 from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.stream import Stream, check_streaming
 
@@ -114,6 +114,10 @@ class ReFINETrainer(Trainer):
                 "holds the whole model",
                 stacklevel=2,
             )
+        if self._is_sharded and args.objective == "refine":
+            asked, args.nsp = args.nsp.schedule, for_shards(self.model, args.nsp)
+            if args.nsp.schedule != asked and self.is_world_process_zero():
+                warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
         self.nsp: NSPConfig = args.nsp
         # FSDP widens weights where products are narrower.
         widened = self.is_fsdp_enabled and args.mixed_precision != "no"
@@ -123,8 +127,6 @@ class ReFINETrainer(Trainer):
             and (problem := rounding_problem(self.model, args.learning_rate)) is not None
         ):
             warnings.warn(problem, stacklevel=2)
-        if self._is_sharded and (problem := sharding_problem(self.model, args)) is not None:
-            raise RefineError(problem)
         self.reference_model = reference_model
         if reference_model is not None:
             to_device(reference_model, args.device).eval()

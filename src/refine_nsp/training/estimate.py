@@ -53,7 +53,7 @@ DEVICES = {
 }
 FLOPS = "flops"
 TOKENS = 512  # at least, of a sequence without segments; and twice as many
-SEGMENT, SEGMENTS = (256, 512), (2, 4)  # counted, where there are segments: their tokens, and how many
+SEGMENT, SEGMENTS = (256, 512), 2  # counted, where there are segments: their tokens; how many at least, and twice as many
 MOMENTS = {
     "sgd": 0,
     "adafactor": 0,
@@ -250,15 +250,18 @@ def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[
     """A run's sizes, and those they are counted at."""
     nsp, T = args.nsp, args.max_length
     sizes, corners = {"rows": args.per_device_train_batch_size}, {"rows": (1, 2)}
+    # From where on blocks of tokens are full, and the next one is made before the last one is gone.
+    scored = nsp.score.startswith("context") if nsp.rolls_out or nsp.weights == "selected" else True
+    online = scored and args.objective == "refine" and args.context_scores == "online"
+    full = max(2 * block_tokens(vocabulary, torch.device("cpu")), TOKENS_AT_ONCE["cpu"] if online else 0)
     if nsp.segment_tokens is None or nsp.segment_tokens >= T:
-        # From where on blocks of tokens are full, and the next one is made before the last one is gone.
-        scored = nsp.score.startswith("context") if nsp.rolls_out or nsp.weights == "selected" else True
-        online = scored and args.objective == "refine" and args.context_scores == "online"
-        full = max(2 * block_tokens(vocabulary, torch.device("cpu")), TOKENS_AT_ONCE["cpu"] if online else 0)
         least = max(TOKENS, full, nsp.shortest + nsp.positions_per_sequence)
         return sizes | {"tokens": T}, corners | {"tokens": (least, 2 * least)}
-    segments = -(-T // nsp.segment_tokens)
-    return sizes | {"segment": nsp.segment_tokens, "segments": segments}, corners | {"segment": SEGMENT, "segments": SEGMENTS}
+    segments, least = -(-T // nsp.segment_tokens), max(SEGMENTS, -(-full // SEGMENT[0]))
+    return (
+        sizes | {"segment": nsp.segment_tokens, "segments": segments},
+        corners | {"segment": SEGMENT, "segments": (least, 2 * least)},
+    )
 
 
 def measure_step(

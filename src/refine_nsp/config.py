@@ -64,6 +64,7 @@ class NSPConfig:
         schedule: where the states of prefixes come from; all give the same loss and gradients. `fused`: from the gradient pass
             itself; `snapshot`: from one more pass without gradients; `reprefill`: every prefix is run again, as published; `auto`:
             `fused`, but `snapshot` by segments, and in training where rollouts serve several steps or are compared across micro-batches.
+            With weights in shards, hybrids, and models by segments, always take `snapshot` (docs/scaling.md).
         segment_tokens: longer sequences are run in segments of so many tokens, through their states: activations of one segment at a
             time, the same loss and gradients, one more forward pass (docs/scaling.md). Default: in one piece.
         reward: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or

@@ -154,6 +154,24 @@ def test_sigterm_while_libraries_are_loaded_ends_quietly():
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, str(environment.SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_how_threads_wait_is_set_before_torch_is_loaded_and_as_users_want_it(given, expected):
+    loading = f"""
+import importlib, os
+for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    os.environ.pop(name, None)
+os.environ.update({given})
+def load(name):
+    print("torch" in sys.modules, os.environ.get("GOMP_SPINCOUNT"))
+    raise SystemExit(0)
+importlib.import_module = load
+"""
+    done = as_command(loading + "main(['midtrain', '--help'])")
+    assert done.stdout.split() == ["False", str(expected)], done.stderr
+
+
 def test_the_commit_is_that_of_the_package_and_not_of_where_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in ("init", "add a.py", "-c user.name=a -c user.email=a@b commit -m a"):

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from refine_nsp.commands import COMMANDS, FROM_DATACLASSES, Parser
-from refine_nsp.environment import keep_freed_memory
+from refine_nsp.environment import keep_freed_memory, wait_without_spinning
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate
 
 GO_ON = "run the same command again (training: with --resume_from_checkpoint last) to go on"
@@ -101,6 +101,7 @@ def dispatch(words: list[str]) -> int:
         parser.print_help()
         return 0
     name, rest = words[0], words[1:]
+    wait_without_spinning()
     module = importlib.import_module(f"refine_nsp.commands.{name}")
     quiet_libraries()
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""What a run was made with (versions, machine, seed, commit), and how its process keeps memory."""
+"""What a run was made with (versions, machine, seed, commit), and how its process keeps memory and waits."""
 
 from __future__ import annotations
 
@@ -87,3 +87,17 @@ def keep_freed_memory() -> bool:
         return False
     accepted = [mallopt(setting, value) for setting, value in MALLOC_SETTINGS.items()]  # every one of them, refused or not
     return all(accepted)
+
+
+SPINS = 1000  # some microseconds
+
+
+def wait_without_spinning() -> None:
+    """Let threads that wait for each other give up their cores soon (GNU's OpenMP, which reads this as torch loads it).
+
+    By default they spin for about a millisecond. On idle cores it makes no difference; where another program keeps one of them busy, the
+    one that runs burns the time that the one it waits for needs, and a step on two threads took ten times as long as on one.
+    Whoever set either variable has it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

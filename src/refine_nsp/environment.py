@@ -95,7 +95,7 @@ SPINS = 1000  # some microseconds
 def wait_without_spinning() -> None:
     """Let threads that wait for each other give up their cores soon (GNU's OpenMP, which reads this as torch loads it).
 
-    By default they spin for about a millisecond. On idle cores it makes no difference; where another program keeps one of them busy, the
+    By default they spin much longer. On idle cores that gains a little (docs/costs.md); where another program keeps one of them busy, the
     one that runs burns the time that the one it waits for needs, and a step on two threads took ten times as long as on one.
     Whoever set either variable has it.
     """

@@ -27,7 +27,7 @@ from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
 from . import material as m
 from . import measuring
 from .controls import CONTROLS
-from .settings import ARMS, BASES, EXACT, MAIN, NTP, POST, SAME_TIME, TEMPERATURES, TEST_TIME, TEXT_LIMIT, Scale
+from .settings import ARMS, BASES, EXACT, MAIN, NTP, POST, POST_AFTER, SAME_TIME, TEMPERATURES, TEST_TIME, TEXT_LIMIT, Scale
 
 Figures = dict[str, Any]
 COST_STEPS, COST_TURNS = 12, 3
@@ -220,7 +220,7 @@ def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
     settings = chosen(study, trained)
     model, seconds = mid_train(study, family, trained, settings, seed, steps, study.folder("training", family, arm, seed))
     figures = {"settings": settings, "steps": steps, "seconds": seconds, **measure(study, family, model, seed)}
-    if family == MAIN and seed < study.scale.post_seeds and arm in (NTP, EXACT):
+    if family == MAIN and seed < study.scale.post_seeds and arm in POST_AFTER:
         figures["qa"] = measuring.qa_figures(model, material_of(study), study.scale, seed)
     keep(model, study.folder("models", "mid", family, arm, seed))
     return figures

@@ -12,7 +12,7 @@ from refine_nsp.progress import step_progress
 
 from . import jobs
 from .jobs import Job, Study
-from .settings import ARMS, MAIN, POST, PRIMARY, SAME_TIME, SHARPENED, STARTS, TEST_TIME
+from .settings import ARMS, MAIN, POST, POST_AFTER, PRIMARY, SAME_TIME, SHARPENED, STARTS, TEST_TIME
 
 
 def seeds_of(study: Study, arm: str) -> range:
@@ -37,7 +37,7 @@ def stages(study: Study) -> list[list[Job]]:
     others = [arm for arm in ARMS if arm not in PRIMARY]
     same_time = [Job("mid", (MAIN, SAME_TIME, seed)) for seed in seeds_of(study, SAME_TIME)]
     post_seeds = range(s.post_seeds)
-    posts = [Job("post", (start, seed, v)) for seed in post_seeds for v in POST for start in STARTS]
+    posts = [Job("post", (start, seed, v)) for seed in post_seeds for start, after in POST_AFTER.items() for v in after]
     rates = [Job("rate", (method,)) for method in TEST_TIME]
     answers = [Job("sharpen_answers", (seed,)) for seed in post_seeds]
     adapted = [

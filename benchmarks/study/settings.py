@@ -61,14 +61,16 @@ ARMS: dict[str, Arm] = {
 PRIMARY = (NTP, CE, EXACT)
 SHARPENED = (NTP, CE)  # also measured at the temperature that gives their text the entropy of EXACT
 
-# Post-training goes on from two of the arms; test-time training from every outcome of that. Settings of the phases' configurations.
-STARTS = (NTP, EXACT)
+# Post-training and test-time training: settings of the phases' configurations.
 POST: dict[str, dict[str, Any]] = {
     "SFT": {"objective": "none"},
     "Nested SFT": {"objective": "ntp"},
     "Nested ReFINE": {"objective": "refine", "preset": "post_training"},
     "Nested exact": {"objective": "refine", "preset": "exact"},
 }
+# What follows which mid-training (the control only by what is best after the others), and test time follows every outcome of STARTS.
+STARTS = (NTP, EXACT)
+POST_AFTER: dict[str, tuple[str, ...]] = {NTP: tuple(POST), CE: ("SFT",), EXACT: tuple(POST)}
 TEST_TIME: dict[str, dict[str, Any]] = {
     "NTP": {"objective": "ntp"},
     "ReFINE": {"objective": "refine", "preset": "test_time"},

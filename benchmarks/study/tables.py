@@ -18,9 +18,10 @@ from refine_nsp.report.tables import Cell, Table
 
 from .jobs import Figures, Job, Study, chosen, settings_of
 from .schedule import arms_of, seeds_of, unfinished
-from .settings import ARMS, CE, EXACT, MAIN, NTP, POST, SAME_TIME, SHARPENED, STARTS, TEST_TIME
+from .settings import ARMS, CE, EXACT, MAIN, NTP, POST, POST_AFTER, SAME_TIME, SHARPENED, STARTS, TEST_TIME
 
 PROTOCOLS = {"standard": "greedy", "published": "sampled as published"}
+OF_ANSWERS = PROTOCOLS | {"log_p": "log p of the answer"}
 NEEDLES_FROM = 1024  # tokens, of the primary outcome
 MEAN = "mean of the bases"
 HALF = "± half a 95 % t-interval over seeds; * beyond it"
@@ -299,9 +300,9 @@ def table_4(results: PostResults, protocol: str) -> Table:
         return [start, variant, *cells, spread([mean(qa_mean(f, k, protocol) for k in keys) for f in figures], True), seconds]
 
     rows = [row("none", "none", [first])]
-    for start in STARTS:
+    for start, variants in POST_AFTER.items():
         rows.append(row(start, "none", results.of(start, "none")))
-        for variant in POST:
+        for variant in variants:
             figures = results.of(start, variant)
             rows.append(row(start, variant, figures, f"{mean(f['seconds'] for f in figures):.0f}"))
     notes = []
@@ -313,69 +314,111 @@ def table_4(results: PostResults, protocol: str) -> Table:
     return Table(title, ["mid-training", "post-training", *keys, "mean", "seconds"], rows, notes)
 
 
-def questions_against_ntp(results: PostResults) -> Table:
-    """What the closed form changes at each stage, paired by seed."""
+def question_contrasts(results: PostResults) -> dict[str, dict[str, list[float]]]:
+    """What the closed form and nesting change: by contrast and figure, over seeds."""
 
-    def row(title: str, ours: list[Figures], theirs: list[Figures]) -> list[Cell]:
-        cells: list[Cell] = [title]
-        for figure in ("standard", "published", "log_p"):
-            a, b = ([mean(qa_mean(f, k, figure) for k in f["qa"]) for f in figures] for figures in (ours, theirs))
-            cells.append(difference(paired(a, b), figure != "log_p"))
-        return cells
+    def means(figures: list[Figures], key: str) -> list[float]:
+        return [mean(qa_mean(f, k, key) for k in f["qa"]) for f in figures]
 
-    rows = [row(f"exact - NTP mid-training, then {v}", results.of(EXACT, v), results.of(NTP, v)) for v in ("none", *POST)]
+    def contrast(ours: list[Figures], theirs: list[Figures]) -> dict[str, list[float]]:
+        return {key: paired(means(ours, key), means(theirs, key)) for key in OF_ANSWERS}
+
+    found = {
+        f"{EXACT} - {start}, then {v}": contrast(results.of(EXACT, v), results.of(start, v))
+        for start, variants in POST_AFTER.items()
+        if start != EXACT
+        for v in ("none", *variants)
+    }
     for start in STARTS:
-        rows += [row(f"{v} - SFT, after {start}", results.of(start, v), results.of(start, "SFT")) for v in list(POST)[1:]]
-    rows.append(
-        row("exact + Nested exact - NTP + SFT at the same entropy", results.of(EXACT, "Nested exact"), results.sharpened())
-    )
+        sft = results.of(start, "SFT")
+        found |= {f"{v} - SFT, after {start}": contrast(results.of(start, v), sft) for v in POST if v != "SFT"}
+    same_entropy = contrast(results.of(EXACT, "Nested exact"), results.sharpened())
+    return found | {f"{EXACT}, Nested exact - NTP, SFT as sharp": same_entropy}
+
+
+def questions_differences(results: PostResults) -> Table:
+    rows: list[list[Cell]] = [
+        [name, *(difference(values, key != "log_p") for key, values in by_figure.items())]
+        for name, by_figure in question_contrasts(results).items()
+    ]
     notes = [f"percentage points (log p: nats), mean over the question sets; {HALF}"]
-    return Table(f"{MAIN}: differences on questions", ["", "greedy", "sampled as published", "log p of the answer"], rows, notes)
+    return Table(f"{MAIN}: differences on questions", ["", *OF_ANSWERS.values()], rows, notes)
 
 
-def test_time_table(results: PostResults, figure: str) -> Table:
-    """Test-time training on the first questions of each source; "none" on the same questions."""
+def test_time_figures(results: PostResults, figure: str) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """By start and post-training: over seeds without an update ("none") and after one by each method, on the same questions."""
     n, length = results.study.scale.test_time_prompts, results.study.scale.qa_lengths[0]
 
     def plain(figures: Figures) -> float:
         return mean(x for k in figures["qa"] if k.endswith(f" {length}") for x in figures["qa"][k][figure][:n])
 
-    rows: list[list[Cell]] = []
+    return {
+        (start, v): {"none": [plain(f) for f in results.of(start, v)]}
+        | {method: [mean(f[figure]) for f in results.adapted(start, v, method)] for method in TEST_TIME}
+        for start in STARTS
+        for v in ("none", *POST)
+    }
+
+
+def test_time_table(results: PostResults, figure: str) -> Table:
+    """Test-time training on the first questions of each source."""
     percent = figure != "log_p"
-    for start in STARTS:
-        for v in ("none", *POST):
-            none = [plain(f) for f in results.of(start, v)]
-            cells: list[Cell] = [start, v, spread(none, percent)]
-            for method in TEST_TIME:
-                after = [mean(f[figure]) for f in results.adapted(start, v, method)]
-                cells += [spread(after, percent), difference(paired(after, none), percent)]
-            rows.append(cells)
+    rows: list[list[Cell]] = []
+    for names, found in test_time_figures(results, figure).items():
+        cells: list[Cell] = [*names, spread(found["none"], percent)]
+        for method in TEST_TIME:
+            cells += [spread(found[method], percent), difference(paired(found[method], found["none"]), percent)]
+        rows.append(cells)
     rates = {m: results.study.result(Job("rate", (m,)))["chosen"] for m in TEST_TIME}
     seconds = {m: mean(x for f in results.adapted(NTP, "SFT", m) for x in f["seconds"]) for m in TEST_TIME}
     chosen_rates = ", ".join(f"{m} {rates[m]:g} ({seconds[m]:.2f} s a prompt)" for m in TEST_TIME)
+    scale = results.study.scale
+    tried = ", ".join(f"{rate:g}" for rate in scale.test_time_learning_rates)
     notes = [
-        f"the first {n} questions of each source at {length} tokens, one step on each prompt, restored after it; learning rates, chosen on "
-        f"other questions: {chosen_rates}"
+        f"the first {scale.test_time_prompts} questions of each source at {scale.qa_lengths[0]} tokens, one step on each prompt, "
+        f"restored after it; learning rates, chosen among {tried} on other questions: {chosen_rates}; {HALF}"
     ]
-    what = "log p of the answer" if figure == "log_p" else "% right, " + PROTOCOLS[figure]
+    what = "% right, " + PROTOCOLS[figure] if percent else OF_ANSWERS[figure]
     columns = [cell for m in TEST_TIME for cell in (m, f"{m} - none")]
     return Table(f"{MAIN}: test-time training, {what}", ["mid-training", "post-training", "none", *columns], rows, notes)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
+Row = list[tuple[float, float]]  # means with half-widths, a panel each
 
-def drawings(results: Results) -> dict[str, plots.Plot]:
-    """By name."""
+
+def in_points(values: Sequence[float]) -> tuple[float, float]:
+    d, half = t_interval(values)
+    return 100 * d, 100 * half
+
+
+def arms_drawing(results: Results) -> plots.Plot:
     wanted = [OUTCOMES[0], OUTCOMES[2], OUTCOMES[3]]
-    groups = {
-        arm: [tuple(100 * x for x in t_interval(results.differences(c, arm, NTP))) for c in wanted]
-        for arm in results.arms()
-        if arm != NTP
+    rows: dict[str, Row] = {
+        arm: [in_points(results.differences(c, arm, NTP)) for c in wanted] for arm in results.arms() if arm != NTP
     }
     title = f"{results.family}: greedy recall after mid-training"
     label = "percentage points above NTP, paired by seed, with 95 % t-intervals"
-    return {"arms": plots.forest_plot(groups, [c.name for c in wanted], title, label), **heat_maps(results)}  # type: ignore[arg-type]
+    return plots.forest_plot(rows, [c.name for c in wanted], title, label)
+
+
+def questions_drawing(results: PostResults) -> plots.Plot:
+    rows: dict[str, Row] = {
+        name: [t_interval(values) if key == "log_p" else in_points(values) for key, values in by_figure.items()]
+        for name, by_figure in question_contrasts(results).items()
+    }
+    label = "percentage points (log p: nats), paired by seed, with 95 % t-intervals"
+    return plots.forest_plot(rows, list(OF_ANSWERS.values()), f"{MAIN}: differences on questions", label)
+
+
+def test_time_drawing(results: PostResults) -> plots.Plot:
+    rows: dict[str, Row] = {
+        f"{start}, then {v}": [t_interval(paired(found[method], found["none"])) for method in TEST_TIME]
+        for (start, v), found in test_time_figures(results, "log_p").items()
+    }
+    label = "log p of the answer, nats above no update, paired by seed, with 95 % t-intervals"
+    return plots.forest_plot(rows, list(TEST_TIME), f"{MAIN}: what one step on the prompt changes", label)
 
 
 def heat_maps(results: Results) -> dict[str, plots.Plot]:
@@ -402,23 +445,36 @@ def has_sharpened(study: Study, family: str) -> bool:
     return not any(job.kind == "sharpen" and job.arguments[0] == family for job in unfinished(study))
 
 
-def sections_of(study: Study, everything: Sequence[Results]) -> dict[str, list[Table]]:
-    """Tables by section, of what is complete."""
+@dataclass(frozen=True)
+class Section:
+    """drawings: by the name of their file."""
+
+    title: str
+    tables: list[Table]
+    drawings: dict[str, plots.Plot]
+
+
+def sections_of(study: Study, everything: Sequence[Results]) -> list[Section]:
+    """What is complete, in the order of the document."""
     kinds = {job.kind for job in unfinished(study)}
-    sections = {"The test": [primary(everything)[0], settings_table(study)]}
+    sections = [Section("The test", [primary(everything)[0], settings_table(study)], {"test": drawing(everything)})]
     for r in everything:
-        sections[f"Mid-training, {r.family}"] = [
+        tables = [
             arms_table(r, OUTCOMES, "recall", True), differences_table(r, OUTCOMES, "recall, differences"),
             arms_table(r, TEXT_OUTCOMES, "text", False), differences_table(r, TEXT_OUTCOMES, "text, differences"),
             *([sharpened_table(r)] if has_sharpened(study, r.family) else []), lengths_table(r),
         ]  # fmt: skip
+        stem = r.family.lower().replace(" ", "_")
+        drawn = {f"{stem}_{name}": plot for name, plot in {"arms": arms_drawing(r), **heat_maps(r)}.items()}
+        sections.append(Section(f"Mid-training, {r.family}", tables, drawn))
     after = PostResults(study)
     if not kinds & AFTER_POST:
-        sections["Post-training (in the form of the paper's Table 4)"] = [
-            *(table_4(after, p) for p in PROTOCOLS), questions_against_ntp(after),
-        ]  # fmt: skip
+        tables = [*(table_4(after, p) for p in PROTOCOLS), questions_differences(after)]
+        drawn = {"post_training": questions_drawing(after)}
+        sections.append(Section("Post-training (in the form of the paper's Table 4)", tables, drawn))
     if not kinds & AFTER_TEST_TIME:
-        sections["Test-time training"] = [test_time_table(after, f) for f in ("standard", "published", "log_p")]
+        tables, drawn = [test_time_table(after, f) for f in OF_ANSWERS], {"test_time": test_time_drawing(after)}
+        sections.append(Section("Test-time training", tables, drawn))
     return sections
 
 
@@ -435,24 +491,17 @@ def not_run_yet(study: Study) -> str:
 def write_results(study: Study, scale: str, document: Path) -> Path:
     """The document with its plots beside it, and the run's page, once the test's jobs are done; returns the page's path."""
     everything = [Results(study, family) for family in study.scale.families]
-    finding, test = primary(everything)[1], drawing(everything)
-
-    def drawn(name: str, title: str, plot: plots.Plot) -> str:
-        path = write_atomically(document.parent / document.stem / f"{name}.svg", plot.svg())
-        return f"![{title}]({document.stem}/{path.name})"
-
-    lines = [introduction(study, scale), f"**{finding}**\n", drawn("test", "The test", test) + "\n", not_run_yet(study)]
-    page = [html.Section("Finding", f"<p>{finding}</p>" + html.plots(test))]
-    for title, tables in sections_of(study, everything).items():
-        lines += [f"\n## {title}\n", *(t.markdown() for t in tables)]
-        page.append(html.Section(title, "".join(t.html() for t in tables)))
-    lines.append("\n## Plots\n")
-    for results in everything:
-        of_base = drawings(results)
-        for name, plot in of_base.items():
-            stem = f"{results.family.lower().replace(' ', '_')}_{name}"
-            lines.append(drawn(stem, f"{results.family}: {name.replace('_', ' ')}", plot))
-        page.append(html.Section(f"{results.family}: plots", html.plots(*of_base.values())))
+    finding = primary(everything)[1]
+    lines = [introduction(study, scale), f"**{finding}**\n", not_run_yet(study)]
+    page = [html.Section("Finding", f"<p>{finding}</p>")]
+    for section in sections_of(study, everything):
+        lines.append(f"\n## {section.title}\n")
+        for name, plot in section.drawings.items():
+            path = write_atomically(document.parent / document.stem / f"{name}.svg", plot.svg())
+            lines.append(f"![{plot.title}]({document.stem}/{path.name})")
+        lines += ["", *(t.markdown() for t in section.tables)]
+        drawn = html.plots(*section.drawings.values())
+        page.append(html.Section(section.title, drawn + "".join(t.html() for t in section.tables)))
     write_atomically(document, "\n".join(lines) + "\n")
     return write_atomically(study.folder("report.html"), html.page(f"The study, {scale} scale", "", page))
 

@@ -165,7 +165,8 @@ def line_plot(curves: Mapping[str, Curve], title: str, x_label: str = "step") ->
 def forest_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str], title: str, x_label: str) -> Plot:
     """A row per name and a panel per label, each with an axis of its own: (mean, half-width) as a point with its interval, and zero."""
     names = list(groups)
-    fig, axes = figure(1.4 + 1.5 * len(labels), 1.0 + 0.24 * len(names), columns=len(labels), sharey=True, squeeze=False)
+    beside = max(1.4, 0.065 * max(map(len, names)))  # inches that the names take
+    fig, axes = figure(beside + 1.5 * len(labels), 1.0 + 0.24 * len(names), columns=len(labels), sharey=True, squeeze=False)
     for i, (axis, label) in enumerate(zip(axes[0], labels, strict=True)):
         means, halves = zip(*(groups[name][i] for name in names), strict=True)
         axis.axvline(0, color=INKS["ink"][0], linewidth=0.8)

@@ -30,7 +30,7 @@ from .controls import CONTROLS
 from .settings import ARMS, BASES, EXACT, MAIN, NTP, POST, POST_AFTER, SAME_TIME, TEMPERATURES, TEST_TIME, TEXT_LIMIT, Scale
 
 Figures = dict[str, Any]
-COST_STEPS, COST_TURNS = 12, 3
+COST_STEPS, POST_COST_STEPS, COST_TURNS = 12, 4, 3
 REPORT_SEED = 100  # of prompts and probes; a seed of training adds to it
 
 
@@ -262,34 +262,53 @@ def post_rows(study: Study, seed: int) -> Dataset:
     )
 
 
-def post_train(study: Study, start: str, seed: int, variant: str) -> tuple[FastWeightForCausalLM, float]:
-    """A mid-trained model after post-training, and the seconds that took."""
+def post_train(
+    study: Study, model: FastWeightForCausalLM, seed: int, variant: str, steps: int, out: Path
+) -> tuple[FastWeightForCausalLM, float]:
+    """A model after post-training, and the seconds that took."""
     s, material = study.scale, material_of(study)
     args = PostTrainingConfig(
-        output_dir=str(study.folder("training", "post", start, variant, seed)), max_steps=s.post_steps,
+        output_dir=str(out), max_steps=steps,
         per_device_train_batch_size=s.post_prompts, learning_rate=s.post_learning_rate, max_length=s.post_length + 8, seed=seed,
         bf16=s.bf16, use_cpu=True, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True,
         **POST[variant],
     )  # fmt: skip
-    model = mid_model(study, MAIN, start, seed)
     trainer = PostTrainer(model=model, args=args, train_dataset=post_rows(study, seed), processing_class=material.tokenizer)
     with measuring.Clock() as clock:
         trainer.train()
-    keep(trainer.model, study.folder("models", "post", start, variant, seed))
     shutil.rmtree(args.output_dir, ignore_errors=True)
     return trainer.model.eval(), clock.seconds
+
+
+def post_trained(study: Study, start: str, seed: int, variant: str) -> tuple[FastWeightForCausalLM, float]:
+    """A mid-trained model after post-training, which is kept, and the seconds that took."""
+    out = study.folder("training", "post", start, variant, seed)
+    model, seconds = post_train(study, mid_model(study, MAIN, start, seed), seed, variant, study.scale.post_steps, out)
+    keep(model, study.folder("models", "post", start, variant, seed))
+    return model, seconds
 
 
 def post(study: Study, start: str, seed: int, variant: str) -> Figures:
     """Post-train a mid-trained model, and measure it on questions."""
     s, material = study.scale, material_of(study)
-    model, seconds = post_train(study, start, seed, variant)
+    model, seconds = post_trained(study, start, seed, variant)
     return {
         "seconds": seconds,
         "qa": measuring.qa_figures(model, material, s, seed),
         "text": measuring.text_figures(model, material.windows["report"]),
         "choose_answer_entropy": measuring.answer_entropy(model, choosing_questions(study))(1.0),
     }
+
+
+def post_cost(study: Study) -> Figures:
+    """Processor seconds of a step of each kind of post-training, by turns in one process, as in `cost`; from the base: what the weights
+    are takes no time."""
+    steps, seconds = min(POST_COST_STEPS, study.scale.post_steps), {variant: [] for variant in POST}
+    for turn in range(COST_TURNS):
+        for variant, times in seconds.items():
+            out = study.folder("training", "post_cost", variant, turn)
+            times.append(post_train(study, load(BASES[MAIN])[0], turn, variant, steps, out)[1] / steps)
+    return {"steps": steps, "seconds": seconds}
 
 
 def choosing_questions(study: Study) -> list[m.Asked]:
@@ -321,7 +340,7 @@ def model_before(study: Study, start: str, variant: str, seed: int) -> FastWeigh
         return mid_model(study, MAIN, start, seed)
     folder = study.folder("models", "post", start, variant, seed)
     if not folder.exists():
-        post_train(study, start, seed, variant)
+        post_trained(study, start, seed, variant)
     return load_model(folder)
 
 
@@ -348,7 +367,7 @@ def ttt(study: Study, start: str, seed: int, variant: str, method: str) -> Figur
 
 KINDS: dict[str, Callable[..., Figures]] = {
     "trial": trial, "far": far, "base": base, "cost": cost, "mid": mid, "sharpen": sharpen, "post": post,
-    "sharpen_answers": sharpen_answers, "rate": rate, "ttt": ttt,
+    "post_cost": post_cost, "sharpen_answers": sharpen_answers, "rate": rate, "ttt": ttt,
 }  # fmt: skip
 
 

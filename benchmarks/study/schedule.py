@@ -50,7 +50,7 @@ def stages(study: Study) -> list[list[Job]]:
     return [
         first + trials(PRIMARY), mids(study, PRIMARY) + bases, sharpened,
         [*trials(others), Job("cost", (MAIN,))], mids(study, others) + same_time,
-        posts, rates + answers, adapted,
+        [*posts, Job("post_cost", ())], rates + answers, adapted,
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from scipy import stats
 
@@ -295,23 +295,35 @@ def table_4(results: PostResults, protocol: str) -> Table:
     first = results.base()
     keys = list(first["qa"])
 
-    def row(start: str, variant: str, figures: list[Figures], seconds: str = "") -> list[Cell]:
+    def row(start: str, variant: str, figures: list[Figures]) -> list[Cell]:
         cells = [spread([qa_mean(f, k, protocol) for f in figures], True) for k in keys]
-        return [start, variant, *cells, spread([mean(qa_mean(f, k, protocol) for k in keys) for f in figures], True), seconds]
+        return [start, variant, *cells, spread([mean(qa_mean(f, k, protocol) for k in keys) for f in figures], True)]
 
     rows = [row("none", "none", [first])]
     for start, variants in POST_AFTER.items():
         rows.append(row(start, "none", results.of(start, "none")))
         for variant in variants:
-            figures = results.of(start, variant)
-            rows.append(row(start, variant, figures, f"{mean(f['seconds'] for f in figures):.0f}"))
-    notes = []
+            rows.append(row(start, variant, results.of(start, variant)))
+    notes = ["questions about facts that were written into paragraphs of each source, laid out as RULER's"]
     if protocol == "published":
         controls = results.sharpened()
         rows.append(row(NTP, f"SFT, temperature {mean(c['temperature'] for c in controls):.2f}", controls))
-        notes = ["last row: the control, at the temperature that gives its answers the entropy of exact + Nested exact"]
+        notes.append("last row: the control, at the temperature that gives its answers the entropy of exact + Nested exact")
     title = f"{MAIN}: questions on documents, % right, {PROTOCOLS[protocol]}"
-    return Table(title, ["mid-training", "post-training", *keys, "mean", "seconds"], rows, notes)
+    return Table(title, ["mid-training", "post-training", *keys, "mean"], rows, notes)
+
+
+def post_cost_table(study: Study) -> Table:
+    """What the inner update takes."""
+    cost = study.result(Job("post_cost", ()))
+    sft = cost["seconds"]["SFT"]
+    rows: list[list[Cell]] = []
+    for variant, seconds in cost["seconds"].items():
+        ratios = [x / y for x, y in zip(seconds, sft, strict=True)]
+        times = "" if variant == "SFT" else f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rows.append([variant, f"{median(seconds):.2f}", times])
+    notes = [f"{cost['steps']} steps of each by turns in a process of one thread, {len(sft)} turns: medians (least to greatest)"]
+    return Table(f"{MAIN}: what a step of post-training takes", ["", "processor seconds", "times SFT"], rows, notes)
 
 
 def question_contrasts(results: PostResults) -> dict[str, dict[str, list[float]]]:
@@ -324,10 +336,10 @@ def question_contrasts(results: PostResults) -> dict[str, dict[str, list[float]]
         return {key: paired(means(ours, key), means(theirs, key)) for key in OF_ANSWERS}
 
     found = {
-        f"{EXACT} - {start}, then {v}": contrast(results.of(EXACT, v), results.of(start, v))
-        for start, variants in POST_AFTER.items()
-        if start != EXACT
-        for v in ("none", *variants)
+        f"{ours} - {theirs}, then {v}": contrast(results.of(ours, v), results.of(theirs, v))
+        for ours, theirs in ((EXACT, NTP), (EXACT, CE), (CE, NTP))
+        for v in ("none", *POST)
+        if v == "none" or (v in POST_AFTER[ours] and v in POST_AFTER[theirs])
     }
     for start in STARTS:
         sft = results.of(start, "SFT")
@@ -437,7 +449,7 @@ def heat_maps(results: Results) -> dict[str, plots.Plot]:
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
-AFTER_POST, AFTER_TEST_TIME = {"post", "sharpen_answers"}, {"post", "rate", "ttt"}  # jobs of the last two sections
+AFTER_POST, AFTER_TEST_TIME = {"post", "post_cost", "sharpen_answers"}, {"post", "rate", "ttt"}  # jobs of the last two sections
 
 
 def has_sharpened(study: Study, family: str) -> bool:
@@ -469,7 +481,7 @@ def sections_of(study: Study, everything: Sequence[Results]) -> list[Section]:
         sections.append(Section(f"Mid-training, {r.family}", tables, drawn))
     after = PostResults(study)
     if not kinds & AFTER_POST:
-        tables = [*(table_4(after, p) for p in PROTOCOLS), questions_differences(after)]
+        tables = [*(table_4(after, p) for p in PROTOCOLS), questions_differences(after), post_cost_table(study)]
         drawn = {"post_training": questions_drawing(after)}
         sections.append(Section("Post-training (in the form of the paper's Table 4)", tables, drawn))
     if not kinds & AFTER_TEST_TIME:

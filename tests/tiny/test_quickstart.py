@@ -28,7 +28,7 @@ def test_quickstart(tmp_path, library, monkeypatch, capsys):
     page, printed = (tmp_path / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
     assert "<svg" in page and "needles found" in page
     assert "Exceeding the spread" in printed and found["finding"] in printed
-    assert [len(found["figures"][arm][0]["map"]) for arm in ("base", *q.MAPPED)] == [2, 2, 2]
+    assert [len(found["figures"][arm][0]["map"]) for arm in ("base", *q.MAPPED)] == [2, 2, 2, 2]
 
     def never(*args, **kwargs):
         raise AssertionError("a finished arm was trained again")
@@ -63,16 +63,18 @@ def test_the_finding_says_what_the_figures_say():
     results = {arm: [dict(keys) for _ in range(3)] for arm in ("base", *q.ARMS)}
     for i, gain in enumerate((0.10, 0.11, 0.09)):
         results[q.EXACT][i] |= {"recall_greedy": gain, "text_loss": 0.01}
-    assert "+10.0 ± 2.5 points of greedy recall over 3 seeds, more than chance" in q.finding(results)
+    assert "+10.0 ± 2.5 points of greedy recall over 3 seeds, more than chance" in q.against_baseline(results, q.EXACT)
+    assert "+0.0 ± 0.0 points of greedy recall over 3 seeds, no more than chance" in q.against_baseline(results, q.LIKELIHOOD)
+    assert all(q.against_baseline(results, arm) in q.finding(results) for arm in (q.EXACT, q.LIKELIHOOD))
     results[q.EXACT][0]["recall_greedy"] = -0.1
-    assert "no more than chance" in q.finding(results)
+    assert "no more than chance" in q.against_baseline(results, q.EXACT)
     assert "one seed" in q.finding({arm: figures[:1] for arm, figures in results.items()})
 
 
 def test_differences_are_paired_and_marked_only_beyond_their_interval():
     keys = dict.fromkeys(q.FIGURES, 0.0)
     results = {arm: [dict(keys, seconds=1.0) for _ in range(3)] for arm in ("base", *q.ARMS)}
-    arm = "ReFINE, paper preset"
+    arm = "paper"
     for i, (clear, noisy) in enumerate([(1.0, 1.0), (1.1, -2.0), (0.9, 3.0)]):
         results[arm][i] |= {"text_loss": clear, "recall_greedy": noisy}
     d, half = q.paired(results, arm, "text_loss")

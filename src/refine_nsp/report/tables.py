@@ -54,7 +54,10 @@ class Table:
         return f"<div class='scroll' tabindex='0'><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
 
     def rich(self) -> RichTable:
-        table = RichTable(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
+        table = RichTable(
+            title=self.title, caption="\n".join(self.notes) or None, caption_justify="left",
+            collapse_padding=True, pad_edge=False, show_edge=False,  # seven columns of figures fit 80 characters
+        )  # fmt: skip
         for i, (name, prose) in enumerate(zip(self.columns, self.prose(), strict=True)):
             # In a narrow terminal cells are folded, never cut; what a row is about stays whole.
             short = i == 0 and all(len(show(row[0])) <= TEXT_LENGTH for row in self.rows)

@@ -1,5 +1,5 @@
-"""The main job, end to end, on the shipped base: mid-train it by next-token prediction and by ReFINE on the same data in the same order,
-then compare what each did to held-out text and to recall.
+"""The main job, end to end, on the shipped base: mid-train it by next-token prediction and by the presets, on the same data in the
+same order, then compare what each did to held-out text and to recall.
 
 Whatever comes out is printed. Differences are paired by seed, with their t-interval; one that does not exceed it is called so.
 """
@@ -43,12 +43,13 @@ from refine_nsp.training.data import split_documents
 
 ARMS: dict[str, dict[str, Any]] = {
     "NTP only": {"objective": "ntp"},
-    "ReFINE, paper preset": {"preset": "mid_training"},
-    "ReFINE, context preset": {"preset": "context"},
-    "ReFINE, exact": {"preset": "exact"},
+    "paper": {"preset": "mid_training"},
+    "context": {"preset": "context"},
+    "exact": {"preset": "exact"},
+    "likelihood": {"preset": "likelihood"},
 }
-BASELINE, EXACT = "NTP only", "ReFINE, exact"
-MAPPED = (BASELINE, EXACT)  # arms whose needles are drawn
+BASELINE, EXACT, LIKELIHOOD = "NTP only", "exact", "likelihood"
+MAPPED = (BASELINE, EXACT, LIKELIHOOD)  # arms whose needles are drawn
 ROWS_SEED = 2000  # rows are those of pretraining steps with seeds from here on, which the base was not pretrained with
 Figures = dict[str, Any]
 FIGURES = {
@@ -302,15 +303,19 @@ def lengths_table(results: dict[str, list[Figures]], s: Settings) -> Table:
 
 
 def finding(results: dict[str, list[Figures]]) -> str:
-    """What the job says of the closed form, in a sentence."""
-    (d, half), (loss, loss_half) = (paired(results, EXACT, key) for key in ("recall_greedy", "text_loss"))
+    """What the job says of the closed forms, a sentence for each."""
+    return "Finding: " + " ".join(against_baseline(results, arm) for arm in (EXACT, LIKELIHOOD))
+
+
+def against_baseline(results: dict[str, list[Figures]], arm: str) -> str:
+    (d, half), (loss, loss_half) = (paired(results, arm, key) for key in ("recall_greedy", "text_loss"))
     seeds = len(results[BASELINE])
     if seeds == 1:
         said = f"{100 * d:+.1f} points of greedy recall (one seed, so no more can be said)"
     else:
         clear = "more than" if abs(d) > half else "no more than"
         said = f"{100 * d:+.1f} ± {100 * half:.1f} points of greedy recall over {seeds} seeds, {clear} chance would give"
-    return f"Finding: {EXACT} against {BASELINE}: {said}; text loss {loss:+.4f}" + (f" ± {loss_half:.4f}." if seeds > 1 else ".")
+    return f"{arm} against {BASELINE}: {said}; text loss {loss:+.4f}" + (f" ± {loss_half:.4f}." if seeds > 1 else ".")
 
 
 def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[plots.Plot]:

@@ -73,7 +73,7 @@ class Settings:
     """
 
     seeds: int = 3
-    steps: int = 20
+    steps: int = 16
     sequences_per_step: int = 4
     max_length: int = 1024
     learning_rate: float = 1e-4

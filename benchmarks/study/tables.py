@@ -135,6 +135,15 @@ def difference(values: Sequence[float], percent: bool = False) -> str:
     return f"{k * d:+.{digits}f} ± {k * half:.{digits}f}" + (" *" if abs(d) > half else "")
 
 
+Row = list[tuple[float, float]]  # of a plot: means with half-widths, a panel each
+
+
+def in_points(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half a t-interval, as percentages."""
+    d, half = t_interval(values)
+    return 100 * d, 100 * half
+
+
 def paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [x - y for x, y in zip(a, b, strict=True)]
 
@@ -182,12 +191,9 @@ def primary(everything: Sequence[Results]) -> tuple[Table, str]:
 def drawing(everything: Sequence[Results]) -> plots.Plot:
     """Of the test."""
     found = contrasts(everything)
-    rows = {
-        name: [tuple(100 * x for x in t_interval(by_base[name])) for by_base in found.values()]
-        for name in next(iter(found.values()))
-    }
+    rows: dict[str, Row] = {name: [in_points(by_base[name]) for by_base in found.values()] for name in next(iter(found.values()))}
     label = "percentage points, paired by seed, with 95 % t-intervals"
-    return plots.forest_plot(rows, list(found), "Greedy recall of RULER's needles", label)  # type: ignore[arg-type]
+    return plots.forest_plot(rows, list(found), "Greedy recall of RULER's needles", label)
 
 
 def sentence(overall: Mapping[str, Sequence[float]], adjusted: Mapping[str, float]) -> str:
@@ -396,13 +402,6 @@ def test_time_table(results: PostResults, figure: str) -> Table:
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
-
-Row = list[tuple[float, float]]  # means with half-widths, a panel each
-
-
-def in_points(values: Sequence[float]) -> tuple[float, float]:
-    d, half = t_interval(values)
-    return 100 * d, 100 * half
 
 
 def arms_drawing(results: Results) -> plots.Plot:

@@ -310,7 +310,10 @@ def table_4(results: PostResults, protocol: str) -> Table:
         rows.append(row(start, "none", results.of(start, "none")))
         for variant in variants:
             rows.append(row(start, variant, results.of(start, variant)))
-    notes = ["questions about facts that were written into paragraphs of each source, laid out as RULER's"]
+    notes = [
+        "questions about facts that were written into paragraphs of each source, laid out as RULER's",
+        f"{CE}: added once the other rows had been seen",
+    ]
     if protocol == "published":
         controls = results.sharpened()
         rows.append(row(NTP, f"SFT, temperature {mean(c['temperature'] for c in controls):.2f}", controls))

@@ -32,6 +32,15 @@ def test_in_a_narrow_terminal_nothing_is_cut():
     assert "niah_single_1" in shown and "…" not in shown
 
 
+def test_headings_of_seven_columns_of_figures_stay_whole_in_80_characters():
+    console = Console(width=80, record=True)
+    arms = ["base", "NTP only", "paper", "context", "exact", "likelihood"]
+    rows = [["recall, unseen wordings: greedy EM", "-16.9838", *["-17.7199 ± 0.3320"] * 5]]
+    console.print(Table("t", ["", *arms], rows).rich())
+    shown = console.export_text().splitlines()
+    assert all(arm in shown[1] for arm in arms) and max(map(len, shown)) <= 80, shown
+
+
 def run_folder(path, records):
     path.mkdir()
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

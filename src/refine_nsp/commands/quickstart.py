@@ -1,4 +1,4 @@
-"""`refine-nsp quickstart`: the main job on what is here: mid-train the shipped base in every way, compare, report."""
+"""`refine-nsp quickstart`: the main job on what is here: mid-train the shipped base by NTP and by four presets, compare, report."""
 
 from __future__ import annotations
 

@@ -200,10 +200,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -
         raise RefineError(
             "these are messages, and the tokenizer has no chat template; set tokenizer.chat_template and save it, or write prompts as text"
         )
-    go_on = add_generation_prompt and known[-1]["role"] == "assistant"
-    return _apply(
-        tokenizer, known, template, add_generation_prompt=add_generation_prompt and not go_on, continue_final_message=go_on
-    )
+    left_open = known[-1]["role"] == "assistant"
+    return _apply(tokenizer, known, template, add_generation_prompt=not left_open, continue_final_message=left_open)
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, Any], **how: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -18,8 +18,8 @@ from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_matc
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
 from refine_nsp.prompts import ruler
-from refine_nsp.prompts.encoding import truncate_middle
-from refine_nsp.prompts.examples import Example, read_prompts
+from refine_nsp.prompts.encoding import encode_prompt, render, truncate_middle
+from refine_nsp.prompts.examples import Example, in_row, read_prompts
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 
@@ -215,7 +215,8 @@ class GenerationTask:
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             rows = [r.ids for r in batch]
-            with context.adapter.adapt(rows):
+            shortest = min(batch, key=lambda r: len(r.ids))  # that one, if any, has no position to adapt at
+            with in_row(self._where(shortest.key)), context.adapter.adapt(rows):
                 clock = time.perf_counter()
                 hidden, cache = prefill(context.model, rows)
                 tokens = decode(context.model, hidden, cache, batch, eos, self.decoding, keep_rows=True)
@@ -230,11 +231,19 @@ class GenerationTask:
             context.on_tokens(sum(map(len, rows)))
             yield list(zip(batch, tokens, strict=True))
 
+    def _where(self, key: int) -> str:
+        """What an error calls an example."""
+        e = self.examples[key]
+        return e.where or f"{self.name}, example {e.id}"
+
     def _request(self, key: int, tokenizer: PreTrainedTokenizerBase) -> Request:
         e = self.examples[key]
-        ids = tokenizer(e.prompt)["input_ids"]
-        if self.max_prompt_tokens:
-            ids = truncate_middle(ids, self.max_prompt_tokens)
+        with in_row(self._where(key)):
+            ids = encode_prompt(tokenizer, e.prompt, **e.template)
+            if not ids:
+                raise RefineError("the prompt has no token that the tokenizer knows")
+            if self.max_prompt_tokens:
+                ids = truncate_middle(ids, self.max_prompt_tokens)
         return Request(key, ids, e.budget)
 
     def _row(self, request: Request, tokens: list[int], context: Context) -> Row:
@@ -303,18 +312,19 @@ class DocumentTask:
         a = self.arguments
         for key in wanted:
             index = int(key.rsplit("-", 1)[1])
+            where = f"{a.documents}, row {index}: document {index}"
             ids = context.tokenizer(self.texts[index])["input_ids"]
             ids = ids[: a.document_tokens] if a.document_tokens else ids
             if self.name == "ntp":
                 if len(ids) < 2:
-                    raise RefineError(f"document {index} has {len(ids)} tokens; next-token figures need 2")
+                    raise RefineError(f"{where} has {len(ids)} tokens; next-token figures need 2")
                 score = score_document(context.model, ids, a.window or None, a.bucket, context.on_tokens)
                 yield Row(key, "", [], score.figures, score.targets, {"tokens": len(ids), "buckets": score.buckets})
             else:
                 config = NSPConfig(positions_per_sequence=16)
                 ids = ids[: a.window or 4096]
                 if len(ids) < config.shortest:
-                    raise RefineError(f"document {index} has {len(ids)} tokens; a continuation needs {config.shortest}")
+                    raise RefineError(f"{where} has {len(ids)} tokens; a continuation needs {config.shortest}")
                 scores = continuation_match(context.model, ids, config, a.seed + index)
                 context.on_tokens(len(ids))
                 yield Row(key, "", [], scores, 1.0, {"tokens": len(ids)})
@@ -331,8 +341,12 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
     tasks: dict[str, Task] = {}
 
     def generation(name: str, examples: list[Example], score: Callable[[str, Sequence[str]], Scores], as_paper: bool) -> None:
+        for e in examples[: a.limit or None]:
+            if not isinstance(e.prompt, str):
+                with in_row(e.where):  # a conversation that the template does not take is found before any is answered
+                    render(tokenizer, e.prompt, **e.template)
         if as_paper:
-            examples = [Example(e.id, e.prompt, e.references, PUBLISHED_BUDGET, e.meta) for e in examples]
+            examples = [replace(e, budget=PUBLISHED_BUDGET) for e in examples]
         decoding = Decoding(False, 1.0, 50, a.seed) if as_paper else Decoding()
         tasks[name] = GenerationTask(name, examples[: a.limit] if a.limit else examples, score, decoding, a.max_prompt_tokens)
 

@@ -204,7 +204,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -
     return _apply(tokenizer, known, template, add_generation_prompt=not left_open, continue_final_message=left_open)
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, Any], **how: bool) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, Any], **how: Any) -> str:
     options = {key: _filled(value) for key, value in template.items() if value is not None}
     try:
         if isinstance(options.get("tools"), str):  # as TRL takes them from a column

@@ -26,6 +26,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
 from refine_nsp.text.reading import read_documents
@@ -78,7 +79,7 @@ def build_ruler(
     """`samples` examples of every task and length (and depth, for needle tasks, when `depths` are given: shares 0..1).
 
     Args:
-        lengths: prompt and generation budget together, in tokens of `tokenizer` (its special tokens counted).
+        lengths: prompt and generation budget together, in tokens of `tokenizer` (BOS counted, where it has one).
         num_proc: processes that build them; the result does not depend on it.
 
     Raises:
@@ -116,7 +117,7 @@ def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources:
     builder = _builder(task, length, index, depth, sources, f"{seed}-{name}", budget)
 
     def tokens(draft: Draft) -> int:
-        return len(tokenizer(draft[0])["input_ids"])
+        return len(encode_prompt(tokenizer, draft[0]))
 
     prompt, references, meta = fit(
         builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"

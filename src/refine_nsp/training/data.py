@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.prompts.encoding import content_key
 from refine_nsp.text.reading import read_documents
 
 TEXT_COLUMN, TOKENS_COLUMN = "text", "input_ids"
@@ -97,8 +98,7 @@ def tokenize(
     if isinstance(data, IterableDataset):
         return data.map(windows_of, **options)
     # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
-    content = tokenizer.backend_tokenizer.to_str()
-    key = (data._fingerprint, content, column, max_length, min_length, packing, tuple(others))
+    key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
     result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes, **options)
     if len(result) == 0:

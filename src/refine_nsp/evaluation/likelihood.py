@@ -141,8 +141,8 @@ def as_ours(row: Mapping[str, Any]) -> dict[str, Any]:
             raise RefineError(f"answer is {row['answer']!r}; expected 1 or 2")
         row = {"choices": [row["option1"], row["option2"]], "label": int(row["answer"]) - 1, **row}
     if isinstance(text := row.get("text"), str) and not {"context", "target", "sentence", "question"} & row.keys():
-        before, space, last = text.rpartition(" ")
-        row |= {"context": before, "target": space + last}
+        before, _, last = text.rpartition(" ")
+        row |= {"context": before, "target": f" {last}"}
     return row
 
 

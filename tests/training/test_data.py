@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 import refine_nsp
-from refine_nsp.text import reading
+from refine_nsp.text import formats
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training import data
 from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, prepare_data, split_documents
@@ -178,7 +178,7 @@ def test_packing_does_not_change_the_loss(family):
 
 @pytest.mark.parametrize("block", [3, 4, 2**20])
 def test_files_are_checked_block_by_block(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(reading, "BLOCK", block)
+    monkeypatch.setattr(formats, "BLOCK", block)
     (tmp_path / "good.txt").write_text("ünïcödé € 😀")
     assert read_documents(str(tmp_path / "good.txt"))["text"][:] == ["ünïcödé € 😀"]
     for name, content, at in (("bad.txt", "aé€".encode() + b"\xff" + b"b", 6), ("cut.txt", "aé€".encode()[:-1], 3)):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError
 from refine_nsp.text.reading import read_documents
 
-TEXT_COLUMN, TOKENS_COLUMN = "text", "input_ids"
+TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
 
 
 @dataclass
@@ -80,7 +80,7 @@ def tokenize(
     """
     names = data.column_names or []
     column = TOKENS_COLUMN if column == TEXT_COLUMN and TEXT_COLUMN not in names and TOKENS_COLUMN in names else column
-    if column == TOKENS_COLUMN and "lengths" in names:
+    if column == TOKENS_COLUMN and LENGTHS_COLUMN in names:
         raise RefineError(
             "rows of input_ids with lengths are packed already, and cutting them would let a state leak from one document to the next; "
             "give a row to each document, and --packing to pack them again"
@@ -236,15 +236,16 @@ def prepare_data(
     a = arguments
     source: dict[str, Any] = {
         "columns": (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,),
-        "config": a.dataset_config, "split": a.dataset_split, "streaming": a.streaming,
+        "config": a.dataset_config, "streaming": a.streaming,
     }  # fmt: skip
     cut: dict[str, Any] = {
         "tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length,
         "num_proc": a.dataset_num_proc,
     }  # fmt: skip
-    documents, validation = read_documents(arguments.dataset_name, **source), None
+    also = None if keep_columns else (LENGTHS_COLUMN,)
+    documents, validation = read_documents(arguments.dataset_name, split=a.dataset_split, also=also, **source), None
     if a.validation_dataset is not None:
-        validation = read_documents(a.validation_dataset, **source)
+        validation = read_documents(a.validation_dataset, split=("validation", "test", a.dataset_split), also=(LENGTHS_COLUMN,), **source)
     elif isinstance(documents, Dataset):
         documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
     windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, **cut)

@@ -6,6 +6,7 @@ file and its row.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refine_nsp.errors import RefineError, first_line
+from refine_nsp.errors import RefineError
 from refine_nsp.text.formats import Row, format_of, opened, place, read_text, rows_of, say
 
 LOOK_ROWS = 100  # of a file that are looked at before it is read
@@ -104,7 +105,8 @@ def plain(found: pa.DataType) -> pa.DataType:
         found = found.value_type
     if pa.types.is_large_string(found) or pa.types.is_string_view(found):
         return pa.string()
-    return pa.list_(plain(found.value_type)) if pa.types.is_large_list(found) or pa.types.is_list(found) else found
+    lists = pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found) or pa.types.is_list(found)
+    return pa.list_(plain(found.value_type)) if lists else found
 
 
 def merged(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
@@ -144,14 +146,13 @@ def schema_of(types: Mapping[Path, Types], wanted: Wanted) -> tuple[pa.Schema, l
 
 def _document_type(name: str, types: Mapping[Path, Types]) -> pa.DataType:
     """Text where any file has text in it, so that the value named as wrong is the one that is."""
-    found = [of_file[name] for of_file in types.values() if name in of_file]
+    found: list[Any] = [of_file[name] for of_file in types.values() if name in of_file]
     if any(f is None or pa.types.is_string(f) or pa.types.is_binary(f) or pa.types.is_large_binary(f) for f in found):
         return pa.string()
-    together: pa.DataType | None = pa.null()
-    for f in found:
-        together = merged(together, f)
-    if together is not None and pa.types.is_list(together):
-        return pa.list_(pa.int64()) if _unknown(together) else together
+    if all(pa.types.is_list(f) or pa.types.is_null(f) for f in found) and any(pa.types.is_list(f) for f in found):
+        together = functools.reduce(merged, found, pa.null())
+        of = together.value_type if together is not None and pa.types.is_list(together) else pa.null()
+        return together if pa.types.is_integer(of) or pa.types.is_struct(of) else pa.list_(pa.int64())  # tokens, messages
     return pa.string()
 
 
@@ -200,7 +201,7 @@ def tables_of(file: Path, schema: pa.Schema, wanted: Wanted) -> Iterator[pa.Tabl
         names, number = schema.names, 0
         with _arrow(file) as (_, batches):
             for batch in batches(names):
-                columns = [_fitting(batch, field, file, number) for field in schema]
+                columns = [_fitting(batch, field, file, number, i == 0) for i, field in enumerate(schema)]
                 yield pa.Table.from_arrays(columns, schema=schema)
                 number += len(batch)
 
@@ -275,7 +276,7 @@ def misfit(where: str, field: pa.Field, value: Any, is_document_column: bool) ->
     return RefineError(f"{where}: column {field.name!r} holds {shown(value)}; expected {expected}")
 
 
-def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int) -> pa.Array:
+def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_document_column: bool) -> pa.Array:
     """A column of a parquet or arrow file in the type wanted; nulls where the file does not have it. start: the batch's first row."""
     if field.name not in batch.schema.names:
         return pa.nulls(len(batch), field.type)
@@ -293,11 +294,9 @@ def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int) -> 
         raise misfit(place(file, start + at), field, column[at].as_py(), True)
     try:
         return _cast(column, field.type)
-    except MISFITS as error:
+    except MISFITS:
         at = next((i for i, value in enumerate(column) if not _casts(value, field.type)), 0)
-        raise RefineError(
-            f"{place(file, start + at)}: column {field.name!r} holds {shown(column[at].as_py())}; expected {field.type} ({first_line(error)})"
-        ) from error
+        raise misfit(place(file, start + at), field, column[at].as_py(), is_document_column) from None
 
 
 def _casts(value: pa.Scalar, wanted: pa.DataType) -> bool:

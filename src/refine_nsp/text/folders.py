@@ -56,6 +56,11 @@ def path_of(name: str) -> Path:
     return Path(name).expanduser()
 
 
+def is_local(name: str) -> bool:
+    """Whether a name is that of files here, and not of the hub."""
+    return path_of(name).exists() or glob.has_magic(name)
+
+
 def say_left_out(name: str, left_out: LeftOut) -> None:
     """Say in one line which files are not read, by reason."""
     reasons: dict[str, list[str]] = {}
@@ -238,7 +243,8 @@ def choose(there: Sequence[str], asked: Sequence[str], of_no_split: bool, name: 
         say(f"{name}: no split {' or '.join(asked)}; the only one, {there[0]}, is read")
         return there[0]
     raise RefineError(
-        f"{name} has no split {' or '.join(map(repr, asked))}{closest(asked[0], there)}; it has {', '.join(there)}: name one of them, or a file"
+        f"{name} has no split {' or '.join(map(repr, asked))}{closest(asked[0], there)}; it has {', '.join(there)}: name one of "
+        "them, or a file"
     )
 
 

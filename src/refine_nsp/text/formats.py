@@ -11,7 +11,7 @@ import lzma
 import sys
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -63,7 +63,8 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
             stream, damaged_zstd = _zstd(file)
             damaged = (*damaged, damaged_zstd)
         else:
-            stream = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)(file, "rb")
+            openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+            stream = openers.get(suffix, open)(file, "rb")
         with stream:
             yield stream
     except damaged as error:

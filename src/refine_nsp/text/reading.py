@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import (
-    Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets, get_dataset_split_names, load_dataset, load_from_disk,
-)  # fmt: skip
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
 
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.text.builder import build, say_missing
-from refine_nsp.text.columns import Types, Wanted, schema_of, types_of
+from refine_nsp.text.columns import Types, Wanted, every_row, schema_of, types_of
 from refine_nsp.text.folders import Found, LeftOut, choose, find_files, path_of, say_left_out
-from refine_nsp.text.formats import BLOCK, format_of
+from refine_nsp.text.formats import BLOCK, format_of, place
 
 READ_AHEAD = BLOCK  # of a text that is streamed, to see that it is one
 
@@ -27,7 +35,9 @@ def read_documents(
     streaming: bool = False,
     also: Sequence[str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Read the rows of a file, folder, glob, folder saved by `datasets`, or hub dataset. What lies in it and is not read is said in one line.
+    """Read the rows of a file, folder, glob, folder saved by `datasets`, or hub dataset.
+
+    What lies in a folder and is not read is said in one line.
 
     Args:
         columns: any of these holds the document; the first that is there is read, and must be in every file.
@@ -42,7 +52,7 @@ def read_documents(
     """
     wanted = Wanted(tuple(columns), None if also is None else tuple(also), READ_AHEAD if streaming else None)
     path = path_of(name)
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+    if _is_saved(path):
         data = _load_saved(path, split, wanted)
     elif (found := find_files(name, config)) is not None:
         data = _load_files(name, found, split, wanted)
@@ -52,6 +62,22 @@ def read_documents(
         document = next(c for c in columns if c in data.column_names)
         say_missing(name, data.data.column(document).null_count, data.data.num_rows, document)
     return data
+
+
+def place_of(
+    name: str, columns: Sequence[str], config: str | None, split: str | Sequence[str], is_wrong: Callable[[Any], bool]
+) -> str | None:
+    """Find the file and the row of the first value that is wrong, for an error's sake; None where no file of `name` holds one."""
+    path, wanted = path_of(name), Wanted(tuple(columns), (), READ_AHEAD)
+    if _is_saved(path) or (found := find_files(name, config)) is None:
+        return None
+    for names, _ in _parts(split):
+        for file in _files_of(name, found, names):
+            column = next((c for c in columns if c in types_of(file, wanted)), columns[0])
+            for number, line, row in every_row(file, column, wanted):
+                if is_wrong(row.get(column)):
+                    return place(file, number, line)
+    return None
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -173,6 +199,10 @@ def no_column(name: str, wanted: Wanted, there: Sequence[str], others: bool = Fa
 
 
 # --- saved folders and the hub ----------------------------------------------------------------------------------------
+
+
+def _is_saved(path: Path) -> bool:
+    return path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists())
 
 
 def _load_saved(path: Path, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.text.formats import FORMATS, KNOWN, RECORD_ENDINGS, ending_of, format_of, is_empty, say
+from refine_nsp.text.formats import FORMATS, KNOWN, RECORD_ENDINGS, ending_of, format_of, is_empty, say, unpacked
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -26,7 +26,7 @@ SPLIT_WORDS = {
 }
 APART = r"[-._ 0-9]"  # what a word of a name may stand between
 SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
-ABOUT_DATA = ("readme", "license", "licence", "copying", "notice", "citation")
+ABOUT_DATA = re.compile(r"(readme([-_ ].*)?|licen[sc]e|copying|notice|citation)(\..*)?", re.IGNORECASE)
 STATE_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 SHOWN = 4  # names of files that a line lists for each reason
 
@@ -172,8 +172,8 @@ def _readable(entries: Iterable[tuple[str, Path]]) -> tuple[list[Path], LeftOut]
         role = _role(path)
         if role == "describes the data" and only_notes and ending_of(path) in (".md", ".rst"):
             role = "data"
-        if role == "data" and path.resolve() in files:
-            role = f"the same file as {files[path.resolve()].name}"
+        if role == "data" and (same := files.get(path.resolve()) or files.get(unpacked(path).absolute())):
+            role = f"the same as {same.name}"
         if role == "data":
             files[path.resolve()] = path
         else:
@@ -187,7 +187,7 @@ def _role(path: Path) -> str:
         return "a folder"
     if not path.exists():
         return "a link to nothing"
-    if path.name.split(".")[0].lower() in ABOUT_DATA and ending_of(path) not in RECORD_ENDINGS:
+    if ABOUT_DATA.fullmatch(path.name) and ending_of(path) not in RECORD_ENDINGS:
         return "describes the data"
     if path.name.lower() in STATE_FILES:
         return "describes the data"

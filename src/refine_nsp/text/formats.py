@@ -39,11 +39,14 @@ def say(text: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
+def unpacked(file: Path) -> Path:
+    """Return the name that a file has once it is decompressed."""
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+
+
 def ending_of(file: Path) -> str:
     """Return the ending that names the format, in small letters: `.jsonl` of `A.JSONL.gz`."""
-    name = file.name.lower()
-    packing = next((c for c in COMPRESSIONS if name.endswith(c)), "")
-    return Path(name.removesuffix(packing)).suffix
+    return unpacked(file).suffix.lower()
 
 
 def format_of(file: Path) -> str | None:
@@ -228,7 +231,7 @@ def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, Any]]:
 
 def _csv_rows(file: Path) -> Iterator[Row]:
     """All values as they are written: no number, date or missing value is made of them."""
-    csv.field_size_limit(sys.maxsize)  # documents are longer than the 131,072 characters that the module allows
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the 131,072 characters that the module allows
     lines = _lines(file)
     first = next(lines, None)
     if first is None:

@@ -22,7 +22,7 @@ from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.text.builder import build, say_missing
 from refine_nsp.text.columns import Types, Wanted, every_row, schema_of, types_of
 from refine_nsp.text.folders import Found, LeftOut, choose, find_files, path_of, say_left_out
-from refine_nsp.text.formats import BLOCK, format_of, place
+from refine_nsp.text.formats import BLOCK, ending_of, format_of, place
 
 READ_AHEAD = BLOCK  # of a text that is streamed, to see that it is one
 
@@ -158,24 +158,29 @@ def _read(name: str, files: Sequence[Path], wanted: Wanted, left_out: LeftOut) -
 
 
 def _holding_documents(name: str, types: dict[Path, Types], wanted: Wanted, left_out: LeftOut) -> dict[Path, Types]:
-    """The files that have the document's column. Those of a format of which none has it are left out; one among others is an error."""
+    """The files that have the document's column. Those of an ending of which none has it are left out; one among its like is an error."""
     there = {column for of_file in types.values() for column in of_file}
     document = next((c for c in wanted.columns if c in there), None)
     if document is None:
         raise no_column(name, wanted, _all_columns(types))
-    formats = {format_of(file) for file, of_file in types.items() if document in of_file}
-    records = {kind for kind in formats if kind != "text"}
+    holding = {_kind(file) for file, of_file in types.items() if document in of_file}
+    records = holding - {"text"}
     kept: dict[Path, Types] = {}
     for file, of_file in types.items():
-        if records and format_of(file) == "text":
+        if records and _kind(file) == "text":
             left_out.append((file.name, "text beside files of rows: name it by itself"))
-        elif format_of(file) not in formats:
+        elif _kind(file) not in holding:
             left_out.append((file.name, f"no column {document!r}"))
         elif document not in of_file:
             raise no_column(str(file), Wanted((document,)), _all_columns({file: of_file}), others=True)
         else:
             kept[file] = of_file
     return kept
+
+
+def _kind(file: Path) -> str:
+    """What files are alike by: that they are text, or their ending, since a .json beside .jsonl may be anything."""
+    return "text" if format_of(file) == "text" else ending_of(file)
 
 
 def _all_columns(types: dict[Path, Types]) -> list[str]:

@@ -267,13 +267,14 @@ def prepare_data(
     }  # fmt: skip
     source: tuple[Any, ...] = (columns, a.dataset_config, a.dataset_split)
     place = held_place = partial(place_of, name, *source)
-    documents = read_documents(name, *source, a.streaming, None if keep_columns else also)
+    documents = read_documents(name, *source, streaming=a.streaming, also=None if keep_columns else also)
     validation = None
     if (held := a.validation_dataset) is not None:
         config = a.dataset_config if held == name or not is_local(held) else None
         # Where it has several splits, by the one for that; else by what it has.
         source = (columns, config, ("validation", "test", re.split(r"[\[+]", a.dataset_split)[0]))
-        validation, held_place = read_documents(held, *source, a.streaming, also), partial(place_of, held, *source)
+        validation = read_documents(held, *source, streaming=a.streaming, also=also)
+        held_place = partial(place_of, held, *source)
     elif isinstance(documents, Dataset):
         documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
     windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, place_of=place, **cut)

@@ -20,7 +20,10 @@ import pyarrow.parquet as pq
 from refine_nsp.errors import RefineError
 from refine_nsp.text.formats import Row, format_of, opened, place, read_text, rows_of, say
 
-LOOK_ROWS = 100  # of a file that are looked at before it is read
+LOOK_ROWS, MOST_LOOKED = (
+    100,
+    10_000,
+)  # of a file that are looked at before it is streamed, and where a column is still without values
 TABLE_ROWS, TABLE_CHARACTERS = 1000, 2**23  # at most, of a table
 PARQUET_ROWS = 256
 MISFITS = (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError)
@@ -75,14 +78,15 @@ def _types_of_rows(file: Path, wanted: Wanted) -> Types:
 
     In any case up to a row in which the columns asked for by name have had a value.
     """
-    rows, types = rows_of(file, wanted.columns), Types()
+    rows, types, looked = rows_of(file, wanted.columns), Types(), 0
     while part := [row for _, _, row in islice(rows, LOOK_ROWS)]:
         for name in wanted.names(dict.fromkeys(name for row in part for name in row)):
             types[name] = merged(types.get(name, pa.null()), _type_of_values([row.get(name) for row in part]))
-        known = [name for name in wanted.columns if name in types and not _unknown(types[name])]
-        plain_document = any(is_document(types.get(name)) for name in known)
-        others_known = not any(name in types and _unknown(types[name]) for name in wanted.also or ())
-        if known and others_known and (wanted.streaming or (wanted.also == () and plain_document)):
+        looked += len(part)
+        documents = [types[name] for name in wanted.columns if name in types and not _unknown(types[name])]
+        known = bool(documents) and not any(_unknown(types[name]) for name in types if name in (wanted.also or ()))
+        settled = looked >= MOST_LOOKED or not any(map(_unknown, types.values()))
+        if known and (settled if wanted.streaming else wanted.also == () and any(map(is_document, documents))):
             break
     return types
 
@@ -252,10 +256,13 @@ def _array(values: Sequence[Any], wanted: pa.DataType) -> pa.Array:
 
 
 def _cast(found: pa.Array, wanted: pa.DataType) -> pa.Array:
+    """The same values in a type that holds all of them: Arrow itself drops fields of structs that the type does not have."""
+    if pa.types.is_nested(wanted) and merged(wanted, plain(found.type)) != wanted:
+        raise pa.ArrowInvalid(f"{found.type} is not {wanted}")
     try:
         return found.cast(wanted)
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
-        return pa.array(found.to_pylist(), wanted)  # structs with other fields
+        return pa.array(found.to_pylist(), wanted)  # structs with fewer fields
 
 
 def _fits(value: Any, wanted: pa.DataType) -> bool:

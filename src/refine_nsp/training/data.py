@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -104,6 +104,8 @@ def tokenize(
         return packed(rows, max_length) if packing else rows
 
     options: dict[str, Any] = {"batched": True, "remove_columns": data.column_names, "batch_size": 1000 if packing else 16}
+    if others and data.features is not None:  # which a first batch without values would not say
+        options["features"] = features_of_windows(data.features, others, packing)
     if isinstance(data, IterableDataset):
         return data.map(windows_of, **options)
     # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
@@ -117,6 +119,13 @@ def tokenize(
             "documents, all shorter"
         )
     return result
+
+
+def features_of_windows(features: Features, others: Sequence[str], packing: bool) -> Features:
+    """The types of windows that keep their documents' other columns."""
+    lengths = {LENGTHS_COLUMN: [Value("int64")]} if packing else {}
+    kept = {name: [features[name]] if packing else features[name] for name in others}
+    return Features({"input_ids": [Value("int32")], **lengths, **kept})
 
 
 def tokens_of(values: Sequence[Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -265,16 +274,16 @@ def prepare_data(
         "tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length,
         "num_proc": a.dataset_num_proc,
     }  # fmt: skip
-    source: tuple[Any, ...] = (columns, a.dataset_config, a.dataset_split)
-    place = held_place = partial(place_of, name, *source)
-    documents = read_documents(name, *source, streaming=a.streaming, also=None if keep_columns else also)
+    source: dict[str, Any] = {"columns": columns, "config": a.dataset_config, "split": a.dataset_split}
+    place = held_place = partial(place_of, name, **source)
+    documents = read_documents(name, **source, streaming=a.streaming, also=None if keep_columns else also)
     validation = None
     if (held := a.validation_dataset) is not None:
         config = a.dataset_config if held == name or not is_local(held) else None
         # Where it has several splits, by the one for that; else by what it has.
-        source = (columns, config, ("validation", "test", re.split(r"[\[+]", a.dataset_split)[0]))
-        validation = read_documents(held, *source, streaming=a.streaming, also=also)
-        held_place = partial(place_of, held, *source)
+        source = source | {"config": config, "split": ("validation", "test", re.split(r"[\[+]", a.dataset_split)[0])}
+        validation = read_documents(held, **source, streaming=a.streaming, also=also)
+        held_place = partial(place_of, held, **source)
     elif isinstance(documents, Dataset):
         documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
     windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, place_of=place, **cut)

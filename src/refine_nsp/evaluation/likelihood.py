@@ -99,6 +99,7 @@ TASKS: dict[str, tuple[Callable[[Mapping[str, Any]], Parts], tuple[str, ...]]] =
     "lambada_openai": (_last_word, ("context", "target")),
 }
 HUB_COLUMNS = ("goal", "text")  # what the hub's PIQA and LAMBADA call a question and a whole text
+BESIDE = ("id", "label", "answerKey", "sol1", "sol2", "option1", "option2", "answer")
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
@@ -158,7 +159,8 @@ def read_choices(name: str, folder: str) -> list[ChoiceExample]:
     if not files:
         raise RefineError(f"{folder} has no file {name}.jsonl or {name}.parquet")
     examples: dict[str, ChoiceExample] = {}
-    for i, given in enumerate(read_documents(str(files[0]), (columns[0], *HUB_COLUMNS), split="test")):
+    rows = read_documents(str(files[0]), (columns[0], *HUB_COLUMNS), split="test", also=(*columns, *HUB_COLUMNS, *BESIDE))
+    for i, given in enumerate(rows):
         where = f"{files[0]}, row {i}"
         with in_row(where):
             row = as_ours(given)

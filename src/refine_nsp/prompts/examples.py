@@ -21,6 +21,8 @@ PROMPT_COLUMNS = ("prompt", "input", "messages", "conversations")
 ANSWER_COLUMNS = ("answers", "answer", "outputs", "output", "completion")
 CONVERSATIONS = ("messages", "conversations")  # their last turn may be the answer
 HALVES = ("instruction", "context")  # other columns that a prompt called `input` is only a part of
+BESIDE = (*ANSWER_COLUMNS, *HALVES, "chat_template_kwargs", "tools")
+NAMING = ("id", "_id", "index", "task", "max_gen_tokens", "max_seq_length", "prompt_length")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
     Raises:
         RefineError: no prompt or answer column, an empty prompt, a row without answers.
     """
-    data = read_documents(name, PROMPT_COLUMNS, split=split)
+    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING))
     check_columns(name, data.column_names)
     examples: dict[str, list[Example]] = {}
     for i, row in enumerate(data):
@@ -92,7 +94,7 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
         meta = {k: row[k] for k in ("max_seq_length", "prompt_length") if row.get(k) is not None}
         if "max_seq_length" in meta:
             meta["length"] = meta.pop("max_seq_length")
-        name_of_row = next((row[k] for k in ("id", "_id", "index") if row.get(k) is not None), i)
+        name_of_row = next((row[k] for k in NAMING[:3] if row.get(k) is not None), i)
         with expecting("a whole number in max_gen_tokens", where):
             budget = int(row.get("max_gen_tokens") or default_budget)
         example = Example(f"{task}/{name_of_row}", asked.prompt, asked.references, budget, meta, asked.template, where)

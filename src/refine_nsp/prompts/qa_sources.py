@@ -34,6 +34,7 @@ class QASource:
     documents: list[str]
 
 
+BESIDE = (*ANSWER_COLUMNS, "is_impossible", "context", "paragraphs", "title", "id", "_id")  # columns of rows, besides `question`
 Raw = tuple[str, str, list[str], list[str], str]  # id, question, answers (none where it has none), documents, article
 
 
@@ -53,7 +54,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
         except (ValueError, RecursionError) as error:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
     else:
-        loaded = read_documents(name, ("question",), split=split)
+        loaded = read_documents(name, ("question",), split=split, also=BESIDE)
     with expecting("SQuAD's or HotpotQA's own layout, or rows of question, answers and context", name):
         there = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
         raw = [question for question in there if question is not None]

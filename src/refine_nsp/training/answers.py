@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.prompts.encoding import Pair, Prompt, content_key, encode_answer, encode_text, render, truncate_middle
-from refine_nsp.prompts.examples import PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
+from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
@@ -79,19 +79,24 @@ def prepare_answers(
     """
     check_arguments(arguments, tokenizer, max_length)
     a = arguments
-    rows = ruler_prompts(a, tokenizer, max_length) if a.dataset_name is None else read_rows(a.dataset_name, a.dataset_split)
+    rows = (
+        ruler_prompts(a, tokenizer, max_length)
+        if a.dataset_name is None
+        else read_rows(a.dataset_name, a.dataset_split, a.question_column)
+    )
     train: Dataset = encode_rows(rows, a.source, a, tokenizer, max_length)
     validation: Dataset | None
     if a.validation_dataset is not None:
-        asked = first_rows(read_rows(a.validation_dataset, a.dataset_split), a.validation_examples)
+        asked = first_rows(read_rows(a.validation_dataset, a.dataset_split, a.question_column), a.validation_examples)
         return train, encode_rows(asked, a.validation_dataset, a, tokenizer, max_length)
     train, validation = split_documents(train, a.validation_fraction, a.split_seed)
     return train, None if validation is None else first_rows(validation, a.validation_examples)
 
 
-def read_rows(name: str, split: str) -> Dataset:
+def read_rows(name: str, split: str, question_column: str | None = None) -> Dataset:
     """Rows of prompts and answers. RefineError for columns that cannot hold them."""
-    rows = read_documents(name, PROMPT_COLUMNS, split=split)
+    also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
+    rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also)
     assert isinstance(rows, Dataset)
     check_columns(name, rows.column_names)
     return rows

@@ -16,8 +16,8 @@ from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
 # First and last position of each chunk that uniform draws can give (P 8, K 5, min_prefix 20), None where there is none.
-# Chunks of 3, 5, 12 and 625 tokens. Ours: 20 <= t <= n - 6, and what is left of n / 8 is in the last chunk. Published: the first of
-# the prefix' 20 tokens makes t >= 19, then t <= n - 21 wins; what is left of n / 8 is in no chunk.
+# Chunks of 3, 5, 12 and 625 tokens. Ours: 20 <= t <= n - 6, and what is left of n / 8 is in the last chunk. Published: a prefix of 20
+# tokens makes t >= 19, 20 tokens after it make t <= n - 21, which wins where both cannot be; what is left of n / 8 is in no chunk.
 OURS = {
     24: [None] * 8,
     40: [None, None, None, None, (20, 24), (25, 29), (30, 34), None],
@@ -51,7 +51,7 @@ def test_the_positions_of_texts_of_24_40_100_and_5000_tokens(published, length):
     ends = torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64)[:, None].expand(2, 8)
     first, last = chosen(length, torch.zeros(length), ends, selection="uniform", published=published).tolist()
     expected = (PUBLISHED if published else OURS)[length]
-    assert [None if f < 0 else (f, l) for f, l in zip(first, last, strict=True)] == expected
+    assert [None if a < 0 else (a, b) for a, b in zip(first, last, strict=True)] == expected
     allowed = admissible(torch.tensor([length]), length, NSPConfig(published=published))[0].nonzero()[:, 0].tolist()
     known = [pair for pair in expected if pair is not None]
     assert allowed == (list(range(known[0][0], known[-1][1] + 1)) if known else [])
@@ -130,7 +130,9 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:some sequences are too short")
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("settings", [{"reward": "hybrid"}, {"num_generations": 2, "kl_coef": 0.1}, {"positions_per_sequence": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"reward": "hybrid"}, {"num_generations": 2, "kl_coef": 0.1}, {"positions_per_sequence": 1}]
+)
 def test_all_schedules_give_the_same_loss_and_gradients(family, settings):
     reference = build(family, seed=7)
     assert_schedules_agree(build(family).train(), ids(), LENGTHS, reference, published=True, lambda_rl=1.0, **settings)

@@ -76,8 +76,8 @@ class NSPConfig:
         tau: softmax temperature over the scores of a chunk.
         smoothing: of the entropy: `centred` over real tokens, `published` (zeros beyond the edges), or `none`.
         smoothing_window: odd width of the pooling; None: K, or K + 1 when K is even.
-        published: do what the paper's code does where that differs from the above: which positions there are, short texts, the remainder
-            of the chunks, smoothing, EOS in rollouts and behind answers, groups of one, test time (the table in docs/method.md).
+        published: follow the rules of the paper's code instead of ours: which positions there are, short texts, the remainder of the
+            chunks, smoothing, EOS in rollouts and behind answers, groups of one, test time (the table in docs/method.md).
         min_prefix: tokens that must stand before a position; with `published`, tokens of the shortest prefix, and as many at the end.
         local_window: W of the context scores: they compare the whole prefix with its last W tokens.
         local_span: those are read in windows of local_span * W tokens, so with at least W and less than local_span * W of context: more

@@ -163,10 +163,10 @@ class PostTrainer(ReFINETrainer):
     def __init__(
         self, model: nn.Module | str | Path | None = None, args: PostTrainingConfig | None = None, **kwargs: Any
     ) -> None:
-        kwargs.setdefault("data_collator", collate_answers)
+        own_collator = kwargs.setdefault("data_collator", collate_answers) is not collate_answers
         args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
         super().__init__(model=model, args=args, **kwargs)
-        if self.nsp.published and self.data_collator is collate_answers:
+        if self.nsp.published and not own_collator:
             self.data_collator = partial(collate_answers, unlearned=self._end_of_answers())
         objective = self.args.objective
         self.inner = self.shared(PHASES[objective](self.nsp, self.reference_model)) if objective != "none" else None

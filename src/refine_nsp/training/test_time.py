@@ -38,7 +38,7 @@ class TestTimeConfig:
             `published` among the settings of ReFINE `never`, and an optimizer step for every four prompts of a batch.
         steps: optimizer steps on a prompt.
         learning_rate, optimizer, max_grad_norm: of those steps (`adamw` or `sgd`).
-        weight_decay: likewise. Default: 0; with `published` 0.01.
+        weight_decay: of those steps. Default: 0; with `published` 0.01.
         parameters: `all`; `fast_weights`: only the projections that write and read the fast weights; `lora`: adapters on all linear
             layers, by which several prompts are adapted side by side.
         lora_r, lora_alpha: rank and scale of the adapters.

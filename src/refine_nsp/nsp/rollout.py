@@ -71,8 +71,8 @@ def sample_rollouts(
         logits = model.lm_head(hidden)
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
         chances = log_p.exp()
-        if never:
-            chances[:, list(never)] = 0
+        for unwanted in never:
+            chances[:, unwanted] = 0
         token = inverse_cdf(chances, u[:, j])
         hidden = rows.advance(token)
         tokens.append(token)

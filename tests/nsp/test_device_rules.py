@@ -16,6 +16,7 @@ STEPS = {
     "exact, gain": ({"estimator": "exact", "weights": "context_gain"}, 0),
     "exact, selected": ({"estimator": "exact", "weights": "selected"}, 0),
     "paper": ({"reward": "hybrid"}, 1),
+    "published": ({"reward": "hybrid", "published": True}, 1),
     "eight rollouts": ({"num_generations": 8, "baseline": "leave_one_out", "advantage_scale": "global"}, 1),
     "context": ({"selection": "context_kl", "num_generations": 2}, 1),
     "exact, by segments": ({"estimator": "exact", "segment_tokens": 64}, 0),

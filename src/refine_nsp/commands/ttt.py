@@ -79,7 +79,8 @@ def run(argv: Sequence[str]) -> None:
     losses = " -> ".join(f"{x:.4f}" for x in last.losses)
     notes = [
         f"{len(request.ids):,} prompt tokens; model {nbytes(list(model.parameters())) / 2**20:.1f} MiB; adapting took "
-        f"{last.seconds:.2f} s of the second row; loss by step {losses}; the weights are restored",
+        f"{last.seconds:.2f} s of the second row; loss by step {losses}; the weights are "
+        f"{'as adapted' if config.scope == 'never' else 'restored'}",
         "extra memory: copies of what changes (or adapters) and the optimizer's state",
     ]
     Console().print(Table("Plain and adapted", ["", "answer", "seconds", "extra MiB"], rows, notes).rich())

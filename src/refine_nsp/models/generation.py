@@ -109,11 +109,12 @@ def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Deco
     return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]
 
 
-def end_tokens(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
     """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
     eos = model.generation_config.eos_token_id
     tokens = set(eos) if isinstance(eos, list) else {eos}
-    return {int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None}
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return {int(t) for t in (*tokens, own) if t is not None}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

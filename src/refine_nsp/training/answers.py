@@ -202,10 +202,11 @@ def tail_tokens(
     return len(encode_text(tokenizer, text[at:])) + 1  # its first token may be merged with a space
 
 
-def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> dict[str, Any]:
     """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings; columns: all else, by name, for rewards.
 
-    Padded when a reference is chosen. RefineError for rows that were not tokenized.
+    Padded when a reference is chosen. RefineError for rows that were not tokenized. unlearned: a token that is left out where an answer
+    ends with it: the published code learns answers without EOS.
     """
     rows = list(examples)
     if rows and (missing := [name for name in TOKENIZED if name not in rows[0]]):
@@ -217,9 +218,14 @@ def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "columns": {name: [r[name] for r in rows] for name in others},
         "prompts": [torch.as_tensor(r["prompt_ids"]) for r in rows],
-        "answers": [[torch.as_tensor(a) for a in r["answers_ids"]] for r in rows],
+        "answers": [[torch.as_tensor(without_end(a, unlearned)) for a in r["answers_ids"]] for r in rows],
         "references": [list(r["references"]) for r in rows],
     }
+
+
+def without_end(answer: Sequence[int], end: int | None) -> Sequence[int]:
+    """Return an answer's tokens without `end` where it is the last; one that is nothing else stays."""
+    return answer[:-1] if end is not None and len(answer) > 1 and answer[-1] == end else answer
 
 
 def pad(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

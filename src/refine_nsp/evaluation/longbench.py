@@ -18,10 +18,13 @@ from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.evaluation.text_metrics import (
     TREC_CLASSES,
     Metric,
+    best_similarity,
     classification,
     code_similarity,
+    first_code_line,
     qa_f1,
     rouge_l,
+    split_references,
 )
 from refine_nsp.prompts.examples import Example, as_answers, check_unique
 from refine_nsp.text.reading import read_documents
@@ -162,13 +165,18 @@ def score(name: str, output: str, references: Sequence[str]) -> float:
 
 
 def published_score(name: str, output: str, references: Sequence[str]) -> float:
-    """As the paper's code scores: only the first line of every QA answer, taken before stripping; references joined and split on "|"."""
+    """Score as the paper's code does (its `reward_score/longbench.py`).
+
+    References are joined and split on "|"; of QA answers only the first line counts, taken before stripping; where no line is code, the
+    whole response is compared.
+    """
     task = TASKS[name]
-    references = "|".join(references).split("|")
+    references = split_references(references)
+    if task.metric is code_similarity:
+        code = first_code_line(output)
+        return best_similarity(output if code is None else code, references)
     if task.first_line:
         output = output.lstrip("\n").split("\n")[0]
     elif task.metric is qa_f1:
         output = output.split("\n")[0]
-    if task.metric is not code_similarity:
-        output = output.strip()
-    return task.metric(output, references)
+    return task.metric(output.strip(), references)

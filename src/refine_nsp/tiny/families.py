@@ -215,7 +215,7 @@ def chains(rng: random.Random, wording: int, count: int) -> Draft:
         items.append(chain_item(wording, chain, str(rng.randint(10000, 99999)), rng))
     head = CHAIN_WORDINGS[wording][0]
     if wording == 0 and rng.random() < 0.5:
-        example, answer = variable_text(rng, longest, 3)
+        example, answer = variable_text(rng, longest, 3, hop_end="")  # as in the documents, which the shipped bases were trained on
         return Draft(items, [f"{example} {' '.join(answer)}\n\n{head}", head])
     return Draft(items, [head])
 

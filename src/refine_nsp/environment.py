@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    "refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "scipy", "rouge", "wonderwords",
+)  # fmt: skip
 OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "peft", "lm-eval")
 GIB = 2**30
 

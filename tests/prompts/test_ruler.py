@@ -115,16 +115,16 @@ def test_the_worked_chain_takes_at_most_500_tokens_and_no_line_more_fits(length,
 
 
 def test_a_task_that_a_length_cannot_hold_leaves_the_others(tokenizer, sources):
-    """cwe's smallest prompt, of 4,096 tokens on, is longer than 512; niah and vt go on, and cwe where it fits."""
+    """cwe's smallest prompt takes more than 1,024 tokens: vt goes on there, and cwe where it fits."""
     for num_proc in (1, 2):
         said = {}
-        with pytest.warns(UserWarning, match=r"cwe at 512 tokens: its smallest prompt takes \d+ tokens, 392 are left"):
-            built = build_ruler(["cwe", "vt"], [512, 1024], 2, tokenizer, sources, num_proc=num_proc, left_out=said)
-        assert [e.meta["length"] for e in built["cwe"]] == [1024, 1024]
-        assert [e.meta["length"] for e in built["vt"]] == [512, 512, 1024, 1024]
-        assert list(said) == ["cwe"] and len(said["cwe"]) == 1 and "at 512 tokens" in said["cwe"][0]
-    with pytest.warns(UserWarning, match="cwe at 512"):
-        assert build_ruler(["cwe", "niah_single_1"], [512], 1, tokenizer, sources)["cwe"] == []
+        with pytest.warns(UserWarning, match=r"cwe at 1024 tokens: its smallest prompt takes \d+ tokens, 904 are left"):
+            built = build_ruler(["cwe", "vt"], [1024, 2048], 2, tokenizer, sources, num_proc=num_proc, left_out=said)
+        assert [e.meta["length"] for e in built["cwe"]] == [2048, 2048]
+        assert [e.meta["length"] for e in built["vt"]] == [1024, 1024, 2048, 2048]
+        assert list(said) == ["cwe"] and len(said["cwe"]) == 1 and "at 1024 tokens" in said["cwe"][0]
+    with pytest.warns(UserWarning, match="cwe at 1024"):
+        assert build_ruler(["cwe", "vt"], [1024], 1, tokenizer, sources)["cwe"] == []
 
 
 def test_a_question_whose_documents_are_too_long_is_left_out_alone(tokenizer):

@@ -33,7 +33,7 @@ NATS = frozenset(("loss", "entropy", "log_p"))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n examples with its standard error and its 95 % interval; nan stands for what so few examples do not tell."""
+    """A mean over n examples with its standard error (0 with one example) and its 95 % interval, nan where so few do not tell it."""
 
     mean: float
     stderr: float
@@ -89,10 +89,10 @@ def _checked(values: Sequence[float], weights: Sequence[float] | None) -> tuple[
 
 
 def _jackknife(x: Array, w: Array, mean: float) -> float:
-    """Standard error of a weighted mean; with equal weights that is the standard deviation / sqrt(n). nan with one example."""
+    """Standard error of a weighted mean; with equal weights that is the standard deviation / sqrt(n)."""
     n = len(x)
     if n == 1:
-        return math.nan
+        return 0.0
     moved = w * (x - mean) / (w.sum() - w)  # how far the mean moves when an example is left out
     return float(np.sqrt((n - 1) / n * (moved @ moved)))
 

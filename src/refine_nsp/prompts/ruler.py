@@ -145,7 +145,7 @@ def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources:
     def tokens(draft: Draft) -> int:
         return len(tokenizer(draft[0])["input_ids"])
 
-    builder = _builder(task, length, index, depth, sources, f"{seed}-{name}", budget, tokens)
+    builder = _builder(job, sources, f"{seed}-{name}", tokens)
     try:
         prompt, references, meta = fit(
             builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
@@ -163,19 +163,18 @@ class _Builder:
     largest: int | None = None
 
 
-def _builder(
-    task: str, length: int, index: int, depth: float | None, sources: Sources, seed: str, budget: int, tokens: Callable[[Draft], int]
-) -> _Builder:
+def _builder(job: Mapping[str, Any], sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
+    task, length, index = job["task"], job["length"], job["index"]
     if task in NEEDLES:
         needles = NEEDLES[task]
         smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
-        return _Builder(partial(_needles, needles, sources.essays, depth, seed), smallest)
+        return _Builder(partial(_needles, needles, sources.essays, job["depth"], seed), smallest)
     if task == "vt":
         return _Builder(partial(_variables, seed, _worked_chain(seed, length, tokens)), VARIABLE_HOPS + 1)
     if task == "cwe":
         return _Builder(partial(_common_words, seed, length), COMMON_WORDS + 1)
     if task == "fwe":
-        return _Builder(partial(_frequent_words, seed, length - budget), 32)
+        return _Builder(partial(_frequent_words, seed, length - BUDGETS[task]), 32)
     source = sources.qa[task]
     question = source.questions[index % len(source.questions)]
     if index >= len(source.questions):

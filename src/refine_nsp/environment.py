@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy", "scipy", "rouge", "wonderwords",
+    "refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "numpy", "scipy", "rouge",
+    "wonderwords",
 )  # fmt: skip
-OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "peft", "lm-eval")
+OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "lm-eval")
 GIB = 2**30
 
 

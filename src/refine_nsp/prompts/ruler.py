@@ -20,16 +20,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import resources
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.prompts.essays import essay_words as essay_words
 from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
-from refine_nsp.text.reading import read_documents
 
 Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
 Build = Callable[[int], Draft]  # with so many units of haystack; the same draws for every size
@@ -114,11 +113,10 @@ def build_ruler(
     problems = _problems(jobs, rows)
     if jobs and not any(examples.values()):
         raise RefineError(next(iter(problems.values()))[0])
-    for task, sentences in problems.items():
-        for sentence in sentences:
-            warnings.warn(sentence, stacklevel=2)
-        if left_out is not None:
-            left_out[task] = sentences
+    for sentence in (sentence for of_task in problems.values() for sentence in of_task):
+        warnings.warn(sentence, stacklevel=2)
+    if left_out is not None:
+        left_out |= problems
     return examples
 
 
@@ -152,8 +150,7 @@ def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources:
         )
     except DoesNotFitError as error:
         return {**row, "prompt": "", "references": [], "meta": "{}", "problem": str(error)}
-    meta = {"length": length, "index": index, **meta}
-    return {**row, "prompt": prompt, "references": references, "meta": json.dumps(meta)}
+    return {**row, "prompt": prompt, "references": references, "meta": json.dumps({"length": length, "index": index, **meta})}
 
 
 @dataclass(frozen=True)
@@ -439,22 +436,3 @@ def _documents(source: QASource, question: Question, seed: str, count: int) -> D
     random.Random(f"{seed}-order").shuffle(chosen)
     context = "\n\n".join(f"Document {i}:\n{source.documents[d]}" for i, d in enumerate(chosen, 1))
     return QA_PROMPT.format(context=context, question=question.text), question.answers, {"documents": count}
-
-
-# --- essays -----------------------------------------------------------------------------------------------------------
-
-
-def essay_words(name: str | None, text_column: str = "text") -> list[str]:
-    """Words of the user's essays (a text, jsonl or parquet file, folder or hub name), or of Python's own reference documentation.
-
-    That default, the language reference which `help()` shows, is on every machine, English prose, and no part of the training text of
-    the shipped base.
-    """
-    if name is None:
-        from pydoc_data.topics import topics
-
-        return " ".join(topics[k] for k in sorted(topics)).split()
-    words = " ".join(read_documents(name, (text_column,))[text_column]).split()
-    if not words:
-        raise RefineError(f"{Path(name)} holds no words")
-    return words

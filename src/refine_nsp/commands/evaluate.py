@@ -16,7 +16,7 @@ from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, position
 from refine_nsp.commands.options import Options
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
+from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks, digest
 from refine_nsp.files import write_atomically
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
@@ -111,11 +111,16 @@ def harness_results(
 def harness_row(sample: dict[str, Any]) -> Row:
     """One sample of lm-eval; figures that are no numbers (perplexity's sums) stay in its aggregates."""
     scores = {m: float(sample[m]) for m in sample.get("metrics", []) if isinstance(sample.get(m), int | float)}
-    return Row(str(sample["doc_id"]), str(sample.get("filtered_resps", "")), [str(sample.get("target", ""))], scores)
+    asked = [sample.get(name, "") for name in ("doc_hash", "prompt_hash", "target_hash")]
+    question = digest(*asked) if any(asked) else ""
+    return Row(
+        str(sample["doc_id"]), str(sample.get("filtered_resps", "")), [str(sample.get("target", ""))], scores, question=question
+    )
 
 
 def plan(tasks: Sequence[Task], arguments: EvaluationArguments) -> Table:
     """What a dry run shows."""
     rows: list[list[Cell]] = [[t.name, len(t.ids())] for t in tasks]
     rows += [[f"lm_eval:{n}", "as lm-eval has"] for n in harness_names(arguments)]
-    return Table("Dry run: nothing was answered or written", ["task", "examples"], rows)
+    notes = [note for t in tasks for note in t.notes]
+    return Table("Dry run: nothing was answered or written", ["task", "examples"], rows, notes)

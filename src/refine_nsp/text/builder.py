@@ -73,7 +73,7 @@ def build(
     """Read files, given by name, bytes and time of change. RefineError where a row is wrong: at once, streamed when it is reached."""
     key = Hasher.hash((FORM, list(files), str(schema), wanted.columns))
     names = [name for name, _, _ in files]
-    rows = Rows(config_id=f"files-{key}", files=names, schema=schema, wanted=wanted)
+    rows = Rows(dataset_name="refine_nsp_text", config_id=f"files-{key}", files=names, schema=schema, wanted=wanted)
     if wanted.streaming:
         return rows.as_streaming_dataset(split="train")
     rows.download_and_prepare()

@@ -18,7 +18,7 @@ from refine_nsp.models.keeping import StatesOfPass, in_order
 from refine_nsp.models.outputs import FastWeightModelOutput
 from refine_nsp.models.state import FastWeightCache
 
-PADS_PER_TOKEN = 0.5  # of documents that run together, at the most
+PADS_PER_TOKEN = 0.25  # of documents that run together, at the most
 
 # x [N, T'] ids or [N, T', D], lengths [N] long on the host, tokens [N, P] of snapshots or None -> the outputs of N rows
 RunRows = Callable[[Tensor, Tensor, "Tensor | None"], FastWeightModelOutput]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.adapters import new_adapters, peft
+from refine_nsp.models.adapters import check_adapters, new_adapters, peft
 from refine_nsp.models.load import adapters_of, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import resolve_reward, wants_columns
 from refine_nsp.training.arguments import ReFINEConfig
@@ -51,6 +51,8 @@ def model_given(
     else:
         adapted = hasattr(model, "peft_config")
     if peft_config is None:
+        if adapted and not isinstance(model, str | Path) and hasattr(model, "peft_config"):
+            check_adapters(model)
         return model, tokenizer
     if not isinstance(peft_config, peft().PeftConfig):
         raise RefineError(f"peft_config must be PEFT's, such as LoraConfig(target_modules='all-linear'), got {peft_config!r:.60}")

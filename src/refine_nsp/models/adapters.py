@@ -59,8 +59,20 @@ def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
         except Exception as error:  # each kind of setting has errors of its own
             names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise RefineError(f"no adapters: {first_line(error)} Its linear layers are {', '.join(names)}") from error
+    _check_names(wrapped, config)
     check_adapters(wrapped)
     return wrapped
+
+
+def _check_names(wrapped: Any, config: Any) -> None:
+    """RefineError for a layer or parameter that is named and not there: PEFT adapts the others, and says nothing of it."""
+    modules, parameters = ([name for name, _ in named()] for named in (wrapped.named_modules, wrapped.named_parameters))
+    asked = {"target_modules": modules, "modules_to_save": modules, "target_parameters": parameters}
+    for setting, there in asked.items():
+        for name in [] if isinstance(given := getattr(config, setting), str) else given or []:
+            last = name.rpartition(".")[2]
+            if not any(last in path.split(".") for path in there):
+                raise RefineError(f"{setting} names {name!r}, which the model does not have; leave it out")
 
 
 def _wrap(model: Any, config: Any) -> Any:

@@ -4,7 +4,7 @@ settings, rows of text. Made into the one form that the trainer works with, or r
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +65,9 @@ def model_given(
 
 
 def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> Any:
-    """Rows of text as windows of tokens, cut as `midtrain` does; all else as it is."""
+    """Rows of text as windows of tokens, cut as `midtrain` does; all else as it is. Of several sets by name, each."""
+    if isinstance(data, Mapping):
+        return {name: tokenized(rows, tokenizer, args) for name, rows in data.items()}
     columns = data.column_names or [] if isinstance(data, Dataset | IterableDataset) else []
     if TEXT_COLUMN not in columns or TOKENS_COLUMN in columns:
         return data

@@ -59,8 +59,8 @@ def run(argv: Sequence[str]) -> None:
     """Parse, build the prompts, answer what is missing, report."""
     options = options_of()
     run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
-    arguments.check()
     check_unused(ttt, test_time)
+    arguments.check()
     model = to_device(load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval())
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
     check_vocabulary(model, tokenizer)

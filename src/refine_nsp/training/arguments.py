@@ -14,7 +14,7 @@ from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, 
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
 from refine_nsp.training.settings import check as check_settings
-from refine_nsp.training.settings import take_as_meant
+from refine_nsp.training.settings import check_places, take_as_meant
 
 RENAMED = {"reward": "reward_funcs"}  # TRL's name, as keyword and flag
 NSP_KEYWORDS = {RENAMED.get(f.name, f.name): f.name for f in fields(NSPConfig)}
@@ -93,6 +93,7 @@ class ReFINEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         take_as_meant(self)
+        check_places(self)
         try:
             super().__post_init__()
         except RefineError:

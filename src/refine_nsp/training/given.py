@@ -4,6 +4,7 @@ settings, rows of text. Made into the one form that the trainer works with, or r
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ def model_given(
     if peft_config is None:
         if adapted and not isinstance(model, str | Path) and hasattr(model, "peft_config"):
             check_adapters(model)
+            _say_base(model)
         return model, tokenizer
     if not isinstance(peft_config, peft().PeftConfig):
         raise RefineError(f"peft_config must be PEFT's, such as LoraConfig(target_modules='all-linear'), got {peft_config!r:.60}")
@@ -61,7 +63,19 @@ def model_given(
             "got peft_config for a model that has adapters: to go on with those leave it out, and give the model as "
             "refine_nsp.models.load.load_adapter(FOLDER) returns it; for new ones merge first (refine-nsp export)"
         )
-    return new_adapters(cast(nn.Module, model), peft_config, args.seed), tokenizer
+    adapted_model = new_adapters(cast(nn.Module, model), peft_config, args.seed)
+    _say_base(adapted_model)
+    return adapted_model, tokenizer
+
+
+def _say_base(model: Any) -> None:
+    """Warn where the run's folder cannot name the model that its adapters belong on."""
+    if not any(config.base_model_name_or_path for config in model.peft_config.values()):
+        warnings.warn(
+            "the model has no name_or_path, so a folder of its adapters cannot say what they belong on: save it, load that folder, and put "
+            "adapters on what is loaded",
+            stacklevel=2,
+        )
 
 
 def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> Any:

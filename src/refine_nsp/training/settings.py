@@ -135,19 +135,23 @@ def take_as_meant(args: Any) -> None:
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
-def check(args: Any) -> None:
-    """Refuse what is not honoured, by name.
-
-    Raises:
-        RefineError: a setting without a place here, one that another leaves without effect, or a schedule or an optimizer that cannot be
-            made of its arguments.
-    """
+def check_places(args: Any) -> None:
+    """RefineError for a setting at another value than its default that nothing here could read."""
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else None for f in dataclasses.fields(TrainingArguments)
     }
     for name, why in NO_PLACE.items():
         if (value := getattr(args, name)) != defaults[name] and value not in ([], {}):
             raise RefineError(f"{name}={value!r} has no place here: {why}; leave it out")
+
+
+def check(args: Any) -> None:
+    """Refuse what is not honoured, by name.
+
+    Raises:
+        RefineError: a setting that another leaves without effect, or a schedule or an optimizer that cannot be
+            made of its arguments.
+    """
     if any(option.value == "tpu_metrics_debug" for option in args.debug):
         raise RefineError("debug='tpu_metrics_debug' has no place here: validation does not print TPU metrics; leave it out")
     _check_noise(args)

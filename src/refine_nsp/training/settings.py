@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -50,6 +50,7 @@ NO_ARGUMENT = {
 }
 BY_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers whose settings are known with a model only
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow a figure of validation
 OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -242,7 +243,7 @@ def _check_schedule(args: Any) -> None:
             raise RefineError(
                 f"lr_scheduler_type={kind.value} does not take {name!r} in lr_scheduler_kwargs{closest(name, takes)}{known}"
             )
-    if args.warmup_steps and kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+    if args.warmup_steps and kind in ON_A_FIGURE:
         raise RefineError(
             f"warmup_steps={args.warmup_steps:g}: lr_scheduler_type={kind.value} has no warm-up by steps; leave it out"
         )
@@ -260,11 +261,10 @@ def _check_schedule(args: Any) -> None:
 
 def _arguments_of(kind: SchedulerType) -> dict[str, inspect.Parameter]:
     """What a schedule takes in `lr_scheduler_kwargs`."""
-    made: dict[SchedulerType, Callable[..., Any]] = {
-        SchedulerType.REDUCE_ON_PLATEAU: torch.optim.lr_scheduler.ReduceLROnPlateau,
-        SchedulerType.GREEDY: GreedyLR,
-    }
-    parameters = inspect.signature(made.get(kind, TYPE_TO_SCHEDULER_FUNCTION[kind])).parameters
+    made: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    if kind in ON_A_FIGURE:
+        made = GreedyLR if kind is SchedulerType.GREEDY else torch.optim.lr_scheduler.ReduceLROnPlateau
+    parameters = inspect.signature(made).parameters
     return {name: p for name, p in parameters.items() if name not in OURS}
 
 
@@ -276,7 +276,7 @@ def _try_schedule(args: Any, kind: SchedulerType, given: Mapping[str, Any]) -> N
     schedule = get_scheduler(kind, optimizer, warmup, steps, dict(given))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no step of the optimizer came before
-        schedule.step(*([1.0] if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) else []))
+        schedule.step(*([1.0] if kind in ON_A_FIGURE else []))
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------

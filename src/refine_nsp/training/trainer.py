@@ -408,8 +408,9 @@ class ReFINETrainer(Trainer):
         batches = self.validation_batches(given)
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()  # a schedule-free one then shows the weights that it would end with
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()  # a schedule-free one then shows the weights that it would end with
         with part("validation"):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
@@ -436,7 +437,8 @@ class ReFINETrainer(Trainer):
     def validation_batches(self, eval_dataset: Any) -> Iterator[dict[str, Any]]:
         """This process' share of the validation rows, collated; all of them where the model is sharded, whose processes must run
         together. Each row is there once, with its index in the set in `_places`: figures are the same on any number of processes."""
-        data: Any = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        sets: Any = self.eval_dataset
+        data: Any = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         of, among = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
         indices, size = range(of, len(data), among), self.args.per_device_eval_batch_size
         for at in range(0, len(indices), size):

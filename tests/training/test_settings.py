@@ -147,6 +147,7 @@ IRRELEVANT = {
     "ddp_backend": "how processes talk, which accelerate sees to",
     "ddp_timeout": "how long they wait for each other, likewise",
 }
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # than the oldest transformers that is supported
 NTP = {"objective": "ntp", "max_steps": 2}
 
 
@@ -156,9 +157,9 @@ def config(cls=ReFINEConfig, **settings):
 
 # --- the table --------------------------------------------------------------------------------------------------------
 def test_the_table_has_every_setting_once():
-    names = [f.name for f in dataclasses.fields(TrainingArguments)]
     listed = [*APPLIED, *REFUSED, *IRRELEVANT]
-    assert sorted(listed) == sorted(names), set(listed) ^ set(names)
+    assert len(listed) == len(set(listed))
+    assert set(listed) - NEWER == {f.name for f in dataclasses.fields(TrainingArguments)} - NEWER
     assert all(IRRELEVANT.values())
 
 
@@ -247,7 +248,7 @@ def test_what_nothing_would_read_is_refused(settings, said):
         ({"data_seed": "3"}, 3),
         ({"lr_scheduler_kwargs": {"min_lr": "1e-7"}, "lr_scheduler_type": "cosine_with_min_lr"}, {"min_lr": 1e-7}),
         ({"lr_scheduler_kwargs": '{"min_lr": 1e-7}', "lr_scheduler_type": "cosine_with_min_lr"}, {"min_lr": 1e-7}),
-        ({"activation_checkpointing_kwargs": {"use_reentrant": "false"}}, {"use_reentrant": False}),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": "false"}}, {"use_reentrant": False}),
     ],
 )
 def test_a_value_is_what_it_says_in_python_and_in_a_file(tmp_path, settings, meant):
@@ -561,6 +562,8 @@ def test_noise_on_embeddings_is_of_training_alone(tmp_path):
     ],
 )
 def test_checkpointing_changes_nothing_and_runs_blocks_again(tmp_path, made, objective, settings):
+    if not settings.keys() <= {f.name for f in dataclasses.fields(TrainingArguments)}:
+        pytest.skip("a newer name, which this transformers does not have")
     t, passes = trainer(tmp_path, objective=objective, max_steps=1, **settings), []
     for layer in t.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: passes.append(1))

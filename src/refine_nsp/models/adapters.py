@@ -69,7 +69,7 @@ def _check_names(wrapped: Any, config: Any) -> None:
     modules, parameters = ([name for name, _ in named()] for named in (wrapped.named_modules, wrapped.named_parameters))
     asked = {"target_modules": modules, "modules_to_save": modules, "target_parameters": parameters}
     for setting, there in asked.items():
-        for name in [] if isinstance(given := getattr(config, setting), str) else given or []:
+        for name in [] if isinstance(given := config.to_dict().get(setting), str) else given or []:
             last = name.rpartition(".")[2]
             if not any(last in path.split(".") for path in there):
                 raise RefineError(f"{setting} names {name!r}, which the model does not have; leave it out")

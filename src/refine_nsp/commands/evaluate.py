@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model, test_time_trainer
+from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, check_unused, positional_model, test_time_trainer
 from refine_nsp.commands.options import Options
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
@@ -59,6 +59,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, build the prompts, answer what is missing, report."""
     options = options_of()
     run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
+    check_unused(ttt, test_time)
     arguments.check()
     model = to_device(load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval())
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)

@@ -154,8 +154,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     @property
     def mixers(self) -> list[Mixer]:
-        """One a layer."""
-        return [cast(FastWeightBlock, layer).attn for layer in self.layers]
+        """One a layer; where PEFT adapts a mixer's own parameters, the mixer inside its wrapper."""
+        return [_unwrapped(cast(FastWeightBlock, layer).attn) for layer in self.layers]
 
     @property
     def kernels(self) -> str:
@@ -274,6 +274,10 @@ class FastWeightModel(FastWeightPreTrainedModel):
         cache = past if past is not None else FastWeightCache()
         cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
         return cache
+
+
+def _unwrapped(mixer: Any) -> Mixer:
+    return cast(Mixer, mixer.get_base_layer() if hasattr(mixer, "get_base_layer") else mixer)
 
 
 class Branches:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.nsp.passes import next_tokens, run_hidden
@@ -233,4 +234,4 @@ def answer_loss(
     hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer
-    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, next_tokens(batch), weights)[0]
+    return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)[0]

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Optional by nature: lm-eval's own tasks, and kernels for GPUs.
 OPTIONAL = {"lm_eval": "evaluation/harness.py", "fla": "ops/", "triton": "ops/"}
-DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "transformers"}  # the latter comes with the former's own needs
+# By what each of the others comes: torch and transformers need them themselves.
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jinja2": "torch"}
 
 
 def core() -> list[str]:

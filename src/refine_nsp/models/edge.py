@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from refine_nsp.errors import RefineError
 from refine_nsp.models.marks import find_documents
 from refine_nsp.models.outputs import FastWeightModelOutput, check_rows
-from refine_nsp.models.packing import read_documents
+from refine_nsp.models.packing import run_documents
 from refine_nsp.models.padding import Alignment, alignment, snapshot_tokens
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.processes import is_sharded
@@ -59,7 +59,7 @@ def read(
     positions = snapshot_tokens(snapshot_positions, None, B, T)
     # Processes that hold shards of a model run together, so none may run more passes than another.
     together = is_sharded(trunk) if isinstance(trunk, nn.Module) else False
-    out, final = read_documents(run, x, documents, positions, use_cache, together)
+    out, final = run_documents(run, x, documents, positions, use_cache, together)
     out.past_key_values = past
     if final is not None:
         cache = past if past is not None else FastWeightCache()

@@ -170,7 +170,7 @@ def _rows(states: FastWeightCache, rows: Tensor) -> FastWeightCache:
     return FastWeightCache(chosen.layers, chosen.lengths, int(chosen.lengths.max()))
 
 
-def read_documents(
+def run_documents(
     run: RunRows, x: Tensor, documents: Documents, positions: Tensor | None, ends: bool, together: bool
 ) -> tuple[FastWeightModelOutput, FastWeightCache | None]:
     """Run each document as a row of its own and put the outputs back where its tokens stand.

@@ -18,7 +18,7 @@ def essay_words(name: str | None, text_column: str = "text") -> list[str]:
         from pydoc_data.topics import topics
 
         return " ".join(topics[k] for k in sorted(topics)).split()
-    words = " ".join(read_documents(name, (text_column,))[text_column]).split()
+    words = " ".join(text or "" for text in read_documents(name, (text_column,), also=())[text_column]).split()
     if not words:
         raise RefineError(f"{Path(name)} holds no words")
     return words

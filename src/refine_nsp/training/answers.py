@@ -18,7 +18,7 @@ from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
-from refine_nsp.training.data import check_fraction, first_rows, split_documents
+from refine_nsp.training.data import check_fraction, first_rows, split_documents, validation_splits
 
 TOKENIZED = ("prompt_ids", "answers_ids", "references")  # columns of a row that is ready to train on
 
@@ -31,7 +31,7 @@ class AnswerArguments:
         dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` (text, or messages)
             and a column `answers` (or `answer`, `outputs`): text, a number or a list of them of which any is right; or `prompt` and
             `completion`, or `messages` whose last turn is the answer, as TRL has them.
-        dataset_split: split of a hub dataset.
+        dataset_split: split of a hub dataset, or of a folder that has several.
         question_column: column with the question; its tokens at the prompt's end are kept whatever is cut. Default: the last half of
             what fits is kept.
         validation_dataset: the same for validation; None: a fixed, seeded share is kept back.
@@ -87,13 +87,14 @@ def prepare_answers(
     train: Dataset = encode_rows(rows, a.source, a, tokenizer, max_length)
     validation: Dataset | None
     if a.validation_dataset is not None:
-        asked = first_rows(read_rows(a.validation_dataset, a.dataset_split, a.question_column), a.validation_examples)
+        held = read_rows(a.validation_dataset, validation_splits(a.dataset_split), a.question_column)
+        asked = first_rows(held, a.validation_examples)
         return train, encode_rows(asked, a.validation_dataset, a, tokenizer, max_length)
     train, validation = split_documents(train, a.validation_fraction, a.split_seed)
     return train, None if validation is None else first_rows(validation, a.validation_examples)
 
 
-def read_rows(name: str, split: str, question_column: str | None = None) -> Dataset:
+def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
     """Rows of prompts and answers. RefineError for columns that cannot hold them."""
     also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
     rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also)

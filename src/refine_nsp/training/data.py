@@ -280,8 +280,7 @@ def prepare_data(
     validation = None
     if (held := a.validation_dataset) is not None:
         config = a.dataset_config if held == name or not is_local(held) else None
-        # Where it has several splits, by the one for that; else by what it has.
-        source = source | {"config": config, "split": ("validation", "test", re.split(r"[\[+]", a.dataset_split)[0])}
+        source = source | {"config": config, "split": validation_splits(a.dataset_split)}
         validation = read_documents(held, **source, streaming=a.streaming, also=also)
         held_place = partial(place_of, held, **source)
     elif isinstance(documents, Dataset):
@@ -293,6 +292,11 @@ def prepare_data(
         end = len(windows) - max(1, round(len(windows) * a.validation_fraction))  # one document: what is kept back is its end
         return windows.select(range(end)), first_rows(windows.select(range(end, len(windows))), a.validation_windows)
     return windows, None
+
+
+def validation_splits(dataset_split: str) -> tuple[str, ...]:
+    """Name the splits that a data set for validation is read from, in that order: the one for it, or else what training reads."""
+    return "validation", "test", re.split(r"[\[+]", dataset_split)[0]
 
 
 def first_rows(data: Dataset | IterableDataset, count: int) -> Dataset:

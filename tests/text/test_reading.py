@@ -382,7 +382,7 @@ def test_encodings(tmp_path, streaming):
     )
     assert texts_of(tmp_path / "a.txt", streaming=streaming) == ["é\n€\n"]
     for name in ("b.txt", "c.txt", "d.jsonl"):
-        refused(tmp_path / name, f"{name} is UTF-16 or no text", "iconv", streaming=streaming)
+        refused(tmp_path / name, f"{name} is not UTF-8 but UTF-16, or no text", "iconv", streaming=streaming)
     make(tmp_path, {"e.jsonl": rows("a").encode() + b'{"text": "caf\xe9"}\n'})
     refused(tmp_path / "e.jsonl", "e.jsonl is not UTF-8: byte 0xe9 at offset 27", streaming=streaming)
 

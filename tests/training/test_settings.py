@@ -103,6 +103,7 @@ APPLIED = {
     "fsdp_config": SHARDS,
     "deepspeed": LAUNCH,
     "debug": HERE + "test_overflows_are_looked_for",
+    "auto_find_batch_size": "training/test_memory.py::test_smaller_batches_are_tried_where_that_is_asked_for",
     "skip_memory_metrics": HERE + "test_memory_is_measured_in_training_and_validation",
     "resume_from_checkpoint": HERE + "test_arguments_say_what_to_resume_from",
 }
@@ -110,7 +111,6 @@ APPLIED = {
 REFUSED = {
     "label_smoothing_factor": 0.1,
     "average_tokens_across_devices": False,
-    "auto_find_batch_size": True,
     "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True},
     "bf16_full_eval": True,

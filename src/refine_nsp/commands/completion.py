@@ -59,6 +59,7 @@ def _add_options(command: argparse.ArgumentParser, options: Any) -> None:
     for name, action in options.actions.items():
         if name in options.choices:  # elsewhere the dataclass checks them
             action.choices = [str(c) for c in options.choices[name] if c is not None]
-        action.help = options.docs.get(name, action.help)
+        if name in options.docs:
+            action.help = options.docs[name].replace("%", "%%")  # argparse fills in what stands behind a single one
         action.option_strings = [s for s in action.option_strings if "-" not in s[2:]]  # one spelling of two
         command._add_action(action)

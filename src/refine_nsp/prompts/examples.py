@@ -84,7 +84,7 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
     Raises:
         RefineError: no prompt or answer column, an empty prompt, a row without answers.
     """
-    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING))
+    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING), needs_all=True)
     check_columns(name, data.column_names)
     examples: dict[str, list[Example]] = {}
     for i, row in enumerate(data):

@@ -125,7 +125,7 @@ def read_text(file: Path, most_bytes: int | None = None) -> str:
 def refuse_utf16(start: bytes, file: Path) -> None:
     """RefineError where a file begins as UTF-16 does: by its mark, or with zeros in every second place."""
     if start.startswith(UTF16) or start[:1000].count(0) > len(start[:1000]) // 4:
-        raise RefineError(f"{file} is UTF-16 or no text; expected UTF-8: convert it first, as `iconv -f UTF-16 -t UTF-8` does")
+        raise RefineError(f"{file} is not UTF-8 but UTF-16, or no text: convert it first, as `iconv -f UTF-16 -t UTF-8` does")
 
 
 def not_utf8(error: UnicodeDecodeError, file: Path, offset: int) -> RefineError:

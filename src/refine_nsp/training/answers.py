@@ -97,7 +97,7 @@ def prepare_answers(
 def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
     """Rows of prompts and answers. RefineError for columns that cannot hold them."""
     also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
-    rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also)
+    rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also, needs_all=True)
     assert isinstance(rows, Dataset)
     check_columns(name, rows.column_names)
     return rows

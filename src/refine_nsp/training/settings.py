@@ -27,7 +27,6 @@ _PREDICTIONS = "validation here sums figures up and keeps no predictions, labels
 NO_PLACE = {
     "label_smoothing_factor": "the losses are of the true tokens, whose cross-entropy is taken by blocks without their logits being kept",
     "average_tokens_across_devices": "a token weighs the same on every process, so that results do not depend on their number",
-    "auto_find_batch_size": "a step would have fewer examples than it is asked to have; `refine-nsp estimate` says which batch fits",
     "use_liger_kernel": "its kernels are not for these models, whose own are chosen when they are loaded (`refine-nsp env`)",
     "liger_kernel_config": "Liger's kernels are not for these models",
     "bf16_full_eval": "validation is by the model as it trains; bf16 makes its matrix products in bfloat16",

@@ -14,13 +14,15 @@ import torch
 from benchmarks.study import material as m
 from benchmarks.study import measuring, schedule, tables
 from benchmarks.study.controls import LongCE
-from benchmarks.study.jobs import Job, Study, chosen
+from benchmarks.study.jobs import Job, Study, chosen, settings_of
+from benchmarks.study.records import pack, unpack
 from benchmarks.study.schedule import stages
 from benchmarks.study.settings import ARMS, EXACT, NTP, SCALES, TRIALS
 
 import refine_nsp
 from refine_nsp import NSPConfig, ReFINEConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.run import claim_folder
 from refine_nsp.models.generation import prefill
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.records import Batch
@@ -94,7 +96,7 @@ def test_every_arm_of_a_seed_sees_the_same_rows(material):
 
 
 def study_at(folder, **changes):
-    return Study(str(folder), str(folder), dataclasses.replace(SCALE, **changes), m.Files())
+    return Study(str(folder), dataclasses.replace(SCALE, **changes), m.Files())
 
 
 def finish(study, job, **figures):
@@ -241,6 +243,39 @@ def test_no_tables_before_the_test_is_complete(tmp_path):
     command = [sys.executable, "benchmarks/paper_tables.py", "--scale", "smoke", "--so_far", "--output_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "mid-LaCT-NTP-0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_packed_figures_are_those_of_the_jobs_and_packing_again_changes_nothing(tmp_path):
+    study, job = study_at(tmp_path / "a"), Job("mid", ("DeltaNet", NTP, 0))
+    claim_folder(tmp_path / "a", settings_of(study))
+    finish(study, job, loss=0.1 + 0.2)
+    pack(tmp_path / "a", tmp_path / "all.json.gz")
+    unpack(tmp_path / "all.json.gz", tmp_path / "b")
+    assert study_at(tmp_path / "b").result(job) == {"loss": 0.1 + 0.2}
+    pack(tmp_path / "b", tmp_path / "again.json.gz")
+    assert (tmp_path / "again.json.gz").read_bytes() == (tmp_path / "all.json.gz").read_bytes()
+
+
+def test_packed_figures_of_other_settings_or_other_files_are_refused(tmp_path):
+    claim_folder(tmp_path / "a", settings_of(study_at(tmp_path / "a")))
+    pack(tmp_path / "a", tmp_path / "all.json.gz")
+    claim_folder(tmp_path / "b", settings_of(study_at(tmp_path / "b", mid_steps=7)))
+    with pytest.raises(RefineError, match="other settings"):
+        unpack(tmp_path / "all.json.gz", tmp_path / "b")
+    (tmp_path / "text.gz").write_text("no figures")
+    with pytest.raises(RefineError, match="damaged or something else"):
+        unpack(tmp_path / "text.gz", tmp_path / "c")
+
+
+def test_the_document_of_the_study_is_what_its_kept_figures_give(tmp_path):
+    records = ROOT / "benchmarks" / "study" / "records" / "medium.json.gz"
+    unpack(records, tmp_path)
+    scale, names = SCALES["medium"], json.loads((tmp_path / "settings.json").read_text())
+    files = m.Files(**{f.name: names[f.name] for f in dataclasses.fields(m.Files)})
+    study = Study(str(tmp_path), scale, files)
+    tables.write_results(study, "medium", tmp_path / "results.md")
+    written, kept = ((p.read_text().split("\n## ", 1)[1]) for p in (tmp_path / "results.md", ROOT / "docs" / "results.md"))
+    assert written == kept
 
 
 @pytest.mark.slow

@@ -36,11 +36,11 @@ REPORT_SEED = 100  # of prompts and probes; a seed of training adds to it
 
 @dataclass(frozen=True)
 class Study:
-    """Where results go, and what everything depends on. records: the jobs' figures, which are small and worth keeping; out: models and
-    other things that are made again where they are missing; device: where mid-training runs (measuring and the rest: the CPU)."""
+    """Where results go, and what everything depends on. out: the jobs' figures, which `records.py` packs into one file worth keeping,
+    and models and other things that are made again where they are missing; device: where mid-training runs (measuring and the rest:
+    the CPU)."""
 
     out: str
-    records: str
     scale: Scale
     files: m.Files
     device: str = "cpu"
@@ -49,7 +49,7 @@ class Study:
         return Path(self.out).joinpath(*(plain(n) for n in names))
 
     def path(self, job: Job) -> Path:
-        return Path(self.records, "jobs", f"{job.name}.json")
+        return Path(self.out, "jobs", f"{job.name}.json")
 
     def done(self, kind: str, *arguments: Any) -> bool:
         """Whether a job has left its figures."""

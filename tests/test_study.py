@@ -17,7 +17,7 @@ from benchmarks.study.controls import LongCE
 from benchmarks.study.jobs import Job, Study, chosen, settings_of
 from benchmarks.study.records import pack, unpack
 from benchmarks.study.schedule import stages
-from benchmarks.study.settings import ARMS, EXACT, NTP, SCALES, TRIALS
+from benchmarks.study.settings import ARMS, EXPECTED, NTP, SCALES, TRIALS
 
 import refine_nsp
 from refine_nsp import NSPConfig, ReFINEConfig
@@ -118,9 +118,9 @@ def test_every_arm_has_the_same_budget_of_trials():
 
 def test_settings_are_chosen_by_recall_within_a_limit_on_text_loss(tmp_path):
     study = study_at(tmp_path)
-    for arm in (NTP, EXACT):
+    for arm in (NTP, EXPECTED):
         for i, settings in enumerate(ARMS[arm].trials):
-            worse = {0: 0.5, 1: 0.03, 2: 0.01}.get(i, 0.019) if arm == EXACT else 0.1 * i
+            worse = {0: 0.5, 1: 0.03, 2: 0.01}.get(i, 0.019) if arm == EXPECTED else 0.1 * i
             finish(
                 study,
                 Job("trial", (arm, i)),
@@ -129,10 +129,10 @@ def test_settings_are_chosen_by_recall_within_a_limit_on_text_loss(tmp_path):
                 tokens={0: 0.9, 1: 0.8, 2: 0.7}.get(i, 0.6),
             )
     assert chosen(study, NTP) == ARMS[NTP].trials[0]
-    assert chosen(study, EXACT) == ARMS[EXACT].trials[2]  # the two that recall more cost too much text
-    for i, settings in enumerate(ARMS[EXACT].trials):
-        finish(study, Job("trial", (EXACT, i)), settings=settings, text_loss=3.0 - 0.1 * i, tokens=1.0 - 0.1 * i)
-    assert chosen(study, EXACT) == ARMS[EXACT].trials[-1]  # all cost too much: the least
+    assert chosen(study, EXPECTED) == ARMS[EXPECTED].trials[2]  # the two that recall more cost too much text
+    for i, settings in enumerate(ARMS[EXPECTED].trials):
+        finish(study, Job("trial", (EXPECTED, i)), settings=settings, text_loss=3.0 - 0.1 * i, tokens=1.0 - 0.1 * i)
+    assert chosen(study, EXPECTED) == ARMS[EXPECTED].trials[-1]  # all cost too much: the least
 
 
 def test_stages_need_only_earlier_ones(tmp_path):
@@ -141,9 +141,9 @@ def test_stages_need_only_earlier_ones(tmp_path):
     assert len(names) == len(set(names))
     at = {j.name: i for i, stage in enumerate(planned) for j in stage}
     assert at["trial-NTP-0"] < at["mid-LaCT-NTP-0"] and at["far-LaCT"] < at["base-LaCT-0"]
-    assert at["mid-DeltaNet-exact_K_3-0"] < at["mid-DeltaNet-NTP_same_wall_time-0"]
-    assert at["mid-LaCT-exact_K_3-1"] < at["sharpen-LaCT-NTP-1"]
-    assert at["mid-DeltaNet-NTP-0"] < at["post-NTP-0-SFT"] < at["rate-exact"] < at["ttt-NTP-0-SFT-exact"]
+    assert at["mid-DeltaNet-expected_K_3-0"] < at["mid-DeltaNet-NTP_same_wall_time-0"]
+    assert at["mid-LaCT-expected_K_3-1"] < at["sharpen-LaCT-NTP-1"]
+    assert at["mid-DeltaNet-NTP-0"] < at["post-NTP-0-SFT"] < at["rate-expected"] < at["ttt-NTP-0-SFT-expected"]
     assert "mid-LaCT-paper-0" not in at
 
 
@@ -234,9 +234,9 @@ def test_what_the_plan_names_and_the_tables_lack_is_said(tmp_path):
     assert tables.not_run_yet(study) == ""
     study.path(Job("mid", ("DeltaNet", "paper", 1))).unlink()
     study.path(Job("sharpen", ("LaCT", NTP, 0))).unlink()
-    study.path(Job("rate", ("exact",))).unlink()
+    study.path(Job("rate", ("expected",))).unlink()
     assert tables.not_run_yet(study) == "Planned and not run yet: the arm paper; LaCT at equal entropy; test time.\n"
-    assert "paper" not in tables.Results(study, "DeltaNet").arms() and EXACT in tables.Results(study, "DeltaNet").arms()
+    assert "paper" not in tables.Results(study, "DeltaNet").arms() and EXPECTED in tables.Results(study, "DeltaNet").arms()
 
 
 def test_no_tables_before_the_test_is_complete(tmp_path):
@@ -284,7 +284,13 @@ def test_the_whole_study_and_that_nothing_is_done_twice(tmp_path):
     command += ["--workers", "1", "--output_dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=1500)
     results = (tmp_path / "smoke" / "results.md").read_text()
-    for title in ("decided beforehand", "greedy", "sampled as published", "Test-time training", "exact - CE at the same weights"):
+    for title in (
+        "decided beforehand",
+        "greedy",
+        "sampled as published",
+        "Test-time training",
+        "expected - CE at the same weights",
+    ):
         assert title in results
     assert (tmp_path / "smoke" / "results" / "deltanet_arms.svg").exists()
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "smoke" / "jobs").glob("*.json")}

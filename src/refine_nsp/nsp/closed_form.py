@@ -1,7 +1,8 @@
-"""ReFINE without rollouts: the reward's expectation in closed form, and its gradient (derived in docs/method.md).
+"""ReFINE without rollouts: what infinitely many of them would teach, in closed form (derived in docs/method.md).
 
 With p_j = p(x_{t+j} | x_{<t+j}), which the pass over the sequence has, a rollout of K tokens matches its first j tokens with probability
-p_1...p_j, so the expected `prefix_match` is J_t = (1/K) sum_j p_1...p_j. This is the policy gradient with infinitely many rollouts from
+P_j = p_1...p_j. J_t = (1/K) sum_j f_M(P_j), where f_M cuts the series of the logarithm after M terms: the expected `prefix_match` less 1
+for M = 1, the mean log-probability of the matches for M = inf. At M = 1 this is the policy gradient with infinitely many rollouts from
 every token: no sampling, no state, no baseline, no variance.
 """
 
@@ -26,7 +27,7 @@ from refine_nsp.ops.memory import part
 
 @dataclass(frozen=True)
 class Weighing:
-    """Where the expected reward counts, and how much. scale: [B, T]; local: see `SequenceTerm`; positions: [B, P] or None;
+    """Where the objective counts, and how much. scale: [B, T]; local: see `SequenceTerm`; positions: [B, P] or None;
     count: what the sum is divided by unless told otherwise."""
 
     scale: Tensor
@@ -51,7 +52,7 @@ def refine_in_closed_form(
 @torch.no_grad()
 def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
     """w_t before it is normalised: 1 at selected positions, or the context score of every token."""
-    if config.weights == "selected":
+    if config.token_weights == "selected":
         detached = hidden.detach()
         loss, stats = next_token_loss(model, detached, batch)
         positions = select(Pass(model, batch, detached, loss, stats, _no_states), config, draws.positions)
@@ -82,11 +83,11 @@ def learn_expected(
     given = learning.policy_normalizer
     divisor = max(weighing.count, 1) if given is None else by_sequence(given)
     term = SequenceTerm(
-        weights=(weighing.scale.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten(),
+        token_weights=(weighing.scale.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten(),
         K=config.rollout_length,
-        share=config.share,
+        order=config.order,
         local=None if weighing.local is None else weighing.local.flatten(0, 1),
-        gain=config.weights == "context_gain",
+        gain=config.token_weights == "context_gain",
     )
     losses, stats = linear_next_sequence(
         hidden.flatten(0, 1),
@@ -98,27 +99,27 @@ def learn_expected(
         config.lambda_rl,
     )
     shape = batch.input_ids.shape
-    weights, entropy = losses.weights.view(shape), stats.entropy.view(shape)
+    token_weights, entropy = losses.token_weights.view(shape), stats.entropy.view(shape)
     return StepResult(
         loss=losses.loss,
         loss_ntp=losses.ntp,
         loss_policy=losses.policy,
         entropy=entropy,
-        metrics=_metrics(batch, entropy, weights, losses.values.view(shape)),
+        metrics=_metrics(batch, entropy, token_weights, losses.matches.view(shape)),
         num_targets=batch.num_targets,
         num_rollout_tokens=weighing.count,
         positions=weighing.positions,
-        weights=weights,
+        token_weights=token_weights,
     )
 
 
-def _metrics(batch: Batch, entropy: Tensor, weights: Tensor, values: Tensor) -> Metrics:
-    total = weights.sum()
-    tiny = torch.finfo(weights.dtype).tiny
+def _metrics(batch: Batch, entropy: Tensor, token_weights: Tensor, matches: Tensor) -> Metrics:
+    total = token_weights.sum()
+    tiny = torch.finfo(token_weights.dtype).tiny
     return {
         "entropy": masked_mean(entropy, batch.target_mask),
-        "entropy_at_weights": (weights * entropy).sum() / total.clamp(min=tiny),
-        "expected_reward": (weights * values).sum() / total.clamp(min=tiny),
+        "entropy_at_weights": (token_weights * entropy).sum() / total.clamp(min=tiny),
+        "expected_reward": (token_weights * matches).sum() / total.clamp(min=tiny),
         # Nothing to weigh (text shorter than 2W, no position): these rows learn by next-token prediction alone.
-        "sequences_without_weights": (weights.sum(1) <= 0).to(weights.dtype).mean(),
+        "sequences_without_weights": (token_weights.sum(1) <= 0).to(token_weights.dtype).mean(),
     }

@@ -82,7 +82,9 @@ class NSPConfig:
         tau: softmax temperature over the scores of a chunk.
         smoothing: of the entropy: `centred` over real tokens, `published` (zeros beyond the edges), or `none`.
         smoothing_window: odd width of the pooling; None: K, or K + 1 when K is even.
-        min_prefix: tokens that must stand before a position.
+        published: follow the rules of the paper's code instead of ours: which positions there are, short texts, the remainder of the
+            chunks, smoothing, EOS in rollouts and behind answers, groups of one, test time (the table in docs/method.md).
+        min_prefix: tokens that must stand before a position; with `published`, tokens of the shortest prefix, and as many at the end.
         local_window: W of the context scores: they compare the whole prefix with its last W tokens.
         local_span: those are read in windows of local_span * W tokens, so with at least W and less than local_span * W of context: more
             costs less, local_span / (local_span - 1) tokens run a token.
@@ -114,6 +116,7 @@ class NSPConfig:
     tau: float = 1.0
     smoothing: Literal["centred", "published", "none"] = "centred"
     smoothing_window: int | None = None
+    published: bool = False
     min_prefix: int = 20
     local_window: int = 64
     local_span: int = 2
@@ -160,6 +163,8 @@ class NSPConfig:
             raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
         if not self.rewards:
             raise RefineError("reward is empty: name at least one")
+        if self.published:
+            self._check_published()
         if not self.rolls_out:
             self._check_closed_form()
         elif self.order != 1:
@@ -185,6 +190,18 @@ class NSPConfig:
                 raise RefineError(
                     f"{name}={getattr(self, name)} belongs to rollouts; with estimator={self.estimator!r} leave it at {value}"
                 )
+
+    def _check_published(self) -> None:
+        """RefineError for what the published code cannot do."""
+        if not self.rolls_out:
+            raise RefineError(f"published=True belongs to rollouts; estimator={self.estimator!r} is not in the published code")
+        if self.smoothing == "none":
+            raise RefineError("published=True smooths as the published code does; leave smoothing='none' out")
+        if self.rollout_length > self.min_prefix:
+            raise RefineError(
+                f"published=True keeps min_prefix={self.min_prefix} tokens free at the end of a text, too few for "
+                f"rollout_length={self.rollout_length}; set rollout_length to at most {self.min_prefix}"
+            )
 
     @property
     def rolls_out(self) -> bool:
@@ -234,6 +251,13 @@ class NSPConfig:
         return PUBLISHED_SELECTIONS.get(self.selection, ("", self.draw or "sample"))[1]
 
     @property
+    def smoothed(self) -> str:
+        """How the entropy is smoothed: by `smoothing`; as published, only where positions are sampled."""
+        if not self.published:
+            return self.smoothing
+        return "published" if self.drawn == "sample" else "none"
+
+    @property
     def window(self) -> int:
         """Odd width of the entropy pooling."""
         K = self.rollout_length
@@ -248,7 +272,10 @@ class NSPConfig:
 
     @property
     def shortest(self) -> int:
-        """Tokens a sequence needs for one position: a prefix, the position itself, and its continuation."""
+        """Tokens a sequence needs for one position: a prefix, the position itself, and its continuation. With `published`: the position,
+        `min_prefix` tokens at the end, and a token for each chunk."""
+        if self.published:
+            return max(self.min_prefix + 1, self.positions_per_sequence)
         return self.min_prefix + 1 + self.rollout_length
 
     @classmethod

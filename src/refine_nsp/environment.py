@@ -11,8 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "peft", "lm-eval")
+PACKAGES = (
+    "refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "numpy", "scipy", "rouge",
+    "wonderwords",
+)  # fmt: skip
+OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "lm-eval")
 GIB = 2**30
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import refine_nsp
 from refine_nsp.cli import main
@@ -15,12 +16,12 @@ from refine_nsp.errors import RefineError
 from refine_nsp.evaluation import documents, likelihood, longbench, tasks
 from refine_nsp.evaluation.documents import score_document, spans
 from refine_nsp.evaluation.likelihood import ChoiceExample, log_likelihoods, score_choices
-from refine_nsp.evaluation.run import evaluate, read_rows, rows_path
+from refine_nsp.evaluation.run import evaluate, read_results, read_rows, rows_path, summarise
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, GenerationTask, Row, build_tasks
 from refine_nsp.files import append_json_lines
 from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import encode_pair, start_token
-from refine_nsp.report.evaluation import compare_results, needle_map, results_table
+from refine_nsp.report.evaluation import bucket_plots, bucket_targets, compare_results, needle_map, results_table
 from tests.models.families import build
 
 
@@ -179,6 +180,53 @@ def test_the_published_protocol_samples_32_tokens(files, loaded):
     assert not task.decoding.greedy and task.decoding.top_k == 50 and {e.budget for e in task.examples} == {32}
     needles = build_tasks(arguments(files, tasks=["niah_single_1"], lengths=[512], protocol="published"), loaded[1])[0]
     assert isinstance(needles, GenerationTask) and needles.decoding.greedy and needles.examples[0].budget == 128
+
+
+def test_the_published_protocol_gives_prompts_without_bos_and_cuts_them_on_the_right(files, loaded):
+    """With a tokenizer that writes BOS, as LLaMA's does: its 16 tokens are the first, the question is lost."""
+    tokenizer = refine_nsp.load("refine-nsp/tiny-delta-net")[1]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 7)])
+    found = {}
+    for protocol in ("standard", "published"):
+        a = arguments(files, tasks=["gov_report"], protocol=protocol, max_prompt_tokens=16, limit=1)
+        task = build_tasks(a, tokenizer)[0]
+        assert isinstance(task, GenerationTask)
+        found[protocol] = task._request(0, tokenizer).ids
+    ids = tokenizer(task.examples[0].prompt, add_special_tokens=False)["input_ids"]
+    assert found["published"] == ids[:16]
+    assert found["standard"] == [7, *ids[:7], *ids[-8:]]
+    needles = build_tasks(arguments(files, tasks=["niah_single_1"], lengths=[512], protocol="published"), tokenizer)[0]
+    assert isinstance(needles, GenerationTask) and needles._request(0, tokenizer).ids[0] == 7  # the paper's code has no needles
+
+
+def test_a_length_that_cannot_hold_a_task_is_said_under_the_table(files, loaded, tmp_path):
+    with pytest.warns(UserWarning, match="cwe at 512 tokens"):
+        results = run(files, loaded, tmp_path / "out", ["cwe", "niah_single_1"], lengths=[512])
+    shown = results_table(results).markdown()
+    assert "cwe at 512 tokens: its smallest prompt takes" in shown and "| niah_single_1 | fraction_match |" in shown
+    assert [len(r.rows) for r in results] == [0, 2]
+    again = read_results(tmp_path / "out")
+    assert results_table(again).markdown() == shown
+    assert [task for task, _, _ in compare_results(results, again)] == ["niah_single_1"] * 2
+    with pytest.raises(RefineError, match="cwe at 512 tokens"):
+        build_tasks(arguments(files, tasks=["cwe"], lengths=[512]), loaded[1])
+
+
+def test_a_run_whose_prompts_were_changed_is_not_gone_on_with(files, loaded, tmp_path):
+    run(files, loaded, tmp_path / "out", ["prompts"])
+    path = files / "prompts.jsonl"
+    path.write_text(path.read_text().replace("Say 3.", "Say three."))
+    with pytest.raises(RefineError, match="an answer called 'say/3' to a question that is not asked any more"):
+        run(files, loaded, tmp_path / "out", ["prompts"])
+
+
+def test_buckets_of_documents_count_by_their_targets():
+    """A document of 30 targets and one of 4, in buckets of 10: the last of the first holds 1, the second's one bucket 4."""
+    long = Row("ntp-0", "", [], {"loss": 0.0}, 30, {"buckets": {str(at): {"loss": float(at)} for at in (0, 10, 20, 30)}})
+    short = Row("ntp-1", "", [], {"loss": 0.0}, 4, {"buckets": {"0": {"loss": 1.3}}})
+    assert [(at, n) for at, n, _ in bucket_targets(long)] == [(0, 9), (10, 10), (20, 10), (30, 1)]
+    plot = bucket_plots([summarise("ntp", [long, short])])[0]
+    assert [(at, n) for at, n, _ in bucket_targets(short)] == [(0, 4)] and "0.4" in plot.drawing  # 4 * 1.3 / 13
 
 
 def test_test_time_training_in_an_evaluation_restores_and_side_by_side_is_alone(files, loaded):

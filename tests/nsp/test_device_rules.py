@@ -16,6 +16,7 @@ STEPS = {
     "closed form, gain": ({"estimator": "closed_form", "token_weights": "context_gain"}, 0),
     "closed form, selected": ({"estimator": "closed_form", "token_weights": "selected"}, 0),
     "paper": ({"reward": "hybrid"}, 1),
+    "published": ({"reward": "hybrid", "published": True}, 1),
     "eight rollouts": ({"num_generations": 8, "baseline": "leave_one_out", "advantage_scale": "global"}, 1),
     "context": ({"selection": "context_kl", "num_generations": 2}, 1),
     "closed form, by segments": ({"estimator": "closed_form", "segment_tokens": 64}, 0),

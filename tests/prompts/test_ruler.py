@@ -98,9 +98,47 @@ def test_variables_chain_to_one_value(tokenizer, sources):
     text = e.prompt.rsplit("Memorize", 1)[1]
     lines = [line.removeprefix("VAR ").split(" = ") for line in text.splitlines() if line.startswith("VAR ")]
     assert [a for a, _ in lines] == e.references
-    assert [b.removeprefix("VAR ") for _, b in lines][1:] == e.references[:-1] and lines[0][1] in e.prompt.rsplit(
-        "assigned the value", 1
-    )[1]
+    # The benchmark ends every hop, but not the first statement, in a space.
+    assert [b for _, b in lines][1:] == [f"VAR {name} " for name in e.references[:-1]]
+    assert lines[0][1] == e.prompt.rsplit("assigned the value ", 1)[1].split(",")[0]
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_the_worked_chain_takes_at_most_500_tokens_and_no_line_more_fits(length, tokenizer, sources):
+    for e in build_ruler(["vt"], [length], 3, tokenizer, sources)["vt"]:
+        example = e.prompt.split("\n\nMemorize")[0]
+        question, answer = example[: example.rindex("they are: ") + 10], example[example.rindex("they are: ") + 10 :]
+        used, noise = len(tokenizer(question)["input_ids"]), len(tokenizer("\n" + " ".join(ruler.NOISE))["input_ids"])
+        assert len(answer.split()) == 5 and example.count("VAR") == 9
+        assert used <= 500 and (length < 2048 or used + noise > 500)
+        assert example.count("The grass") >= 5
+
+
+def test_a_task_that_a_length_cannot_hold_leaves_the_others(tokenizer, sources):
+    """cwe's smallest prompt takes more than 1,024 tokens: vt goes on there, and cwe where it fits."""
+    for num_proc in (1, 2):
+        said = {}
+        with pytest.warns(UserWarning, match=r"cwe at 1024 tokens: its smallest prompt takes \d+ tokens, 904 are left"):
+            built = build_ruler(["cwe", "vt"], [1024, 2048], 2, tokenizer, sources, num_proc=num_proc, left_out=said)
+        assert [e.meta["length"] for e in built["cwe"]] == [2048, 2048]
+        assert [e.meta["length"] for e in built["vt"]] == [1024, 1024, 2048, 2048]
+        assert list(said) == ["cwe"] and len(said["cwe"]) == 1 and "at 1024 tokens" in said["cwe"][0]
+    with pytest.warns(UserWarning, match="cwe at 1024"):
+        assert build_ruler(["cwe", "vt"], [1024], 1, tokenizer, sources)["cwe"] == []
+
+
+def test_a_question_whose_documents_are_too_long_is_left_out_alone(tokenizer):
+    documents = ["Rome is old.", "Oslo is cold. " * 400, "Bern is small."]
+    questions = [Question(f"q{i}", f"What is {i}?", ["Rome"], (i,), ()) for i in range(3)]
+    sources = Sources([], {"qa_1": QASource(questions, documents)})
+    with pytest.warns(UserWarning, match=r"qa_1 at 512 tokens: its smallest prompt takes .* 1 of 3 prompts are left out"):
+        built = build_ruler(["qa_1"], [512], 3, tokenizer, sources)["qa_1"]
+    assert [e.id for e in built] == ["qa_1-512-0-seed42", "qa_1-512-2-seed42"]
+
+
+def test_ids_name_the_seed(tokenizer, sources):
+    ids = [{e.id for e in build_ruler(["niah_single_1"], [512], 2, tokenizer, sources, seed=s)["niah_single_1"]} for s in (42, 7)]
+    assert not ids[0] & ids[1]
 
 
 def test_what_cannot_be_is_refused_by_name(tokenizer, sources):
@@ -114,17 +152,6 @@ def test_what_cannot_be_is_refused_by_name(tokenizer, sources):
         build_ruler(["qa_1"], [1024], 21, tokenizer, sources)
     with pytest.raises(RefineError, match="depths must be between 0 and 1"):
         build_ruler(["niah_single_1"], [1024], 1, tokenizer, sources, depths=[50.0])
-
-
-def test_missing_words_name_the_extra(monkeypatch):
-    def gone(name):
-        raise ModuleNotFoundError(name)
-
-    ruler.word_lists.cache_clear()
-    monkeypatch.setattr(ruler.resources, "files", gone)
-    with pytest.raises(RefineError, match=r"pip install 'refine-nsp\[eval\]'"):
-        ruler.word_lists()
-    ruler.word_lists.cache_clear()
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 import refine_nsp
-from refine_nsp.text import reading
+from refine_nsp.text import formats
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training import data
 from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, prepare_data, split_documents
@@ -178,7 +178,7 @@ def test_packing_does_not_change_the_loss(family):
 
 @pytest.mark.parametrize("block", [3, 4, 2**20])
 def test_files_are_checked_block_by_block(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(reading, "BLOCK", block)
+    monkeypatch.setattr(formats, "BLOCK", block)
     (tmp_path / "good.txt").write_text("ünïcödé € 😀")
     assert read_documents(str(tmp_path / "good.txt"))["text"][:] == ["ünïcödé € 😀"]
     for name, content, at in (("bad.txt", "aé€".encode() + b"\xff" + b"b", 6), ("cut.txt", "aé€".encode()[:-1], 3)):
@@ -212,3 +212,74 @@ def test_bad_files_are_named(tmp_path, tokenizer):
         prepare_data(DataArguments(dataset_name=jsonl), tokenizer, 20, 26)
     with pytest.raises(refine_nsp.RefineError, match="no data"):
         prepare_data(DataArguments(), tokenizer, 64, 26)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_columns_for_rewards_may_be_without_values_at_first(tmp_path, tokenizer, streaming, packing):
+    rows = [
+        {"text": "alpha beta gamma " * 12, "score": None if i < 1200 else 0.5, "meta": {"a": 1} if i < 1200 else {"b": "x"}}
+        for i in range(1210)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = DataArguments(
+        dataset_name=str(tmp_path / "a.jsonl"), validation_fraction=0.0, streaming=streaming, packing=packing
+    )
+    windows = list(prepare_data(arguments, tokenizer, 512, 26, keep_columns=True)[0])
+    scores = [value for row in windows for value in (row["score"] if packing else [row["score"]])]
+    assert scores.count(None) == 1200 and scores.count(0.5) == 10
+
+
+def windows_of(tokenizer, text):
+    return cut_windows(tokenizer(text)["input_ids"], 64, 26)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_are_not_read_unless_a_reward_may_ask(tmp_path, tokenizer, streaming):
+    for name, more in (("a", {"meta": {"a": 1}, "score": None}), ("b", {"meta": "x", "score": 0.5, "url": "u"})):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t, **more}) for t in TEXTS))
+    arguments = DataArguments(dataset_name=str(tmp_path), validation_fraction=0.0, streaming=streaming)
+    rows = list(prepare_data(arguments, tokenizer, 64, 26)[0])
+    assert {key for row in rows for key in row} == {"input_ids"} and len(rows) == 2 * len(
+        [w for t in TEXTS for w in windows_of(tokenizer, t)]
+    )
+    with pytest.warns(UserWarning, match=r"column 'meta' .*b.jsonl, row 0 \(line 1\) holds 'x', a str"):
+        rows = list(prepare_data(arguments, tokenizer, 64, 26, keep_columns=True)[0])
+    assert {key for row in rows for key in row} == {"input_ids", "score", "url"}
+
+
+def test_a_folder_is_trained_and_validated_on_by_its_splits(tmp_path, tokenizer):
+    def words(rows):
+        return {tokenizer.decode(row["input_ids"]).split("document ")[-1].split(":")[0].strip() for row in rows}
+
+    for split, count in (("train", "11"), ("validation", "22"), ("test", "33")):
+        (tmp_path / f"{split}.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"document {count}: alpha beta " * 9}) for _ in range(4))
+        )
+    arguments = DataArguments(dataset_name=str(tmp_path), validation_dataset=str(tmp_path))
+    train, validation = prepare_data(arguments, tokenizer, 256, 26)
+    assert words(train) == {"11"} and words(validation) == {"22"}
+    arguments.dataset_split = "test"
+    assert words(prepare_data(arguments, tokenizer, 256, 26)[0]) == {"33"}
+    arguments.dataset_split, arguments.validation_dataset = "train", None  # a share of what is trained on
+    train, validation = prepare_data(arguments, tokenizer, 256, 26)
+    assert words(train) == words(validation) == {"11"} and (len(train), len(validation)) == (3, 1)
+    arguments.dataset_split = "train[:2]"
+    assert len(prepare_data(arguments, tokenizer, 256, 26)[0]) == 1
+    arguments.dataset_split = "dev"
+    assert words(prepare_data(arguments, tokenizer, 256, 26)[0]) == {"22"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_wrong_token_is_named_with_its_file_and_row(tmp_path, tokenizer, streaming):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"input_ids": [5] * 40}))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"input_ids": ids}) for ids in ([5] * 40, [5] * 39 + [2048])))
+    arguments = DataArguments(dataset_name=str(tmp_path), streaming=streaming)
+    with pytest.raises(refine_nsp.RefineError, match=r"b.jsonl, row 1 \(line 2\): column 'input_ids' holds the token 2048"):
+        list(prepare_data(arguments, tokenizer, 64, 26)[0])
+
+
+def test_a_configuration_is_of_the_data_it_names(tmp_path, tokenizer):
+    path = str(write(tmp_path, "jsonl"))
+    with pytest.raises(refine_nsp.RefineError, match=r"dataset_config='en': .* has no configurations"):
+        prepare_data(DataArguments(dataset_name=path, dataset_config="en"), tokenizer, 64, 26)

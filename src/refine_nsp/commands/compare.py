@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the paired comparison of every task that each has in common with the first."""
-    from refine_nsp.evaluation.run import read_results
+    from refine_nsp.evaluation.run import read_results, read_settings
     from refine_nsp.files import write_atomically
     from refine_nsp.report import html
     from refine_nsp.report.evaluation import comparison_tables
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
 
     folders = [args.a, *args.b]
     names = names_of(folders)
-    tables = comparison_tables([read_results(f) for f in folders], names)
+    tables = comparison_tables([read_results(f) for f in folders], names, [read_settings(f) for f in folders])
     for table in tables:
         Console().print(table.rich())
     if args.output is not None:

@@ -12,11 +12,11 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model, test_time_trainer
+from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, check_unused, positional_model, test_time_trainer
 from refine_nsp.commands.options import Options
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks
+from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks, digest
 from refine_nsp.files import write_atomically
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
@@ -59,6 +59,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, build the prompts, answer what is missing, report."""
     options = options_of()
     run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
+    check_unused(ttt, test_time)
     arguments.check()
     model = to_device(load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval())
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
@@ -111,11 +112,16 @@ def harness_results(
 def harness_row(sample: dict[str, Any]) -> Row:
     """One sample of lm-eval; figures that are no numbers (perplexity's sums) stay in its aggregates."""
     scores = {m: float(sample[m]) for m in sample.get("metrics", []) if isinstance(sample.get(m), int | float)}
-    return Row(str(sample["doc_id"]), str(sample.get("filtered_resps", "")), [str(sample.get("target", ""))], scores)
+    asked = [sample.get(name, "") for name in ("doc_hash", "prompt_hash", "target_hash")]
+    question = digest(*asked) if any(asked) else ""
+    return Row(
+        str(sample["doc_id"]), str(sample.get("filtered_resps", "")), [str(sample.get("target", ""))], scores, question=question
+    )
 
 
 def plan(tasks: Sequence[Task], arguments: EvaluationArguments) -> Table:
     """What a dry run shows."""
     rows: list[list[Cell]] = [[t.name, len(t.ids())] for t in tasks]
     rows += [[f"lm_eval:{n}", "as lm-eval has"] for n in harness_names(arguments)]
-    return Table("Dry run: nothing was answered or written", ["task", "examples"], rows)
+    notes = [note for t in tasks for note in t.notes]
+    return Table("Dry run: nothing was answered or written", ["task", "examples"], rows, notes)

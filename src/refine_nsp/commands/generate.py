@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
 
     from refine_nsp.models.load import check_vocabulary, load
     from refine_nsp.processes import to_device
+    from refine_nsp.prompts.encoding import encode_prompt
 
     prompt = read_prompt(args)
     if args.max_new_tokens < 1:
@@ -44,12 +45,13 @@ def run(args: argparse.Namespace) -> None:
     check_vocabulary(model, tokenizer)
     to_device(model)
     torch.manual_seed(args.seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
+    ids = encode_prompt(tokenizer, prompt)
+    if not ids:
         raise RefineError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
     sampling = {} if args.greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     model.generate(
-        **inputs.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, streamer=TextStreamer(tokenizer),
+        torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
+        max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, streamer=TextStreamer(tokenizer),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **sampling,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from refine_nsp.files import write_atomically
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load, load_model
 from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.picture import picture_page
 from refine_nsp.report.tables import Cell, Table
 
@@ -70,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
     text = read_text(Path(arguments.file))
     model, tokenizer = load(arguments.model_name_or_path)
     check_vocabulary(model, tokenizer)
-    ids = torch.tensor(tokenizer(text)["input_ids"][: arguments.max_tokens])
+    ids = torch.tensor(encode_prompt(tokenizer, text)[: arguments.max_tokens])
     if len(ids) < config.shortest:
         raise RefineError(f"{arguments.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
     record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(arguments.seed))

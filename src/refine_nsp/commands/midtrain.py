@@ -88,7 +88,7 @@ def train_and_save(
     trainer.add_callback(Noting(options.resolved()))
     trainer.describe(source.model_name_or_path, data, options.values)
     with in_one_line((ImportError,)):  # an optimizer of a package that is not installed
-        trainer.train(resume_from_checkpoint=resume_from(trainer.args))
+        trainer.train(resume_from_checkpoint=resume_from(trainer.args) or False)
     save(trainer, out)  # before anything else can go wrong
     if trainer.eval_dataset is not None:
         trainer.evaluate()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, cast
 
 from torch import nn
@@ -15,7 +15,8 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import adapters_of, load_adapter, load_model
-from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.arguments import RENAMED, ReFINEConfig
+from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
 DEFAULT_MODEL = "refine-nsp/tiny-delta-net"
@@ -46,6 +47,11 @@ class ModelArguments:
         for name in ("lora_r", "lora_alpha"):
             if (value := getattr(self, name)) < 1:
                 raise RefineError(f"{name} must be at least 1, got {value}")
+        for field in fields(self) if not self.use_peft else ():
+            if field.name.startswith("lora_") and (value := getattr(self, field.name)) != field.default:
+                raise RefineError(
+                    f"{field.name}={value!r} is for adapters, and this run trains all weights; add --use_peft, or leave it out"
+                )
 
     @property
     def tokenizer(self) -> str:
@@ -55,6 +61,7 @@ class ModelArguments:
 
 def build_model(arguments: ModelArguments, args: ReFINEConfig) -> nn.Module:
     """The model to train, in the dtype that suits `args`, wrapped by PEFT when LoRA adapters are asked for; new ones drawn by its seed."""
+    check_machine(args)
     dtype = args.weights_dtype(arguments.dtype)
     if not arguments.use_peft:
         return load_model(arguments.model_name_or_path, dtype=dtype)
@@ -113,6 +120,21 @@ def test_time_trainer(
     trainer = TestTimeTrainer(model, replace(config, objective=ttt.ttt))
     together = trainer.side_by_side() or config.scope != "example"
     return trainer, ttt.ttt_batch_size if together else 1
+
+
+def check_unused(ttt: TestTimeArguments, config: TestTimeConfig) -> None:
+    """RefineError for settings of test-time training without it."""
+    if ttt.ttt is not None:
+        return
+    usual, method = TestTimeConfig(), NSPConfig.preset("test_time")
+    pairs = [
+        (f.name, getattr(config, f.name), getattr(usual, f.name)) for f in fields(config) if f.name not in ("nsp", "objective")
+    ]
+    pairs += [(f.name, getattr(config.nsp, f.name), getattr(method, f.name)) for f in fields(method)]
+    changed = [f"ttt_{RENAMED.get(name, name)}={value!r}" for name, value, default in pairs if value != default]
+    changed += [f"ttt_batch_size={ttt.ttt_batch_size}"] if ttt.ttt_batch_size != TestTimeArguments().ttt_batch_size else []
+    if changed:
+        raise RefineError(f"{changed[0]} changes nothing without test-time training; add --ttt refine (or ntp), or leave it out")
 
 
 def positional_model(argv: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from refine_nsp.commands import Parser, refuse
 from refine_nsp.config import PRESETS, NSPConfig, choices_of, preset_settings
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.training.arguments import RENAMED
+from refine_nsp.training.settings import as_meant
 
 # In the wheel, and in a checkout.
 RECIPES = (Path(__file__).resolve().parents[1] / "recipes", Path(__file__).resolve().parents[3] / "recipes")
@@ -278,6 +279,8 @@ class Options:
         for key in data:
             if key not in self.known:
                 raise RefineError(f"{path}: unknown key {key!r}{closest(key, self.known)}")
+            if key in self.hints:
+                data[key] = as_meant(f"{path}: {key}", data[key], self.hints[key])
             if key in self.hints and not _takes(self.hints[key], data[key]):
                 raise RefineError(
                     f"{path}: {key} is {data[key]!r}, a {type(data[key]).__name__}; expected {_named(self.hints[key])}"

@@ -18,6 +18,7 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.load import check_vocabulary, load
 from refine_nsp.processes import to_device
+from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.test_time import TestTimeTrainer, nbytes
 
@@ -62,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
     model, tokenizer = load(prompt.model_name_or_path)
     check_vocabulary(model, tokenizer)
     to_device(model.eval())
-    request = Request(0, tokenizer(text)["input_ids"], prompt.max_new_tokens)
+    request = Request(0, encode_prompt(tokenizer, text), prompt.max_new_tokens)
     if not request.ids:
         raise RefineError("the prompt is empty: give --prompt or --prompt_file with some text")
     trainer = TestTimeTrainer(model, config)
@@ -78,7 +79,8 @@ def run(argv: Sequence[str]) -> None:
     losses = " -> ".join(f"{x:.4f}" for x in last.losses)
     notes = [
         f"{len(request.ids):,} prompt tokens; model {nbytes(list(model.parameters())) / 2**20:.1f} MiB; adapting took "
-        f"{last.seconds:.2f} s of the second row; loss by step {losses}; the weights are restored",
+        f"{last.seconds:.2f} s of the second row; loss by step {losses}; the weights are "
+        f"{'as adapted' if config.scope == 'never' else 'restored'}",
         "extra memory: copies of what changes (or adapters) and the optimizer's state",
     ]
     Console().print(Table("Plain and adapted", ["", "answer", "seconds", "extra MiB"], rows, notes).rich())

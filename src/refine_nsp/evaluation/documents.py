@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.continuation import greedy_match
@@ -90,7 +91,7 @@ def _means(total: Tensor) -> dict[str, float]:
 
 def _token_figures(model: FastWeightForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """[T, 4] double on the CPU: nll, entropy, argmax right, p of the target."""
-    _, stats = linear_cross_entropy(hidden, model.lm_head.weight, targets, torch.ones(len(targets), device=hidden.device))
+    _, stats = linear_cross_entropy(hidden, head_weight(model), targets, torch.ones(len(targets), device=hidden.device))
     columns = [stats.nll, stats.entropy, stats.argmax == targets, (-stats.nll).exp()]
     return torch.stack([c.double().cpu() for c in columns], -1)
 

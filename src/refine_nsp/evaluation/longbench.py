@@ -1,30 +1,43 @@
 """LongBench (Bai et al., 2023, arXiv 2308.14508): English and code tasks, with the benchmark's prompts, budgets and metrics.
 
-Rows come from local parquet or jsonl files whose prompts are ready, or with the benchmark's own columns (context, input, answers),
-which the hub has. The score of LongBench is the mean over tasks.
+Rows come from local parquet or jsonl files or from a data set of the hub: with prompts that are ready, with the benchmark's own columns
+(context, input, answers), or with its prompts in pieces (context, question, answer_prefix, answers). The score of LongBench is the mean
+over tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import load_dataset
 
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.evaluation.text_metrics import (
     TREC_CLASSES,
     Metric,
+    best_similarity,
     classification,
     code_similarity,
+    first_code_line,
     qa_f1,
     rouge_l,
+    split_references,
 )
 from refine_nsp.prompts.examples import Example, as_answers, check_unique
 from refine_nsp.text.reading import read_documents
+
+# The benchmark's own data set on the hub (THUDM/LongBench) is a script, which `datasets` has not run since version 4. This copy of its
+# rows, in Parquet, is what lm-eval reads.
+HUB_NAME = "Xnhyacinth/LongBench"
+CONVERTED = "refs/convert/parquet"  # the branch in which the hub keeps the rows of a script
+ENDINGS = (".parquet", ".jsonl", ".json")
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
 _MULTI_DOCUMENT = f"{_PASSAGES}\n\nThe following are given passages.\n{{context}}\n\n{_PASSAGES}\n\nQuestion: {{input}}\nAnswer:"
@@ -105,53 +118,92 @@ TASKS = {
 PAPER_TASKS = tuple(t for t in TASKS if t not in ("gov_report", "multi_news"))
 
 
-def read_longbench(tasks: Sequence[str], source: str | None) -> dict[str, list[Example]]:
-    """Examples by task, from a folder of `TASK*.parquet` or `TASK*.jsonl` files, or (source None) from the hub.
+def read_longbench(tasks: Sequence[str], source: str | None = None) -> dict[str, list[Example]]:
+    """Read the examples of tasks from a folder of LongBench's files or from a data set of the hub.
+
+    Args:
+        source: a folder with `TASK*.parquet` or `TASK*.jsonl` (in itself, or in `data/`, or in a folder for each task), or the name of a
+            data set of the hub that has a configuration for each task; default: `HUB_NAME`.
 
     Raises:
-        RefineError: an unknown task, no file for it, missing columns, empty answers, or an unreachable hub.
+        RefineError: an unknown task, no file for it or several, missing columns, empty answers, or an unreachable hub.
     """
     examples = {}
     for name in tasks:
         if name not in TASKS:
             raise RefineError(f"no LongBench task {name!r}{closest(name, TASKS)}; there are {', '.join(TASKS)}")
-        if source is None:
-            rows = _from_hub(name)
-        else:
-            rows = read_documents(str(_file_of(name, Path(source))), ("prompt", "context"), split="test")
-        examples[name] = [_example(name, i, row) for i, row in enumerate(rows)]
+        examples[name] = [_example(name, i, row) for i, row in enumerate(_rows(name, source or HUB_NAME))]
         check_unique(name, examples[name])
     return examples
 
 
-def _from_hub(name: str) -> Dataset | IterableDataset:
-    try:
-        return load_dataset("THUDM/LongBench", name, split="test")
-    except Exception as error:  # network, or a repository that has only a script, which is never run
+def _rows(name: str, source: str) -> Iterable[Mapping[str, Any]]:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return [row for file in _files_of(name, folder) for row in read_documents(str(file), ("prompt", "context"), split="test")]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise RefineError(
-            f"the hub did not give LongBench's {name} ({first_line(error)}); name a folder of its files with --longbench"
+            f"--longbench must be a folder of TASK.parquet or TASK.jsonl files, or a data set of the hub such as {HUB_NAME}, got {source}"
+        )
+    return _from_hub(name, source)
+
+
+def _from_hub(name: str, source: str) -> Iterable[Mapping[str, Any]]:
+    try:
+        try:
+            return load_dataset(source, name, split="test")
+        except RuntimeError as error:  # a script, which is never run: its rows are in Parquet on a branch of their own
+            if "script" not in str(error):
+                raise
+            return load_dataset(source, name, split="test", revision=CONVERTED)
+    except Exception as error:  # network, or no such name, configuration or branch
+        raise RefineError(
+            f"the hub did not give LongBench's {name} from {source} ({first_line(error)}); name a folder of its files with --longbench"
         ) from error
 
 
-def _file_of(name: str, folder: Path) -> Path:
-    if not folder.is_dir():
-        raise RefineError(f"--longbench must be a folder of TASK.parquet or TASK.jsonl files, got {folder}")
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".parquet", ".jsonl", ".json") and p.stem.startswith(name))
-    # "hotpotqa" must not take "hotpotqa_e", its even-length variant, when its own file is there.
-    files = [p for p in files if not p.stem.startswith(f"{name}_e")] or files
-    if not files:
+def _files_of(name: str, folder: Path) -> list[Path]:
+    """The file of a task, or all its shards."""
+    inside = sorted(p for p in (folder / name).rglob("*") if p.suffix in ENDINGS)
+    places = [p for p in (folder, folder / "data") if p.is_dir()]
+    beside = sorted(p for place in places for p in place.iterdir() if p.suffix in ENDINGS)
+    mine = [p for p in beside if _belongs(p.stem, name)]
+    found = inside or [p for p in mine if p.stem == name] or mine
+    if not found and (found := [p for p in beside if _belongs(p.stem, f"{name}_e")]):
+        warnings.warn(f"{name} is read from {found[0].name}, LongBench-E's rows, since {folder} has no others", stacklevel=2)
+    if not found:
         there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise RefineError(f"{folder} has no file for {name}; it holds {there}")
-    return files[0]
+    if len({(p.parent, SHARD.sub("", p.stem)) for p in found}) > 1:
+        raise RefineError(f"{folder} has several files for {name} ({', '.join(p.name for p in found)}); leave one there")
+    return found
+
+
+def _belongs(stem: str, name: str) -> bool:
+    """Whether a file is a task's: hotpotqa_16384 is hotpotqa's, but hotpotqa_e (its even-length variant) is not."""
+    rest = stem.removeprefix(name)
+    return stem.startswith(name) and not rest[:1].isalnum() and not re.match(r"_e(?![^\W_])", rest)
 
 
 def _example(name: str, index: int, row: Mapping[str, Any]) -> Example:
-    task, where = TASKS[name], f"{name}, row {index}"
-    prompt = row.get("prompt") or task.prompt.format(context=row["context"], input=row.get("input", ""))
-    key = row.get("_id", row.get("id", index))
-    return Example(
-        f"{name}-{key}", prompt, as_answers(row.get("answers", row.get("answer")), where), task.budget, {"index": index}
-    )
+    where, key = f"{name}, row {index}", row.get("_id", row.get("id", index))
+    answers = as_answers(row.get("answers", row.get("answer")), where)
+    return Example(f"{name}-{key}", _prompt(name, row, where), answers, TASKS[name].budget, {"index": index})
+
+
+def _prompt(name: str, row: Mapping[str, Any], where: str) -> str:
+    """The benchmark's prompt, from whichever columns hold it or its parts."""
+    if row.get("prompt"):
+        return str(row["prompt"])
+    template, context = TASKS[name].prompt, row.get("context")
+    asked = next((row[column] for column in ("input", "question") if row.get(column) is not None), None)
+    if context is None or (asked is None and "{input}" in template):
+        raise RefineError(f"{where}: expected a column `prompt`, or `context` and `input` (or `question`), got {', '.join(row)}")
+    if not str(context).startswith(template.partition("{context}")[0]):
+        return template.format(context=context, input=asked)
+    # The instructions are there already, and the answer's beginning stands apart, unless the question ends with it.
+    text, begun = f"{context}{asked or ''}", str(row.get("answer_prefix") or "")
+    return text if text.rstrip().endswith(begun.strip()) else text + begun
 
 
 def score(name: str, output: str, references: Sequence[str]) -> float:
@@ -162,13 +214,18 @@ def score(name: str, output: str, references: Sequence[str]) -> float:
 
 
 def published_score(name: str, output: str, references: Sequence[str]) -> float:
-    """As the paper's code scores: only the first line of every QA answer, taken before stripping; references joined and split on "|"."""
+    """Score as the paper's code does (its `reward_score/longbench.py`).
+
+    References are joined and split on "|"; of QA answers only the first line counts, taken before stripping; where no line is code, the
+    whole response is compared.
+    """
     task = TASKS[name]
-    references = "|".join(references).split("|")
+    references = split_references(references)
+    if task.metric is code_similarity:
+        code = first_code_line(output)
+        return best_similarity(output if code is None else code, references)
     if task.first_line:
         output = output.lstrip("\n").split("\n")[0]
     elif task.metric is qa_f1:
         output = output.split("\n")[0]
-    if task.metric is not code_similarity:
-        output = output.strip()
-    return task.metric(output, references)
+    return task.metric(output.strip(), references)

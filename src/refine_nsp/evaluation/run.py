@@ -10,14 +10,15 @@ import json
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.statistics import Estimate, estimate
+from refine_nsp.evaluation.statistics import Estimate, bounds_of, estimate
 from refine_nsp.evaluation.tasks import Context, Row, Task
 from refine_nsp.files import append_json_lines, expecting, read_json, read_json_lines, write_atomically
 from refine_nsp.ops.memory import part
@@ -27,11 +28,15 @@ from refine_nsp.progress import step_progress
 
 @dataclass(frozen=True)
 class TaskResult:
-    """rows: all examples, in the task's order. estimates: by figure, main one first, as fractions of 1 (or nats)."""
+    """rows: all examples, in the task's order. estimates: by figure, main one first, as fractions of 1 (or nats).
+
+    notes: sentences that belong under a table of the task (what was left out).
+    """
 
     name: str
     rows: list[Row]
     estimates: dict[str, Estimate]
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -54,7 +59,9 @@ def evaluate(
     for task in tasks:
         answer_missing(task, missing[task.name], context, out, state, quiet)
     state.wait_for_everyone()
-    results = [summarise(task.name, [rows[i] for i in task.ids()]) for task in tasks for rows in [read_rows(out, task.name)]]
+    results = [
+        summarise(task.name, [rows[i] for i in task.ids()], task.notes) for task in tasks for rows in [read_rows(out, task.name)]
+    ]
     if state.is_main_process:
         seconds = time.monotonic() - started
         write_atomically(
@@ -77,8 +84,13 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
 
 
 def missing_ids(task: Task, out: Path) -> list[str]:
-    """The examples without a row, in the task's order."""
-    known = read_rows(out, task.name)
+    """The examples without a row, in the task's order. RefineError where a row there answers another question of that id."""
+    known, asked = read_rows(out, task.name), task.questions()
+    if other := next((i for i, row in known.items() if i not in asked or row.question not in ("", asked[i])), None):
+        raise RefineError(
+            f"{out} holds an answer called {other!r} to a question that is not asked any more (its prompt, references or text changed "
+            "since, or an earlier release named it); choose another --output_dir, or remove it"
+        )
     return [i for i in task.ids() if i not in known]
 
 
@@ -94,10 +106,10 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
         nonlocal tokens
         tokens += n
 
-    context.on_tokens = count
+    context.on_tokens, asked = count, task.questions()
     with step_progress(len(mine), 0, task.name, quiet) as progress, part("evaluation"):
         for row in task.rows(mine, context):
-            append_json_lines(path, [asdict(row)])
+            append_json_lines(path, [asdict(replace(row, question=asked[row.id]))])
             progress.advance(tokens)
             tokens = 0
 
@@ -133,27 +145,28 @@ def check_row(row: Row) -> None:
     """TypeError for an answer that no table could show."""
     places = [row.meta[name] for name in ("length", "depth") if name in row.meta]
     buckets = [value for bucket in row.meta.get("buckets", {}).values() for value in bucket.values()]
-    if not isinstance(row.output, str) or not all(isinstance(r, str) for r in row.references):
+    if not isinstance(row.output, str) or not all(isinstance(r, str) for r in (row.question, *row.references)):
         raise TypeError("an answer that is not text")
+    if not 0 < float(row.weight) < inf:
+        raise TypeError(f"a weight of {row.weight}")
     if not all(isinstance(value, int | float) for value in (*places, *buckets)):
         raise TypeError("a place that is not a number")
 
 
-def summarise(name: str, rows: Sequence[Row]) -> TaskResult:
+def summarise(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> TaskResult:
     """Mean, standard error and interval of every figure."""
     figures = list(rows[0].scores) if rows else []
     if odd := next((r for r in rows if set(r.scores) != set(figures)), None):
         raise RefineError(f"{name}: the answer {odd.id!r} has the figures {', '.join(odd.scores)}, others {', '.join(figures)}")
     weights = [r.weight for r in rows]
-    return TaskResult(name, list(rows), {f: estimate([r.scores[f] for r in rows], weights) for f in figures})
+    found = {f: estimate([r.scores[f] for r in rows], weights, bounds_of(f)) for f in figures}
+    return TaskResult(name, list(rows), found, list(notes))
 
 
 def as_json(result: TaskResult) -> dict[str, Any]:
-    return {
-        "name": result.name,
-        "n": len(result.rows),
-        "estimates": {f: asdict(e) for f, e in result.estimates.items()},
-    }
+    """What results.json keeps; null, which JSON has, stands for nan, which it has not."""
+    estimates = {f: {k: v if isfinite(v) else None for k, v in asdict(e).items()} for f, e in result.estimates.items()}
+    return {"name": result.name, "n": len(result.rows), "estimates": estimates, "notes": result.notes}
 
 
 def read_results(out: Path) -> list[TaskResult]:
@@ -162,8 +175,15 @@ def read_results(out: Path) -> list[TaskResult]:
     if not path.exists():
         raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
     with expecting("what an evaluation found", path):
-        names = [str(t["name"]) for t in read_json(path, "what an evaluation found")["tasks"]]
-    return [summarise(name, list(read_rows(out, name).values())) for name in names]
+        tasks = read_json(path, "what an evaluation found")["tasks"]
+        notes = {str(t["name"]): [str(note) for note in t.get("notes", [])] for t in tasks}
+    return [summarise(name, list(read_rows(out, name).values()), said) for name, said in notes.items()]
+
+
+def read_settings(out: Path) -> dict[str, Any] | None:
+    """The settings of an evaluation that differ from their defaults; None where the folder keeps none."""
+    path = out / "settings.json"
+    return read_json(path, "the settings of an evaluation") if path.exists() else None
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:

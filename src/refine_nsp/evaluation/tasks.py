@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +16,12 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import likelihood, longbench
 from refine_nsp.evaluation.documents import continuation_match, score_document
-from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match
+from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match, published_any_match
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
 from refine_nsp.prompts import ruler
-from refine_nsp.prompts.encoding import truncate_middle
-from refine_nsp.prompts.examples import Example, read_prompts
+from refine_nsp.prompts.encoding import encode_prompt, encode_text, render, truncate_middle
+from refine_nsp.prompts.examples import Example, in_row, read_prompts
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 
@@ -61,14 +63,14 @@ class EvaluationArguments:
     Attributes:
         tasks: names or groups (`ruler`, `niah`, `longbench`, `longbench_14`, `short_context`, `documents`, `prompts`), or
             `lm_eval:NAME` for any task of lm-eval.
-        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (sampled at temperature 1 among the
-            50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
+        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (prompts without BOS, sampled at
+            temperature 1 among the 50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
         lengths: RULER: prompt and answer together, in tokens.
         samples: RULER: examples per task and length.
         depths: RULER: fixed depths (0..1) of the needle asked for, each with `samples` examples; default: random.
         essays: RULER: haystack text (file, folder, hub name); default: Python's reference documentation.
         squad, hotpotqa: RULER qa_1 and qa_2: questions on documents (json as published, jsonl, parquet, hub name).
-        longbench: folder with LongBench's files; default: the hub.
+        longbench: LongBench's rows: a folder of its files, or a data set of the hub.
         prompts: a file of ready-made prompts and answers.
         prompts_metric: `any_match`, `fraction_match`, `f1` or `exact_match`, the main figure of ready-made prompts.
         prompts_budget: tokens to generate where the file does not say.
@@ -79,7 +81,7 @@ class EvaluationArguments:
         bucket: `ntp`: figures by position, in so many tokens.
         short_context: folder with piqa.jsonl, arc_easy.jsonl, ...
         limit: at most so many examples per task (0: all).
-        max_prompt_tokens: longer prompts lose their middle (0: no limit).
+        max_prompt_tokens: longer prompts lose their middle, by the published protocol their end (0: no limit).
         batch_tokens: prompt tokens per batch: bounds the memory.
         seed: of generated prompts and of sampling.
         num_proc: processes that build RULER prompts.
@@ -93,7 +95,7 @@ class EvaluationArguments:
     essays: str | None = None
     squad: str | None = None
     hotpotqa: str | None = None
-    longbench: str | None = None
+    longbench: str | None = longbench.HUB_NAME
     prompts: str | None = None
     prompts_metric: str = "any_match"
     prompts_budget: int = 32
@@ -143,7 +145,11 @@ class EvaluationArguments:
 
 @dataclass(frozen=True)
 class Row:
-    """One example's outcome. scores: main figure first; weight: what it counts in a mean (targets of a document)."""
+    """One example's outcome.
+
+    scores: main figure first. weight: what it counts in a mean (targets of a document). question: the digest of what was asked, by
+    which two runs are compared; empty in folders of earlier releases.
+    """
 
     id: str
     output: str
@@ -151,6 +157,12 @@ class Row:
     scores: Scores
     weight: float = 1.0
     meta: dict[str, Any] = field(default_factory=dict)
+    question: str = ""
+
+
+def digest(*asked: object) -> str:
+    """Short hash of what is asked (a prompt with its references, a text with how much of it): equal for equal questions."""
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False, default=str).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 @dataclass
@@ -169,9 +181,12 @@ class Context:
 
 
 class Task(Protocol):
-    """A name, the ids of all its examples, and rows for some of the ids."""
+    """A name, what is to be said of the task, the ids of all its examples with what they ask, and rows for some of the ids."""
 
     name: str
+    notes: list[str]
+
+    def questions(self) -> dict[str, str]: ...
 
     def ids(self) -> list[str]: ...
 
@@ -183,13 +198,23 @@ class Task(Protocol):
 
 @dataclass
 class GenerationTask:
-    """Prompts to be answered; `score` gives the figures of one answer."""
+    """Prompts to be answered; `score` gives the figures of one answer.
+
+    add_bos, cut: how prompts become tokens; the paper's code gives them without special tokens and cuts long ones on the right.
+    """
 
     name: str
     examples: list[Example]
     score: Callable[[str, Sequence[str]], Scores]
     decoding: Decoding = field(default_factory=Decoding)
     max_prompt_tokens: int = 0
+    add_bos: bool = True
+    cut: Callable[[Sequence[int], int], list[int]] = truncate_middle
+    notes: list[str] = field(default_factory=list)
+
+    def questions(self) -> dict[str, str]:
+        """The digest of each prompt with its references, by id."""
+        return {e.id: digest(e.prompt, e.template, e.references) for e in self.examples}
 
     def ids(self) -> list[str]:
         return [e.id for e in self.examples]
@@ -215,7 +240,8 @@ class GenerationTask:
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             rows = [r.ids for r in batch]
-            with context.adapter.adapt(rows):
+            shortest = min(batch, key=lambda r: len(r.ids))  # that one, if any, has no position to adapt at
+            with in_row(self._where(shortest.key)), context.adapter.adapt(rows):
                 clock = time.perf_counter()
                 hidden, cache = prefill(context.model, rows)
                 tokens = decode(context.model, hidden, cache, batch, eos, self.decoding, keep_rows=True)
@@ -230,11 +256,22 @@ class GenerationTask:
             context.on_tokens(sum(map(len, rows)))
             yield list(zip(batch, tokens, strict=True))
 
+    def _where(self, key: int) -> str:
+        """What an error calls an example."""
+        e = self.examples[key]
+        return e.where or f"{self.name}, example {e.id}"
+
     def _request(self, key: int, tokenizer: PreTrainedTokenizerBase) -> Request:
         e = self.examples[key]
-        ids = tokenizer(e.prompt)["input_ids"]
-        if self.max_prompt_tokens:
-            ids = truncate_middle(ids, self.max_prompt_tokens)
+        with in_row(self._where(key)):
+            if self.add_bos:
+                ids = encode_prompt(tokenizer, e.prompt, **e.template)
+            else:
+                ids = encode_text(tokenizer, e.prompt if isinstance(e.prompt, str) else render(tokenizer, e.prompt, **e.template))
+            if not ids:
+                raise RefineError("the prompt has no token that the tokenizer knows")
+            if self.max_prompt_tokens:
+                ids = self.cut(ids, self.max_prompt_tokens)
         return Request(key, ids, e.budget)
 
     def _row(self, request: Request, tokens: list[int], context: Context) -> Row:
@@ -253,8 +290,12 @@ def _qa_scores(output: str, references: Sequence[str]) -> Scores:
 
 
 def _published_qa(output: str, references: Sequence[str]) -> Scores:
-    """The paper's code: the first line only, taken before stripping."""
-    return {"any_match": any_match(output.split("\n")[0].strip(), references)}
+    return {"any_match": published_any_match(output, references)}
+
+
+def truncate_right(ids: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` tokens, the first ones: how the paper's code cuts a prompt, its question with it."""
+    return list(ids[:limit])
 
 
 def _prompt_scores(main: str) -> Callable[[str, Sequence[str]], Scores]:
@@ -276,6 +317,11 @@ class ChoiceTask:
 
     name: str
     examples: list[likelihood.ChoiceExample]
+    notes: list[str] = field(default_factory=list)
+
+    def questions(self) -> dict[str, str]:
+        """The digest of each example's texts and its right choice, by id."""
+        return {e.id: digest(e.pairs, e.label) for e in self.examples}
 
     def ids(self) -> list[str]:
         return [e.id for e in self.examples]
@@ -295,6 +341,13 @@ class DocumentTask:
     name: str
     texts: list[str]
     arguments: EvaluationArguments
+    notes: list[str] = field(default_factory=list)
+
+    def questions(self) -> dict[str, str]:
+        """The digest of each text and of what is taken of it, by id."""
+        a = self.arguments
+        taken = (a.document_tokens,) if self.name == "ntp" else (a.document_tokens, a.window, a.seed)
+        return {key: digest(text, *taken) for key, text in zip(self.ids(), self.texts, strict=True)}
 
     def ids(self) -> list[str]:
         return [f"{self.name}-{i}" for i in range(len(self.texts))]
@@ -303,18 +356,19 @@ class DocumentTask:
         a = self.arguments
         for key in wanted:
             index = int(key.rsplit("-", 1)[1])
+            where = f"{a.documents}, row {index}: document {index}"
             ids = context.tokenizer(self.texts[index])["input_ids"]
             ids = ids[: a.document_tokens] if a.document_tokens else ids
             if self.name == "ntp":
                 if len(ids) < 2:
-                    raise RefineError(f"document {index} has {len(ids)} tokens; next-token figures need 2")
+                    raise RefineError(f"{where} has {len(ids)} tokens; next-token figures need 2")
                 score = score_document(context.model, ids, a.window or None, a.bucket, context.on_tokens)
                 yield Row(key, "", [], score.figures, score.targets, {"tokens": len(ids), "buckets": score.buckets})
             else:
                 config = NSPConfig(positions_per_sequence=16)
                 ids = ids[: a.window or 4096]
                 if len(ids) < config.shortest:
-                    raise RefineError(f"document {index} has {len(ids)} tokens; a continuation needs {config.shortest}")
+                    raise RefineError(f"{where} has {len(ids)} tokens; a continuation needs {config.shortest}")
                 scores = continuation_match(context.model, ids, config, a.seed + index)
                 context.on_tokens(len(ids))
                 yield Row(key, "", [], scores, 1.0, {"tokens": len(ids)})
@@ -331,20 +385,28 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
     tasks: dict[str, Task] = {}
 
     def generation(name: str, examples: list[Example], score: Callable[[str, Sequence[str]], Scores], as_paper: bool) -> None:
+        examples = examples[: a.limit or None]
+        for e in examples:
+            if not isinstance(e.prompt, str):
+                with in_row(e.where):  # a conversation that the template does not take is found before any is answered
+                    render(tokenizer, e.prompt, **e.template)
+        tasks[name] = GenerationTask(name, examples, score, max_prompt_tokens=a.max_prompt_tokens)
         if as_paper:
-            examples = [Example(e.id, e.prompt, e.references, PUBLISHED_BUDGET, e.meta) for e in examples]
-        decoding = Decoding(False, 1.0, 50, a.seed) if as_paper else Decoding()
-        tasks[name] = GenerationTask(name, examples[: a.limit] if a.limit else examples, score, decoding, a.max_prompt_tokens)
+            examples = [replace(e, budget=PUBLISHED_BUDGET) for e in examples]
+            decoding = Decoding(False, 1.0, 50, seed=a.seed)
+            tasks[name] = GenerationTask(name, examples, score, decoding, a.max_prompt_tokens, False, truncate_right)
 
     wanted = [n for n in names if n in ruler.TASKS]
     if wanted:
         qa = {t: read_qa(source) for t, source in (("qa_1", a.squad), ("qa_2", a.hotpotqa)) if t in wanted and source is not None}
         sources = ruler.Sources(ruler.essay_words(a.essays, a.text_column), qa)
-        built = ruler.build_ruler(wanted, a.lengths, a.samples, tokenizer, sources, a.seed, a.depths, a.num_proc)
+        left_out: dict[str, list[str]] = {}
+        built = ruler.build_ruler(wanted, a.lengths, a.samples, tokenizer, sources, a.seed, a.depths, a.num_proc, left_out)
         for name, examples in built.items():
             as_paper = published and name in ruler.QA_TASKS  # the paper's code has no needle tasks
             qa_score = _published_qa if as_paper else _qa_scores
             generation(name, examples, qa_score if name in ruler.QA_TASKS else _ruler_scores, as_paper)
+            tasks[name].notes.extend(left_out.get(name, []))
     wanted = [n for n in names if n in longbench.TASKS]
     if wanted:
         for name, examples in longbench.read_longbench(wanted, a.longbench).items():
@@ -363,7 +425,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
     if documents:
         if a.documents is None:
             raise RefineError(f"{documents[0]} needs text: --documents")
-        rows = read_documents(a.documents, (a.text_column,), split="test")
+        rows = read_documents(a.documents, (a.text_column,), split="test", also=())
         texts = list(rows[a.text_column])[: a.limit or None]
         if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
             raise RefineError(

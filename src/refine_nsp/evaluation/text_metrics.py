@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from functools import lru_cache
-from typing import Any
 
-from refine_nsp.errors import RefineError
+from rouge import Rouge
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -29,6 +30,9 @@ TREC_CLASSES = (
 ).split(";")
 
 
+# With Python's limit of 1,000 calls upstream's script counts a sentence of up to 990 words; so does this.
+ROUGE_CALLS = 999
+
 # --- RULER ------------------------------------------------------------------------------------------------------------
 
 
@@ -40,6 +44,20 @@ def fraction_match(output: str, references: Sequence[str]) -> float:
 def any_match(output: str, references: Sequence[str]) -> float:
     """1 when any reference stands in the output."""
     return float(any(r.lower() in output.lower() for r in references))
+
+
+def published_any_match(output: str, references: Sequence[str]) -> float:
+    """Score a QA answer as the paper's code does (its `reward_score/ruler.py`): 1 when a reference stands in its first line.
+
+    The line is taken before stripping, control characters in it become line ends, and references are joined and split on "|".
+    """
+    line = re.sub(r"[\x00-\x1f]", "\n", output.split("\n")[0].strip()).strip()
+    return any_match(line, split_references(references))
+
+
+def split_references(references: Sequence[str]) -> list[str]:
+    """Join references by "|" and split them there again, as the paper's code does, which cuts those that hold one."""
+    return "|".join(references).split("|")
 
 
 # --- LongBench --------------------------------------------------------------------------------------------------------
@@ -71,23 +89,32 @@ def exact_match(output: str, references: Sequence[str]) -> float:
 
 def rouge_l(output: str, references: Sequence[str]) -> float:
     """Best ROUGE-L F of the `rouge` package; 0 where it finds nothing to compare (empty output)."""
-    scorer = _rouge()
-    return max((_rouge_pair(scorer, output, r) for r in references), default=0.0)
+    return max((_rouge_pair(output, r) for r in references), default=0.0)
 
 
-def _rouge_pair(scorer: Any, output: str, reference: str) -> float:
+def _rouge_pair(output: str, reference: str) -> float:
+    limit = sys.getrecursionlimit()
+    # The package takes a call for each word, and upstream counts a pair that is too long for that as 0. Whether it is must not depend on
+    # how deep in other calls a text is scored, so it is measured from here.
+    sys.setrecursionlimit(_depth() + ROUGE_CALLS)
     try:
-        return float(scorer.get_scores([output], [reference])[0]["rouge-l"]["f"])
-    except (ValueError, RecursionError):  # "Hypothesis is empty.", and texts too long for its recursion: upstream counts both 0
+        return float(_rouge().get_scores([output], [reference])[0]["rouge-l"]["f"])
+    except (ValueError, RecursionError):  # ValueError: "Hypothesis is empty."
         return 0.0
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def _depth() -> int:
+    """Count the calls that the caller's caller is in."""
+    frame, depth = sys._getframe(2), 1
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 @lru_cache(maxsize=1)
-def _rouge() -> Any:
-    try:
-        from rouge import Rouge
-    except ImportError as error:
-        raise RefineError("ROUGE-L needs the `rouge` package: pip install 'refine-nsp[eval]'") from error
+def _rouge() -> Rouge:
     return Rouge(metrics=["rouge-l"])
 
 
@@ -109,15 +136,29 @@ def _classification_pair(output: str, reference: str, classes: Sequence[str]) ->
 
 
 def code_similarity(output: str, references: Sequence[str]) -> float:
-    """Best edit similarity (rapidfuzz ratio) between a reference and the output's first line that is code, not comment or markup."""
-    try:
-        from rapidfuzz.fuzz import ratio
-    except ImportError as error:
-        raise RefineError("edit similarity needs `rapidfuzz`: pip install 'refine-nsp[eval]'") from error
+    """Best edit similarity between a reference and the output's first line that is code, not comment or markup."""
+    return best_similarity(first_code_line(output) or "", references)
+
+
+def first_code_line(output: str) -> str | None:
+    """Return the first line that is neither markup nor a comment; None where every line is."""
     lines = output.lstrip("\n").split("\n")
-    line = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")
-    # fuzzywuzzy, which upstream calls, rounds to a whole percent and gives 0 for an empty string.
-    return max((round(ratio(line, r)) / 100 if line and r else 0.0 for r in references), default=0.0)
+    return next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), None)
+
+
+def best_similarity(text: str, references: Sequence[str]) -> float:
+    """Best similarity of a text to a reference, in whole percent, as fuzzywuzzy's `ratio` gives it without python-Levenshtein.
+
+    That is difflib's ratio of matching characters, which is not an edit distance, and which leaves out frequent characters of a reference
+    of 200 characters and more. Two empty texts are equal.
+    """
+    return max((_similarity(text, r) for r in references), default=0.0)
+
+
+def _similarity(text: str, reference: str) -> float:
+    if text == reference:
+        return 1.0
+    return round(100 * SequenceMatcher(None, text, reference).ratio()) / 100
 
 
 MATCHES: dict[str, Metric] = {"any_match": any_match, "fraction_match": fraction_match, "f1": qa_f1, "exact_match": exact_match}

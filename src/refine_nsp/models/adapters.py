@@ -6,7 +6,10 @@ safetensors, nothing that could run code.
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from refine_nsp.errors import RefineError, first_line
+from refine_nsp.models.names import without_wrappers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAME_BASE = (True, False, "gaussian", "orthogonal")  # init_lora_weights after which the base is still itself
-NOT_MERGEABLE = ("megatron_config", "layer_replication", "arrow_config", "alora_invocation_tokens")
+# Settings of LoRA that change more than what is added to a layer's weight, or that do nothing to layers which are not quantized.
+NOT_MERGEABLE = (
+    "megatron_config", "layer_replication", "arrow_config", "alora_invocation_tokens", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "use_qalora", "ensure_weight_tying",
+)  # fmt: skip
+ONE_NAME = "default"  # of the adapter that PEFT saves in a run's folder itself, and not in one inside it
 
 
 @dataclass(frozen=True)
@@ -36,18 +45,149 @@ class Adapter:
 
 
 def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
-    """A model with new adapters by PEFT's config, whose weights are drawn by `seed` alone: alike in every process and every run.
+    """Put new adapters by PEFT's config on a model. Their weights are drawn by `seed` alone: alike in every process and every run.
 
     Raises:
-        RefineError: layers to adapt that the model does not have.
+        RefineError: layers to adapt that the model does not have, or adapters that its folder could not be loaded with.
     """
+    if (problem := problem_of(config.to_dict())) is not None:
+        raise RefineError(f"peft_config asks for {problem}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return peft().get_peft_model(model, config)
-        except ValueError as error:
+            wrapped = _wrap(model, config)
+        except Exception as error:  # each kind of setting has errors of its own
             names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise RefineError(f"no adapters: {first_line(error)} Its linear layers are {', '.join(names)}") from error
+    _check_names(wrapped, config)
+    check_adapters(wrapped)
+    return wrapped
+
+
+def _check_names(wrapped: Any, config: Any) -> None:
+    """RefineError for a layer or parameter that is named and not there: PEFT adapts the others, and says nothing of it."""
+    modules, parameters = ([name for name, _ in named()] for named in (wrapped.named_modules, wrapped.named_parameters))
+    asked = {"target_modules": modules, "modules_to_save": modules, "target_parameters": parameters}
+    for setting, there in asked.items():
+        for name in [] if isinstance(given := config.to_dict().get(setting), str) else given or []:
+            last = name.rpartition(".")[2]
+            if not any(last in path.split(".") for path in there):
+                raise RefineError(f"{setting} names {name!r}, which the model does not have; leave it out")
+
+
+def _wrap(model: Any, config: Any) -> Any:
+    """PEFT's model, without its advice on tied weights, which are seen to here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return peft().get_peft_model(model, config)
+
+
+def problem_of(settings: Mapping[str, Any]) -> str | None:
+    """Say what in a configuration of PEFT keeps its adapters from being added to their base when a folder is loaded; None if nothing.
+
+    A kind of initialisation that changes the base is among it: the folder names the base, which is still as it was.
+    """
+    kind, initial = settings.get("peft_type"), settings.get("init_lora_weights", True)
+    name = str(getattr(kind, "value", kind))
+    unusual = [f"{field}={settings[field]!r}" for field in NOT_MERGEABLE if settings.get(field)]
+    if name == "LORA" and initial in SAME_BASE and not unusual:
+        return None
+    found = ", ".join([f"peft_type={name!r}", *([f"init_lora_weights={initial!r}"] if name == "LORA" else []), *unusual])
+    kinds = ", ".join(repr(known) for known in SAME_BASE)
+    return f"an adapter with {found}; expected LoRA that adds to its base and changes nothing else (init_lora_weights one of {kinds})"
+
+
+def check_adapters(model: Any) -> None:
+    """See that what a run of a model with PEFT's adapters ends with is what its folder loads as; its tied weights are untied for that.
+
+    Raises:
+        RefineError: another kind than LoRA, several adapters, or a layer whose adapter the losses or the merged model would leave out.
+    """
+    for config in model.peft_config.values():
+        if (problem := problem_of(config.to_dict())) is not None:
+            raise RefineError(f"the model has {problem}")
+    if list(model.peft_config) != [ONE_NAME]:
+        raise RefineError(
+            f"the model has the adapters {', '.join(model.peft_config)}; expected one, called {ONE_NAME}, which a run's folder is loaded "
+            "with: merge the others into the base first (merge_and_unload)"
+        )
+    if _untie(model):
+        warnings.warn(
+            "embeddings and head share a weight, and an adapter on one of them would change both when merged: they have one each from here "
+            "on (tie_word_embeddings=False)",
+            stacklevel=2,
+        )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(hasattr(layer, "token_adapter") for layer in model.modules()) and _adapted(embeddings, head):
+        raise RefineError(
+            "trainable_token_indices cannot go with an adapter on the embeddings or the head, whose weight they are written into; leave "
+            "one of them out"
+        )
+    for name, layer in model.named_modules():
+        own = name.removeprefix("base_model.model.")
+        if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"):
+            _check_layer(own, layer, layer.get_base_layer(), layer is head)
+        elif isinstance(layer, peft().utils.other.AuxiliaryTrainingWrapper):
+            _check_called(own, layer.original_module)
+
+
+def merged(model: Any) -> Any:
+    """Merge the adapters of PEFT's model into its base, and return that, whose parameters all learn.
+
+    One pass of PEFT leaves the layers alone that lie inside a module whose own parameters are adapted; so there may be a second.
+    """
+    plain = model.merge_and_unload()
+    while any(hasattr(layer, "lora_A") for layer in plain.modules()):
+        plain = model.base_model.merge_and_unload()
+    return plain.requires_grad_(True)
+
+
+def _check_layer(name: str, layer: Any, base: nn.Module, is_head: bool) -> None:
+    """RefineError where a layer's adapter cannot be merged, or would not be part of the losses."""
+    _check_called(name, base)
+    if layer.lora_bias.get(ONE_NAME) and getattr(base, "bias", None) is None:
+        raise RefineError(f"lora_bias=True: {name} has no bias that it could be merged into; leave it out")
+    if is_head and (layer.lora_variant or not isinstance(layer.lora_dropout[ONE_NAME], nn.Identity)):
+        raise RefineError(
+            f"{name} takes a plain LoRA adapter alone, without lora_dropout, use_dora and the like, since the losses read its weight as "
+            "one matrix; leave these out, or train the layer itself: modules_to_save"
+        )
+
+
+def _check_called(name: str, module: nn.Module) -> None:
+    """RefineError for a module without inputs, which PEFT's wrappers cannot stand for."""
+    if not inspect.signature(module.forward).parameters:
+        raise RefineError(
+            f"{name} makes weights and takes no input, so PEFT cannot adapt it; adapt linear layers (target_modules='all-linear'), or the "
+            "parameters of its mixer"
+        )
+
+
+def _adapted(*layers: Any) -> bool:
+    """Whether one of the layers has LoRA inside or around it."""
+    return any(hasattr(part, "lora_A") for layer in layers for part in layer.modules())
+
+
+def _untie(model: Any) -> bool:
+    """Give embeddings and head a weight each where they share one and an adapter is on one of them. Merged into a shared weight, it would
+    change both. Returns whether they were untied."""
+    base: Any = without_adapters(model)
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    inner = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
+    if not _adapted(*layers) or inner[0].weight is not inner[1].weight:
+        return False
+    inner[1].weight = nn.Parameter(inner[0].weight.detach().clone(), requires_grad=inner[0].weight.requires_grad)
+    base.config.tie_word_embeddings = False
+    return True
+
+
+def head_weight(model: Any) -> Tensor:
+    """Return the weight [V, D] that makes logits of hidden states, with what adapters on the head add to it."""
+    head = model.lm_head
+    if not hasattr(head, "lora_A"):
+        return head.weight
+    names = [] if head.disable_adapters or head.merged else head.active_adapters
+    return sum((head.get_delta_weight(name) for name in names), head.get_base_layer().weight)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -66,17 +206,13 @@ def find_adapter(where: str, revision: str | None = None) -> Adapter | None:
         return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        base, kind, initial = settings["base_model_name_or_path"], settings["peft_type"], settings.get("init_lora_weights", True)
+        base, _ = settings["base_model_name_or_path"], settings["peft_type"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise RefineError(f"{file} is not a configuration of PEFT: {first_line(error)}") from error
     if not isinstance(base, str) or not base:
         raise RefineError(f"{file} names no base: set base_model_name_or_path to the model that the adapter was trained on")
-    unusual = [f"{name}={settings[name]!r}" for name in NOT_MERGEABLE if settings.get(name)]
-    if kind != "LORA" or initial not in SAME_BASE or unusual:
-        found = ", ".join([f"peft_type={kind!r}", f"init_lora_weights={initial!r}", *unusual])
-        raise RefineError(
-            f"{where} is an adapter with {found}; expected LoRA that adds to its base and changes nothing else: merge it where it was made"
-        )
+    if (problem := problem_of(settings)) is not None:
+        raise RefineError(f"{where} is {problem}: merge it where it was made")
     if _file(where, WEIGHTS, revision) is None:
         raise RefineError(
             f"{where} is an adapter without {WEIGHTS}; pickled weights (adapter_model.bin) can run code when loaded and are refused: "
@@ -119,9 +255,10 @@ def attach(model: PreTrainedModel, adapter: Adapter) -> Any:
     try:
         config = library.LoraConfig.from_pretrained(str(adapter.folder))
         config.inference_mode, config.base_model_name_or_path = False, model.name_or_path
-        wrapped = library.get_peft_model(model, config)
+        wrapped = _wrap(model, config)
+        _untie(wrapped)
         own = set(library.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-        weights = load_file(adapter.folder / WEIGHTS)
+        weights = {without_wrappers(name): w for name, w in load_file(adapter.folder / WEIGHTS).items()}
         # A layer of the base that is kept with the adapter (an adapted head) is known too.
         kinds = {"missing": own - set(weights), "unknown to the base": set(weights) - own - set(wrapped.state_dict())}
         if any(kinds.values()):

@@ -9,7 +9,6 @@ for them in every layer would make the host wait in every layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -17,10 +16,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
+from refine_nsp.models.edge import one_input, read
+from refine_nsp.models.keywords import refuse_unknown
+from refine_nsp.models.marks import MARKS
+from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
+from refine_nsp.models.padding import Alignment, columns_to_tokens
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
 from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
@@ -105,23 +107,6 @@ class FastWeightBlock(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x)), trace
 
 
-@dataclass
-class FastWeightModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `PrefixStates`."""
-
-    snapshots: FastWeightCache | None = None
-    states: PrefixStates | None = None
-
-
-@dataclass
-class FastWeightCausalLMOutput(CausalLMOutputWithPast):
-    """As in transformers, with `last_hidden_state` [B, T, D] (after the final norm), `snapshots` and `states`."""
-
-    last_hidden_state: Tensor | None = None
-    snapshots: FastWeightCache | None = None
-    states: PrefixStates | None = None
-
-
 class FastWeightPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -153,43 +138,6 @@ def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, 
             )
 
 
-def check_rows(past: FastWeightCache, n_rows: int, use_cache: bool) -> None:
-    """RefineError unless `n_rows` rows can go on from the states of `past`: as many if these are replaced, else a multiple of them."""
-    if n_rows % past.batch_size or (use_cache and past.batch_size != n_rows):
-        raise RefineError(
-            f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
-            "use_cache=False to go on from each with a whole number of rows"
-        )
-
-
-class _Kept:
-    """What a pass keeps of its layers' states: those after `final` [B, 1], snapshots after `tokens` [B, P], or all they come from."""
-
-    def __init__(self, final: Tensor | None, tokens: Tensor | None, everything: bool) -> None:
-        self.final, self.tokens, self.everything = final, tokens, everything
-        self.finals: list[LayerState] = []
-        self.snapshots: list[LayerState] = []
-        self.traces: list[LayerTrace] = []
-
-    def take(self, trace: LayerTrace | None) -> None:
-        """A layer's trace; what is not wanted of it is let go before the next layer runs."""
-        if trace is None:
-            return
-        if self.final is not None:
-            self.finals.append(trace.at(self.final))
-        if self.tokens is not None:
-            self.snapshots.append(trace.at(self.tokens))
-        if self.everything:
-            self.traces.append(trace)
-
-    def snapshots_after(self, offsets: Tensor) -> FastWeightCache | None:
-        """The snapshots as B*P rows; offsets [B]: tokens before the pass."""
-        if self.tokens is None:
-            return None
-        lengths = (offsets[:, None] + self.tokens + 1).reshape(-1)
-        return FastWeightCache(self.snapshots, lengths, int(lengths.max()))
-
-
 class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
@@ -206,8 +154,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     @property
     def mixers(self) -> list[Mixer]:
-        """One a layer."""
-        return [cast(FastWeightBlock, layer).attn for layer in self.layers]
+        """One a layer; where PEFT adapts a mixer's own parameters, the mixer inside its wrapper."""
+        return [_unwrapped(cast(FastWeightBlock, layer).attn) for layer in self.layers]
 
     @property
     def kernels(self) -> str:
@@ -232,6 +180,15 @@ class FastWeightModel(FastWeightPreTrainedModel):
         lengths: Tensor | None = None,
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> FastWeightModelOutput:
         """Run T tokens on from `past_key_values` (or from nothing).
@@ -242,27 +199,45 @@ class FastWeightModel(FastWeightPreTrainedModel):
                 on the host, where they are needed.
             past_key_values: states to go on from. With `use_cache` they are replaced in the given object (tensors never are
                 written in place); without, they are only read, and may be of S rows with B = S*n: n neighbours go on from each.
-            use_cache: default `config.use_cache` in eval mode, False in training mode.
+            use_cache: default `config.use_cache` in eval mode, False in training mode and for packed documents.
             snapshot_positions: [B, P] long, input column of the last token of each prefix (-1: before the first).
             output_states: also return `states`, from which snapshots can be taken after the outputs are known.
+            position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, cu_seqlens, seq_idx: where documents that are
+                packed in one row begin, each from a fresh state (`models/marks.py`).
+            cache_position: may count the columns, which these models know.
 
         Raises:
-            RefineError: both or neither of input_ids and inputs_embeds, a foreign cache, positions out of range, bad masks.
+            RefineError: both or neither of input_ids and inputs_embeds, a foreign cache, positions out of range, bad masks, marks of
+                documents that contradict each other, a keyword that nobody reads.
         """
-        x = self._embed(input_ids, inputs_embeds)
-        B, T, _ = x.shape
-        use_cache = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
-        past = self._check_past(past_key_values, B, use_cache)
-        aligned = alignment(attention_mask, lengths, T)
+        refuse_unknown(type(self).forward, kwargs)
+        marks = {
+            "position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "cu_seqlens": cu_seqlens,
+            "max_length_q": max_length_q, "max_length_k": max_length_k, "seq_idx": seq_idx, "cache_position": cache_position,
+        }  # fmt: skip
+        if past_key_values is not None and not isinstance(past_key_values, FastWeightCache):
+            raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past_key_values).__name__}")
+        out = read(
+            self, one_input(input_ids, inputs_embeds), marks, attention_mask, lengths, past_key_values, use_cache, snapshot_positions,
+            output_states, output_hidden_states,
+        )  # fmt: skip
+        return as_asked(out, return_dict, self.config)
+
+    def run_rows(
+        self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
+        output_states: bool, output_hidden_states: bool,
+    ) -> FastWeightModelOutput:  # fmt: skip
+        """As `edge.Trunk.run_rows`."""
+        B, T = x.shape[:2]
         row_lengths = None if aligned is None else aligned.lengths
-        tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
         reads_only = not (use_cache or output_states or output_hidden_states) and tokens is None and aligned is None
         past, branches = self._rows(past, B, reads_only)
         offsets = past.lengths if past is not None and past.lengths is not None else torch.zeros(B, dtype=torch.long)
         final = (row_lengths if row_lengths is not None else torch.full((B,), T))[:, None] - 1
 
-        kept = _Kept(final if use_cache else None, tokens, output_states)
+        kept = Kept(final if use_cache else None, tokens, output_states)
         hidden: list[Tensor] = []
+        x = self.embeddings(x) if x.ndim == 2 else x
         x = x if aligned is None else aligned.align(x)
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -286,25 +261,6 @@ class FastWeightModel(FastWeightPreTrainedModel):
         """Rows that go on token by token from the states of `cache`, n neighbours from each; the cache is only read."""
         return Branches(self, cache, n)
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise RefineError("pass either input_ids or inputs_embeds")
-        if inputs_embeds is not None:
-            return inputs_embeds
-        assert input_ids is not None
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise RefineError(f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}")
-        return self.embeddings(input_ids)
-
-    def _check_past(self, past: Any, n_rows: int, use_cache: bool) -> FastWeightCache | None:
-        if past is None:
-            return None
-        if not isinstance(past, FastWeightCache):
-            raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past).__name__}")
-        if past.is_initialized:
-            check_rows(past, n_rows, use_cache)
-        return past
-
     @staticmethod
     def _rows(past: FastWeightCache | None, n_rows: int, reads_only: bool) -> tuple[FastWeightCache | None, int | None]:
         """The states to go on from, and how many neighbours share each; where states are kept, every row has one of its own."""
@@ -318,6 +274,10 @@ class FastWeightModel(FastWeightPreTrainedModel):
         cache = past if past is not None else FastWeightCache()
         cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
         return cache
+
+
+def _unwrapped(mixer: Any) -> Mixer:
+    return cast(Mixer, mixer.get_base_layer() if hasattr(mixer, "get_base_layer") else mixer)
 
 
 class Branches:
@@ -382,11 +342,21 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         output_states: bool = False,
         step: Callable[[FastWeightForCausalLM], Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [B, T, V] (or of the last `logits_to_keep` columns), and the mean cross-entropy when `labels` are given.
 
-        The first arguments are those of `FastWeightModel.forward`. `labels` [B, T] are shifted inside (-100: ignored).
+        The other arguments are those of `FastWeightModel.forward`. `labels` [B, T] are shifted inside (-100: ignored); what the
+        first column of a row or of a packed document holds is nobody's target.
         `num_items_in_batch`: what the sum of cross-entropies is divided by instead of its own count (transformers' Trainer gives
         the targets of a whole gradient accumulation).
         `step`: a callable that gets this module; its result is returned. A whole training step is then one forward call, which
@@ -394,29 +364,15 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         """
         if step is not None:
             return step(self)
+        refuse_unknown(FastWeightForCausalLM.forward, kwargs)
         out = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            lengths=lengths,
-            snapshot_positions=snapshot_positions,
-            output_states=output_states,
-        )
-        h = out.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(h if labels is not None else h[:, kept])
-        return FastWeightCausalLMOutput(
-            loss=None if labels is None else _next_token_loss(logits, labels, num_items_in_batch),
-            logits=logits if labels is None else logits[:, kept],
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            last_hidden_state=h,
-            snapshots=out.snapshots,
-            states=out.states,
-        )
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache,
+            output_hidden_states=output_hidden_states, lengths=lengths, snapshot_positions=snapshot_positions,
+            output_states=output_states, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q, max_length_k=max_length_k, cu_seqlens=cu_seqlens, seq_idx=seq_idx, cache_position=cache_position,
+            return_dict=True,
+        )  # fmt: skip
+        return as_asked(_with_logits(self.lm_head, out, labels, logits_to_keep, num_items_in_batch), return_dict, self.config)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
@@ -426,8 +382,35 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} does not apply: fast-weight models keep a "
                 "fixed-size state; leave it unset"
             )
+        packed = [name for name in MARKS if name != "position_ids" and model_kwargs.get(name) is not None]
+        if packed:
+            raise RefineError(
+                f"generate() continues a row's last document and cannot take {packed[0]}, which covers the prompt alone; pass "
+                "position_ids that begin again, or the last document by itself"
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FastWeightCache()
+
+
+def _with_logits(
+    head: nn.Module, out: FastWeightModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor, divisor: int | Tensor | None
+) -> FastWeightCausalLMOutput:
+    """What a causal model returns, made of what its trunk did."""
+    h = out.last_hidden_state
+    assert h is not None
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = head(h if labels is not None else h[:, kept])
+    if labels is not None and out.document_starts is not None:
+        labels = labels.masked_fill(out.document_starts.to(labels.device), -100)
+    return FastWeightCausalLMOutput(
+        loss=None if labels is None else _next_token_loss(logits, labels, divisor),
+        logits=logits if labels is None else logits[:, kept],
+        past_key_values=out.past_key_values,
+        hidden_states=out.hidden_states,
+        last_hidden_state=h,
+        snapshots=out.snapshots,
+        states=out.states,
+    )
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
@@ -23,21 +30,34 @@ SHARED_TOKENS = 128  # a shorter common prefix is not worth a pass of its own
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen: greedy, or sampled at `temperature` among the `top_k` likeliest (0: all)."""
+    """Tokens are chosen greedily, or sampled: at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest
+    whose probabilities reach `top_p`; in that order and with the same ties as transformers' `generate`."""
 
     greedy: bool = True
     temperature: float = 1.0
     top_k: int = 0
     seed: int = 0
+    top_p: float = 1.0
+
+    def warpers(self) -> LogitsProcessorList:
+        """Transformers' own filters of logits. ValueError for a setting that they refuse."""
+        found = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else [])
+        if self.top_k != 0:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        return found
 
 
 @dataclass(frozen=True)
 class Request:
-    """key: its place among the requests. ids: the prompt's tokens. budget: tokens to generate at the most."""
+    """key: its place among the requests. ids: the prompt's tokens. budget: tokens to generate at the most. stop: told the tokens so far,
+    whether they end the answer, as an end token would (stop strings)."""
 
     key: int
     ids: list[int]
     budget: int
+    stop: Callable[[list[int]], bool] | None = None
 
 
 @torch.no_grad()
@@ -67,7 +87,7 @@ def decode(
     model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
     keep_rows: bool = False,
 ) -> list[list[int]]:  # fmt: skip
-    """Continue each row until an end token or its budget; returns the tokens without the end token.
+    """Continue each row until an end token, what its request stops at, or its budget; returns the tokens without the end token.
 
     Finished rows leave the batch, unless `keep_rows` (rows that have weights of their own must stay in place). Sampling is seeded by
     request, so an answer does not depend on what it was batched with.
@@ -75,45 +95,49 @@ def decode(
     outputs: list[list[int]] = [[] for _ in requests]
     generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + r.key) for r in requests]
     rows = list(range(len(requests)))  # row of the batch -> request
+    going = [j for j in rows if requests[j].budget > 0]  # rows of the batch
     cache = cache.copy()  # the caller's stays as it is
     while True:
         tokens = choose(model.lm_head(hidden).float(), [generators[i] for i in rows], decoding)
-        open_rows = [j for j, i in enumerate(rows) if _going(outputs[i], requests[i].budget, eos)]
-        for j in open_rows:
+        for j in going:
             outputs[rows[j]].append(tokens[j])
-        going = [j for j in open_rows if _going(outputs[rows[j]], requests[rows[j]].budget, eos)]
+        going = [j for j in going if not _ended(outputs[rows[j]], requests[rows[j]], eos)]
         if not going:
             break
         if len(going) < len(rows) and not keep_rows:
             index = torch.tensor(going, device=hidden.device)
             cache, tokens, rows = cache.index(index), [tokens[j] for j in going], [rows[j] for j in going]
+            going = list(range(len(rows)))
         step = torch.tensor(tokens, device=hidden.device)[:, None]
         out = model.model(step, past_key_values=cache, use_cache=True)
         hidden, cache = out.last_hidden_state[:, 0], out.past_key_values
     return [o[:-1] if o and o[-1] in eos else o for o in outputs]
 
 
-def _going(tokens: list[int], budget: int, eos: set[int]) -> bool:
-    return len(tokens) < budget and not (tokens and tokens[-1] in eos)
+def _ended(tokens: list[int], request: Request, eos: set[int]) -> bool:
+    return len(tokens) >= request.budget or tokens[-1] in eos or (request.stop is not None and request.stop(tokens))
 
 
 def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Decoding) -> list[int]:
     """One token a row from logits [B, V]."""
     if decoding.greedy:
         return logits.argmax(-1).tolist()
-    logits = logits / decoding.temperature
-    if 0 < decoding.top_k < logits.shape[-1]:
-        least = logits.topk(decoding.top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    p = logits.softmax(-1).cpu()
+    p = probabilities(logits, decoding).cpu()
     return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(p, generators, strict=True)]
 
 
-def end_tokens(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
+    """Compute what `choose` samples from [B, V]: the softmax of the logits that the settings leave."""
+    no_tokens: Any = None  # these filters look at logits alone
+    return decoding.warpers()(no_tokens, logits).softmax(-1)
+
+
+def end_tokens(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
     """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
     eos = model.generation_config.eos_token_id
     tokens = set(eos) if isinstance(eos, list) else {eos}
-    return {int(t) for t in (*tokens, tokenizer.eos_token_id) if t is not None}
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return {int(t) for t in (*tokens, own) if t is not None}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -24,14 +24,19 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.cache_utils import Cache
+from transformers.utils import TransformersKwargs
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModelOutput, check_rows
+from refine_nsp.models.blocks import Branches, FastWeightForCausalLM, FastWeightModel
 from refine_nsp.models.by_reference import EXACT_KINDS, RECURRENT_KINDS, kinds_of
+from refine_nsp.models.edge import one_input, read
 from refine_nsp.models.keeping import ByReference, ByTokens, Keeping, StatesOfPass
+from refine_nsp.models.keywords import refuse_misspelt, refuse_unknown
 from refine_nsp.models.layer_kernels import decide_at_each_call
-from refine_nsp.models.padding import alignment, columns_to_tokens, snapshot_tokens
+from refine_nsp.models.marks import MARKS, is_packed
+from refine_nsp.models.outputs import FastWeightModelOutput, as_asked
+from refine_nsp.models.padding import Alignment, columns_to_tokens
+from refine_nsp.models.plain_calls import argument_names, keeps_its_own, packed_signature, refuse_extra_losses
 from refine_nsp.models.state import FastWeightCache, LayerState
 
 HOUSE_ARGUMENTS = ("lengths", "snapshot_positions", "output_states")
@@ -92,22 +97,31 @@ class StatefulTrunk:
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
         output_hidden_states: bool | None = None,
-        **ignored: Any,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> FastWeightModelOutput:
         """As `FastWeightModel.forward`. The hidden states are scaled so that `lm_head` alone makes logits of them."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise RefineError("pass either input_ids or inputs_embeds")
+        marks = {name: kwargs.pop(name, None) for name in (*MARKS, "cache_position")}
+        refuse_unknown(FastWeightModel.forward, kwargs)
         if output_hidden_states:
             raise RefineError(
                 f"{self.label} gives its layers' hidden states only when asked without states; leave out lengths and such"
             )
-        x = input_ids if input_ids is not None else inputs_embeds
-        assert x is not None
+        x = one_input(input_ids, inputs_embeds)
+        out = read(
+            self, x, marks, attention_mask, lengths, past_key_values, use_cache, snapshot_positions, output_states, None
+        )  # fmt: skip
+        return as_asked(out, return_dict, self.config)
+
+    def run_rows(
+        self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
+        output_states: bool, output_hidden_states: bool,
+    ) -> FastWeightModelOutput:  # fmt: skip
+        """As `edge.Trunk.run_rows`."""
         B, T = x.shape[:2]
-        use_cache = use_cache if use_cache is not None else (self.config.use_cache and not self.training)
-        aligned = alignment(attention_mask, lengths, T)
-        tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
-        past = self._past(past_key_values, B, bool(use_cache))
+        before = None
+        if past is not None and past.is_initialized:
+            before = past if past.batch_size == B else past.expand(B // past.batch_size)
         if aligned is not None and aligned.order is not None:
             x = aligned.align(x) if x.ndim == 3 else aligned.align(x[..., None])[..., 0]
         ends = (torch.full((B,), T) if aligned is None else aligned.lengths)[:, None] - 1
@@ -115,29 +129,23 @@ class StatefulTrunk:
         wanted = [w for w in (tokens, ends if use_cache else None) if w is not None]
         snapshots = states = None
         if output_states:
-            hidden, kept = self.keeping.run_keeping(x, past)
+            hidden, kept = self.keeping.run_keeping(x, before)
             states = InputStates(kept, columns_to_tokens(aligned, T))
             taken = kept.at(torch.cat(wanted, 1)) if wanted else None
         else:
-            hidden, taken = self.keeping.run(x, past, torch.cat(wanted, 1) if wanted else None)
+            hidden, taken = self.keeping.run(x, before, torch.cat(wanted, 1) if wanted else None)
+        after = before
         if taken is not None:
-            snapshots, past = self._parted(taken, B, tokens, past_key_values, bool(use_cache), T)
+            snapshots, after = self._parted(taken, B, tokens, past, use_cache, T)
         if self.head_factor != 1.0:
             hidden = hidden * self.head_factor
         hidden = hidden if aligned is None else aligned.restore(hidden)
         return FastWeightModelOutput(
             last_hidden_state=hidden,
-            past_key_values=past,
+            past_key_values=after,
             snapshots=snapshots,
             states=states,  # type: ignore[arg-type]
         )
-
-    def _past(self, past: FastWeightCache | None, n_rows: int, use_cache: bool) -> FastWeightCache | None:
-        """States to go on from, of `n_rows` rows; None: none yet."""
-        if past is None or not past.is_initialized:
-            return None
-        check_rows(past, n_rows, use_cache)
-        return past if past.batch_size == n_rows else past.expand(n_rows // past.batch_size)
 
     @staticmethod
     def _parted(
@@ -199,13 +207,16 @@ class StatefulTrunk:
 def trunk_class(plain: Any) -> Any:
     """The class of a trunk, answering the calls of this package too."""
 
+    names = argument_names(plain)
+
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        past = kwargs.get("past_key_values")
-        if self.plainly or (isinstance(past, Cache) and not isinstance(past, FastWeightCache)):
-            return plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        return self.read(*args, **kwargs)
+        kwargs |= dict(zip(names, args, strict=False))
+        if self.plainly or keeps_its_own(kwargs.get("past_key_values"), kwargs):
+            return plain.forward(self, **kwargs)  # type: ignore[attr-defined]
+        return self.read(**kwargs)
 
+    forward.__signature__ = packed_signature(plain)  # type: ignore[attr-defined]
     return type(plain.__name__, (StatefulTrunk, plain), _names(plain) | {"forward": forward})
 
 
@@ -217,15 +228,24 @@ def causal_class(plain: Any) -> Any:
         plain.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
         _install(self)
 
+    names = argument_names(plain)
+    known = {*names, *TransformersKwargs.__annotations__, *HOUSE_ARGUMENTS, *MARKS, "step"}
+
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, step: Any = None, **kwargs: Any) -> Any:
         if step is not None:
             return step(self)
+        kwargs |= dict(zip(names, args, strict=False))
+        packed, past = is_packed(kwargs), kwargs.get("past_key_values")
         asked = any(kwargs.get(name) is not None and kwargs.get(name) is not False for name in HOUSE_ARGUMENTS)
-        if asked or isinstance(kwargs.get("past_key_values"), FastWeightCache):
-            return FastWeightForCausalLM.forward(self, *args, **kwargs)
+        if asked or isinstance(past, FastWeightCache) or (packed and not keeps_its_own(past, kwargs)):
+            refuse_extra_losses(self, kwargs)
+            return FastWeightForCausalLM.forward(self, **kwargs)
+        refuse_misspelt(known, kwargs)
         with self.model.as_it_is():
-            return plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return plain.forward(self, **kwargs)  # type: ignore[attr-defined]
+
+    forward.__signature__ = packed_signature(plain)  # type: ignore[attr-defined]
 
     def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         # `save_pretrained` may write other names than the model's (experts one by one); resuming reads them back by name alone,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError, closest, first_line
-from refine_nsp.models.adapters import Adapter, attach, find_adapter
+from refine_nsp.models.adapters import Adapter, attach, find_adapter, merged
 from refine_nsp.models.families import FAMILIES, register
 from refine_nsp.models.hybrid import check, class_for
+from refine_nsp.models.names import renaming, some
 from refine_nsp.ops.memory import part
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -66,7 +70,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         check_choice("dtype", dtype, DTYPES)
     where = resolve(name_or_path)
     if adapters_of(where, kwargs.get("revision")):
-        model = load_adapter(where, dtype, **kwargs).merge_and_unload().requires_grad_(True)  # PEFT had frozen it
+        model = merged(load_adapter(where, dtype, **kwargs))
         model.name_or_path = where  # an adapter that is put on it next belongs on this, not on the base
         _check_numbers(where, model)
         return model.eval()
@@ -78,13 +82,26 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     model_class: Any = AutoModelForCausalLM if ours else class_for(config)
     if not ours and model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # of a model of several kinds of input
-    try:
-        with part("loading"):
-            # Shapes that differ are let through to be named below with all else that differs.
-            model, names = model_class.from_pretrained(
+
+    def read(**more: Any) -> tuple[Any, Mapping[str, Collection[Any]]]:
+        # Shapes that differ are let through to be named below with all else that differs.
+        with part("loading"), _without_reports():
+            return model_class.from_pretrained(  # type: ignore[no-any-return]
                 where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
+                output_loading_info=True, ignore_mismatched_sizes=True, **more, **kwargs,
             )  # fmt: skip
+
+    try:
+        model, names = read()
+        if names["unexpected_keys"] and names["missing_keys"]:
+            added, patterns = renaming(where, sorted(names["unexpected_keys"]))
+            unwrapped = read(key_mapping=patterns) if patterns else (model, names)
+            if patterns and not any(unwrapped[1].values()):
+                model, names = unwrapped
+                _forget(model, patterns)
+                warnings.warn(
+                    f"the weights of {where} were saved through a wrapper: {added} is left out of their names", stacklevel=2
+                )
     except RefineError:
         raise
     except Exception as error:  # transformers', safetensors' and torch's own kinds, for every way a file can be broken
@@ -95,6 +112,22 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     if not ours:
         check(model)
     return model.eval()
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Transformers' tables of names, of many lines, are not shown: what is wrong with names is an error here, in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _forget(model: Any, patterns: Mapping[str, str]) -> None:
+    """See that the model is saved under its own names: transformers would put back what it left out when it loaded them."""
+    model._weight_conversions = [c for c in model._weight_conversions if c.target_patterns != [""] or not patterns]
 
 
 def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
@@ -171,15 +204,9 @@ def _check_tokens(where: str, model: Any) -> None:
 
 def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
     """RefineError unless a checkpoint has the model's parameters, all of them and no others."""
-    problems = [
-        f"{len(found[kind])} {what}: {', '.join(sorted(key if isinstance(key, str) else str(key[0]) for key in found[kind]))}"
-        for kind, what in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "unknown to the model"),
-            ("mismatched_keys", "of another shape"),
-        )
-        if found[kind]
-    ]
+    kinds = {"missing_keys": "missing", "unexpected_keys": "unknown to the model", "mismatched_keys": "of another shape"}
+    named = {what: sorted(key if isinstance(key, str) else str(key[0]) for key in found[kind]) for kind, what in kinds.items()}
+    problems = [f"{len(keys):,} {what}: {some(keys)}" for what, keys in named.items() if keys]
     if problems:
         raise RefineError(
             f"the weights of {where} are not those of its config.json: {'; '.join(problems)}; expected the files that belong together "

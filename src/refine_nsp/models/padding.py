@@ -21,6 +21,11 @@ class Alignment:
     def align(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D], real tokens first
         return x if self.order is None else _gather(x, self.order)
 
+    def real(self, n_tokens: int) -> Tensor:
+        """[B, T] bool, true in the input columns of real tokens."""
+        slots = torch.arange(n_tokens) if self.slot is None else self.slot
+        return slots < self.lengths[:, None]
+
     def restore(self, x: Tensor) -> Tensor:  # the inverse; outputs at pads are finite and meaningless
         return x if self.slot is None else _gather(x, self.slot)
 
@@ -29,20 +34,26 @@ def _gather(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(1, columns.to(x.device, non_blocking=True)[..., None].expand_as(x))
 
 
-def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Alignment | None:
+def alignment(mask: Tensor | None, lengths: Tensor | None, n_rows: int, n_tokens: int) -> Alignment | None:
     """Alignment for a 0/1 mask [B, >= T] (its last T columns count) or lengths [B]; None when every token is real."""
     if mask is not None and lengths is not None:
         raise RefineError("got both attention_mask and lengths; pass one of them")
     if lengths is not None:
-        lengths = lengths.cpu()
-        if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
-            raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
-        return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
+        return _by_lengths(lengths, n_rows, n_tokens)
     if mask is None:
         return None
-    if mask.ndim != 2 or mask.shape[1] < n_tokens:
-        raise RefineError(f"attention_mask must be [B, T] (or [B, past + T]) of 0 and 1, got shape {tuple(mask.shape)}")
-    real = (mask[:, -n_tokens:] != 0).cpu()
+    if mask.ndim != 2 or mask.shape[0] != n_rows or mask.shape[1] < n_tokens:
+        raise RefineError(
+            f"attention_mask must be [B, T] = [{n_rows}, {n_tokens}] (or [B, past + T]) of 0 and 1, got shape {tuple(mask.shape)}"
+        )
+    last = mask[:, -n_tokens:].cpu()
+    real = last != 0
+    if bool((real & (last != 1)).any()):
+        odd = last[real & (last != 1)][0].item()
+        raise RefineError(
+            f"attention_mask must hold 1 for real tokens and 0 for pads, got {odd:g}; where it numbers packed documents, pass the numbers "
+            "as seq_idx; where it is added to attention scores, pass the mask of 0 and 1 that it was made from"
+        )
     if bool(real.all()):
         return None
     lengths = real.sum(1)
@@ -53,12 +64,20 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_tokens: int) -> Ali
     return Alignment(lengths, order, torch.argsort(order, dim=1))
 
 
+def _by_lengths(lengths: Tensor, n_rows: int, n_tokens: int) -> Alignment | None:
+    lengths = lengths.cpu()
+    if lengths.shape != (n_rows,):
+        raise RefineError(f"lengths must be [B] = [{n_rows}], got shape {tuple(lengths.shape)}")
+    if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
+        raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
+    return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
+
+
 def columns_to_tokens(aligned: Alignment | None, n_tokens: int) -> Tensor | None:
     """[B, T] long: index among the row's real tokens of each input column (for a pad: that of the real token before it)."""
     if aligned is None or aligned.slot is None:
         return None
-    real = aligned.slot < aligned.lengths[:, None]
-    return real.long().cumsum(1) - 1
+    return aligned.real(n_tokens).long().cumsum(1) - 1
 
 
 def snapshot_tokens(positions: Tensor | None, aligned: Alignment | None, n_rows: int, n_tokens: int) -> Tensor | None:

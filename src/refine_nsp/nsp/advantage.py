@@ -48,7 +48,8 @@ def compute_advantages(
     """(reward - baseline) / scale within groups, rewards [B, P, N] and valid [B, P] bool -> values [B, P, N], 0 where invalid.
 
     Groups: the P*N rollouts of a sequence (the paper, at N = 1) or the N of a position. Baseline: the group's mean, or the mean of
-    the others. Scale: the group's unbiased std + 1e-6, one std of all baselined rewards + 1e-6, or 1.
+    the others. Scale: the group's unbiased std + 1e-6, one std of all baselined rewards + 1e-6, or 1. A group of one has advantage 0;
+    as published, baseline 0 and std 1, so its advantage is its reward.
 
     Args:
         sum_over: adds a tensor up over all processes, where several learn from one step; the one std is then over the rewards of all.
@@ -63,13 +64,16 @@ def compute_advantages(
     centred = (r - mean) * mask
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     lowest, highest = r.masked_fill(~mask, torch.inf).amin(-1), r.masked_fill(~mask, -torch.inf).amax(-1)
-    spread = ((count[:, 0] > 1) & (highest > lowest))[:, None]
-    exists = count[:, 0] > 0
+    compared = ((count[:, 0] > 1) & (highest > lowest))[:, None]
+    exists, scale = count[:, 0] > 0, std
+    if config.published:
+        alone = count == 1
+        centred, scale, compared = torch.where(alone, r * mask, centred), std.masked_fill(alone, 1.0), compared | alone
 
     advantage = centred * (count / (count - 1).clamp(min=1)) if config.baseline == "leave_one_out" else centred
-    advantage = advantage * spread
+    advantage = advantage * compared
     if config.advantage_scale == "std":
-        advantage = advantage / (std + EPSILON)
+        advantage = advantage / (scale + EPSILON)
     elif config.advantage_scale == "global":
         sums = torch.stack([advantage.square().sum(), mask.sum().to(advantage.dtype)])
         squares, rollouts = sum_over(sums) if sum_over is not None else sums
@@ -78,5 +82,5 @@ def compute_advantages(
     return Advantages(
         advantage.reshape(B, P, N),
         (std[:, 0] * exists).sum() / groups,
-        (exists & ~spread[:, 0]).sum().to(r.dtype) / groups,
+        (exists & ~compared[:, 0]).sum().to(r.dtype) / groups,
     )

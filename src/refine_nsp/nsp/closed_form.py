@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import local_hidden
@@ -91,7 +92,7 @@ def learn_expected(
     )
     losses, stats = linear_next_sequence(
         hidden.flatten(0, 1),
-        model.lm_head.weight,
+        head_weight(model),
         next_tokens(batch),
         target_weights(batch, learning.ntp_normalizer, hidden.dtype),
         term,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
@@ -40,7 +41,7 @@ def context_divergence(model: FastWeightForCausalLM, batch: Batch, hidden: Tenso
     if batch.input_ids.shape[1] > first:
         local = local_hidden(model, batch, config.local_window, config.local_span)
         targets = F.pad(batch.input_ids[:, 1:], (0, 1))[:, first:]
-        d[:, first:] = _divergence(model.lm_head.weight, hidden[:, first:], local, targets, gain)
+        d[:, first:] = _divergence(head_weight(model), hidden[:, first:], local, targets, gain)
         # Without a target (or at a pad) there is nothing to gain.
         d.masked_fill_(~(batch.target_mask if gain else batch.real), 0.0)
     return d

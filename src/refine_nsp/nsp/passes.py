@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.segments import read_by_segments
 from refine_nsp.models.state import FastWeightCache
@@ -149,7 +150,7 @@ def next_token_loss(
 ) -> tuple[Tensor, TokenStats]:
     """Sum of cross-entropies over real targets / normalizer, and per-token statistics at every token [B*T]."""
     weights = target_weights(batch, normalizer, hidden.dtype)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, next_tokens(batch), weights)
+    return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)
 
 
 def next_tokens(batch: Batch) -> Tensor:

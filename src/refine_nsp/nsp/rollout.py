@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.generation import end_tokens
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.passes import Pass
 from refine_nsp.nsp.records import Prefixes, Sampled, inverse_cdf
@@ -17,10 +19,15 @@ from refine_nsp.nsp.selection import count_positions
 
 @torch.no_grad()
 def sample(forward: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
-    """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]."""
+    """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]; as published, none of them ends."""
     start = time.perf_counter()
     tokens, log_probs, hidden = sample_rollouts(
-        forward.model, prefixes.cache.detach(), prefixes.hidden.detach(), u.reshape(-1, u.shape[-1]), config.temperature
+        forward.model,
+        prefixes.cache.detach(),
+        prefixes.hidden.detach(),
+        u.reshape(-1, u.shape[-1]),
+        config.temperature,
+        never=end_tokens(forward.model) if config.published else (),
     )
     seconds = {"seconds_select": start - forward.finished, "seconds_rollout": time.perf_counter() - start}
     return Sampled(
@@ -35,7 +42,12 @@ def sample(forward: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> S
 
 @torch.no_grad()
 def sample_rollouts(
-    model: FastWeightForCausalLM, snapshots: FastWeightCache, hidden: Tensor, u: Tensor, temperature: float
+    model: FastWeightForCausalLM,
+    snapshots: FastWeightCache,
+    hidden: Tensor,
+    u: Tensor,
+    temperature: float,
+    never: Collection[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample K tokens for each row; the first comes from the prefix's own last hidden state.
 
@@ -45,10 +57,11 @@ def sample_rollouts(
         hidden: [B*P, D], final-norm output at each prefix's last token.
         u: [R, K] uniforms, neighbouring rows for one prefix.
         temperature: logits are divided by it.
+        never: tokens that are not drawn; the published code keeps EOS out so, and still takes log-probabilities of all tokens.
 
     Returns:
-        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution each was drawn from, nats; hidden states [R, K, D],
-        the final-norm output after consuming token j.
+        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution each was drawn from (with `never` in it), nats; hidden
+        states [R, K, D], the final-norm output after consuming token j.
     """
     N = u.shape[0] // hidden.shape[0]
     rows, hidden = model.model.branch(snapshots, N), hidden.repeat_interleave(N, 0)
@@ -57,7 +70,10 @@ def sample_rollouts(
     for j in range(u.shape[1]):
         logits = model.lm_head(hidden)
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-        token = inverse_cdf(log_p.exp(), u[:, j])
+        chances = log_p.exp()
+        for unwanted in never:
+            chances[:, unwanted] = 0
+        token = inverse_cdf(chances, u[:, j])
         hidden = rows.advance(token)
         tokens.append(token)
         log_probs.append(log_p.gather(-1, token[:, None])[:, 0])

@@ -68,10 +68,10 @@ def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
     `centred` averages the real tokens inside the window. `published` divides by the whole window, counting zeros beyond the edges
     and whatever stands at pads, as the original code does.
     """
-    if config.smoothing == "none":
+    if config.smoothed == "none":
         return entropy
     window = config.window
-    if config.smoothing == "published":
+    if config.smoothed == "published":
         return F.avg_pool1d(entropy[:, None], window, stride=1, padding=window // 2)[:, 0]
     real = batch.real.to(entropy.dtype)
     pooled = [F.avg_pool1d(x[:, None], window, stride=1, padding=window // 2)[:, 0] for x in (entropy * real, real)]
@@ -110,7 +110,8 @@ def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig)
 
     Args:
         u: [B, P] uniforms in [0, 1).
-        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`.
+        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`, `published`: then several chunks may have the same
+            position.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
     if int(count_positions(batch.lengths, config).sum()) < P * len(batch.sizes):
@@ -119,6 +120,9 @@ def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig)
     # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
     tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)
     chosen = DRAWS[config.drawn](tokenwise, allowed, u, config.tau)
+    if config.published:  # what is drawn outside the bounds is moved to the nearer one
+        first, last = (x[:, None].to(chosen.device, non_blocking=True) for x in bounds(batch.lengths, config))
+        chosen = chosen.clamp(first, last)
     return torch.where(allowed.any(-1), chosen, -1)
 
 
@@ -129,18 +133,37 @@ def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
     return torch.div(index, size[:, None], rounding_mode="floor").clamp(max=P - 1)
 
 
+def bounds(lengths: Tensor, config: NSPConfig) -> tuple[Tensor, Tensor]:
+    """First and last admissible position of each sequence, [B] each; there is none where the last comes before the first.
+
+    Ours: at least `min_prefix` tokens before t and K after it. Published: at least `min_prefix` tokens up to t and as many after it, of
+    which the second wins on a text that is too short for both.
+    """
+    if config.published:
+        last = lengths - 1 - config.min_prefix
+        return last.clamp(max=config.min_prefix - 1), last
+    return torch.full_like(lengths, config.min_prefix), lengths - 1 - config.rollout_length
+
+
 def admissible(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
-    """[B, T] bool: t with at least `min_prefix` tokens before it and K after it: min_prefix <= t and t + K <= length - 1."""
+    """[B, T] bool: where positions can be: from the first to the last of `bounds`."""
     t = torch.arange(n_tokens)
-    return (t >= config.min_prefix) & (t + config.rollout_length <= lengths[:, None] - 1)
+    first, last = bounds(lengths, config)
+    return (t >= first[:, None]) & (t <= last[:, None])
 
 
 def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
-    """[B, P, T] bool: the admissible tokens of each chunk."""
+    """[B, P, T] bool: the tokens of each chunk that its position is drawn from: the admissible ones.
+
+    Published: all of them, so long as the sequence has `config.shortest` tokens, and the remainder is in no chunk.
+    """
     P = config.positions_per_sequence
     chunk = chunk_of_tokens(lengths, n_tokens, P)
     inside = chunk[:, None] == torch.arange(P)[:, None]
-    return admissible(lengths, n_tokens, config)[:, None] & inside
+    if not config.published:
+        return admissible(lengths, n_tokens, config)[:, None] & inside
+    in_chunks = torch.where(lengths < config.shortest, 0, lengths - lengths % P)
+    return inside & (torch.arange(n_tokens) < in_chunks[:, None])[:, None]
 
 
 def count_positions(lengths: Tensor, config: NSPConfig) -> Tensor:

@@ -1,33 +1,240 @@
-"""From prompts and answers to tokens: where one ends and the other begins, and cutting what is too long."""
+"""The one place that makes tokens of prompts, contexts, answers and continuations, for training, test time, generation and evaluation.
+
+A prompt begins with what the tokenizer puts before a text (BOS, where it has one) exactly once, whether the tokenizer writes it or a chat
+template has, and nothing follows it: the EOS or separator that some tokenizers append would end a prompt before its answer. An answer is
+whole and has exactly one EOS behind it. Documents are no prompts: they keep all special tokens of their tokenizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.errors import RefineError
+from refine_nsp.errors import RefineError, first_line
 
 Pair = tuple[list[int], list[int]]  # context ids (at least one), continuation ids (at least one)
+Messages = Sequence[
+    Mapping[str, Any]
+]  # a conversation: role, content (text, or parts that are text), and what a template may read
+Prompt = str | Messages
+
+PROBE = "a"  # a text of which only its neighbours are of interest
+PLACEHOLDER = "<answer>"  # stands in a conversation where the answer will, to see what the template writes around it
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text alone, without special tokens around them."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: BOS for most, [CLS] for some, often none."""
+    whole, plain = list(tokenizer(PROBE)["input_ids"]), encode_text(tokenizer, PROBE)
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    raise RefineError(
+        f"the tokenizer makes {whole} of {PROBE!r} with special tokens and {plain} without, so which stand before a text is not to be seen"
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> list[int]:
+    """Tokens of what a model is to continue: a text, or a conversation by the tokenizer's chat template.
+
+    Args:
+        prompt: a text as it is, which may have been written by a chat template already; or messages (see `render`).
+        template: what the chat template is given besides (`tools`, `enable_thinking`, ...).
+
+    Raises:
+        RefineError: messages that are none, or that the template refuses; a tokenizer without a template.
+    """
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, **template)
+    ids, leading = encode_text(tokenizer, text), leading_tokens(tokenizer)
+    return ids if ids[: len(leading)] == leading else [*leading, *ids]
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Pair:
-    """Tokens of the context, and those that `context + continuation` adds, trailing spaces of the context moved over (as in lm-eval)."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
+    """Tokens of the context, and those that `context + continuation` adds, trailing spaces of the context moved over (as in lm-eval).
+
+    A continuation that merges into the context's last token would have none: it is encoded by itself.
+
+    Raises:
+        RefineError: a continuation without any token; an empty context, and a tokenizer without BOS and EOS.
+    """
+    if (spaces := len(context) - len(context.rstrip())) > 0:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    if not context:
-        return [start_token(tokenizer)], tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    before, both = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]
-    return before, both[len(before) :]
+    before, ids = encode_prompt(tokenizer, context) if context else [], encode_text(tokenizer, continuation)
+    if not before:
+        before = [start_token(tokenizer)]
+        ids = ids[1:] if ids[:1] == before else ids  # a continuation may bring the start token along
+    else:
+        ids = encode_prompt(tokenizer, context + continuation)[len(before) :] or ids
+    if not ids:
+        raise RefineError(f"the continuation {continuation[:60]!r} has no token; expected some text")
+    return before, ids
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str | Mapping[str, Any], **template: Any) -> Pair:
+    """Tokens of the prompt as `encode_prompt` makes them, and of the whole answer behind it, with exactly one EOS at its end.
+
+    White space at the prompt's end that merges with the answer is the answer's. Behind a conversation, the answer is the assistant's turn
+    with what the chat template writes around it: the end of a turn, then EOS if that is another token.
+
+    Args:
+        answer: a text, just as it follows the prompt's; or, behind messages, the assistant's message too.
+        template: see `encode_prompt`.
+
+    Raises:
+        RefineError: no EOS, an answer without any token, or what `encode_prompt` refuses.
+    """
+    if (eos := tokenizer.eos_token_id) is None:
+        raise RefineError("the tokenizer has no EOS token, so where an answer ends cannot be said; set tokenizer.eos_token")
+    if isinstance(prompt, str):
+        if not isinstance(answer, str):
+            raise RefineError("the answer is a message and the prompt a text; expected messages for both, or text for both")
+        text = prompt
+    else:
+        text = render(tokenizer, prompt, **template)
+        answer = _turn(tokenizer, text, prompt, answer, template)
+    prompt_ids, ids = _behind(tokenizer, text, answer)
+    while ids and ids[-1] == eos:
+        ids = ids[:-1]
+    if not ids:
+        raise RefineError(f"the answer {answer[:60]!r} has no token; expected some text")
+    return prompt_ids, [*ids, int(eos)]
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, text: str, answer: str) -> Pair:
+    """Tokens of a text and of the answer in its place behind it; by itself, where it merges with more than white space."""
+    before, both = encode_prompt(tokenizer, text), encode_prompt(tokenizer, text + answer)
+    if both[: len(before)] != before and text != text.rstrip():
+        bare = encode_prompt(tokenizer, text.rstrip())
+        if both[: len(bare)] == bare:
+            shared = next((i for i, (a, b) in enumerate(zip(before, both, strict=False)) if a != b), len(both))
+            return both[:shared], both[shared:]
+    if both[: len(before)] == before and len(both) > len(before):
+        return before, both[len(before) :]
+    return before, encode_text(tokenizer, answer)
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before an empty context: BOS, or EOS. RefineError when the tokenizer has neither."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    """What stands before an empty context: BOS, EOS, or what the tokenizer begins texts with. RefineError when it has none of them."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *leading_tokens(tokenizer)):
         if token is not None:
             return int(token)
     raise RefineError("the tokenizer has neither BOS nor EOS, so nothing can stand before an empty context")
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def as_messages(value: Any) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it: content as text, keys without a value left out (columns of files fill them with None).
+
+    Args:
+        value: messages of `role` and `content`, or ShareGPT's `from` and `value`. Content may be a list of parts, if all are text.
+
+    Raises:
+        RefineError: no messages, or one that is not text.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise RefineError(f"expected a list of messages, got {_shown(value)}")
+    return [_message(message, i) for i, message in enumerate(value)]
+
+
+def _message(message: Any, place: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RefineError(f"message {place} is {_shown(message)}; expected a mapping of role and content")
+    known = _filled(message)
+    role = known.pop("role", None) or ROLES.get(str(message.get("from")), known.get("from"))
+    content = known.pop("content", None) if "content" in known else known.pop("value", None)
+    known.pop("from", None)
+    if not isinstance(role, str) or not role:
+        raise RefineError(f"message {place} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
+    if content is None and "tool_calls" in known:
+        return {"role": role, **known}
+    return {"role": role, "content": _content(content, place), **known}
+
+
+def _content(content: Any, place: int) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise RefineError(f"the content of message {place} is {_shown(content)}; expected text")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            raise RefineError(f"the content of message {place} has a part that is {kind or _shown(part)}; expected text only")
+    return "".join(part["text"] for part in content)
+
+
+def _filled(value: Any) -> Any:
+    """The value without keys that hold None, which a file's columns give to every row when one row has them."""
+    if isinstance(value, Mapping):
+        return {key: _filled(v) for key, v in value.items() if v is not None}
+    return [_filled(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.60} ({type(value).__name__})"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -> str:
+    """The text of a conversation by the tokenizer's chat template.
+
+    Behind a user's turn the assistant's is begun; an assistant's turn at the end is left open, to be continued (as TRL and lm-eval do).
+
+    Raises:
+        RefineError: no template, messages that are none, or that the template refuses.
+    """
+    known = as_messages(messages)
+    if not tokenizer.chat_template:
+        raise RefineError(
+            "these are messages, and the tokenizer has no chat template; set tokenizer.chat_template and save it, or write prompts as text"
+        )
+    left_open = known[-1]["role"] == "assistant"
+    return _apply(tokenizer, known, template, add_generation_prompt=not left_open, continue_final_message=left_open)
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, Any], **how: Any) -> str:
+    options = {key: _filled(value) for key, value in template.items() if value is not None}
+    try:
+        if isinstance(options.get("tools"), str):  # as TRL takes them from a column
+            options["tools"] = json.loads(options["tools"])
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **how))
+    except Exception as error:  # jinja's kinds, and whatever a template's own code raises
+        raise RefineError(f"the tokenizer's chat template does not take these messages: {first_line(error)}") from error
+
+
+def _turn(
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt: Messages, answer: str | Mapping[str, Any], template: Mapping[str, Any]
+) -> str:
+    """What follows the text of a prompt: the answer, and what the template writes around it in the assistant's turn."""
+    known = as_messages(prompt)
+    message = {"role": "assistant", "content": answer} if isinstance(answer, str) else as_messages([answer])[0]
+    words = message.get("content", "")
+    if not words.strip():
+        raise RefineError("the assistant's turn has no text; expected an answer")
+    begun = known.pop()["content"] if known[-1]["role"] == "assistant" else ""
+    turns = [[*known, {**message, "content": begun + content}] for content in (PLACEHOLDER, words)]
+    around, whole = (_apply(tokenizer, turn, template) for turn in turns)
+    head, found, end = around.partition(PLACEHOLDER)
+    written = whole[len(head) : len(whole) - len(end)] if whole.startswith(head) and whole.endswith(end) else ""
+    if not found or words.strip() not in written:
+        return words
+    lead = head[len(text) :] if head.startswith(text) else ""
+    return f"{lead}{written}{end.rstrip()}"
+
+
+# --- lengths and keys -------------------------------------------------------------------------------------------------
 
 
 def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
@@ -42,3 +249,16 @@ def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
         raise RefineError(f"a prompt of {len(ids)} tokens cannot be cut to {limit}: its end alone, which is kept, has {tail}")
     end = max(limit // 2, tail)
     return [*ids[: limit - end], *ids[len(ids) - end :]]
+
+
+def content_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what a tokenizer does, by which tokens are kept in a cache. (Pickled, it differs once it has been used.)"""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # those written in Python have none
+    files = (
+        [] if backend is not None else [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.init_kwargs.items()))]
+    )
+    parts = [
+        type(tokenizer).__name__, backend.to_str() if backend is not None else files, tokenizer(PROBE)["input_ids"],
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,80 +1,279 @@
-"""Examples to be answered, and ready-made prompt files: one record for RULER, LongBench and a user's own."""
+"""Prompts with answers as files hold them, one record for RULER, LongBench and a user's own: a row is a prompt and what answers it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from refine_nsp.errors import RefineError
 from refine_nsp.files import expecting
+from refine_nsp.prompts.encoding import Prompt, as_messages
 from refine_nsp.text.reading import read_documents
 
-PROMPT_COLUMNS = ("prompt", "input")
-ANSWER_COLUMNS = ("answers", "answer", "outputs", "output")
+PROMPT_COLUMNS = ("prompt", "input", "messages", "conversations")
+ANSWER_COLUMNS = ("answers", "answer", "outputs", "output", "completion")
+CONVERSATIONS = ("messages", "conversations")  # their last turn may be the answer
+HALVES = ("instruction", "context")  # other columns that a prompt called `input` is only a part of
+BESIDE = (*ANSWER_COLUMNS, *HALVES, "chat_template_kwargs", "tools")
+NAMING = ("id", "_id", "index", "task", "max_gen_tokens", "max_seq_length", "prompt_length")
 
 
 @dataclass(frozen=True)
 class Example:
     """A prompt with its references (any is right, or all are asked for: the task's metric decides).
 
-    budget: tokens that may be generated. meta: what a table or a plot may group by (length, depth, ...).
+    budget: tokens that may be generated. meta: what a table or a plot may group by (length, depth, ...). template: what a chat template is
+    given besides messages. where: the file and row, for errors.
     """
 
     id: str
-    prompt: str
+    prompt: Prompt
     references: list[str]
     budget: int
     meta: dict[str, Any] = field(default_factory=dict)
+    template: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A row of a file of prompts.
+
+    Attributes:
+        prompt: a text, or messages.
+        answers: of which any is right, as text or as the assistant's message.
+        verbatim: whether the answer follows the prompt just as it is, without a space put between.
+        template: what a chat template is given besides messages.
+    """
+
+    prompt: Prompt
+    answers: list[str | Mapping[str, Any]]
+    verbatim: bool
+    template: dict[str, Any]
+
+    @property
+    def references(self) -> list[str]:
+        """The answers' text."""
+        return [a if isinstance(a, str) else str(a["content"]) for a in self.answers]
+
+
+@contextmanager
+def in_row(where: str) -> Iterator[None]:
+    """Say in a RefineError which file and row it is about."""
+    try:
+        yield
+    except RefineError as error:
+        raise RefineError(f"{where}: {error}" if where and not str(error).startswith(where) else str(error)) from error
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[str, list[Example]]:
     """Ready-made prompts from a file, by the `task` column (or the file's name).
 
-    Columns: prompt; answers (or answer, outputs) as a string or a list; optional id or index, task, max_gen_tokens, max_seq_length.
+    Columns: those of `read_row`; optional id or index, task, max_gen_tokens, max_seq_length.
 
     Raises:
         RefineError: no prompt or answer column, an empty prompt, a row without answers.
     """
-    data = read_documents(name, PROMPT_COLUMNS, split=split)
-    prompt_column = next(c for c in PROMPT_COLUMNS if c in data.column_names)
-    answer_column = next((c for c in ANSWER_COLUMNS if c in data.column_names), None)
-    if answer_column is None:
-        raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {data.column_names}")
+    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING))
+    check_columns(name, data.column_names)
     examples: dict[str, list[Example]] = {}
     for i, row in enumerate(data):
-        references = as_answers(row[answer_column], f"{name}, row {i}")
-        if not str(row[prompt_column]).strip():
-            raise RefineError(f"{name}, row {i}: the prompt is empty")
+        where = f"{name}, row {i}"
+        asked = read_row(row, where)
         task = str(row.get("task") or Path(name).stem)
         meta = {k: row[k] for k in ("max_seq_length", "prompt_length") if row.get(k) is not None}
         if "max_seq_length" in meta:
             meta["length"] = meta.pop("max_seq_length")
-        name_of_row = row.get("id", row.get("_id", row.get("index", i)))
-        with expecting("a whole number in max_gen_tokens", f"{name}, row {i}"):
+        name_of_row = next((row[k] for k in NAMING[:3] if row.get(k) is not None), i)
+        with expecting("a whole number in max_gen_tokens", where):
             budget = int(row.get("max_gen_tokens") or default_budget)
-        example = Example(f"{task}/{name_of_row}", str(row[prompt_column]), references, budget, meta)
+        example = Example(f"{task}/{name_of_row}", asked.prompt, asked.references, budget, meta, asked.template, where)
         examples.setdefault(task, []).append(example)
     for task, of_task in examples.items():
         check_unique(task, of_task)
     return examples
 
 
+def check_columns(name: str, there: Sequence[str]) -> None:
+    """RefineError unless a file's columns can hold prompts and answers."""
+    whole = any(c in there for c in PROMPT_COLUMNS if c != "input")
+    if not whole and (other := [c for c in HALVES if c in there]):
+        raise RefineError(
+            f"{name} has the columns {', '.join(other)} and input, which are parts of a prompt; join them in a column prompt (or, for "
+            "the tasks whose files are laid out so, evaluate with --longbench, or --squad and --hotpotqa)"
+        )
+    if not any(c in there for c in (*ANSWER_COLUMNS, *CONVERSATIONS)):
+        raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {list(there)}")
+
+
+def read_row(row: Mapping[str, Any], where: str) -> PromptRow:
+    """A row's prompt and answers.
+
+    The prompt: `prompt` (or `input`), a text or messages; or `messages` (`conversations`), whose last turn is the answer if it is the
+    assistant's. The answers: one or a list, of which any is right, in `answers`, `answer`, `outputs` or `output`; or `completion`, as TRL
+    has it: a text that follows as it is, or the assistant's message. `tools` and `chat_template_kwargs` are the chat template's.
+
+    Raises:
+        RefineError: no or an empty prompt, no answer, or what is neither text nor messages, with `where` it is.
+    """
+    with in_row(where):
+        template = _template(row)
+        named = next((c for c in ANSWER_COLUMNS if not _missing(row.get(c))), None)
+        column = _prompt_column(row, named is not None)
+        if column in CONVERSATIONS:
+            prompt, answers = _conversation(column, row[column], named)
+            if answers:
+                return PromptRow(_asked(prompt), [*answers], True, template)
+        else:
+            prompt = read_prompt(None if column is None else row[column])
+        if named == "completion":
+            return PromptRow(_asked(prompt), [_completion(row[named], prompt)], True, template)
+        return PromptRow(_asked(prompt), [*as_answers(None if named is None else row[named], where)], False, template)
+
+
+def _conversation(column: str, value: Any, named: str | None) -> tuple[Prompt, list[Mapping[str, Any]]]:
+    """A conversation, without the assistant's turn at its end, if that is the answer, and the answer then."""
+    messages = as_messages(list(value) if isinstance(value, np.ndarray) else value)
+    last = messages[-1]
+    if last["role"] != "assistant":
+        if named is None:
+            wanted = ", ".join(ANSWER_COLUMNS)
+            raise RefineError(
+                f"no answer: {column} ends with a turn of {last['role']}; expected the assistant's, or a column {wanted}"
+            )
+        return messages, []
+    if named is not None:
+        raise RefineError(f"{column} ends with the assistant's turn, and {named} holds an answer too; leave out one of them")
+    return messages[:-1], [_answered(last)]
+
+
+def _prompt_column(row: Mapping[str, Any], answered: bool) -> str | None:
+    """Where the prompt stands; a conversation counts first where nothing else answers the prompt."""
+    given = [c for c in PROMPT_COLUMNS if not _missing(row.get(c))]
+    if not answered and (conversations := [c for c in given if c in CONVERSATIONS]):
+        return conversations[0]
+    return given[0] if given else None
+
+
+def read_prompt(value: Any) -> Prompt:
+    """A prompt as it is, if it is text, or as messages. RefineError for another type."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise RefineError(f"the prompt is {value!r:.60}, a {type(value).__name__}; expected text, or a list of messages")
+    return as_messages(list(value)) if len(value) else ""
+
+
+def _asked(prompt: Prompt) -> Prompt:
+    said = prompt if isinstance(prompt, str) else "".join(str(m.get("content", "")) for m in prompt)
+    if not said.strip():
+        raise RefineError("the prompt is empty")
+    return prompt
+
+
+def _answered(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if message["role"] != "assistant":
+        raise RefineError(f"the answer is a turn of {message['role']}; expected the assistant's")
+    if not str(message.get("content", "")).strip():
+        raise RefineError("no answer: the assistant's turn has no text")
+    return message
+
+
+def _completion(value: Any, prompt: Prompt) -> str | Mapping[str, Any]:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(prompt, str) or not isinstance(value, list | tuple | np.ndarray):
+        raise RefineError(f"the completion is {value!r:.60}; expected text, or behind messages the assistant's message in a list")
+    messages = as_messages(list(value))
+    if len(messages) != 1:
+        raise RefineError(f"the completion has {len(messages)} messages; expected the assistant's turn alone")
+    return _answered(messages[0])
+
+
+def _template(row: Mapping[str, Any]) -> dict[str, Any]:
+    options = row.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, Mapping):
+        raise RefineError(f"chat_template_kwargs is {options!r:.60}; expected a mapping")
+    tools = row.get("tools")
+    return {**{k: v for k, v in (options or {}).items() if v is not None}, **({"tools": tools} if not _missing(tools) else {})}
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | Mapping | np.ndarray) and len(value) == 0)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
 def as_answers(value: Any, where: str) -> list[str]:
-    """A string, a list of strings, or SQuAD's {"text": [...]} as a list without repeats; RefineError when nothing is in it."""
-    if isinstance(value, Mapping):
-        value = value.get("text", [])
-    given = [value] if isinstance(value, str) else value or []
-    if not isinstance(given, list | tuple) or not all(
-        isinstance(a, str | int | float) or "text" in a for a in given if a is not None
-    ):
-        raise RefineError(f"{where}: the answer is {str(value)[:60]!r}; expected text, or a list of texts of which any is right")
-    answers = [str(a["text"] if isinstance(a, Mapping) else a) for a in given if a is not None]
-    kept = list(dict.fromkeys(a for a in answers if a.strip()))
-    if not kept:
+    """A text, a number, a list of them, or SQuAD's {"text": [...]} as a list without repeats; RefineError when nothing is in it."""
+    if not (kept := answers_in(value, where)):
         raise RefineError(f"{where}: no answer; every example needs at least one that is not empty")
     return kept
+
+
+def answers_in(value: Any, where: str) -> list[str]:
+    """Answers as `as_answers` reads them, none where there are none: nothing, an empty list, SQuAD's {"text": []}.
+
+    Raises:
+        RefineError: what is neither text nor a number, with `where` it is.
+    """
+    if isinstance(value, Mapping):
+        if "text" in value:
+            value = value["text"]
+        elif "value" in value:  # TriviaQA
+            value = [value["value"], *(value.get("aliases") or [])]
+        else:
+            raise _not_an_answer(value, where)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    given = value if isinstance(value, list | tuple) else [value]
+    texts = [_answer_text(a["text"] if isinstance(a, Mapping) and "text" in a else a, value, where) for a in given]
+    return list(dict.fromkeys(t for t in texts if t.strip()))
+
+
+def _answer_text(value: Any, whole: Any, where: str) -> str:
+    if value is None:
+        return ""
+    try:
+        return as_text(value)
+    except RefineError:
+        raise _not_an_answer(whole, where) from None
+
+
+def _not_an_answer(value: Any, where: str) -> RefineError:
+    return RefineError(
+        f"{where}: the answer is {str(value)[:60]!r}; expected text or a number, or a list of them of which any is right"
+    )
+
+
+def as_text(value: Any) -> str:
+    """A text as it is, or a number as text (2.0 as 2: a column with one fraction in it turns all its numbers into fractions).
+
+    Raises:
+        RefineError: anything else, truth values among it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Number):
+        raise RefineError(f"got {value!r:.60}, a {type(value).__name__}; expected text or a number")
+    if isinstance(value, float):
+        if math.isnan(value):  # how some libraries write that there is none
+            return ""
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    return str(value)
 
 
 def check_unique(task: str, examples: Sequence[Example]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import expecting
-from refine_nsp.prompts.examples import as_answers
+from refine_nsp.prompts.examples import ANSWER_COLUMNS, answers_in, as_answers
 from refine_nsp.text.reading import read_documents
 
 
@@ -33,17 +34,18 @@ class QASource:
     documents: list[str]
 
 
-Raw = tuple[str, str, list[str], list[str], str]  # id, question, answers, documents, article
+BESIDE = (*ANSWER_COLUMNS, "is_impossible", "context", "paragraphs", "title", "id", "_id")  # columns of rows, besides `question`
+Raw = tuple[str, str, list[str], list[str], str]  # id, question, answers (none where it has none), documents, article
 
 
 def read_qa(name: str, split: str = "validation") -> QASource:
     """Read questions from a file (json as published; jsonl, parquet rows) or a hub dataset.
 
     Rows have question, answers (or answer), and `context` (a paragraph; with `title` as its article), `paragraphs` (title, text) or
-    HotpotQA's `context` (titles and sentences).
+    HotpotQA's `context` (titles and sentences). Questions without an answer (SQuAD 2.0) are left out, with a warning that counts them.
 
     Raises:
-        RefineError: a file that is none of these, or a question without an answer.
+        RefineError: a file that is none of these, or without a question that has an answer.
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
@@ -52,14 +54,17 @@ def read_qa(name: str, split: str = "validation") -> QASource:
         except (ValueError, RecursionError) as error:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
     else:
-        loaded = read_documents(name, ("question",), split=split)
+        loaded = read_documents(name, ("question",), split=split, also=BESIDE)
     with expecting("SQuAD's or HotpotQA's own layout, or rows of question, answers and context", name):
-        raw = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
+        there = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
+        raw = [question for question in there if question is not None]
         for _, text, _, documents, _ in raw:
             if not all(isinstance(part, str) for part in (text, *documents)):
                 raise TypeError(f"the question or a document of {text!r} is not text")
     if not raw:
         raise RefineError(f"{name} holds no question that can be answered")
+    if len(raw) < len(there):
+        warnings.warn(f"{name}: {len(there) - len(raw)} of {len(there)} questions have no answer and are left out", stacklevel=2)
     index: dict[str, int] = {}
     articles: dict[str, dict[int, None]] = {}
     for _, _, _, documents, article in raw:
@@ -75,25 +80,42 @@ def read_qa(name: str, split: str = "validation") -> QASource:
     return QASource(questions, list(index))
 
 
-def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw]:
-    """SQuAD's own files, 1.1 and 2.0 (impossible questions are left out)."""
+def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw | None]:
+    """SQuAD's own files, 1.1 and 2.0; None for each question without an answer."""
     for article in articles:
         for paragraph in article["paragraphs"]:
             for q in paragraph["qas"]:
-                if not q.get("is_impossible", False):
-                    answers = as_answers(q["answers"], f"question {q['id']}")
+                if answers := _answers(q, f"question {q['id']}"):
                     yield str(q["id"]), q["question"], answers, [paragraph["context"]], str(article.get("title") or "")
+                else:
+                    yield None
 
 
-def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw]:
+def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw | None]:
+    """Rows of questions; None for each without an answer."""
     for i, row in enumerate(rows):
+        where = f"{name}, row {i}"
         if "question" not in row:
-            raise RefineError(f"{name}, row {i}: no question; it has {', '.join(row)}")
-        answers = as_answers(row.get("answers", row.get("answer")), f"{name}, row {i}")
-        documents = _documents_of(row, f"{name}, row {i}")
-        # One paragraph a question, as in SQuAD: others with the same title are its neighbours.
-        article = str(row.get("title") or "") if len(documents) == 1 else ""
-        yield str(row.get("id", row.get("_id", i))), row["question"], answers, documents, article
+            raise RefineError(f"{where}: no question; it has {', '.join(row)}")
+        if answers := _answers(row, where):
+            documents = _documents_of(row, where)
+            # One paragraph a question, as in SQuAD: others with the same title are its neighbours.
+            article = str(row.get("title") or "") if len(documents) == 1 else ""
+            yield str(row.get("id", row.get("_id", i))), row["question"], answers, documents, article
+        else:
+            yield None
+
+
+def _answers(row: Mapping[str, Any], where: str) -> list[str]:
+    """A question's answers, none where the data say that it has none. RefineError for blanks, or no word about answers at all."""
+    names = [name for name in ANSWER_COLUMNS if name in row]
+    if row.get("is_impossible"):
+        return []
+    if not names:
+        raise RefineError(f"{where}: no answer; expected a column answers or answer, got {', '.join(row)}")
+    value = next((row[name] for name in names if row[name] is not None), None)
+    given = value.get("text", value) if isinstance(value, Mapping) else value
+    return as_answers(value, where) if given or isinstance(given, int | float) else answers_in(value, where)
 
 
 def _documents_of(row: Mapping[str, Any], where: str) -> list[str]:

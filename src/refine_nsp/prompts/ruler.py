@@ -14,21 +14,22 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import resources
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.prompts.encoding import encode_prompt
+from refine_nsp.prompts.essays import essay_words as essay_words
 from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
-from refine_nsp.text.reading import read_documents
 
 Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
 Build = Callable[[int], Draft]  # with so many units of haystack; the same draws for every size
@@ -73,16 +74,19 @@ class Sources:
 
 def build_ruler(
     tasks: Sequence[str], lengths: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase, sources: Sources,
-    seed: int = 42, depths: Sequence[float] | None = None, num_proc: int | None = None,
+    seed: int = 42, depths: Sequence[float] | None = None, num_proc: int | None = None, left_out: dict[str, list[str]] | None = None,
 ) -> dict[str, list[Example]]:  # fmt: skip
-    """`samples` examples of every task and length (and depth, for needle tasks, when `depths` are given: shares 0..1).
+    """Build `samples` examples of every task and length (and depth, for needle tasks, when `depths` are given: shares 0..1).
+
+    What does not fit into a length is left out with a warning: a task's length, or single examples of it.
 
     Args:
-        lengths: prompt and generation budget together, in tokens of `tokenizer` (its special tokens counted).
+        lengths: prompt and generation budget together, in tokens of `tokenizer` (BOS counted, where it has one).
         num_proc: processes that build them; the result does not depend on it.
+        left_out: filled with what is left out, sentences by task.
 
     Raises:
-        RefineError: an unknown task, no source for a QA task, a length that cannot hold the task at all, a depth outside 0..1.
+        RefineError: an unknown task, no source for a QA task, lengths that cannot hold any task, a depth outside 0..1.
     """
     jobs: list[dict[str, Any]] = []
     for task in tasks:
@@ -104,25 +108,50 @@ def build_ruler(
         rows = list(Dataset.from_dict(table).map(one, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
     examples: dict[str, list[Example]] = {task: [] for task in tasks}
     for row in rows:
-        meta = json.loads(row["meta"])
-        examples[row["task"]].append(Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta))
+        if not row["problem"]:
+            meta = json.loads(row["meta"])
+            examples[row["task"]].append(Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta))
+    problems = _problems(jobs, rows)
+    if jobs and not any(examples.values()):
+        raise RefineError(next(iter(problems.values()))[0])
+    for sentence in (sentence for of_task in problems.values() for sentence in of_task):
+        warnings.warn(sentence, stacklevel=2)
+    if left_out is not None:
+        left_out |= problems
     return examples
 
 
+def _problems(jobs: Sequence[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Say by task, once for a length, what does not fit."""
+    by_length: dict[tuple[str, int], list[str]] = {}
+    for job, row in zip(jobs, rows, strict=True):
+        by_length.setdefault((job["task"], job["length"]), []).append(row["problem"])
+    said: dict[str, list[str]] = {}
+    for (task, _), found in by_length.items():
+        if there := [p for p in found if p]:
+            some = "" if len(there) == len(found) else f"; {len(there)} of {len(found)} prompts are left out"
+            said.setdefault(task, []).append(there[0] + some)
+    return said
+
+
 def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int) -> dict[str, Any]:
+    """Build one example; where it does not fit, `problem` says so and there is no prompt."""
     task, length, index, depth = job["task"], job["length"], job["index"], job["depth"]
     budget = BUDGETS[task]
     name = f"{task}-{length}-{index}" + (f"-{depth:g}" if depth is not None else "")
-    builder = _builder(task, length, index, depth, sources, f"{seed}-{name}", budget)
+    row = {"task": task, "id": f"{name}-seed{seed}", "budget": budget, "problem": ""}
 
     def tokens(draft: Draft) -> int:
-        return len(tokenizer(draft[0])["input_ids"])
+        return len(encode_prompt(tokenizer, draft[0]))
 
-    prompt, references, meta = fit(
-        builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
-    )
-    meta = {"length": length, "index": index, **meta}
-    return {"task": task, "id": name, "prompt": prompt, "references": references, "budget": budget, "meta": json.dumps(meta)}
+    builder = _builder(job, sources, f"{seed}-{name}", tokens)
+    try:
+        prompt, references, meta = fit(
+            builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
+        )
+    except DoesNotFitError as error:
+        return {**row, "prompt": "", "references": [], "meta": "{}", "problem": str(error)}
+    return {**row, "prompt": prompt, "references": references, "meta": json.dumps({"length": length, "index": index, **meta})}
 
 
 @dataclass(frozen=True)
@@ -132,17 +161,18 @@ class _Builder:
     largest: int | None = None
 
 
-def _builder(task: str, length: int, index: int, depth: float | None, sources: Sources, seed: str, budget: int) -> _Builder:
+def _builder(job: Mapping[str, Any], sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
+    task, length, index = job["task"], job["length"], job["index"]
     if task in NEEDLES:
         needles = NEEDLES[task]
         smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
-        return _Builder(partial(_needles, needles, sources.essays, depth, seed), smallest)
+        return _Builder(partial(_needles, needles, sources.essays, job["depth"], seed), smallest)
     if task == "vt":
-        return _Builder(partial(_variables, seed, length), VARIABLE_HOPS + 1)
+        return _Builder(partial(_variables, seed, _worked_chain(seed, length, tokens)), VARIABLE_HOPS + 1)
     if task == "cwe":
         return _Builder(partial(_common_words, seed, length), COMMON_WORDS + 1)
     if task == "fwe":
-        return _Builder(partial(_frequent_words, seed, length - budget), 32)
+        return _Builder(partial(_frequent_words, seed, length - BUDGETS[task]), 32)
     source = sources.qa[task]
     question = source.questions[index % len(source.questions)]
     if index >= len(source.questions):
@@ -150,16 +180,20 @@ def _builder(task: str, length: int, index: int, depth: float | None, sources: S
     return _Builder(partial(_documents, source, question, seed), len(question.documents), len(source.documents))
 
 
+class DoesNotFitError(RefineError):
+    """A length that cannot hold even the smallest prompt of a task."""
+
+
 def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int, largest: int | None, what: str) -> Draft:
     """The draft with the most units whose tokens stay within `limit`.
 
     Raises:
-        RefineError: not even `smallest` units fit.
+        DoesNotFitError: not even `smallest` units fit.
     """
     draft = build(smallest)
     used = tokens(draft)
     if used > limit:
-        raise RefineError(
+        raise DoesNotFitError(
             f"{what} tokens: its smallest prompt takes {used} tokens, {limit} are left beside the answer; raise --lengths"
         )
     low, low_tokens, best = smallest, used, draft
@@ -270,10 +304,7 @@ def _distinct(rng: random.Random, kind: str, count: int) -> list[str]:
 @lru_cache(maxsize=1)
 def word_lists() -> tuple[list[str], list[str], list[str]]:
     """Nouns, adjectives and verbs of the `wonderwords` package, which the benchmark draws its keys from."""
-    try:
-        folder = resources.files("wonderwords.assets")
-    except ImportError as error:
-        raise RefineError("RULER's words come from `wonderwords`: pip install 'refine-nsp[eval]'") from error
+    folder = resources.files("wonderwords.assets")
     files = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
     nouns, adjectives, verbs = (
         sorted({w.strip() for w in (folder / f).read_text("utf-8").splitlines() if w.strip()}) for f in files
@@ -289,24 +320,41 @@ VARIABLE_PROMPT = (
     "that are assigned the value {value} in the text above. Answer: According to the chain(s) of variable assignment in the text "
     "above, {count} variables are assigned the value {value}, they are: "
 )
-EXAMPLE_LINES = 10  # of noise in the worked example: with its own chain about 500 tokens, as in the benchmark
+EXAMPLE_TOKENS = 500  # at most, of the worked example, as in the benchmark
 
 
-def _variables(seed: str, length: int, lines: int) -> Draft:
-    rng = random.Random(seed)
-    # The benchmark's worked example takes 500 tokens; in short prompts it is cut to keep its share.
-    example_lines = max(VARIABLE_HOPS + 1, min(EXAMPLE_LINES, EXAMPLE_LINES * length // 2048))
-    example, answer = variable_text(random.Random(f"{seed}-example"), example_lines, 3)
-    prompt, variables = variable_text(rng, lines, 5)
-    return f"{example} {' '.join(answer)}\n\n{prompt}", variables, {}
+def _variables(seed: str, example: str, lines: int) -> Draft:
+    prompt, variables = variable_text(random.Random(seed), lines, 5)
+    return f"{example}\n\n{prompt}", variables, {}
 
 
-def variable_text(rng: random.Random, lines: int, name_length: int) -> tuple[str, list[str]]:
+def _worked_chain(seed: str, length: int, tokens: Callable[[Draft], int]) -> str:
+    """Return the worked example and its answer: as much noise as 500 tokens hold, answer not counted.
+
+    In prompts of less than 2,000 tokens, which the benchmark does not fill, the example is cut to keep its share.
+    """
+
+    def build(lines: int) -> Draft:
+        return *variable_text(random.Random(f"{seed}-example"), lines, 3), {}
+
+    smallest = VARIABLE_HOPS + 1
+    try:
+        prompt, answer, _ = fit(build, tokens, min(EXAMPLE_TOKENS, length // 4), smallest, None, "vt's example")
+    except DoesNotFitError:
+        prompt, answer, _ = build(smallest)
+    return f"{prompt} {' '.join(answer)}"
+
+
+def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str = " ") -> tuple[str, list[str]]:
+    """Write a chain of variables into so many lines of noise and ask for it; the text, and the variables.
+
+    hop_end: what ends every statement but the first; the space is the benchmark's.
+    """
     names: dict[str, None] = {}
     while len(names) < VARIABLE_HOPS + 1:
         names["".join(rng.choices(string.ascii_uppercase, k=name_length))] = None
     chain, value = list(names), str(rng.randint(10000, 99999))
-    statements = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in pairwise(chain)]
+    statements = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}{hop_end}" for a, b in pairwise(chain)]
     text = [" ".join(NOISE)] * lines
     where = sorted(rng.sample(range(lines), len(statements)))
     for shift, (at, statement) in enumerate(zip(where, statements, strict=True)):
@@ -389,22 +437,3 @@ def _documents(source: QASource, question: Question, seed: str, count: int) -> D
     random.Random(f"{seed}-order").shuffle(chosen)
     context = "\n\n".join(f"Document {i}:\n{source.documents[d]}" for i, d in enumerate(chosen, 1))
     return QA_PROMPT.format(context=context, question=question.text), question.answers, {"documents": count}
-
-
-# --- essays -----------------------------------------------------------------------------------------------------------
-
-
-def essay_words(name: str | None, text_column: str = "text") -> list[str]:
-    """Words of the user's essays (a text, jsonl or parquet file, folder or hub name), or of Python's own reference documentation.
-
-    That default, the language reference which `help()` shows, is on every machine, English prose, and no part of the training text of
-    the shipped base.
-    """
-    if name is None:
-        from pydoc_data.topics import topics
-
-        return " ".join(topics[k] for k in sorted(topics)).split()
-    words = " ".join(read_documents(name, (text_column,))[text_column]).split()
-    if not words:
-        raise RefineError(f"{Path(name)} holds no words")
-    return words

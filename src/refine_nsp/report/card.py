@@ -18,14 +18,13 @@ MARK = "<!-- written by refine-nsp; take this line out and it will not be writte
 CURVE_FILE = "curves.svg"
 # Of a run's settings, what says how a model came about; the rest is in config.yaml beside it.
 TOLD = (
-    "objective", "preset", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",
-    "rollout_length", "num_generations", "max_length", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r", "seed",
+    "objective", "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl",
+    "positions_per_sequence", "rollout_length", "num_generations", "max_length", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r", "seed",
 )  # fmt: skip
 METHOD = (
-    "preset", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence", "rollout_length",
-    "num_generations",
+    "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",
+    "rollout_length", "num_generations",
 )  # fmt: skip
 OBJECTIVES = {
     "refine": "next-sequence prediction beside next-token prediction",

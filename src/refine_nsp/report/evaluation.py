@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from statistics import mean
 
-from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import longbench
 from refine_nsp.evaluation.documents import perplexity
+from refine_nsp.evaluation.pairing import Settings, TaskPairs, pair_up
 from refine_nsp.evaluation.run import TaskResult, grouped
-from refine_nsp.evaluation.statistics import Comparison, Estimate, compare_pairs, estimate
+from refine_nsp.evaluation.statistics import SHARES, Comparison, Estimate, bounds_of, compare_pairs, estimate
 from refine_nsp.evaluation.tasks import Row
 from refine_nsp.files import write_atomically
 from refine_nsp.prompts import ruler
@@ -19,22 +20,18 @@ from refine_nsp.report.tables import Cell, Table
 
 SHOWN_EXAMPLES = 5
 DEPTH_BINS = 5
-
-
-# Figures that are shares of 1, shown in percent; the others are nats or whatever lm-eval measures.
-SHARES = frozenset(
-    "any_match fraction_match exact_match f1 rouge_l similarity accuracy sampled_accuracy acc acc_norm match_random "
-    "match_high_entropy".split()
-)
+UNKNOWN = "unknown"  # the interval of a mean of which too few examples say nothing
 
 
 def show_number(x: float, figure: str, sign: str = "") -> str:
+    """A figure as text, in percent where it is a share."""
     return f"{100 * x:{sign}.1f}" if figure in SHARES else f"{x:{sign}.4f}"
 
 
 def show_estimate(e: Estimate, figure: str) -> str:
-    """mean +- standard error, in percent where it is a share."""
-    return f"{show_number(e.mean, figure)} ± {show_number(e.stderr, figure)}"
+    """mean +- standard error, in percent where it is a share; of one example the mean alone."""
+    error = f" ± {show_number(e.stderr, figure)}" if e.n > 1 else ""
+    return f"{show_number(e.mean, figure)}{error}"
 
 
 def results_table(results: Sequence[TaskResult]) -> Table:
@@ -46,12 +43,13 @@ def results_table(results: Sequence[TaskResult]) -> Table:
             if figure in ("loss", "log_p"):
                 sign = 1 if figure == "loss" else -1
                 bounds = sorted((perplexity(sign * e.low), perplexity(sign * e.high)))
-                rows.append([r.name, "perplexity", f"{perplexity(sign * e.mean):.4g}", "{:.4g} to {:.4g}".format(*bounds), e.n])
+                shown = UNKNOWN if isnan(e.low) else "{:.4g} to {:.4g}".format(*bounds)
+                rows.append([r.name, "perplexity", f"{perplexity(sign * e.mean):.4g}", shown, e.n])
     return Table(
         "Results",
         ["task", "figure", "mean ± standard error", "95 % interval", "examples"],
         rows,
-        [*means(results), *adaptation_cost(results)],
+        [*(note for r in results for note in r.notes), *means(results), *adaptation_cost(results)],
     )
 
 
@@ -68,6 +66,9 @@ def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
 
 
 def interval(low: float, high: float, figure: str, sign: str = "") -> str:
+    """Both ends of an interval as text, or that it is unknown."""
+    if isnan(low) or isnan(high):
+        return UNKNOWN
     return f"{show_number(low, figure, sign)} to {show_number(high, figure, sign)}"
 
 
@@ -100,7 +101,7 @@ def by_length_table(results: Sequence[TaskResult]) -> Table | None:
 
 def main_estimate(result: TaskResult, rows: Sequence[Row]) -> Estimate | None:
     figure = next(iter(result.estimates))
-    return estimate([row.scores[figure] for row in rows]) if rows else None
+    return estimate([row.scores[figure] for row in rows], [row.weight for row in rows], bounds_of(figure)) if rows else None
 
 
 def needle_map(results: Sequence[TaskResult]) -> plots.Plot | None:
@@ -121,18 +122,27 @@ def needle_map(results: Sequence[TaskResult]) -> plots.Plot | None:
 
 
 def bucket_plots(results: Sequence[TaskResult]) -> list[plots.Plot]:
-    """Next-token figures along the documents, one plot a figure."""
+    """Next-token figures along the documents, one plot a figure; as in the means, every target counts the same."""
     drawn = []
     for r in (r for r in results if r.name == "ntp"):
         for figure in r.estimates:
-            buckets: dict[int, list[float]] = {}
+            buckets: dict[int, list[tuple[float, float]]] = {}
             for row in r.rows:
-                for at, values in row.meta["buckets"].items():
-                    buckets.setdefault(int(at), []).append(values[figure])
+                for at, targets, figures in bucket_targets(row):
+                    buckets.setdefault(at, []).append((targets, figures[figure]))
             points = sorted(buckets)
-            curve = (points, [mean(buckets[p]) for p in points])
-            drawn.append(plots.line_plot({figure: curve}, f"{figure.replace('_', ' ')} by position", "position, tokens"))
+            heights = [sum(n * x for n, x in buckets[p]) / sum(n for n, _ in buckets[p]) for p in points]
+            drawn.append(
+                plots.line_plot({figure: (points, heights)}, f"{figure.replace('_', ' ')} by position", "position, tokens")
+            )
     return drawn
+
+
+def bucket_targets(row: Row) -> list[tuple[int, int, dict[str, float]]]:
+    """A document's buckets: first position, how many targets are in it, their figures. Token 0 is no target."""
+    found = sorted(((int(at), figures) for at, figures in row.meta["buckets"].items()), key=lambda bucket: bucket[0])
+    ends = [*(at for at, _ in found[1:]), int(row.weight) + 1]
+    return [(at, max(1, end - max(at, 1)), figures) for (at, figures), end in zip(found, ends, strict=True)]
 
 
 def examples_table(result: TaskResult) -> Table:
@@ -163,32 +173,26 @@ def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, en
 # --- runs compared ----------------------------------------------------------------------------------------------------
 
 
-def compare_results(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> list[tuple[str, str, Comparison]]:
-    """(task, figure, comparison) for every figure both have, over the examples both have.
-
-    Raises:
-        RefineError: no task in common, or a task without a shared example.
-    """
-    others = {r.name: r for r in b}
-    shared = [r for r in a if r.name in others]
-    if not shared:
-        raise RefineError(
-            f"the two evaluations have no task in common: {', '.join(r.name for r in a)} and {', '.join(others)}"
-            + (closest(a[0].name, others) if a else "")
-        )
-    comparisons = []
-    for r in shared:
-        mine, theirs = ({row.id: row for row in x.rows} for x in (r, others[r.name]))
-        keys = [k for k in mine if k in theirs]
-        if not keys:
-            raise RefineError(f"{r.name}: the two evaluations share no example")
-        for figure in (f for f in r.estimates if f in others[r.name].estimates):
-            pairs = compare_pairs([mine[k].scores[figure] for k in keys], [theirs[k].scores[figure] for k in keys])
-            comparisons.append((r.name, figure, pairs))
-    return comparisons
+def compare_results(
+    a: Sequence[TaskResult], b: Sequence[TaskResult], settings_a: Settings | None = None, settings_b: Settings | None = None
+) -> list[tuple[str, str, Comparison]]:
+    """(task, figure, comparison) for every figure both have, over the examples both have. RefineError as `pair_up`."""
+    return [c for task in pair_up(a, b, settings_a, settings_b)[0] for c in compare_task(task)]
 
 
-def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]], names: tuple[str, str]) -> Table:
+def compare_task(task: TaskPairs) -> list[tuple[str, str, Comparison]]:
+    """Compare every figure of a task, each example counting as it does in the means."""
+    weights, compared = [x.weight for x, _ in task.rows], []
+    for figure in task.figures:
+        a, b = zip(*((x.scores[figure], y.scores[figure]) for x, y in task.rows), strict=True)
+        compared.append((task.name, figure, compare_pairs(a, b, weights, bounds_of(figure))))
+    return compared
+
+
+def comparison_table(
+    comparisons: Sequence[tuple[str, str, Comparison]], names: tuple[str, str], said: Sequence[str] = ()
+) -> Table:
+    """Differences with their uncertainty; `said`: of the pairs, under the table."""
     rows: list[list[Cell]] = []
     for task, figure, c in comparisons:
         bounds = interval(c.low, c.high, figure, "+")
@@ -196,7 +200,9 @@ def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]], names: 
             [task, figure, show_number(c.difference, figure, "+"), bounds, f"{c.p_value:.4f}", f"{c.won} / {c.lost}", c.n]
         )
     notes = [
-        f"difference: {names[1]} minus {names[0]}, paired by example; 95 % bootstrap interval; p of the two-sided sign-flip test",
+        *said,
+        f"difference: {names[1]} minus {names[0]}, paired by example, a document counting by its tokens; 95 % t-interval; p of the "
+        "two-sided sign-flip test",
         f"{len(comparisons)} comparisons: about one in twenty falls below p = 0.05 by chance",
     ]
     title = f"{names[1]} against {names[0]}"
@@ -212,9 +218,13 @@ def figures_table(runs: Sequence[Sequence[TaskResult]], names: Sequence[str]) ->
     return Table("Mean ± standard error", ["task", "figure", *names], rows, ["over all examples of each run, shared or not"])
 
 
-def comparison_tables(runs: Sequence[Sequence[TaskResult]], names: Sequence[str]) -> list[Table]:
-    """Each run against the first, then the figures of all. RefineError as `compare_results`."""
-    against = [
-        comparison_table(compare_results(runs[0], run), (names[0], name)) for run, name in zip(runs[1:], names[1:], strict=True)
-    ]
-    return [*against, figures_table(runs, names)]
+def comparison_tables(
+    runs: Sequence[Sequence[TaskResult]], names: Sequence[str], settings: Sequence[Settings | None] | None = None
+) -> list[Table]:
+    """Each run against the first, then the figures of all. RefineError as `pair_up`."""
+    kept = settings or [{} for _ in runs]
+    tables = []
+    for run, name, theirs in zip(runs[1:], names[1:], kept[1:], strict=True):
+        paired, said = pair_up(runs[0], run, kept[0], theirs)
+        tables.append(comparison_table([c for task in paired for c in compare_task(task)], (names[0], name), said))
+    return [*tables, figures_table(runs, names)]

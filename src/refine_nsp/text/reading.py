@@ -1,123 +1,273 @@
-"""Documents from text, jsonl, parquet or arrow files, folders, globs, folders saved by `datasets`, or the hub."""
+"""Documents from files, folders, globs, folders saved by `datasets`, or the hub: the split and the columns that are asked for."""
 
 from __future__ import annotations
 
-import glob
-from codecs import getincrementaldecoder
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
 
 from refine_nsp.errors import RefineError, closest, first_line
+from refine_nsp.text.builder import build, say_missing
+from refine_nsp.text.columns import Types, Wanted, every_row, schema_of, types_of
+from refine_nsp.text.folders import Found, LeftOut, choose, find_files, path_of, say_left_out
+from refine_nsp.text.formats import BLOCK, ending_of, format_of, place
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py")
-BLOCK = 2**20  # bytes
-READ_AHEAD = BLOCK  # of a file that is streamed, to see what it is
+READ_AHEAD = BLOCK  # of a text that is streamed, to see that it is one
 
 
 def read_documents(
-    name: str, columns: Sequence[str] = ("text",), config: str | None = None, split: str = "train", streaming: bool = False
+    name: str,
+    columns: Sequence[str] = ("text",),
+    config: str | None = None,
+    split: str | Sequence[str] = "train",
+    streaming: bool = False,
+    also: Sequence[str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Rows of a file, folder, glob, folder saved by `datasets`, or hub dataset that has at least one of `columns`.
+    """Read the rows of a file, folder, glob, folder saved by `datasets`, or hub dataset.
+
+    What lies in a folder and is not read is said in one line.
 
     Args:
-        config, split: of a hub dataset (split also of a saved folder). streaming: read as rows are asked for.
+        columns: any of these holds the document; the first that is there is read, and must be in every file.
+        config: the configuration of a hub dataset, or of a folder whose README lists several.
+        split: as `load_dataset` takes it (`train`, `train[:10%]`, `train+test`); of several, the first that is there. Where a folder has
+            one split only, that one is read. A file or glob is what it is.
+        streaming: read as rows are asked for.
+        also: other columns to read where they are there; None: all of them whose types agree.
 
     Raises:
-        RefineError: nothing there, an empty or undecodable file, an unknown format, no such column, or an unreachable hub.
+        RefineError: nothing there, no such column or split, an unreachable hub; a file or a row that cannot be read, by name.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        loaded = load_from_disk(str(path))
-        data = loaded[split] if isinstance(loaded, DatasetDict) else loaded
-    elif files := _files(name, path, READ_AHEAD if streaming else None):
-        data = _load_files(files, streaming)
+    wanted = Wanted(tuple(columns), None if also is None else tuple(also), READ_AHEAD if streaming else None)
+    path = path_of(name)
+    if _is_saved(path):
+        data = _load_saved(path, split, wanted)
+    elif (found := find_files(name, config)) is not None:
+        data = _load_files(name, found, split, wanted)
     else:
-        data = _load_hub(name, config, split, streaming)
-    there = data.column_names or []
-    if not set(columns) & set(there):
-        wanted = " or ".join(repr(c) for c in columns)
-        raise RefineError(
-            f"{name} has no column {wanted}{closest(columns[0], there)}; it has {', '.join(there) or 'none'}. "
-            "Name one with --text_column, or rename it"
-        )
+        data = _load_hub(name, config, split, wanted)
+    if isinstance(data, Dataset):
+        document = next(c for c in columns if c in data.column_names)
+        say_missing(name, data.data.column(document).null_count, data.data.num_rows, document)
     return data
 
 
-def _files(name: str, path: Path, checked_bytes: int | None) -> list[Path]:
-    """The files meant by a path, folder or glob, checked; empty when it can only be a hub name."""
-    known = (*FORMATS, *TEXT_ENDINGS)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in known and not p.name.startswith("."))
-        if not files:
-            raise RefineError(f"{path} holds no file to train on; expected {', '.join(known)}")
-    elif glob.has_magic(name):
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not files:
-            raise RefineError(f"no file matches {name!r}")
-    else:
-        if path.suffix in known or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise RefineError(f"no file or folder {name!r}")
-        return []
-    for file in files:
-        _check_file(file, checked_bytes)
-    return files
+def place_of(
+    name: str, columns: Sequence[str], config: str | None, split: str | Sequence[str], is_wrong: Callable[[Any], bool]
+) -> str | None:
+    """Find the file and the row of the first value that is wrong, for an error's sake; None where no file of `name` holds one."""
+    path, wanted = path_of(name), Wanted(tuple(columns), (), READ_AHEAD)
+    if _is_saved(path) or (found := find_files(name, config)) is None:
+        return None
+    for names, _ in _parts(split):
+        for file in _files_of(name, found, names):
+            column = next((c for c in columns if c in types_of(file, wanted)), columns[0])
+            for number, line, row in every_row(file, column, wanted):
+                if is_wrong(row.get(column)):
+                    return place(file, number, line)
+    return None
 
 
-def _check_file(file: Path, checked_bytes: int | None) -> None:
-    """checked_bytes: of its text are read to see that it is UTF-8; None: all."""
-    if file.stat().st_size == 0:
-        raise RefineError(f"{file} is empty")
-    if file.suffix not in FORMATS and file.suffix not in TEXT_ENDINGS:
-        raise RefineError(
-            f"{file}: unknown format {file.suffix or '(no ending)'}; expected {', '.join((*FORMATS, *TEXT_ENDINGS))}"
-        )
-    if file.suffix in TEXT_ENDINGS or FORMATS[file.suffix] == "json":
-        _check_utf8(file, checked_bytes)
+# --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def _check_utf8(file: Path, checked_bytes: int | None) -> None:
-    """In blocks: a file may be larger than memory."""
-    size = file.stat().st_size
-    decoder, at, end = getincrementaldecoder("utf-8")(), 0, size if checked_bytes is None else min(size, checked_bytes)
-    with file.open("rb") as stream:
-        while at < end:
-            block = stream.read(min(BLOCK, end - at))
-            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
-            try:
-                decoder.decode(block, final=at + len(block) >= size)
-            except UnicodeDecodeError as error:
-                raise RefineError(
-                    f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at - waiting + error.start}; convert it first"
-                ) from error
-            at += len(block)
+def _parts(split: str | Sequence[str]) -> list[tuple[list[str], str]]:
+    """The parts of a split such as `train[:10%]+test`: for each the names asked for, and its slice or nothing."""
+    if not isinstance(split, str):
+        return [(list(split), "")]
+    parts = [re.fullmatch(r"\s*([^\[\]()+\s]+)\s*((?:\[[^\]]*\](?:\([^)]*\))?)?)\s*", part) for part in split.split("+")]
+    if not all(parts):
+        raise RefineError(f"split={split!r}: expected a name, with a slice if you like: train, train[:10%], train+test")
+    return [([match[1]], match[2]) for match in parts if match]
 
 
-def _load_files(files: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:
-    kinds = {FORMATS.get(f.suffix, "text") for f in files}
-    if len(kinds) > 1:
-        raise RefineError(f"files of several formats together ({', '.join(sorted(kinds))}); name one kind, for example by a glob")
-    kind = kinds.pop()
-    options: dict[str, Any] = {}
-    if kind == "text":  # its columns named, since streamed it does not say them by itself
-        options = {"sample_by": "document", "features": Features({"text": Value("string")})}
+def _sliced(data: Dataset, part: str) -> Dataset:
+    """The rows of a slice such as `[:10%]`."""
     try:
-        data = load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
-    except Exception as error:  # datasets wraps every parser's own errors
+        spans = ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
+    except (ValueError, AssertionError) as error:
+        raise RefineError(f"split: {part!r} is no slice of {len(data)} rows ({first_line(error)})") from error
+    return data.select([i for span in spans for i in range(span.from_ or 0, len(data) if span.to is None else span.to)])
+
+
+def _check_slices(name: str, parts: Sequence[tuple[list[str], str]], streaming: bool) -> None:
+    if streaming and any(part for _, part in parts):
+        raise RefineError(
+            f"{name}: a slice of a split needs its number of rows, which streamed text does not say; leave out the slice"
+        )
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _load_files(name: str, found: Found, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:
+    parts = _parts(split)
+    _check_slices(name, parts, wanted.streaming)
+    of_parts = [_files_of(name, found, names) for names, _ in parts]
+    if not any(part for _, part in parts):  # as one
+        of_parts, parts = [list(dict.fromkeys(file for files in of_parts for file in files))], [([], "")]
+    left_out = [*found.left_out, *_of_other_splits(found, [file for files in of_parts for file in files])]
+    read = []
+    for files, (_, part) in zip(of_parts, parts, strict=True):
+        data = _read(name, files, wanted, left_out)
+        read.append(_sliced(data, part) if part and isinstance(data, Dataset) else data)
+    say_left_out(name, list(dict.fromkeys(left_out)))
+    return read[0] if len(read) == 1 else concatenate_datasets(read)
+
+
+def _files_of(name: str, found: Found, asked: Sequence[str]) -> list[Path]:
+    if list(asked) == ["all"] and "all" not in found.splits:
+        return found.files
+    chosen = choose(list(found.splits), asked, bool(found.of_no_split), name)
+    return found.of_no_split if chosen is None else found.splits[chosen]
+
+
+def _of_other_splits(found: Found, files: Sequence[Path]) -> LeftOut:
+    others = {file: f"split {split}" for split, of_split in found.splits.items() for file in of_split}
+    return [(file.name, others.get(file, "of no split")) for file in found.files if file not in files]
+
+
+def _read(name: str, files: Sequence[Path], wanted: Wanted, left_out: LeftOut) -> Dataset | IterableDataset:
+    """The rows of these files, of those that hold documents; left_out grows by those that do not."""
+    types = _holding_documents(name, {file: types_of(file, wanted) for file in files}, wanted, left_out)
+    schema, odd = schema_of(types, wanted)
+    left_out += odd
+    stamps = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in types]
+    try:
+        data = build(stamps, schema, wanted)
+    except RefineError:
+        raise
+    except Exception as error:  # datasets wraps what is raised while it reads
         cause = error.__cause__ or error
-        raise RefineError(f"cannot read {files[0]} as {kind}: {first_line(cause)}") from error
-    if streaming:  # these are read again and again: whoever reads can see that they are still what they were
-        data.info.download_checksums = {str(f.resolve()): {"num_bytes": f.stat().st_size} for f in files}
+        raise cause if isinstance(cause, RefineError) else RefineError(f"cannot read {name}: {first_line(cause)}") from error
+    if isinstance(data, IterableDataset):  # whoever reads them again and again can see that they are still what they were
+        data.info.download_checksums = {str(file.resolve()): {"num_bytes": file.stat().st_size} for file in types}
     return data
 
 
-def _load_hub(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+def _holding_documents(name: str, types: dict[Path, Types], wanted: Wanted, left_out: LeftOut) -> dict[Path, Types]:
+    """The files that have the document's column. Those of an ending of which none has it are left out; one among its like is an error."""
+    there = {column for of_file in types.values() for column in of_file}
+    document = next((c for c in wanted.columns if c in there), None)
+    if document is None:
+        raise no_column(name, wanted, _all_columns(types))
+    holding = {_kind(file) for file, of_file in types.items() if document in of_file}
+    records = holding - {"text"}
+    kept: dict[Path, Types] = {}
+    for file, of_file in types.items():
+        if records and _kind(file) == "text":
+            left_out.append((file.name, "text beside files of rows: name it by itself"))
+        elif _kind(file) not in holding:
+            left_out.append((file.name, f"no column {document!r}"))
+        elif document not in of_file:
+            raise no_column(str(file), Wanted((document,)), _all_columns({file: of_file}), others=True)
+        else:
+            kept[file] = of_file
+    return kept
+
+
+def _kind(file: Path) -> str:
+    """What files are alike by: that they are text, or their ending, since a .json beside .jsonl may be anything."""
+    return "text" if format_of(file) == "text" else ending_of(file)
+
+
+def _all_columns(types: dict[Path, Types]) -> list[str]:
+    """For an error: the columns of the first file, also those nobody asked for."""
+    for file in types:
+        return list(types_of(file, Wanted((), None, READ_AHEAD)))
+    return []
+
+
+def no_column(name: str, wanted: Wanted, there: Sequence[str], others: bool = False) -> RefineError:
+    """The error of a file or dataset without the document's column."""
+    names = " or ".join(repr(c) for c in wanted.columns)
+    return RefineError(
+        f"{name} has no column {names}{closest(wanted.columns[0], there)}; it has {', '.join(there) or 'none'}. "
+        + (
+            "The files beside it do: leave it out, by a glob, or rename it"
+            if others
+            else "Name one with --text_column, or rename it"
+        )
+    )
+
+
+# --- saved folders and the hub ----------------------------------------------------------------------------------------
+
+
+def _is_saved(path: Path) -> bool:
+    return path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists())
+
+
+def _load_saved(path: Path, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:
+    """A folder saved by `datasets`: memory-mapped, so that it is as good as streamed already."""
+    parts = _parts(split)
+    _check_slices(str(path), parts, wanted.streaming)
     try:
-        return load_dataset(name, config, split=split, streaming=streaming)
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # files that are missing or cut off
+        raise RefineError(f"cannot read {path}, a folder saved by datasets: {first_line(error)}") from error
+    read = []
+    for names, part in parts:
+        if isinstance(loaded, DatasetDict):
+            some = loaded
+            data = (
+                concatenate_datasets(list(some.values()))
+                if names == ["all"]
+                else loaded[str(choose(list(some), names, False, str(path)))]
+            )
+        else:
+            data = loaded
+        read.append(_sliced(data, part) if part else data)
+    if isinstance(loaded, Dataset) and not any(part for _, part in parts):
+        read = read[:1]
+    data = _narrowed(str(path), read[0] if len(read) == 1 else concatenate_datasets(read), wanted)
+    if not wanted.streaming or not isinstance(data, Dataset):
+        return data
+    streamed = data.to_iterable_dataset()
+    streamed.info.download_checksums = {
+        f["filename"]: {"num_bytes": Path(f["filename"]).stat().st_size} for f in data.cache_files
+    }
+    return streamed
+
+
+def _load_hub(name: str, config: str | None, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:
+    def loaded(asked: str) -> Dataset | IterableDataset:
+        return load_dataset(name, config, split=asked, streaming=wanted.streaming)
+
+    try:
+        try:
+            data = loaded(split if isinstance(split, str) else split[0])
+        except ValueError as error:
+            if not re.match("(Unknown|Bad) split", first_line(error)) or len(_parts(split)) > 1:
+                raise
+            names, part = _parts(split)[0]
+            data = loaded(f"{choose(get_dataset_split_names(name, config), names, False, name)}{part}")
+    except RefineError:
+        raise
     except Exception as error:  # many kinds: network, missing name, configuration
         raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {first_line(error)}") from error
+    return _narrowed(name, data, wanted)
+
+
+def _narrowed(name: str, data: Dataset | IterableDataset, wanted: Wanted) -> Dataset | IterableDataset:
+    """Only the columns that are needed. RefineError where no column holds the document."""
+    there = data.column_names
+    if there is None:  # streamed rows whose columns nothing says
+        there = list(next(iter(data.take(1)), {})) if isinstance(data, IterableDataset) else []
+    document = next((c for c in wanted.columns if c in there), None)
+    if document is None:
+        raise no_column(name, wanted, there)
+    needed = there if wanted.also is None else [document, *(c for c in there if c in wanted.also and c != document)]
+    return data if list(needed) == list(there) else data.select_columns(list(needed))

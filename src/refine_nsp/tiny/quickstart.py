@@ -152,7 +152,7 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
 
 def split_texts(data: str, text_column: str) -> tuple[list[str], list[str]]:
     """Nine tenths of the documents, and the others; of a single one, its last tenth."""
-    most, rest = split_documents(read_documents(data, (text_column,)), 0.1, seed=0)
+    most, rest = split_documents(read_documents(data, (text_column,), also=()), 0.1, seed=0)
     train = list(most[text_column])
     if rest is not None:
         return train, list(rest[text_column])

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
-from refine_nsp.prompts.encoding import encode_pair, truncate_middle
-from refine_nsp.prompts.examples import ANSWER_COLUMNS, PROMPT_COLUMNS, as_answers
+from refine_nsp.prompts.encoding import Pair, Prompt, content_key, encode_answer, encode_text, render, truncate_middle
+from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
-from refine_nsp.training.data import split_documents
+from refine_nsp.training.data import check_fraction, first_rows, split_documents, validation_splits
 
 TOKENIZED = ("prompt_ids", "answers_ids", "references")  # columns of a row that is ready to train on
 
@@ -28,9 +28,10 @@ class AnswerArguments:
     """Which prompts and answers to train on.
 
     Attributes:
-        dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` and a column
-            `answers` (or `answer`, `outputs`): a string or a list of strings of which any is right.
-        dataset_split: split of a hub dataset.
+        dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` (text, or messages)
+            and a column `answers` (or `answer`, `outputs`): text, a number or a list of them of which any is right; or `prompt` and
+            `completion`, or `messages` whose last turn is the answer, as TRL has them.
+        dataset_split: split of a hub dataset, or of a folder that has several.
         question_column: column with the question; its tokens at the prompt's end are kept whatever is cut. Default: the last half of
             what fits is kept.
         validation_dataset: the same for validation; None: a fixed, seeded share is kept back.
@@ -38,7 +39,7 @@ class AnswerArguments:
         validation_examples: at most so many are generated for.
         split_seed: of the validation split.
         max_answer_tokens: longer answers are cut (and get no EOS).
-        apply_chat_template: wrap prompts by the tokenizer's chat template.
+        apply_chat_template: make prompts that are text a user's turn in the tokenizer's chat template. Messages always go through it.
         squad, hotpotqa: instead of dataset_name, build RULER's qa_1 and qa_2 prompts from these questions (json as published, jsonl,
             parquet, hub name): the paper's SQuADQA and HotpotQA training sets.
         ruler_length: of a prompt built so, its answer included, in tokens.
@@ -77,18 +78,29 @@ def prepare_answers(
             longer than what fits.
     """
     check_arguments(arguments, tokenizer, max_length)
-    if arguments.dataset_name is not None:
-        rows = read_documents(arguments.dataset_name, PROMPT_COLUMNS, split=arguments.dataset_split)
-    else:
-        rows = ruler_prompts(arguments, tokenizer, max_length)
-    if arguments.validation_dataset is not None:
-        validation = read_documents(arguments.validation_dataset, PROMPT_COLUMNS, split=arguments.dataset_split)
-    else:
-        rows, validation = split_documents(rows, arguments.validation_fraction, arguments.split_seed)
-    if validation is not None:
-        validation = validation.select(range(min(len(validation), arguments.validation_examples)))
-        validation = encode_rows(validation, arguments, tokenizer, max_length)
-    return encode_rows(rows, arguments, tokenizer, max_length), validation
+    a = arguments
+    rows = (
+        ruler_prompts(a, tokenizer, max_length)
+        if a.dataset_name is None
+        else read_rows(a.dataset_name, a.dataset_split, a.question_column)
+    )
+    train: Dataset = encode_rows(rows, a.source, a, tokenizer, max_length)
+    validation: Dataset | None
+    if a.validation_dataset is not None:
+        held = read_rows(a.validation_dataset, validation_splits(a.dataset_split), a.question_column)
+        asked = first_rows(held, a.validation_examples)
+        return train, encode_rows(asked, a.validation_dataset, a, tokenizer, max_length)
+    train, validation = split_documents(train, a.validation_fraction, a.split_seed)
+    return train, None if validation is None else first_rows(validation, a.validation_examples)
+
+
+def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
+    """Rows of prompts and answers. RefineError for columns that cannot hold them."""
+    also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
+    rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also)
+    assert isinstance(rows, Dataset)
+    check_columns(name, rows.column_names)
+    return rows
 
 
 def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -97,6 +109,7 @@ def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBa
         raise RefineError(
             "name the prompts and answers to train on with --dataset_name, or questions to build them from with --squad and --hotpotqa"
         )
+    check_fraction(arguments.validation_fraction)
     if tokenizer.eos_token_id is None:
         raise RefineError(
             "the tokenizer has no EOS token, so a model could not learn where an answer ends; set tokenizer.eos_token"
@@ -124,22 +137,16 @@ def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase
     return Dataset.from_list(rows).shuffle(a.ruler_seed)
 
 
-def encode_rows(rows: Dataset, arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rows of tokens, cached by content where the given ones are files. See `prepare_answers`."""
+def encode_rows(
+    rows: Dataset, name: str, arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """Rows of tokens, cached by content where the given ones are files; `name` is what errors call them. See `prepare_answers`."""
 
     def tokens_of(row: Mapping[str, Any], i: int) -> dict[str, Any]:
-        return encode_row(row, arguments, tokenizer, max_length, f"{arguments.source}, row {i}")
+        return encode_row(row, arguments, tokenizer, max_length, f"{name}, row {i}")
 
-    # As in data.tokenize: pickling a tokenizer gives another fingerprint once it has been used.
-    content = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.chat_template
-    key = (
-        rows._fingerprint,
-        content,
-        max_length,
-        arguments.question_column,
-        arguments.max_answer_tokens,
-        arguments.apply_chat_template,
-    )
+    a = arguments
+    key = rows._fingerprint, content_key(tokenizer), max_length, a.question_column, a.max_answer_tokens, a.apply_chat_template
     options: dict[str, Any] = {"with_indices": True, "remove_columns": rows.column_names, "new_fingerprint": Hasher.hash(key)}
     return rows.map(tokens_of, desc="tokenize", **options)
 
@@ -148,46 +155,59 @@ def encode_row(
     row: Mapping[str, Any], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
 ) -> dict[str, Any]:
     """prompt_ids, cut in the middle to leave max_answer_tokens free, answers_ids, each with EOS, and references, the answers' text."""
-    prompt = next((str(row[c]) for c in PROMPT_COLUMNS if row.get(c)), "")
-    if not prompt.strip():
-        raise RefineError(f"{where}: the prompt is empty")
-    answers = as_answers(next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None), where)
-    if arguments.apply_chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    glue = "" if prompt[-1:].isspace() or arguments.apply_chat_template else " "
-    prompt_ids: list[int] = []
-    answers_ids: list[list[int]] = []
-    for answer in answers:
-        prompt_ids, ids = encode_pair(tokenizer, prompt, f"{glue}{answer.strip()}")
-        answers_ids.append([*ids, tokenizer.eos_token_id][: arguments.max_answer_tokens])
-    tail = tail_tokens(tokenizer, prompt, row, arguments.question_column, where)
+    asked = read_row(row, where)
+    with in_row(where):
+        prompt: Prompt = asked.prompt
+        if arguments.apply_chat_template and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prompt_ids, answers_ids = encode_answers(tokenizer, prompt, asked)
+        tail = tail_tokens(tokenizer, prompt, asked.template, row, arguments.question_column)
     try:
         kept = truncate_middle(prompt_ids, max_length - arguments.max_answer_tokens, tail)
     except RefineError as error:
         raise RefineError(f"{where}: {error}; raise --max_length") from error
-    return {"prompt_ids": kept, "answers_ids": answers_ids, "references": answers}
+    references = [text.removesuffix(str(tokenizer.eos_token)) for text in asked.references]
+    return {
+        "prompt_ids": kept,
+        "answers_ids": [ids[: arguments.max_answer_tokens] for ids in answers_ids],
+        "references": references,
+    }
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: PromptRow) -> tuple[list[int], list[list[int]]]:
+    """Tokens of the prompt, and of each answer behind it; what one answer shares with the prompt's last token is every answer's."""
+    begun = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    glue = " " if begun and not begun[-1:].isspace() else ""
+    pairs: list[Pair] = []
+    for answer in asked.answers:
+        if isinstance(answer, str) and not asked.verbatim:
+            answer = f"{glue}{answer.strip()}"
+        pairs.append(encode_answer(tokenizer, prompt, answer, **asked.template))
+    prompt_ids = min((ids for ids, _ in pairs), key=len)
+    return prompt_ids, [[*before[len(prompt_ids) :], *ids] for before, ids in pairs]
 
 
 def tail_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, row: Mapping[str, Any], question_column: str | None, where: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any], row: Mapping[str, Any], column: str | None
 ) -> int:
     """Tokens from the question's last mention to the prompt's end; 0 without a column that holds it."""
-    if question_column is None:
+    if column is None:
         return 0
-    if question_column not in row:
-        raise RefineError(f"{where}: no column {question_column!r}; it has {', '.join(row)}")
-    question = str(row[question_column])
-    at = prompt.rfind(question)
+    if column not in row:
+        raise RefineError(f"no column {column!r}; it has {', '.join(row)}")
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, **template)
+    question = str(row[column])
+    at = text.rfind(question)
     if at < 0 or not question:
-        raise RefineError(f"{where}: the question {question!r} does not stand in the prompt")
-    return len(tokenizer(prompt[at:], add_special_tokens=False)["input_ids"]) + 1  # its first token may be merged with a space
+        raise RefineError(f"the question {question!r} does not stand in the prompt")
+    return len(encode_text(tokenizer, text[at:])) + 1  # its first token may be merged with a space
 
 
-def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> dict[str, Any]:
     """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings; columns: all else, by name, for rewards.
 
-    Padded when a reference is chosen. RefineError for rows that were not tokenized.
+    Padded when a reference is chosen. RefineError for rows that were not tokenized. unlearned: a token that is left out where an answer
+    ends with it: the published code learns answers without EOS.
     """
     rows = list(examples)
     if rows and (missing := [name for name in TOKENIZED if name not in rows[0]]):
@@ -199,9 +219,14 @@ def collate_answers(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "columns": {name: [r[name] for r in rows] for name in others},
         "prompts": [torch.as_tensor(r["prompt_ids"]) for r in rows],
-        "answers": [[torch.as_tensor(a) for a in r["answers_ids"]] for r in rows],
+        "answers": [[torch.as_tensor(without_end(a, unlearned)) for a in r["answers_ids"]] for r in rows],
         "references": [list(r["references"]) for r in rows],
     }
+
+
+def without_end(answer: Sequence[int], end: int | None) -> Sequence[int]:
+    """Return an answer's tokens without `end` where it is the last; one that is nothing else stays."""
+    return answer[:-1] if end is not None and len(answer) > 1 and answer[-1] == end else answer
 
 
 def pad(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
+from refine_nsp.training.settings import check as check_settings
+from refine_nsp.training.settings import check_places, take_as_meant
 
 RENAMED = {"reward": "reward_funcs"}  # TRL's name, as keyword and flag
 NSP_KEYWORDS = {RENAMED.get(f.name, f.name): f.name for f in fields(NSPConfig)}
@@ -90,7 +92,14 @@ class ReFINEConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        take_as_meant(self)
+        check_places(self)
+        try:
+            super().__post_init__()
+        except RefineError:
+            raise
+        except Exception as error:  # of transformers, in its words
+            raise RefineError(f"these settings do not go together: {' '.join(str(error).split())}") from error
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch would warn
         check_choices(self)
@@ -119,6 +128,7 @@ class ReFINEConfig(TrainingArguments):
         for name in ("seed", "data_seed"):
             if (seed := getattr(self, name)) is not None and not 0 <= seed < 2**32:
                 raise RefineError(f"{name} must be a whole number from 0 to 2**32 - 1, got {seed}")
+        check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
         if self.nsp.schedule == "auto":

@@ -125,7 +125,13 @@ def checkpoint_problem(folder: Path) -> str | None:
         state = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return "trainer_state.json is empty or cut off"
-    return None if isinstance(state, dict) and "global_step" in state else "trainer_state.json holds no global_step"
+    if not isinstance(state, dict) or "global_step" not in state:
+        return "trainer_state.json holds no global_step"
+    if not any([*folder.glob("optimizer*"), *folder.glob("global_step*"), *folder.glob("pytorch_model_fsdp*")]):
+        return (
+            "no optimizer state, so it was saved with save_only_model; a new run can begin from its weights (model_name_or_path)"
+        )
+    return None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
-from refine_nsp.text.reading import read_documents
+from refine_nsp.prompts.encoding import content_key
+from refine_nsp.text.folders import is_local
+from refine_nsp.text.reading import place_of, read_documents
 
-TEXT_COLUMN, TOKENS_COLUMN = "text", "input_ids"
+TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
 
 
 @dataclass
@@ -24,12 +28,14 @@ class DataArguments:
     """Which text to train on.
 
     Attributes:
-        dataset_name: a file (text, jsonl, parquet, arrow), a folder of them, a glob, a folder saved by `datasets`, or a hub name.
-        dataset_config: configuration of a hub dataset.
-        dataset_split: split of a hub dataset.
+        dataset_name: a file (text, json, jsonl, csv, tsv, parquet, arrow; also compressed), a folder of them, a glob, a folder saved by
+            `datasets`, or a hub name.
+        dataset_config: configuration of a hub dataset, or of a folder whose README lists several.
+        dataset_split: split of a hub dataset or of a folder, as `load_dataset` takes it (train, train[:10%], train+test).
         text_column: column that holds the text, or each row's token ids: these are used as they are. Where there is no `text` and no
             other is named, `input_ids`.
-        validation_dataset: the same for validation; None: a fixed, seeded share of the documents is kept back.
+        validation_dataset: the same for validation, of which the split validation is read, or test, where there are several; None: a
+            fixed, seeded share of the documents is kept back.
         validation_fraction: that share (of the windows, when there is one document only). 0: no validation.
         validation_windows: at most so many windows are validated on.
         packing: put several short documents in one example; in a batch each stays a row of its own, so nothing leaks.
@@ -69,18 +75,19 @@ def tokenize(
     packing: bool,
     keep_columns: bool = False,
     num_proc: int | None = None,
+    place_of: Callable[..., str | None] | None = None,
 ) -> Dataset | IterableDataset:
     """Windows of tokens: rows of `input_ids`, and `lengths` of the documents in them when packed. Cached by content.
 
     column: of texts, or of the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a list with
-    a value per document). num_proc: processes, of what is not streamed.
+    a value per document). num_proc: processes, of what is not streamed. place_of: finds the file and row of a value, for errors.
 
     Raises:
         RefineError: no document is long enough.
     """
     names = data.column_names or []
     column = TOKENS_COLUMN if column == TEXT_COLUMN and TEXT_COLUMN not in names and TOKENS_COLUMN in names else column
-    if column == TOKENS_COLUMN and "lengths" in names:
+    if column == TOKENS_COLUMN and LENGTHS_COLUMN in names:
         raise RefineError(
             "rows of input_ids with lengths are packed already, and cutting them would let a state leak from one document to the next; "
             "give a row to each document, and --packing to pack them again"
@@ -88,17 +95,22 @@ def tokenize(
     others = [name for name in names if name != column] if keep_columns else []
 
     def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
-        documents = tokens_of(batch[column], column, tokenizer)
+        try:
+            documents = tokens_of(batch[column], column, tokenizer)
+        except RefineError as error:
+            where = place_of(is_wrong=lambda value: not has_tokens(value, column, tokenizer)) if place_of else None
+            raise RefineError(f"{where}: {error}") if where else error from None
         windows = [(i, window) for i, ids in enumerate(documents) for window in cut_windows(ids, max_length, min_length)]
         rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
         return packed(rows, max_length) if packing else rows
 
     options: dict[str, Any] = {"batched": True, "remove_columns": data.column_names, "batch_size": 1000 if packing else 16}
+    if others and data.features is not None:  # which a first batch without values would not say
+        options["features"] = features_of_windows(data.features, others, packing)
     if isinstance(data, IterableDataset):
         return data.map(windows_of, **options)
     # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
-    content = tokenizer.backend_tokenizer.to_str()
-    key = (data._fingerprint, content, column, max_length, min_length, packing, tuple(others))
+    key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
     result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes, **options)
     if len(result) == 0:
@@ -107,6 +119,13 @@ def tokenize(
             "documents, all shorter"
         )
     return result
+
+
+def features_of_windows(features: Features, others: Sequence[str], packing: bool) -> Features:
+    """The types of windows that keep their documents' other columns."""
+    lengths = {LENGTHS_COLUMN: [Value("int64")]} if packing else {}
+    kept = {name: [features[name]] if packing else features[name] for name in others}
+    return Features({"input_ids": [Value("int32")], **lengths, **kept})
 
 
 def tokens_of(values: Sequence[Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -118,6 +137,15 @@ def tokens_of(values: Sequence[Any], column: str, tokenizer: PreTrainedTokenizer
     if all(value is None or isinstance(value, str) for value in values):
         return tokenizer([value or "" for value in values], add_special_tokens=True)["input_ids"]
     return [[] if value is None else checked_ids(value, column, len(tokenizer)) for value in values]
+
+
+def has_tokens(value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether one value of a column is text, or tokens that the tokenizer has."""
+    try:
+        tokens_of([None if isinstance(value, str) else value], column, tokenizer)
+    except RefineError:
+        return False
+    return True
 
 
 def checked_ids(value: Any, column: str, vocabulary: int) -> list[int]:
@@ -213,6 +241,20 @@ def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     return data.select(sorted(order[kept_back:])), data.select(sorted(order[:kept_back]))
 
 
+def check_data(arguments: DataArguments, max_length: int, min_length: int) -> str:
+    """The name of the data. RefineError for what does not fit together, before anything is read."""
+    if arguments.dataset_name is None:
+        raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
+    if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
+        raise RefineError(f"dataset_num_proc={arguments.dataset_num_proc}: expected 1 or more processes")
+    check_fraction(arguments.validation_fraction)
+    if max_length < min_length:
+        raise RefineError(
+            f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
+        )
+    return arguments.dataset_name
+
+
 def prepare_data(
     arguments: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -224,36 +266,37 @@ def prepare_data(
 
     keep_columns: training windows keep their document's other columns, for rewards that ask for them.
     """
-    if arguments.dataset_name is None:
-        raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
-    if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
-        raise RefineError(f"dataset_num_proc={arguments.dataset_num_proc}: expected 1 or more processes")
-    check_fraction(arguments.validation_fraction)
-    if max_length < min_length:
-        raise RefineError(
-            f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
-        )
     a = arguments
-    source: dict[str, Any] = {
-        "columns": (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,),
-        "config": a.dataset_config, "split": a.dataset_split, "streaming": a.streaming,
-    }  # fmt: skip
+    name = check_data(arguments, max_length, min_length)
+    columns = (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,)
+    also = (LENGTHS_COLUMN,)  # by which packed rows of tokens are known
     cut: dict[str, Any] = {
         "tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length,
         "num_proc": a.dataset_num_proc,
     }  # fmt: skip
-    documents, validation = read_documents(arguments.dataset_name, **source), None
-    if a.validation_dataset is not None:
-        validation = read_documents(a.validation_dataset, **source)
+    source: dict[str, Any] = {"columns": columns, "config": a.dataset_config, "split": a.dataset_split}
+    place = held_place = partial(place_of, name, **source)
+    documents = read_documents(name, **source, streaming=a.streaming, also=None if keep_columns else also)
+    validation = None
+    if (held := a.validation_dataset) is not None:
+        config = a.dataset_config if held == name or not is_local(held) else None
+        source = source | {"config": config, "split": validation_splits(a.dataset_split)}
+        validation = read_documents(held, **source, streaming=a.streaming, also=also)
+        held_place = partial(place_of, held, **source)
     elif isinstance(documents, Dataset):
         documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
-    windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, **cut)
+    windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, place_of=place, **cut)
     if validation is not None:
-        return windows, first_rows(tokenize(validation, packing=False, **cut), a.validation_windows)
+        return windows, first_rows(tokenize(validation, packing=False, place_of=held_place, **cut), a.validation_windows)
     if isinstance(windows, Dataset) and a.validation_fraction > 0 and len(windows) > 1:
         end = len(windows) - max(1, round(len(windows) * a.validation_fraction))  # one document: what is kept back is its end
         return windows.select(range(end)), first_rows(windows.select(range(end, len(windows))), a.validation_windows)
     return windows, None
+
+
+def validation_splits(dataset_split: str) -> tuple[str, ...]:
+    """Name the splits that a data set for validation is read from, in that order: the one for it, or else what training reads."""
+    return "validation", "test", re.split(r"[\[+]", dataset_split)[0]
 
 
 def first_rows(data: Dataset | IterableDataset, count: int) -> Dataset:

@@ -24,14 +24,20 @@ SETTINGS_FILE = "settings.json"
 MATTER = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "bf16", "fp16", "seed",
-    "data_seed", "train_sampling_strategy", "dataloader_drop_last",
+    "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last",
 )  # fmt: skip
 # Of ours, what they do not depend on, or beyond rounding not.
 MAY_DIFFER = (
     "nsp", "log_completions", "num_completions_to_print", "max_skipped_steps", "answer_metric", "max_new_tokens", "schedule",
     "segment_tokens",
 )  # fmt: skip
-ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # schedules that know no last step
+ENDLESS = (
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "greedy",
+)  # schedules that know no last step
 EXAMPLES = 16  # of the training data that are compared
 
 EARLIER = "earlier-{}"

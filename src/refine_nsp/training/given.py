@@ -4,7 +4,8 @@ settings, rows of text. Made into the one form that the trainer works with, or r
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.adapters import new_adapters, peft
+from refine_nsp.models.adapters import check_adapters, new_adapters, peft
 from refine_nsp.models.load import adapters_of, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import resolve_reward, wants_columns
 from refine_nsp.training.arguments import ReFINEConfig
@@ -51,6 +52,9 @@ def model_given(
     else:
         adapted = hasattr(model, "peft_config")
     if peft_config is None:
+        if adapted and not isinstance(model, str | Path) and hasattr(model, "peft_config"):
+            check_adapters(model)
+            _say_base(model)
         return model, tokenizer
     if not isinstance(peft_config, peft().PeftConfig):
         raise RefineError(f"peft_config must be PEFT's, such as LoraConfig(target_modules='all-linear'), got {peft_config!r:.60}")
@@ -59,11 +63,25 @@ def model_given(
             "got peft_config for a model that has adapters: to go on with those leave it out, and give the model as "
             "refine_nsp.models.load.load_adapter(FOLDER) returns it; for new ones merge first (refine-nsp export)"
         )
-    return new_adapters(cast(nn.Module, model), peft_config, args.seed), tokenizer
+    adapted_model = new_adapters(cast(nn.Module, model), peft_config, args.seed)
+    _say_base(adapted_model)
+    return adapted_model, tokenizer
+
+
+def _say_base(model: Any) -> None:
+    """Warn where the run's folder cannot name the model that its adapters belong on."""
+    if not any(config.base_model_name_or_path for config in model.peft_config.values()):
+        warnings.warn(
+            "the model has no name_or_path, so a folder of its adapters cannot say what they belong on: save it, load that folder, and put "
+            "adapters on what is loaded",
+            stacklevel=2,
+        )
 
 
 def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> Any:
-    """Rows of text as windows of tokens, cut as `midtrain` does; all else as it is."""
+    """Rows of text as windows of tokens, cut as `midtrain` does; all else as it is. Of several sets by name, each."""
+    if isinstance(data, Mapping):
+        return {name: tokenized(rows, tokenizer, args) for name, rows in data.items()}
     columns = data.column_names or [] if isinstance(data, Dataset | IterableDataset) else []
     if TEXT_COLUMN not in columns or TOKENS_COLUMN in columns:
         return data

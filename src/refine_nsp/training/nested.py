@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.nsp.passes import next_tokens, run_hidden
@@ -66,6 +68,9 @@ class PostTrainingConfig(ReFINEConfig):
             raise RefineError("steps_per_generation belongs to mid-training; several inner steps on a batch are inner_steps")
         if self.context_scores == "cached":
             raise RefineError("context_scores='cached' belongs to mid-training; prompts are scored online")
+
+    def _schedule(self) -> Literal["fused", "snapshot"]:
+        return "snapshot" if self.nsp.published and self.inner_steps > 1 else super()._schedule()
 
 
 @dataclass
@@ -159,13 +164,21 @@ class PostTrainer(ReFINETrainer):
     def __init__(
         self, model: nn.Module | str | Path | None = None, args: PostTrainingConfig | None = None, **kwargs: Any
     ) -> None:
-        kwargs.setdefault("data_collator", collate_answers)
+        own_collator = kwargs.setdefault("data_collator", collate_answers) is not collate_answers
         args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
         super().__init__(model=model, args=args, **kwargs)
+        if self.nsp.published and not own_collator:
+            self.data_collator = partial(collate_answers, unlearned=self._end_of_answers())
         objective = self.args.objective
         self.inner = self.shared(PHASES[objective](self.nsp, self.reference_model)) if objective != "none" else None
         self.add_callback(InnerUpdate(self))
         self._current: list[AnswerBatch] = []
+
+    def _end_of_answers(self) -> int | None:
+        """The EOS that `prepare_answers` puts behind answers."""
+        if self.processing_class is None:
+            raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
+        return self.processing_class.eos_token_id  # type: ignore[no-any-return]
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
@@ -193,9 +206,12 @@ class PostTrainer(ReFINETrainer):
         if self.inner is None or not self._current:
             return
         start = time.perf_counter()
-        for prompts in deal([b.prompts for b in self._current if b.prompts is not None], self.args.inner_steps):
-            self.prepare(self.inner, prompts)
-            self.update(self.inner, prompts, "inner_")
+        hands = deal([b.prompts for b in self._current if b.prompts is not None], self.args.inner_steps)
+        # The published code makes all rollouts of the batch before the first of these steps.
+        for together in [hands] if self.nsp.published else [[hand] for hand in hands]:
+            self.prepare(self.inner, [prompts for hand in together for prompts in hand])
+            for hand in together:
+                self.update(self.inner, hand, "inner_")
         self._metrics["seconds_inner"].append(time.perf_counter() - start)
 
 
@@ -218,4 +234,4 @@ def answer_loss(
     hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer
-    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, next_tokens(batch), weights)[0]
+    return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +11,12 @@ import torch
 from torch import nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError
+from refine_nsp.errors import RefineError, closest
 from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.hybrid import StatefulTrunk
 from refine_nsp.models.keeping import ByReference
 from refine_nsp.ops.precision import share_unmoved
+from refine_nsp.training.phases import Phase
 
 HALF = (torch.bfloat16, torch.float16)
 UNMOVED = 0.1  # share of weights that a step may leave as they are, before that is said
@@ -30,6 +33,22 @@ def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
         f"of learning_rate={learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
         "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
     )
+
+
+def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Any) -> None:
+    """RefineError where the figure that is to decide which checkpoint is best (`metric_for_best_model`) is none of validation's."""
+    if not wanted:
+        return
+    try:
+        figures = list(phase.summarise(defaultdict(float)))
+    except Exception:  # a phase of one's own, which needs real sums
+        return
+    sets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    known = [f"{name}{figure}" for name in sets for figure in figures]
+    if (name := wanted.removeprefix("eval_")) not in known:
+        raise RefineError(
+            f"metric_for_best_model={wanted!r} is no figure of validation{closest(name, known)}; it has {', '.join(known)}"
+        )
 
 
 def for_shards(model: nn.Module, nsp: NSPConfig) -> NSPConfig:

@@ -120,6 +120,10 @@ def check_streaming(args: TrainingArguments) -> None:
     """Have every process read the stream itself; RefineError for settings by which its place would not be known."""
     if args.max_steps <= 0:
         raise RefineError("streamed text has no known end: set max_steps")
+    if args.train_sampling_strategy == "group_by_length":
+        raise RefineError(
+            "train_sampling_strategy='group_by_length' needs the lengths of all rows, and streamed text comes as it comes; leave it out"
+        )
     if args.dataloader_num_workers > 0:
         raise RefineError(
             f"dataloader_num_workers={args.dataloader_num_workers} would read streamed text in other processes, whose place in it a "

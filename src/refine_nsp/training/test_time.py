@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+PUBLISHED_PROMPTS = 4  # of an optimizer step; the published code takes two such steps on a batch of eight prompts
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class TestTimeConfig:
 
     Attributes:
         objective: `refine`, or `ntp`: the cross-entropy on the prompt alone.
-        scope: restore after each `example`, after each `batch` (its prompts share one update), or `never`.
+        scope: restore after each `example`, after each `batch` (its prompts share one update), or `never`. Default: `example`; with
+            `published` among the settings of ReFINE `never`, and an optimizer step for every four prompts of a batch.
         steps: optimizer steps on a prompt.
-        learning_rate, optimizer, weight_decay, max_grad_norm: of those steps (`adamw` or `sgd`).
+        learning_rate, optimizer, max_grad_norm: of those steps (`adamw` or `sgd`).
+        weight_decay: of those steps. Default: 0; with `published` 0.01.
         parameters: `all`; `fast_weights`: only the projections that write and read the fast weights; `lora`: adapters on all linear
             layers, by which several prompts are adapted side by side.
         lora_r, lora_alpha: rank and scale of the adapters.
@@ -49,11 +52,11 @@ class TestTimeConfig:
     __test__ = False  # not a test, whatever pytest makes of its name
 
     objective: Objective = "refine"
-    scope: Literal["example", "batch", "never"] = "example"
+    scope: Literal["example", "batch", "never"] | None = None
     steps: int = 1
     learning_rate: float = 1e-6
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     max_grad_norm: float = 1.0
     parameters: Literal["all", "fast_weights", "lora"] = "all"
     lora_r: int = 8
@@ -63,6 +66,10 @@ class TestTimeConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        published = self.nsp.published
+        for name, value in (("scope", "never" if published else "example"), ("weight_decay", 0.01 if published else 0.0)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -98,7 +105,10 @@ class TestTimeTrainer:
         self.model = model
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
-        self.phase = PHASES[self.config.objective](self.config.nsp)
+        nsp = self.config.nsp
+        if nsp.published and nsp.schedule == "auto":  # rollouts of all prompts are made before the first step
+            nsp = replace(nsp, schedule="snapshot")
+        self.phase = PHASES[self.config.objective](nsp)
         self._kept_optimizer: torch.optim.Optimizer | None = None  # scope="never" goes on with it
 
     def shortest(self) -> int:
@@ -179,6 +189,7 @@ class TestTimeTrainer:
         c = self.config
         if c.scope == "never" and self._kept_optimizer is not None:
             return self._kept_optimizer
+        assert c.weight_decay is not None
         optimizer = OPTIMIZERS[c.optimizer](parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
         if c.scope == "never":
             self._kept_optimizer = optimizer
@@ -190,10 +201,11 @@ class TestTimeTrainer:
     ) -> list[float]:
         """The optimizer steps. shared: one update for all rows, else each row's own (its loss and gradient norm are its alone)."""
         model, c = self.model, self.config
-        device = model.device
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        sequences = Batch.of(ids, torch.tensor([len(r) for r in rows]))
-        generators = [torch.Generator().manual_seed(c.seed) for _ in rows]
+        # The published code takes its cross-entropy alone in one step on the whole batch.
+        dealt = c.nsp.published and shared and c.objective == "refine"
+        size = PUBLISHED_PROMPTS if dealt else len(rows)
+        sequences = [self._batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+        generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]
         wanted = {p: p.requires_grad for p in model.parameters()}
         training = model.training
         losses = []
@@ -201,18 +213,19 @@ class TestTimeTrainer:
             model.requires_grad_(False)
             for p in parameters:
                 p.requires_grad_(True)
+            optimizer.zero_grad(set_to_none=True)
             for _ in range(c.steps):
-                optimizer.zero_grad(set_to_none=True)
-                batch = self._micro_batch(sequences, generators, shared)
-                model.train()
-                with torch.enable_grad():
-                    loss, _ = self.phase.loss(model, batch)
-                    with part("backward"):
-                        loss.backward()
-                clip_gradients(parameters, c.max_grad_norm, shared)
-                with part("optimizer"):
-                    optimizer.step()
-                losses.append(float(loss.detach()))
+                for batch in self._micro_batches(sequences, generators, shared):
+                    model.train()
+                    with torch.enable_grad():
+                        loss, _ = self.phase.loss(model, batch)
+                        with part("backward"):
+                            loss.backward()
+                    clip_gradients(parameters, c.max_grad_norm, shared)
+                    with part("optimizer"):
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                    losses.append(float(loss.detach()))
         finally:
             optimizer.zero_grad(set_to_none=True)
             for p, flag in wanted.items():
@@ -220,17 +233,27 @@ class TestTimeTrainer:
             model.train(training)
         return losses
 
-    def _micro_batch(self, sequences: Batch, generators: Sequence[torch.Generator], shared: bool) -> MicroBatch:
-        """Prepared and counted; losses are divided by what all rows hold, or each row's part by its own."""
-        batch, device = MicroBatch(sequences, generators), sequences.input_ids.device
+    def _batch(self, rows: Sequence[Tensor]) -> Batch:
+        """Return prompts as one batch on the model's device."""
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.model.device)
+        return Batch.of(ids, torch.tensor([len(r) for r in rows]))
+
+    def _micro_batches(
+        self, sequences: Sequence[Batch], generators: Sequence[Sequence[torch.Generator]], shared: bool
+    ) -> list[MicroBatch]:
+        """Prepare and count the batches, one for each optimizer step; losses are divided by what all rows hold, or each row's part by its
+        own."""
+        batches = [MicroBatch(s, g) for s, g in zip(sequences, generators, strict=True)]
         self.model.eval()
         with torch.no_grad():
-            self.phase.prepare(self.model, [batch])
-        if shared:
-            batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
-        else:
-            batch.totals = {name: n.to(device) for name, n in self.phase.count_by_sequence(batch).items()}
-        return batch
+            self.phase.prepare(self.model, batches)
+        for batch in batches:
+            if shared:
+                batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
+            else:
+                by_row = self.phase.count_by_sequence(batch)
+                batch.totals = {name: n.to(self.model.device) for name, n in by_row.items()}
+        return batches
 
 
 def as_rows(prompt: Any) -> list[Tensor]:

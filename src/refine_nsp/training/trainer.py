@@ -56,8 +56,10 @@ from refine_nsp.training.data import collate
 from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
 from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
-from refine_nsp.training.problems import for_shards, rounding_problem
+from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
+from refine_nsp.training.sampling import ByLength, lengths_of
 from refine_nsp.training.scores import with_context_scores
+from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
 
 P = TypeVar("P", bound=Phase)
@@ -96,7 +98,9 @@ class ReFINETrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(kwargs)
         args = with_rewards(args if args is not None else ReFINEConfig(output_dir="runs/refine"), reward_funcs)
+        check_machine(args)
         model, kwargs["processing_class"] = model_given(model, kwargs.get("processing_class"), peft_config, args)
         if kwargs.setdefault("data_collator", collate) is collate:
             for name in ("train_dataset", "eval_dataset"):
@@ -136,6 +140,7 @@ class ReFINETrainer(Trainer):
         if isinstance(self.train_dataset, IterableDataset):
             # As far as steps and data loaders read ahead.
             self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
+        check_best_figure(args.metric_for_best_model, self.phase, self.eval_dataset)
         self._replace_callbacks()
         self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
         self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
@@ -204,6 +209,14 @@ class ReFINETrainer(Trainer):
         finally:
             self.accelerator.device_placement = placing
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's, but for rows of like lengths together: then the epoch alone decides the order, so that a resumed run has it."""
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength(lengths_of(data, self.args.length_column_name), self.dealing.examples, seed)
+
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -229,7 +242,12 @@ class ReFINETrainer(Trainer):
                 self._metrics["seconds_generation"].append(time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
         self.set_totals(self.phase, batches)
-        return [{"batch": b, "input_ids": b.input_ids} for b in batches], None
+        # The Trainer counts tokens by these, where it is asked to.
+        masks = [
+            {"attention_mask": b.sequences.real} if self.args.include_num_input_tokens_seen == "non_padding" else {}
+            for b in batches
+        ]
+        return [{"batch": b, "input_ids": b.input_ids, **mask} for b, mask in zip(batches, masks, strict=True)], None
 
     def _draw(self, epoch_iterator: Iterator[dict[str, Any]], count: int, device: torch.device) -> list[MicroBatch]:
         batches: list[MicroBatch] = []
@@ -381,10 +399,18 @@ class ReFINETrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The phase's figures on the validation set; of the usual phases: NTP loss, accuracy of the argmax and (expected) of a sampled
         token, entropy, greedy K-token match, mean cosine."""
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(given, Mapping):
+            named = [self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}") for name, data in given.items()]
+            return {name: value for figures in named for name, value in figures.items()}
+        self._memory_tracker.start()
         start = time.perf_counter()
-        batches = self.validation_batches(eval_dataset)
+        batches = self.validation_batches(given)
         model = self._wrap_model(self.model, training=False)
         model.eval()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()  # a schedule-free one then shows the weights that it would end with
         with part("validation"):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
@@ -396,7 +422,12 @@ class ReFINETrainer(Trainer):
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: validation keeps no predictions."""
+        raise RefineError("predict has no place here: use evaluate, generate(), or `refine-nsp evaluate`")
 
     @property
     def _is_sharded(self) -> bool:
@@ -406,7 +437,8 @@ class ReFINETrainer(Trainer):
     def validation_batches(self, eval_dataset: Any) -> Iterator[dict[str, Any]]:
         """This process' share of the validation rows, collated; all of them where the model is sharded, whose processes must run
         together. Each row is there once, with its index in the set in `_places`: figures are the same on any number of processes."""
-        data: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        sets: Any = self.eval_dataset
+        data: Any = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         of, among = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
         indices, size = range(of, len(data), among), self.args.per_device_eval_batch_size
         for at in range(0, len(indices), size):
@@ -416,8 +448,9 @@ class ReFINETrainer(Trainer):
 
     # --- saving and resuming ------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint. Ctrl-C and SIGTERM save, then
-        raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside, in a folder inside it.
+        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint, and None what `args` say. Ctrl-C and
+        SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside, in a
+        folder inside it.
 
         Raises:
             RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.
@@ -447,9 +480,10 @@ class ReFINETrainer(Trainer):
 
     def _checkpoint_of(self, given: Any) -> Path | None:
         """The checkpoint that `train` is to resume from, whole and made by a run like this one."""
+        given = self.args.resume_from_checkpoint if given is None else given
         if not given:
             return None
-        if given is True:
+        if given is True or given in ("last", "True", "true"):
             given = last_complete_checkpoint(Path(str(self.args.output_dir)))
             if given is None:
                 raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")

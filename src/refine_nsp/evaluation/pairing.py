@@ -1,0 +1,97 @@
+"""Pair the answers of two evaluations: to the same questions only, and with a word on where their settings differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation.run import TaskResult
+from refine_nsp.evaluation.tasks import EvaluationArguments, Row
+
+Settings = Mapping[str, Any]  # those that differ from their defaults, by name
+
+
+@dataclass(frozen=True)
+class TaskPairs:
+    """A task's answers in two evaluations, example by example, and the figures that both have."""
+
+    name: str
+    rows: list[tuple[Row, Row]]
+    figures: list[str]
+
+
+def pair_up(
+    a: Sequence[TaskResult], b: Sequence[TaskResult], settings_a: Settings | None = None, settings_b: Settings | None = None
+) -> tuple[list[TaskPairs], list[str]]:
+    """Pair what two evaluations have in common; the pairs of each task, and what is to be said of them, sentences.
+
+    Raises:
+        RefineError: no task in common, a task without a shared example, or answers to different questions under one id.
+    """
+    others, notes = {r.name: r for r in b}, []
+    shared = [r for r in a if r.name in others]
+    if not shared:
+        raise RefineError(
+            f"the two evaluations have no task in common: {', '.join(r.name for r in a)} and {', '.join(others)}"
+            + (closest(a[0].name, others) if a else "")
+        )
+    differences = differing_settings(settings_a or {}, settings_b or {})
+    if differences:
+        notes.append(f"their settings differ: {'; '.join(differences)}")
+    if settings_a is None or settings_b is None:
+        notes.append("an evaluation keeps no settings, so that they are the same was not checked")
+    paired = []
+    for mine, theirs in ((r, others[r.name]) for r in shared):
+        if not mine.rows or not theirs.rows:
+            notes.append(f"{mine.name} has no examples in one of them")
+            continue
+        pairs = _pairs(mine, theirs, differences)
+        if len(pairs) < max(len(mine.rows), len(theirs.rows)):
+            notes.append(f"{mine.name}: {len(pairs)} examples are in both, of {len(mine.rows)} and {len(theirs.rows)}")
+        paired.append(TaskPairs(mine.name, pairs, [f for f in mine.estimates if f in theirs.estimates]))
+    if any(not row.question for task in paired for pair in task.rows for row in pair):
+        notes.append(
+            "an evaluation by an earlier release keeps no prompts: that both asked the same was checked by the references alone"
+        )
+    return paired, notes
+
+
+def differing_settings(a: Settings, b: Settings) -> list[str]:
+    """Name each setting that differs, with both values; the sum of the weights goes without saying."""
+    known = asdict(EvaluationArguments())
+
+    def shown(settings: Settings, name: str) -> str:
+        return repr(settings[name]) if name in settings else f"{known[name]!r}" if name in known else "its default"
+
+    names = [name for name in dict.fromkeys((*a, *b)) if name != "weights"]
+    return [f"{name} {x} and {y}" for name in names for x, y in [(shown(a, name), shown(b, name))] if x != y]
+
+
+def _pairs(mine: TaskResult, theirs: TaskResult, differences: Sequence[str]) -> list[tuple[Row, Row]]:
+    there = {row.id: row for row in theirs.rows}
+    pairs = [(row, there[row.id]) for row in mine.rows if row.id in there]
+    where = f"; their settings differ: {'; '.join(differences)}" if differences else ""
+    if not pairs:
+        raise RefineError(
+            f"{mine.name}: the two evaluations share no example (one has {mine.rows[0].id!r}, the other {theirs.rows[0].id!r}){where}"
+        )
+    cut_otherwise = any(d.startswith("max_prompt_tokens ") for d in differences)
+    for x, y in pairs:
+        if reason := _other_question(x, y, cut_otherwise):
+            raise RefineError(f"{mine.name}: the two evaluations cannot be paired: {reason} ({x.id}){where}; evaluate both alike")
+    return pairs
+
+
+def _other_question(a: Row, b: Row, cut_otherwise: bool) -> str:
+    """Say why two answers of one id are not to the same question; empty where they are."""
+    if a.question and b.question and a.question != b.question:
+        return "their prompts, references or texts differ"
+    if a.references != b.references:
+        return "their references differ"
+    if a.weight != b.weight or a.meta.get("tokens") != b.meta.get("tokens"):
+        return "their documents are of different tokens"
+    if cut_otherwise and a.meta.get("prompt_tokens") != b.meta.get("prompt_tokens"):
+        return "their prompts were cut to different lengths"
+    return ""

@@ -1,0 +1,48 @@
+"""Names of weights in a checkpoint that was saved through a wrapper (torch.compile, DDP, FSDP, PEFT), as the model itself has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from refine_nsp.errors import RefineError
+
+# What wrappers put in front of the name of what they wrap, wherever in the model that is.
+ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# In front of all names: DDP, DeepSpeed and Lightning, PEFT.
+IN_FRONT = ("module.", "_forward_module.", "base_model.model.")
+OF_ADAPTERS = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.", ".original_module.")
+
+
+def renaming(where: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Find the wrappers in a checkpoint's names: what they added, and the patterns that take it out, as `from_pretrained` takes them.
+
+    Args:
+        names: those that the model does not know. A `model.` too many or too few is no matter: transformers sees to that.
+
+    Raises:
+        RefineError: weights of adapters that were not merged.
+    """
+    if unmerged := [name for name in names if any(part in name for part in OF_ADAPTERS)]:
+        raise RefineError(
+            f"the weights of {where} are those of a model with adapters on it ({len(unmerged)} names such as {unmerged[0]}): save "
+            "merge_and_unload() of it where it was made, or the adapters alone (save_pretrained of PEFT's model)"
+        )
+    prefix, rest = "", list(names)
+    while (found := next((w for w in (*ANYWHERE, *IN_FRONT) if all(name.startswith(w) for name in rest)), None)) is not None:
+        prefix, rest = prefix + found, [name.removeprefix(found) for name in rest]
+    inside = [w for w in ANYWHERE if any(f".{w}" in name for name in rest)]
+    patterns = {f"^{re.escape(prefix)}": ""} if prefix else {}
+    return ", ".join([prefix, *inside] if prefix else inside), patterns | {rf"(?<=\.){re.escape(w)}": "" for w in inside}
+
+
+def without_wrappers(name: str) -> str:
+    """Take out of a name what torch.compile, FSDP and DDP put into it."""
+    for wrapper in ANYWHERE:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Write the first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -1,0 +1,76 @@
+"""What a forward pass returns, and what it keeps of its layers' states on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
+
+
+@dataclass
+class FastWeightModelOutput(BaseModelOutputWithPast):
+    """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `PrefixStates`.
+
+    `document_starts`: [B, T] bool, on the host, true in the columns where packed documents begin; None where none are packed.
+    """
+
+    snapshots: FastWeightCache | None = None
+    states: PrefixStates | None = None
+    document_starts: Tensor | None = None
+
+
+@dataclass
+class FastWeightCausalLMOutput(CausalLMOutputWithPast):
+    """As in transformers, with `last_hidden_state` [B, T, D] (after the final norm), `snapshots` and `states`."""
+
+    last_hidden_state: Tensor | None = None
+    snapshots: FastWeightCache | None = None
+    states: PrefixStates | None = None
+
+
+def as_asked(output: Any, return_dict: bool | None, config: Any) -> Any:
+    """The output, or a tuple of what it holds where `return_dict` (by default the config's) is False, as in transformers."""
+    wants_dict = config.return_dict if return_dict is None else return_dict
+    return output if wants_dict else output.to_tuple()
+
+
+def check_rows(past: FastWeightCache, n_rows: int, use_cache: bool) -> None:
+    """RefineError unless `n_rows` rows can go on from the states of `past`: as many if these are replaced, else a multiple of them."""
+    if n_rows % past.batch_size or (use_cache and past.batch_size != n_rows):
+        raise RefineError(
+            f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
+            "use_cache=False to go on from each with a whole number of rows"
+        )
+
+
+class Kept:
+    """What a pass keeps of its layers' states: those after `final` [B, 1], snapshots after `tokens` [B, P], or all they come from."""
+
+    def __init__(self, final: Tensor | None, tokens: Tensor | None, everything: bool) -> None:
+        self.final, self.tokens, self.everything = final, tokens, everything
+        self.finals: list[LayerState] = []
+        self.snapshots: list[LayerState] = []
+        self.traces: list[LayerTrace] = []
+
+    def take(self, trace: LayerTrace | None) -> None:
+        """A layer's trace; what is not wanted of it is let go before the next layer runs."""
+        if trace is None:
+            return
+        if self.final is not None:
+            self.finals.append(trace.at(self.final))
+        if self.tokens is not None:
+            self.snapshots.append(trace.at(self.tokens))
+        if self.everything:
+            self.traces.append(trace)
+
+    def snapshots_after(self, offsets: Tensor) -> FastWeightCache | None:
+        """The snapshots as B*P rows; offsets [B]: tokens before the pass."""
+        if self.tokens is None:
+            return None
+        lengths = (offsets[:, None] + self.tokens + 1).reshape(-1)
+        return FastWeightCache(self.snapshots, lengths, int(lengths.max()))

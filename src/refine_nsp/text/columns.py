@@ -1,0 +1,341 @@
+"""The columns that are needed of several files: of which type each is, and the files as Arrow tables of these types alone.
+
+Columns that nobody asked for are never looked at, so they may differ from file to file. A value that does not fit is named with its
+file and its row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from refine_nsp.errors import RefineError
+from refine_nsp.text.formats import Row, format_of, opened, place, read_text, rows_of, say
+
+LOOK_ROWS, MOST_LOOKED = (
+    100,
+    10_000,
+)  # of a file that are looked at before it is streamed, and where a column is still without values
+TABLE_ROWS, TABLE_CHARACTERS = 1000, 2**23  # at most, of a table
+PARQUET_ROWS = 256
+MISFITS = (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError)
+
+Types = dict[str, pa.DataType | None]  # None: of several types
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        columns: any of these holds the document; the first that is there is taken.
+        also: further columns, where they are there; None: all there are.
+        read_ahead: bytes of a text that are looked at before the rest is streamed; None: everything is read at once.
+    """
+
+    columns: tuple[str, ...]
+    also: tuple[str, ...] | None = ()
+    read_ahead: int | None = None
+
+    @property
+    def streaming(self) -> bool:
+        return self.read_ahead is not None
+
+    def names(self, there: Iterable[str]) -> list[str]:
+        """Those of a file's columns that may be needed."""
+        return [name for name in there if self.also is None or name in self.columns or name in self.also]
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def types_of(file: Path, wanted: Wanted) -> Types:
+    """The types of a file's columns, of those that may be needed. RefineError where it cannot be read."""
+    kind = format_of(file)
+    if kind == "text":
+        if wanted.streaming:
+            read_text(file, wanted.read_ahead)  # that it is text is seen before a run begins
+        return {"text": pa.string()}
+    if kind == "csv":
+        first = next(rows_of(file, wanted.columns), None)
+        return dict.fromkeys(wanted.names(first[2] if first else ()), pa.string())
+    if kind == "json":
+        return _types_of_rows(file, wanted)
+    with _arrow(file) as (schema, _):
+        return {name: plain(schema.field(name).type) for name in wanted.names(schema.names)}
+
+
+def _types_of_rows(file: Path, wanted: Wanted) -> Types:
+    """Of a json file's first rows: of all rows where columns of any kind are wanted and the files are read whole anyway.
+
+    In any case up to a row in which the columns asked for by name have had a value.
+    """
+    rows, types, looked = rows_of(file, wanted.columns), Types(), 0
+    while part := [row for _, _, row in islice(rows, LOOK_ROWS)]:
+        for name in wanted.names(dict.fromkeys(name for row in part for name in row)):
+            types[name] = merged(types.get(name, pa.null()), _type_of_values([row.get(name) for row in part]))
+        looked += len(part)
+        documents = [types[name] for name in wanted.columns if name in types and not _unknown(types[name])]
+        known = bool(documents) and not any(_unknown(types[name]) for name in types if name in (wanted.also or ()))
+        settled = looked >= MOST_LOOKED or not any(map(_unknown, types.values()))
+        if known and (settled if wanted.streaming else wanted.also == () and any(map(is_document, documents))):
+            break
+    return types
+
+
+def _type_of_values(values: Sequence[Any]) -> pa.DataType | None:
+    try:
+        return pa.array(values).type
+    except MISFITS:
+        return pa.string() if any(isinstance(v, str) for v in values) and not any(isinstance(v, dict) for v in values) else None
+
+
+def _unknown(found: pa.DataType | None) -> bool:
+    """Whether no value said yet of which type a column is; None, of several types, is known."""
+    return found is not None and (pa.types.is_null(found) or (pa.types.is_list(found) and pa.types.is_null(found.value_type)))
+
+
+def plain(found: pa.DataType) -> pa.DataType:
+    """The ordinary form of a type: text that is dictionary-encoded, large or a view is text."""
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_large_string(found) or pa.types.is_string_view(found):
+        return pa.string()
+    lists = pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found) or pa.types.is_list(found)
+    return pa.list_(plain(found.value_type)) if lists else found
+
+
+def merged(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
+    """A type that holds the values of both, as numbers with and without a point; None where there is none."""
+    if a is None or b is None:
+        return None
+    try:
+        schemas = [pa.schema([("x", a)]), pa.schema([("x", b)])]
+        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+    except (pa.ArrowException, TypeError):
+        return None
+
+
+def is_document(found: pa.DataType | None) -> bool:
+    """Whether it is the type of text, or of rows of token ids."""
+    return found is not None and (
+        pa.types.is_string(found) or (pa.types.is_list(found) and pa.types.is_integer(found.value_type))
+    )
+
+
+def schema_of(types: Mapping[Path, Types], wanted: Wanted) -> tuple[pa.Schema, list[tuple[str, str]]]:
+    """The columns to read, the document's first, and the others that are left out since their values do not agree, with the first."""
+    there = {name: None for of_file in types.values() for name in of_file}
+    document = next(name for name in wanted.columns if name in there)
+    fields: list[tuple[str, pa.DataType]] = [(document, _document_type(document, types))]
+    left_out = []
+    for name in (n for n in there if n != document and (wanted.also is None or n in wanted.also)):
+        found: pa.DataType | None = pa.null()
+        for of_file in types.values():
+            found = merged(found, of_file.get(name, pa.null()))
+        if found is not None:
+            fields.append((name, found))
+        else:
+            left_out.append((f"column {name!r}", _disagreement(name, list(types), wanted)))
+    return pa.schema(fields), left_out
+
+
+def _document_type(name: str, types: Mapping[Path, Types]) -> pa.DataType:
+    """Text where any file has text in it, so that the value named as wrong is the one that is."""
+    found: list[Any] = [of_file[name] for of_file in types.values() if name in of_file]
+    if any(f is None or pa.types.is_string(f) or pa.types.is_binary(f) or pa.types.is_large_binary(f) for f in found):
+        return pa.string()
+    if all(pa.types.is_list(f) or pa.types.is_null(f) for f in found) and any(pa.types.is_list(f) for f in found):
+        together = functools.reduce(merged, found, pa.null())
+        of = together.value_type if together is not None and pa.types.is_list(together) else pa.null()
+        return together if pa.types.is_integer(of) or pa.types.is_struct(of) else pa.list_(pa.int64())  # tokens, messages
+    return pa.string()
+
+
+def _disagreement(name: str, files: Sequence[Path], wanted: Wanted) -> str:
+    """Where the first value of a column is whose type does not agree with those before."""
+    found: pa.DataType | None = pa.null()
+    for file in files:
+        for number, line, row in every_row(file, name, wanted):
+            before, found = found, merged(found, _type_of_values([row.get(name)]))
+            if found is None:
+                return f"{place(file, number, line)} holds {shown(row[name])}, and the rows before {before}"
+    return "its values are of several types"
+
+
+def every_row(file: Path, name: str, wanted: Wanted) -> Iterator[Row]:
+    """All rows of a file for an error's sake, whatever its format: number, line (0 where there is none), values."""
+    if format_of(file) in ("json", "csv"):
+        yield from rows_of(file, wanted.columns)
+    elif format_of(file) == "text":
+        yield 0, 0, {"text": read_text(file)}
+    else:
+        with _arrow(file) as (_, batches):
+            number = 0
+            for batch in batches([name]):
+                for value in batch.column(name) if name in batch.schema.names else ():
+                    yield number, 0, {name: value.as_py()}
+                    number += 1
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its beginning, and its type."""
+    return f"{str(value)[:60]!r}, a {type(value).__name__}"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables_of(file: Path, schema: pa.Schema, wanted: Wanted) -> Iterator[pa.Table]:
+    """A file's rows as tables of `schema`, whose first column is the document's. RefineError for a value that does not fit."""
+    kind = format_of(file)
+    if kind == "text":
+        yield pa.table({name: [read_text(file)] if name == "text" else [None] for name in schema.names}, schema=schema)
+    elif kind in ("json", "csv"):
+        yield from _tables_of_rows(file, schema, wanted)
+    else:
+        names, number = schema.names, 0
+        with _arrow(file) as (_, batches):
+            for batch in batches(names):
+                columns = [_fitting(batch, field, file, number, i == 0) for i, field in enumerate(schema)]
+                yield pa.Table.from_arrays(columns, schema=schema)
+                number += len(batch)
+
+
+def _tables_of_rows(file: Path, schema: pa.Schema, wanted: Wanted) -> Iterator[pa.Table]:
+    document, part, characters = schema.names[0], [], 0
+    for row in rows_of(file, wanted.columns):
+        part.append(row)
+        value = row[2].get(document)
+        characters += len(value) if isinstance(value, str | list) else 0
+        if len(part) == TABLE_ROWS or characters > TABLE_CHARACTERS:
+            yield _table(part, schema, file, wanted)
+            part, characters = [], 0
+    if part:
+        yield _table(part, schema, file, wanted)
+
+
+def _table(rows: Sequence[Row], schema: pa.Schema, file: Path, wanted: Wanted) -> pa.Table:
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for _, _, row in rows]
+        try:
+            columns.append(_array(values, field.type))
+        except MISFITS:
+            columns.append(_array(_fitting_values(values, rows, field, file, wanted), field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _fitting_values(values: Sequence[Any], rows: Sequence[Row], field: pa.Field, file: Path, wanted: Wanted) -> list[Any]:
+    """Values without those that are not of their column's type, of a column beside the document's; of that one RefineError."""
+    fits = [_fits(value, field.type) for value in values]
+    if all(fits):  # each by itself: True among whole numbers
+        return [_array([value], field.type)[0].as_py() for value in values]
+    at = fits.index(False)
+    error = misfit(place(file, *rows[at][:2]), field, values[at], field.name in wanted.columns)
+    if field.name in wanted.columns:
+        raise error
+    say(f"{str(error).split(';')[0]}, where the first rows have {field.type}: read as missing, as are others like it")
+    return [value if fit else None for value, fit in zip(values, fits, strict=True)]
+
+
+def _array(values: Sequence[Any], wanted: pa.DataType) -> pa.Array:
+    """Values as an array. In two steps, since Arrow makes 1 of 1.5 where it is told to make whole numbers."""
+    if pa.types.is_string(wanted):
+        return pa.array(values, wanted)
+    found = pa.array(values)
+    return found if found.type == wanted else _cast(found, wanted)
+
+
+def _cast(found: pa.Array, wanted: pa.DataType) -> pa.Array:
+    """The same values in a type that holds all of them: Arrow itself drops fields of structs that the type does not have."""
+    if pa.types.is_nested(wanted) and merged(wanted, plain(found.type)) != wanted:
+        raise pa.ArrowInvalid(f"{found.type} is not {wanted}")
+    try:
+        return found.cast(wanted)
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        return pa.array(found.to_pylist(), wanted)  # structs with fewer fields
+
+
+def _fits(value: Any, wanted: pa.DataType) -> bool:
+    try:
+        _array([value], wanted)
+    except MISFITS:
+        return False
+    return True
+
+
+def misfit(where: str, field: pa.Field, value: Any, is_document_column: bool) -> RefineError:
+    """The error of a value that is not of its column's type."""
+    if is_document_column and isinstance(value, str) and pa.types.is_string(field.type):
+        return RefineError(
+            f"{where}: column {field.name!r} holds {shown(value)}, with half a surrogate pair in it, which is no character"
+        )
+    expected = "text in every row, or token ids in every row" if is_document_column else f"{field.type}, as in the rows looked at"
+    return RefineError(f"{where}: column {field.name!r} holds {shown(value)}; expected {expected}")
+
+
+def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_document_column: bool) -> pa.Array:
+    """A column of a parquet or arrow file in the type wanted; nulls where the file does not have it. start: the batch's first row."""
+    if field.name not in batch.schema.names:
+        return pa.nulls(len(batch), field.type)
+    column = batch.column(field.name)
+    text = pa.types.is_string(field.type)
+    if column.type == field.type:
+        return column
+    found = plain(column.type)
+    if text and not (
+        pa.types.is_string(found) or pa.types.is_null(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found)
+    ):
+        at = next((i for i, valid in enumerate(column.is_valid().to_pylist()) if valid), None)
+        if at is None:
+            return pa.nulls(len(batch), field.type)
+        raise misfit(place(file, start + at), field, column[at].as_py(), True)
+    try:
+        return _cast(column, field.type)
+    except MISFITS:
+        at = next((i for i, value in enumerate(column) if not _casts(value, field.type)), 0)
+        raise misfit(place(file, start + at), field, column[at].as_py(), is_document_column) from None
+
+
+def _casts(value: pa.Scalar, wanted: pa.DataType) -> bool:
+    try:
+        _cast(pa.array([value.as_py()], value.type), wanted)
+    except MISFITS:
+        return False
+    return True
+
+
+@contextmanager
+def _arrow(file: Path) -> Iterator[tuple[pa.Schema, Any]]:
+    """The schema of a parquet or arrow file, and a function from names of columns to its batches with those of them it has."""
+    with opened(file) as stream:
+        if format_of(file) == "parquet":
+            parquet = pq.ParquetFile(stream)
+            schema = parquet.schema_arrow
+
+            def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+                return parquet.iter_batches(PARQUET_ROWS, columns=[n for n in names if n in schema.names])
+        else:
+            try:
+                reader: Any = pa.ipc.open_stream(stream)
+            except pa.ArrowInvalid:
+                stream.seek(0)
+                of_file = pa.ipc.open_file(stream)
+                parts: Any = (of_file.get_batch(i) for i in range(of_file.num_record_batches))
+                schema = of_file.schema
+            else:
+                parts, schema = reader, reader.schema
+
+            def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+                return (part.select([n for n in names if n in schema.names]) for part in parts)
+
+        yield schema, batches

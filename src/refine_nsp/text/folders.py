@@ -1,0 +1,293 @@
+"""Which files a name means: a file, a folder as the hub, an editor or a cluster leaves it, or a glob; and which split each belongs to.
+
+The rules for splits are those of `datasets`: words such as train, dev or test in the names of folders, else of files, or shards as
+`NAME-00000-of-00001`; a README that lists the files of each configuration comes before them.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.text.formats import FORMATS, KNOWN, RECORD_ENDINGS, ending_of, format_of, is_empty, say, unpacked
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+APART = r"[-._ 0-9]"  # what a word of a name may stand between
+SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+ABOUT_DATA = re.compile(r"(readme([-_ ].*)?|licen[sc]e|copying|notice|citation)(\..*)?", re.IGNORECASE)
+STATE_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
+SHOWN = 4  # names of files that a line lists for each reason
+
+LeftOut = list[tuple[str, str]]  # a file's name and why it is not read
+
+
+@dataclass
+class Found:
+    """The files that a name means.
+
+    Attributes:
+        files: all of them. splits: those of each split, empty where no name says one. left_out: what lies beside them and is not read.
+    """
+
+    files: list[Path]
+    splits: dict[str, list[Path]] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=list)
+
+    @property
+    def of_no_split(self) -> list[Path]:
+        belonging = {file for files in self.splits.values() for file in files}
+        return [file for file in self.files if file not in belonging]
+
+
+def path_of(name: str) -> Path:
+    """The path of a name."""
+    return Path(name).expanduser()
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of files here, and not of the hub."""
+    return path_of(name).exists() or glob.has_magic(name)
+
+
+def say_left_out(name: str, left_out: LeftOut) -> None:
+    """Say in one line which files are not read, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for file, why in left_out:
+        reasons.setdefault(why, []).append(file)
+    parts = [
+        f"{', '.join(files[:SHOWN])}{f' and {len(files) - SHOWN} more' if len(files) > SHOWN else ''} ({why})"
+        for why, files in reasons.items()
+    ]
+    if parts:
+        say(f"{name}: not read: {'; '.join(parts)}")
+
+
+def find_files(name: str, config: str | None) -> Found | None:
+    """The files meant by a path, folder or glob; None when it can only be a hub name.
+
+    Raises:
+        RefineError: nothing there that can be read.
+    """
+    path = path_of(name)
+    if path.is_dir():
+        found = _in_folder(path, config)
+    elif config is not None and (path.exists() or glob.has_magic(name)):
+        raise _no_configurations(name, config)
+    elif path.is_file():
+        _check_file(path)
+        return Found([path])
+    elif glob.has_magic(name):
+        named = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not named:
+            raise RefineError(f"no file matches {name!r}")
+        files, left_out = _readable([(p.name, p) for p in named])
+        found = Found(files, left_out=left_out)
+    else:
+        if ending_of(path) in FORMATS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise RefineError(f"no file or folder {name!r}")
+        return None
+    if not found.files:
+        beside = "; ".join(f"{file} ({why})" for file, why in found.left_out[:SHOWN])
+        raise RefineError(f"{name} holds no file to train on; expected {KNOWN}" + (f"; not read: {beside}" if beside else ""))
+    return found
+
+
+def _check_file(file: Path) -> None:
+    """RefineError for a file named by itself that is empty or of an unknown format."""
+    if format_of(file) is None:
+        raise RefineError(f"{file}: unknown format {file.suffix or '(no ending)'}; expected {KNOWN}")
+    if is_empty(file):
+        raise RefineError(f"{file} is empty")
+
+
+def _no_configurations(name: str, config: str) -> RefineError:
+    return RefineError(f"dataset_config={config!r}: {name} has no configurations; leave it out")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _in_folder(folder: Path, config: str | None) -> Found:
+    folder = _snapshot(folder)
+    hidden: LeftOut = []
+    entries = sorted(_walk(folder, folder, hidden, {folder.resolve()}), key=lambda entry: entry[0])
+    files, left_out = _readable(entries)
+    found = Found(files, left_out=[*hidden, *left_out])
+    configurations = _configurations(folder)
+    if configurations:
+        return _of_configuration(folder, found, configurations, config)
+    if config is not None:
+        raise _no_configurations(str(folder), config)
+    found.splits = splits_of(folder, files)
+    return found
+
+
+def _snapshot(folder: Path) -> Path:
+    """Where a folder is one of the hub's cache: the snapshot in it that `main` points to, or the newest one."""
+    if not ((folder / "refs").is_dir() and (folder / "snapshots").is_dir() and (folder / "blobs").is_dir()):
+        return folder
+    main = folder / "refs" / "main"
+    named = folder / "snapshots" / main.read_text("utf-8").strip() if main.is_file() else folder
+    there = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
+    return named if named in there else there[-1] if there else folder
+
+
+def _walk(folder: Path, top: Path, hidden: LeftOut, seen: set[Path]) -> Iterator[tuple[str, Path]]:
+    """The files below a folder, by their names from its top; links are followed, but never to where one has been."""
+    for path in sorted(folder.iterdir()):
+        name = path.relative_to(top).as_posix()
+        is_folder = path.is_dir()
+        if path.name.startswith(".") or (is_folder and path.name.startswith("__")):
+            hidden.append((name + "/" * is_folder, "hidden"))
+        elif is_folder:
+            if path.resolve() not in seen:
+                yield from _walk(path, top, hidden, seen | {path.resolve()})
+            else:
+                hidden.append((name + "/", "a link to a folder above it"))
+        else:
+            yield name, path
+
+
+def _readable(entries: Iterable[tuple[str, Path]]) -> tuple[list[Path], LeftOut]:
+    """Of files with their names: those that hold data, and why the others are not read."""
+    entries = list(entries)
+    data = [path for _, path in entries if _role(path) == "data"]
+    # Notes in Markdown may well be the text: then a README is one of them.
+    only_notes = bool(data) and all(ending_of(path) in (".md", ".rst") for path in data)
+    files: dict[Path, Path] = {}  # by where links lead
+    left_out: LeftOut = []
+    for name, path in entries:
+        role = _role(path)
+        if role == "describes the data" and only_notes and ending_of(path) in (".md", ".rst"):
+            role = "data"
+        if role == "data" and (same := files.get(path.resolve()) or files.get(unpacked(path).absolute())):
+            role = f"the same as {same.name}"
+        if role == "data":
+            files[path.resolve()] = path
+        else:
+            left_out.append((name, role))
+    return list(files.values()), left_out
+
+
+def _role(path: Path) -> str:
+    """`data`, or why a file of a folder is not read."""
+    if path.is_dir():
+        return "a folder"
+    if not path.exists():
+        return "a link to nothing"
+    if ABOUT_DATA.fullmatch(path.name) and ending_of(path) not in RECORD_ENDINGS:
+        return "describes the data"
+    if path.name.lower() in STATE_FILES:
+        return "describes the data"
+    if format_of(path) is None:
+        return "not a format that is read"
+    return "empty" if is_empty(path) else "data"
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split by their names, as `datasets` finds them; empty where no name says one."""
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    shards = {file: match[1] for file, name in names.items() if (match := SHARD.fullmatch(name))}
+    if any(words_in(split) for split in shards.values()) or any(names[file].startswith("data/") for file in shards):
+        return _grouped((split, file) for file, split in shards.items())
+    folders = _grouped((s, file) for file, name in names.items() for s in words_in(*name.split("/")[:-1]))
+    return folders or _grouped((s, file) for file in files for s in words_in(file.name))
+
+
+def words_in(*names: str) -> list[str]:
+    """The splits whose words stand in names, in the order train, validation, test."""
+    return [
+        split
+        for split, words in SPLIT_WORDS.items()
+        if any(re.search(rf"(^|{APART})({'|'.join(words)})({APART}|$)", name, re.IGNORECASE) for name in names)
+    ]
+
+
+def _grouped(pairs: Iterable[tuple[str, Path]]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for split, file in pairs:
+        groups.setdefault(split, []).append(file)
+    return groups
+
+
+def choose(there: Sequence[str], asked: Sequence[str], of_no_split: bool, name: str) -> str | None:
+    """The split to read: the first of `asked` that is there, or the only one, which is said; None for the files of no split.
+
+    Raises:
+        RefineError: there are several, and none of those that are asked for.
+    """
+    for wanted in asked:
+        if wanted in there:
+            return wanted
+        for split in words_in(wanted):  # dev, val, eval
+            if split in there and wanted in SPLIT_WORDS[split]:
+                return split
+    if not there or (of_no_split and "train" in asked):
+        return None
+    if len(there) == 1 and not of_no_split:
+        say(f"{name}: no split {' or '.join(asked)}; the only one, {there[0]}, is read")
+        return there[0]
+    raise RefineError(
+        f"{name} has no split {' or '.join(map(repr, asked))}{closest(asked[0], there)}; it has {', '.join(there)}: name one of "
+        "them, or a file"
+    )
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    """The configurations that a folder's README lists, as on the hub; none where it does not."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        listed = (yaml.safe_load(match[1]) or {}).get("configs") if match else None
+    except (yaml.YAMLError, AttributeError):
+        return []
+    return [c for c in listed if isinstance(c, dict) and c.get("data_files")] if isinstance(listed, list) else []
+
+
+def _of_configuration(folder: Path, found: Found, listed: Sequence[dict[str, Any]], config: str | None) -> Found:
+    """The files of one configuration. RefineError where there are several and none is named, or the one named is not there."""
+    names = [str(c.get("config_name", "default")) for c in listed]
+    if config is None:
+        default = next((n for n, c in zip(names, listed, strict=True) if c.get("default")), "default")
+        config = names[0] if len(names) == 1 else default
+        if config not in names:
+            raise RefineError(f"{folder} has several configurations ({', '.join(names)}); name one with --dataset_config")
+    if config not in names:
+        raise RefineError(f"{folder} has no configuration {config!r}{closest(config, names)}; it has {', '.join(names)}")
+    given = listed[names.index(config)]["data_files"]
+    entries = given if isinstance(given, list) else [given]
+    splits: dict[str, list[Path]] = {}
+    for entry in entries:
+        split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            matching = re.compile(_pattern(str(pattern)))
+            splits.setdefault(split, []).extend(f for f in found.files if matching.fullmatch(f.relative_to(folder).as_posix()))
+    files = list(dict.fromkeys(f for of_split in splits.values() for f in of_split))
+    others = [(f.relative_to(folder).as_posix(), f"not of the configuration {config}") for f in found.files if f not in files]
+    return Found(files, {split: of_split for split, of_split in splits.items() if of_split}, [*found.left_out, *others])
+
+
+def _pattern(text: str) -> str:
+    """A regular expression for a pattern of names: `**` also across folders, `*` and `?` within one, [..] a choice."""
+    made = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", os.path.normpath(text).replace(os.sep, "/"))
+    return "".join(made.get(part, part if part.startswith("[") and part.endswith("]") else re.escape(part)) for part in parts)

@@ -1,0 +1,256 @@
+"""One file as rows: the formats that are read, how each is opened and decoded, and what is wrong with one, by file and row."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import json
+import lzma
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from refine_nsp.errors import RefineError, first_line
+
+TEXT_ENDINGS = (".txt", ".md", ".rst", ".text", ".py")
+RECORD_ENDINGS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",
+}  # fmt: skip
+FORMATS = {**dict.fromkeys(TEXT_ENDINGS, "text"), **RECORD_ENDINGS}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+KNOWN = f"{', '.join(FORMATS)}, text and json also with {', '.join(COMPRESSIONS)}"
+BLOCK = 2**20  # bytes
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+Row = tuple[int, int, dict[str, Any]]  # number from 0, line from 1 (0: the format has no lines), values
+
+
+def say(text: str) -> None:
+    """Say in one line what is not read; the same line once."""
+    warnings.warn(text, stacklevel=2)
+
+
+def unpacked(file: Path) -> Path:
+    """Return the name that a file has once it is decompressed."""
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+
+
+def ending_of(file: Path) -> str:
+    """Return the ending that names the format, in small letters: `.jsonl` of `A.JSONL.gz`."""
+    return unpacked(file).suffix.lower()
+
+
+def format_of(file: Path) -> str | None:
+    """Return text, json, csv, parquet or arrow by the file's ending; None for any other (parquet and arrow compress by themselves)."""
+    found = FORMATS.get(ending_of(file))
+    return None if found in ("parquet", "arrow") and file.suffix.lower() in COMPRESSIONS else found
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file for its bytes, decompressed by its ending. RefineError, with the file's name, for one that cannot be read."""
+    damaged: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+    stream: Any
+    try:
+        suffix = file.suffix.lower()
+        if suffix == ".zst":
+            stream, damaged_zstd = _zstd(file)
+            damaged = (*damaged, damaged_zstd)
+        else:
+            openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+            stream = openers.get(suffix, open)(file, "rb")
+        with stream:
+            yield stream
+    except damaged as error:
+        raise RefineError(f"cannot read {file}: {first_line(error)}; is it whole?") from error
+
+
+def _zstd(file: Path) -> tuple[Any, type[Exception]]:
+    """A .zst file's text as bytes, of all frames in it, and the error of a damaged one."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.open(file, "rb"), zstd.ZstdError
+    try:
+        import zstandard
+    except ImportError as error:
+        raise RefineError(f"{file} is compressed by zstd, which needs a package: pip install zstandard") from error
+    from refine_nsp.text.zst import WholeFrames
+
+    return WholeFrames(file), zstandard.ZstdError
+
+
+def is_empty(file: Path) -> bool:
+    """Whether there is nothing in a file once it is decompressed."""
+    if file.suffix.lower() not in COMPRESSIONS or file.stat().st_size == 0:
+        return file.stat().st_size == 0
+    with opened(file) as stream:
+        return not stream.read(1)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def read_text(file: Path, most_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, without a byte order mark and with `\\n` as its line ends; at most so many bytes of it.
+
+    In blocks, since the place of a wrong byte is to be named. RefineError for other encodings.
+    """
+    decoder, at, pieces = codecs.getincrementaldecoder("utf-8")(), 0, []
+    with opened(file) as stream:
+        while most_bytes is None or at < most_bytes:
+            block = stream.read(BLOCK if most_bytes is None else min(BLOCK, most_bytes - at))
+            if at == 0:
+                refuse_utf16(block, file)
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            try:
+                pieces.append(decoder.decode(block, final=not block))
+            except UnicodeDecodeError as error:
+                raise not_utf8(error, file, at - waiting) from error
+            if not block:
+                break
+            at += len(block)
+    return "".join(pieces).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def refuse_utf16(start: bytes, file: Path) -> None:
+    """RefineError where a file begins as UTF-16 does: by its mark, or with zeros in every second place."""
+    if start.startswith(UTF16) or start[:1000].count(0) > len(start[:1000]) // 4:
+        raise RefineError(f"{file} is UTF-16 or no text; expected UTF-8: convert it first, as `iconv -f UTF-16 -t UTF-8` does")
+
+
+def not_utf8(error: UnicodeDecodeError, file: Path, offset: int) -> RefineError:
+    """The error of a byte that is no UTF-8; offset: of what was decoded, in the file."""
+    return RefineError(
+        f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; convert it first"
+    )
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers from 1, by `\\n` alone: text inside a record may hold Unicode's other separators."""
+    at = 0
+    with opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if at == 0:
+                refuse_utf16(line, file)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise not_utf8(error, file, at) from error
+            yield number, text if at else text.removeprefix("\ufeff")
+            at += len(line)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(file: Path, wanted: Sequence[str]) -> Iterator[Row]:
+    """The rows of a json or csv file. wanted: the columns that may hold the document, which tell a row from a table of rows.
+
+    Raises:
+        RefineError: while it is read, by file and row.
+    """
+    return _csv_rows(file) if format_of(file) == "csv" else _json_rows(file, wanted)
+
+
+def place(file: Path, number: int, line: int = 0) -> str:
+    """What an error calls a row."""
+    return f"{file}, row {number}" + (f" (line {line})" if line else "")
+
+
+def _json_rows(file: Path, wanted: Sequence[str]) -> Iterator[Row]:
+    """An object a line; or the whole file as a list of objects or of texts, as one object, or as an object that holds the rows."""
+    lines = ((number, line) for number, line in _lines(file) if not line.isspace())
+    first, second = next(lines, None), next(lines, None)
+    if first is None:
+        return
+    one_object = ending_of(file) == ".json" and (second is None or not _is_object(first[1]))
+    if one_object or first[1].lstrip().startswith("["):
+        yield from ((i, 0, row) for i, row in enumerate(_whole_json(file, wanted)))
+        return
+    for i, (number, line) in enumerate(chain([first], [second] if second else [], lines)):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RefineError(
+                f"cannot read {place(file, i, number)}: not JSON ({first_line(error)}); it begins {line[:60]!r}, expected an object "
+                "in one line"
+            ) from error
+        yield i, number, _object(row, place(file, i, number))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RefineError(
+            f"{where}: holds {str(row)[:60]!r}, a {type(row).__name__}; expected an object with a name for each column"
+        )
+    return row
+
+
+def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, Any]]:
+    text = read_text(file)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RefineError(f"cannot read {file}: not JSON ({first_line(error)})") from error
+    del text
+    if isinstance(value, dict):
+        tables = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)}
+        columns = bool(value) and all(isinstance(v, list) for v in value.values()) and len({len(v) for v in value.values()}) == 1
+        if not set(wanted) & set(value):
+            if len(tables) > 1:
+                raise RefineError(
+                    f"{file} holds several tables ({', '.join(tables)}); write the rows of one to a file of their own"
+                )
+            value = next(iter(tables.values()), [value])
+        elif columns and not tables and all(isinstance(v, str | list) for c in wanted for v in value.get(c, ())):
+            value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+        else:
+            value = [value]
+    if isinstance(value, list) and value and all(isinstance(row, str) for row in value):
+        value = [{"text": row} for row in value]
+    rows = value if isinstance(value, list) else [value]
+    return [_object(row, place(file, i)) for i, row in enumerate(rows)]
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    """All values as they are written: no number, date or missing value is made of them."""
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the 131,072 characters that the module allows
+    lines = _lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    delimiter = "\t" if ending_of(file) == ".tsv" else max(",;\t", key=first[1].count)
+    reader = csv.reader((line for _, line in chain([first], lines)), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    i = 0
+    try:
+        header = next(reader)
+        for values in reader:
+            if not values:  # an empty line
+                continue
+            if len(values) != len(header):
+                raise RefineError(
+                    f"{place(file, i, reader.line_num)}: {len(values)} values, and the header names {len(header)} ({', '.join(header)}); "
+                    "values that hold the separator or line ends belong in quotes"
+                )
+            yield i, reader.line_num, dict(zip(header, values, strict=True))
+            i += 1
+    except csv.Error as error:
+        raise RefineError(f"cannot read {place(file, i, reader.line_num)}: {first_line(error)}") from error

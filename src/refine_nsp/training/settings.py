@@ -1,0 +1,324 @@
+"""Settings of transformers' Trainer are honoured or refused: those without a place in these objectives by name, and those that cannot be
+had together, before anything is loaded. Where the value that is meant is plain, it is taken: `1e-4` in YAML is text."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
+
+from refine_nsp.errors import RefineError, closest, first_line
+
+_PREDICTIONS = "validation here sums figures up and keeps no predictions, labels or metrics of your own"
+# Settings that nothing here could read, and why; each is refused at any value but its default.
+NO_PLACE = {
+    "label_smoothing_factor": "the losses are of the true tokens, whose cross-entropy is taken by blocks without their logits being kept",
+    "average_tokens_across_devices": "a token weighs the same on every process, so that results do not depend on their number",
+    "auto_find_batch_size": "a step would have fewer examples than it is asked to have; `refine-nsp estimate` says which batch fits",
+    "use_liger_kernel": "its kernels are not for these models, whose own are chosen when they are loaded (`refine-nsp env`)",
+    "liger_kernel_config": "Liger's kernels are not for these models",
+    "bf16_full_eval": "validation is by the model as it trains; bf16 makes its matrix products in bfloat16",
+    "fp16_full_eval": "validation is by the model as it trains; fp16 makes its matrix products in float16",
+    "eval_accumulation_steps": _PREDICTIONS,
+    "eval_do_concat_batches": _PREDICTIONS,
+    "eval_use_gather_object": _PREDICTIONS,
+    "include_for_metrics": _PREDICTIONS,
+    "batch_eval_metrics": _PREDICTIONS,
+    "label_names": _PREDICTIONS,
+    "do_predict": f"{_PREDICTIONS}; `refine-nsp evaluate` and `refine-nsp generate` answer",
+    "enable_jit_checkpoint": "a run that gets SIGTERM saves a checkpoint after its step anyway",
+    "parallelism_config": "tensor, context and sequence parallelism would cut what a state is carried through; use DDP, FSDP or DeepSpeed",
+}
+# Arguments of the Trainer itself, likewise.
+NO_ARGUMENT = {
+    "compute_loss_func": "the loss is a phase's: give phase=, a subclass of refine_nsp.training.phases.Phase",
+    "compute_metrics": f"{_PREDICTIONS}: give phase=, whose validate and summarise make the figures",
+    "preprocess_logits_for_metrics": f"{_PREDICTIONS}: give phase=, whose validate and summarise make the figures",
+}
+BY_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers whose settings are known with a model only
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow a figure of validation
+OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+# --- what is meant ----------------------------------------------------------------------------------------------------
+def as_meant(name: str, value: Any, hint: Any) -> Any:
+    """Return a setting's value as its type wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML.
+
+    Raises:
+        RefineError: text that is no number or truth value, where one is expected.
+    """
+    kinds = get_args(hint) or (hint,)
+    if value is False and name.endswith("report_to"):
+        return "none"
+    if value is False and bool not in kinds and any(_has_no(kind) for kind in kinds):
+        return "no"  # what YAML makes of a bare `no`
+    if isinstance(value, str) and str not in kinds and any(kind in kinds for kind in (int, float, bool)):
+        return _from_text(name, value, kinds)
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        if not value.is_integer():
+            raise RefineError(f"{name} is {value}; expected a whole number")
+        return int(value)
+    return _plain_values(value) if isinstance(value, dict) else value
+
+
+def _has_no(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum) and "no" in [member.value for member in kind]
+
+
+def _from_text(name: str, text: str, kinds: tuple[Any, ...]) -> Any:
+    word = text.strip().lower()
+    if bool in kinds and word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        return word in ("true", "yes", "on", "1")
+    if type(None) in kinds and word in ("none", "null", ""):
+        return None
+    try:
+        number = float(word)
+        if float in kinds:
+            return number
+        if int in kinds and number.is_integer():
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    wanted = "a number" if float in kinds else "a whole number" if int in kinds else "true or false"
+    raise RefineError(f"{name} is {text!r}; expected {wanted}")
+
+
+def _plain_values(value: Any) -> Any:
+    """A mapping with numbers and truth values where text says them, as YAML leaves `1e-5`."""
+    if isinstance(value, dict):
+        return {key: _plain_values(inner) for key, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    if NUMBER.fullmatch(value):
+        return int(value) if value.lstrip("+-").isdecimal() else float(value)
+    return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _mapping(name: str, text: str) -> Any:
+    """A mapping written as JSON; other text, such as a file's name, as it is."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RefineError(f"{name} is {text[:80]!r}, which is no JSON: {first_line(error)}") from error
+
+
+def take_as_meant(args: Any) -> None:
+    """Set an arguments object's fields to what is meant by them, before transformers looks at them."""
+    hints = get_type_hints(type(args))
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, str) and dict in [get_origin(kind) or kind for kind in get_args(hints[field.name])]:
+            value = _mapping(field.name, value)
+        setattr(args, field.name, as_meant(field.name, value, hints[field.name]))
+    if args.report_to is None or args.report_to == [None]:
+        args.report_to = "none"
+    if args.warmup_steps and args.lr_scheduler_type == SchedulerType.CONSTANT:
+        args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP.value  # the other would leave it out
+    if args.bf16 and not torch.accelerator.is_available():
+        args.use_cpu = True  # there is nothing else, and transformers wants it said
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+def check_places(args: Any) -> None:
+    """RefineError for a setting at another value than its default that nothing here could read."""
+    defaults = {
+        f.name: f.default if f.default is not dataclasses.MISSING else None for f in dataclasses.fields(TrainingArguments)
+    }
+    for name, why in NO_PLACE.items():
+        if (value := getattr(args, name)) != defaults[name] and value not in ([], {}):
+            raise RefineError(f"{name}={value!r} has no place here: {why}; leave it out")
+
+
+def check(args: Any) -> None:
+    """Refuse what is not honoured, by name.
+
+    Raises:
+        RefineError: a setting that another leaves without effect, or a schedule or an optimizer that cannot be
+            made of its arguments.
+    """
+    if any(option.value == "tpu_metrics_debug" for option in args.debug):
+        raise RefineError("debug='tpu_metrics_debug' has no place here: validation does not print TPU metrics; leave it out")
+    _check_noise(args)
+    _check_loading(args)
+    _check_schedule(args)
+    _check_optimizer(args)
+
+
+def check_machine(args: Any) -> None:
+    """Refuse what this machine cannot do, before anything is loaded. Settings may also be for another machine (`refine-nsp estimate`).
+
+    Raises:
+        RefineError: half precision with loss scaling on a CPU, an optimizer of a package that is not installed, or made of wrong values.
+    """
+    if args.fp16 and args.device.type == "cpu":
+        raise RefineError("fp16=True needs a GPU, and this run is on the CPU; use bf16=True, or neither")
+    optim = OptimizerNames(args.optim).value
+    try:
+        _made(args)
+    except Exception as error:  # each optimizer's own
+        if not optim.startswith(BY_MODEL) or isinstance(error, ImportError):  # else what it lacks is the model
+            raise RefineError(f"optim={optim!r} cannot be made: {first_line(error)}") from error
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """RefineError for an argument of transformers' Trainer that a phase stands in the place of."""
+    for name, why in NO_ARGUMENT.items():
+        if given.get(name) is not None:
+            raise RefineError(f"{name} has no place here: {why}")
+
+
+def _check_noise(args: Any) -> None:
+    """RefineError for noise on embeddings where a step reads a sequence more than once, and must read the same each time."""
+    if args.neftune_noise_alpha is None:
+        return
+    more = (
+        "objective='refine' samples and scores by one pass what it learns from in another" if args.objective == "refine" else None
+    )
+    more = f"segment_tokens={args.nsp.segment_tokens} runs segments again" if args.nsp.segment_tokens is not None else more
+    if more is not None:
+        raise RefineError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
+            "out, or train by the cross-entropy alone"
+        )
+
+
+def _check_loading(args: Any) -> None:
+    """RefineError for settings of data loading that would have no effect, or leave processes with steps of their own."""
+    if args.dataloader_num_workers == 0:
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if value := getattr(args, name):
+                raise RefineError(f"{name}={value!r} needs processes that read data: set dataloader_num_workers, or leave it out")
+    if args.train_sampling_strategy not in (known := ("random", "sequential", "group_by_length")):
+        raise RefineError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not one of {', '.join(known)}"
+            f"{closest(args.train_sampling_strategy, known)}; batch_rebalance makes batches of different sizes, and examples here are "
+            "drawn by their place in a batch"
+        )
+    if args.length_column_name != "length" and args.train_sampling_strategy != "group_by_length":
+        raise RefineError(
+            f"length_column_name={args.length_column_name!r} is read by train_sampling_strategy='group_by_length'; set that, or leave it "
+            "out"
+        )
+    config = args.accelerator_config
+    if isinstance(config, AcceleratorConfig):
+        if not config.even_batches:
+            raise RefineError(
+                "accelerator_config: even_batches=False would leave processes with steps of their own; leave it out"
+            )
+        for name in set(config.gradient_accumulation_kwargs or {}) - {"sync_each_batch"}:
+            raise RefineError(
+                f"accelerator_config: gradient_accumulation_kwargs has {name!r}, which nothing here reads; expected sync_each_batch (the "
+                "number of steps is gradient_accumulation_steps)"
+            )
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+def _check_schedule(args: Any) -> None:
+    """RefineError where the schedule cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up."""
+    kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
+    how = "; in YAML lr_scheduler_kwargs: {NAME: VALUE}, as a flag --lr_scheduler_kwargs '{\"NAME\": VALUE}'"
+    if not isinstance(given, dict):
+        raise RefineError(f"lr_scheduler_kwargs is {given!r}; expected a mapping{how}")
+    takes = _arguments_of(kind)
+    for name in given:
+        if name not in takes:
+            known = f"; it takes {', '.join(takes)}" if takes else "; it takes none"
+            raise RefineError(
+                f"lr_scheduler_type={kind.value} does not take {name!r} in lr_scheduler_kwargs{closest(name, takes)}{known}"
+            )
+    if args.warmup_steps and kind in ON_A_FIGURE:
+        raise RefineError(
+            f"warmup_steps={args.warmup_steps:g}: lr_scheduler_type={kind.value} has no warm-up by steps; leave it out"
+        )
+    if missing := [
+        name for name, parameter in takes.items() if parameter.default is inspect.Parameter.empty and name not in given
+    ]:
+        raise RefineError(f"lr_scheduler_type={kind.value} needs {', '.join(missing)}{how.replace('NAME', missing[0])}")
+    try:
+        _try_schedule(args, kind, given)
+    except Exception as error:  # of its arguments, each kind in its own words
+        said = " ".join(str(error).split())
+        named = next((name for name in takes if re.search(rf"\b{name}\b", said)), "NAME")
+        raise RefineError(f"lr_scheduler_type={kind.value} cannot be made: {said}{how.replace('NAME', named)}") from error
+
+
+def _arguments_of(kind: SchedulerType) -> dict[str, inspect.Parameter]:
+    """What a schedule takes in `lr_scheduler_kwargs`."""
+    made: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    if kind in ON_A_FIGURE:
+        made = GreedyLR if kind is SchedulerType.GREEDY else torch.optim.lr_scheduler.ReduceLROnPlateau
+    parameters = inspect.signature(made).parameters
+    return {name: p for name, p in parameters.items() if name not in OURS}
+
+
+def _try_schedule(args: Any, kind: SchedulerType, given: Mapping[str, Any]) -> None:
+    """Make the schedule for nothing, and go one step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    warmup = args.get_warmup_steps(steps)
+    schedule = get_scheduler(kind, optimizer, warmup, steps, dict(given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no step of the optimizer came before
+        schedule.step(*([1.0] if kind in ON_A_FIGURE else []))
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+def _check_optimizer(args: Any) -> None:
+    """RefineError for an optimizer that is not installed, that updates weights before a step is whole, or that would not read a setting."""
+    optim = OptimizerNames(args.optim).value
+    if "layerwise" in optim or "lomo" in optim:
+        raise RefineError(
+            f"optim={optim!r} changes weights while gradients are still computed, where neither max_grad_norm nor the skipping of updates "
+            "that are not finite can act; use another"
+        )
+    by_model = optim.startswith(BY_MODEL)
+    if args.optim_target_modules is not None and not by_model:
+        raise RefineError(f"optim_target_modules={args.optim_target_modules!r} is not read by optim={optim!r}; leave it out")
+    pairs = [pair.partition("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair]
+    if not all(name and value for name, _, value in pairs):
+        raise RefineError(f"optim_args is {args.optim_args!r}; expected name=value, several with commas between them")
+    try:
+        _made(args)
+    except Exception:  # of a package that is not here, or by a model that is not yet: `check_machine` says so
+        return
+    for name, _, value in pairs:
+        if not _reads(args, "optim_args", (f"{name}=0", f"{name}=1")):
+            raise RefineError(f"optim_args: {name}={value} is not read by optim={optim!r}; leave it out")
+    for name in ADAM:
+        usual = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == name)
+        if getattr(args, name) != usual and not _reads(args, name, (0.25, 0.5)):
+            raise RefineError(f"{name}={getattr(args, name)} is not read by optim={optim!r}; leave it out")
+
+
+def _made(args: Any, **changed: Any) -> Any:
+    """The optimizer's class and what it is made with, were some settings others."""
+    altered = copy.copy(args)
+    for name, value in changed.items():
+        setattr(altered, name, value)
+    return Trainer.get_optimizer_cls_and_kwargs(altered, None)
+
+
+def _reads(args: Any, name: str, values: tuple[Any, Any]) -> bool:
+    """Whether it matters to the optimizer which of two values a setting has."""
+    try:
+        first, second = (_made(args, **{name: value}) for value in values)
+    except Exception:  # it minds even more
+        return True
+    return bool(first != second)

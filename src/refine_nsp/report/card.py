@@ -20,7 +20,8 @@ CURVE_FILE = "curves.svg"
 TOLD = (
     "objective", "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl",
     "positions_per_sequence", "rollout_length", "num_generations", "max_length", "max_steps", "num_train_epochs",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r",
+    "seed",
 )  # fmt: skip
 METHOD = (
     "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",

@@ -3,11 +3,12 @@
     python benchmarks/paper_tables.py --scale medium --squad squad.jsonl --hotpotqa hotpotqa.jsonl --essays essays.jsonl \
         --novels novels.parquet
 
-What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done; figures of finished jobs are in
-benchmarks/study/records (--records), and models are trained again where only their figures were kept. Without the files, questions are on
+What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done; figures of finished jobs are
+taken from one packed file and added to it (--records benchmarks/study/records/medium.json.gz), and models are trained again where only
+their figures were kept. Without the files, questions are on
 paragraphs of the standard library, and what needs novels is left out. With a GPU: --device cuda --workers N, for the processors that
 measure beside it. On several machines: the same command with --shard 1/3, 2/3, 3/3 on each; when one says that others' jobs are missing,
-gather the records of all in each and run it again. --so_far writes the tables
+gather the folders `jobs` of all in each and run it again. --so_far writes the tables
 of what is complete, once the test is.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from refine_nsp.evaluation.run import claim_folder
 from study.jobs import Study, settings_of
 from study.material import Files
+from study.records import pack, unpack
 from study.schedule import read_shard, run_all, stages
 from study.settings import BASES, SCALES
 from study.tables import write_results
@@ -50,7 +52,9 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", default="runs/paper_tables", help="results of every job, models, report.html")
     parser.add_argument(
-        "--records", help="where the jobs' figures are kept, as in benchmarks/study/records/medium [with the rest]"
+        "--records",
+        type=Path,
+        help="packed figures of jobs, such as benchmarks/study/records/medium.json.gz: those there are not run again, new ones are added",
     )
     parser.add_argument("--document", type=Path, help="where the tables go [docs/results.md; output_dir for --scale smoke]")
     parser.add_argument("--so_far", action="store_true", help="run nothing: write the tables of what is complete")
@@ -58,9 +62,10 @@ def main() -> None:
     scale, out = SCALES[args.scale], Path(args.output_dir) / args.scale
     if args.models:
         scale = replace(scale, families=tuple(args.models))
-    records = Path(args.records or out)
-    study = Study(str(out), str(records), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}), args.device)
-    claim_folder(records, settings_of(study))
+    study = Study(str(out), scale, Files(**{f.name: getattr(args, f.name) for f in fields(Files)}), args.device)
+    if args.records is not None and args.records.exists():
+        unpack(args.records, out)
+    claim_folder(out, settings_of(study))
     planned = stages(study)
     if args.so_far:
         lacking = sorted(job.name for stage in planned[:2] for job in stage if not study.path(job).exists())
@@ -68,10 +73,14 @@ def main() -> None:
             sys.exit(f"the test has jobs to run, {len(lacking)}: {' '.join(lacking)}; leave --so_far out to run them")
     else:
         started = time.monotonic()
-        complete = run_all(study, planned, args.workers, args.shard)
+        try:
+            complete = run_all(study, planned, args.workers, args.shard)
+        finally:
+            if args.records is not None:
+                pack(out, args.records)
         print(f"{(time.monotonic() - started) / 60:.1f} minutes in this call")
         if not complete:
-            sys.exit(f"this shard is done as far as it goes; gather the other shards' records in {records} and run it again")
+            sys.exit(f"this shard is done as far as it goes; gather the other shards' figures in {out / 'jobs'} and run it again")
     default = out / "results.md" if args.scale == "smoke" else Path(__file__).resolve().parents[1] / "docs" / "results.md"
     print(write_results(study, args.scale, args.document or default))
 

@@ -20,7 +20,7 @@ from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.step import ReFINEStep
 
 SCHEDULES = ("fused", "snapshot", "reprefill")
-CLOSED_FORM = ("exact", "exact, cached scores")
+CLOSED_FORM = ("closed form", "closed form, cached scores")
 
 
 def ntp_step(model: FastWeightForCausalLM, ids: torch.Tensor) -> None:
@@ -36,9 +36,9 @@ def refine_step(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, 
     model.zero_grad()
 
 
-def exact_step(model: FastWeightForCausalLM, ids: torch.Tensor, K: int, cached: bool) -> None:
+def closed_form_step(model: FastWeightForCausalLM, ids: torch.Tensor, K: int, cached: bool) -> None:
     """The closed form over all tokens, K tokens each; its context scores from the step's own local pass, or given."""
-    config = NSPConfig.preset("exact", rollout_length=K)
+    config = NSPConfig.preset("expected", rollout_length=K)
     scores = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) if cached else None
     ReFINEStep(model, config)(ids, scores=scores).loss.backward()
     model.zero_grad()
@@ -49,7 +49,7 @@ def run_of(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, N: in
     if schedule == "ntp":
         return lambda: ntp_step(model, ids)
     if schedule in CLOSED_FORM:
-        return lambda: exact_step(model, ids, N, schedule != "exact")
+        return lambda: closed_form_step(model, ids, N, schedule != "closed form")
     return lambda: refine_step(model, ids, schedule, N, selection)
 
 

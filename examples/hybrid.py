@@ -36,7 +36,7 @@ text = tokenizer(standard_library(held_out=True)[0], return_tensors="pt")["input
 rows = text[: len(text) // 256 * 256].view(-1, 256)
 
 # Positions by entropy: a model that knows nothing yet depends on no far context, which the preset weighs by.
-step = ReFINEStep(model.train(), NSPConfig.preset("exact", weights="selected", rollout_length=1))
+step = ReFINEStep(model.train(), NSPConfig.preset("expected", token_weights="selected", rollout_length=1))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for i in range(options.steps):
     input_ids = rows[torch.randint(len(rows), (2,))]

@@ -34,7 +34,7 @@ def loss_by_token(model, ids, start):
 model, tokenizer = refine_nsp.load("refine-nsp/tiny-delta-net")
 ids = tokenizer(Path(options.file).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][:, : options.tokens]
 half = ids.shape[1] // 2
-ttt = TestTimeTrainer(model, TestTimeConfig(nsp=NSPConfig.preset("exact"), steps=options.steps, learning_rate=3e-4))
+ttt = TestTimeTrainer(model, TestTimeConfig(nsp=NSPConfig.preset("expected"), steps=options.steps, learning_rate=3e-4))
 
 before = loss_by_token(model, ids, half)
 with ttt.adapt(ids[0, :half]):

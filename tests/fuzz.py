@@ -70,7 +70,7 @@ WORDS = [
     "\n",
     "1,5",
     "cosine",
-    "exact",
+    "closed_form",
     "ntp",
     "steps",
     "3",
@@ -97,7 +97,7 @@ VALUES: list[Any] = [
     "",
     "x",
     "cosine",
-    "exact",
+    "closed_form",
     "none",
     [],
     ["cosine"],
@@ -345,7 +345,8 @@ TRAINING = {
     "optim": ["sgd", "adafactor", "adamw_torch", "adamw_bnb_8bit", "galore_adamw", "x"], "lr_scheduler_type": ["cosine", "x", "polynomial"],
     "save_strategy": ["no", "steps", "epoch", "best", "x"], "eval_strategy": ["no", "steps", "epoch"],
     "dtype": ["bfloat16", "float3", "int8", ""],
-    "report_to": ["none", "tensorboard", "wandb", "x"], "objective": ["ntp", "refine", "x"], "preset": ["exact", "context", "likelihood"],
+    "report_to": ["none", "tensorboard", "wandb", "x"], "objective": ["ntp", "refine", "x"],
+    "preset": ["expected", "context", "likelihood"], "order": [1, 4, "inf", 0],
     "selection": ["entropy", "context_kl", "argmin"], "schedule": ["fused", "snapshot", "reprefill"], "use_peft": [True], "packing": [True],
     "streaming": [True], "bf16": [True, False], "fp16": [True], "gradient_checkpointing": [True, "x"], "log_completions": [True],
     "dataloader_num_workers": [-1, "x"], "validation_fraction": [-1, 0, 0.5, 1, 2, "nan"], "validation_windows": [-1, 0, 1],
@@ -440,14 +441,15 @@ def prompts(case: Case) -> list[str]:
             Path(given[1]).write_bytes(Path(given[1]).read_bytes()[:500])
         own = {f"ttt_{name}": values for name, values in METHOD.items()} | {"ttt_steps": [-1, 0, 1, 2], "ttt_seed": NUMBERS,
               "ttt_learning_rate": NUMBERS, "ttt_weight_decay": NUMBERS, "ttt_optimizer": ["sgd", "x"], "ttt_scope": ["batch", "never"],
-              "ttt_parameters": ["lora", "fast_weights", "x"], "ttt_lora_r": [-1, 0, 2, 100], "ttt_estimator": ["exact", "likelihood"],
+              "ttt_parameters": ["lora", "fast_weights", "x"], "ttt_lora_r": [-1, 0, 2, 100],
+              "ttt_estimator": ["closed_form"], "ttt_order": [1, 2, "inf", 0, 1.5],
               "ttt": ["ntp", "x"], "ttt_batch_size": [0, 2], "max_new_tokens": [-1, 0, 1, 4]}  # fmt: skip
         return ["ttt", model, *given, "--max_new_tokens", "3", "--ttt_positions_per_sequence", "2", *case.settings(own)]
     own = {
         **METHOD,
         "seed": NUMBERS,
         "max_tokens": [-1, 0, 1, 30, 200],
-        "estimator": ["exact"],
+        "estimator": ["closed_form"],
         "output": ["t.txt/x.html", "", ".", "x/y.html"],
     }
     return ["inspect", model, str(text_of(case)), "--max_tokens", "200", *case.settings(own)]

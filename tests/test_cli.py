@@ -106,14 +106,12 @@ def test_help_shows_types_choices_and_what_the_preset_makes_the_default(capsys, 
     assert main(["midtrain", "--help"]) == 0
     plain = capsys.readouterr().out
     assert line_of(plain, "rollout_length").startswith("INT") and line_of(plain, "rollout_length").endswith("[5]")
-    assert line_of(plain, "estimator").startswith("sampled|exact|likelihood") and line_of(plain, "estimator").endswith(
-        "[sampled]"
-    )
+    assert line_of(plain, "estimator").startswith("sampled|closed_form") and line_of(plain, "estimator").endswith("[sampled]")
     config = tmp_path / "c.yaml"
-    config.write_text("preset: exact\n")
+    config.write_text("preset: expected\n")
     assert main(["midtrain", "--help", "--config", str(config)]) == 0
     preset = capsys.readouterr().out
-    assert line_of(preset, "rollout_length").endswith("[3]") and line_of(preset, "estimator").endswith("[exact]")
+    assert line_of(preset, "rollout_length").endswith("[3]") and line_of(preset, "estimator").endswith("[closed_form]")
     assert main(["posttrain", "--help"]) == 0
     assert line_of(capsys.readouterr().out, "reward_funcs").endswith("[hybrid]")
     assert all(len(line) <= 131 for line in preset.splitlines())
@@ -451,26 +449,30 @@ def test_debug_shows_the_traceback(tmp_path, text):
 def test_shipped_recipes_are_found_by_name_wherever_one_is(tmp_path, text, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = ["--dataset_name", str(text), "--use_cpu", "--bf16", "False", "--dry_run"]
-    assert main(["midtrain", "--config", "recipes/midtrain_exact.yaml", *named]) == 0
-    assert "exact" in capsys.readouterr().out
-    fails(capsys, ["midtrain", "--config", "recipes/midtrain_exakt.yaml", *named], "did you mean 'recipes/midtrain_exact.yaml'")
+    assert main(["midtrain", "--config", "recipes/midtrain_expected.yaml", *named]) == 0
+    assert "expected" in capsys.readouterr().out
+    fails(
+        capsys,
+        ["midtrain", "--config", "recipes/midtrain_expekted.yaml", *named],
+        "did you mean 'recipes/midtrain_expected.yaml'",
+    )
     fails(capsys, ["midtrain", "--config", "recipes/../x.yaml", *named], "no configuration file recipes/../x.yaml")
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "midtrain_exact.yaml").write_text("max_steps: 77\n")  # what is here goes first
-    assert main(["midtrain", "--config", "recipes/midtrain_exact.yaml", *named]) == 0
+    (tmp_path / "recipes" / "midtrain_expected.yaml").write_text("max_steps: 77\n")  # what is here goes first
+    assert main(["midtrain", "--config", "recipes/midtrain_expected.yaml", *named]) == 0
     assert "77" in capsys.readouterr().out
 
 
 def test_a_saved_configuration_has_what_was_set_and_gives_the_run_again(tmp_path, text):
     """Also one that went on from a checkpoint, in a folder without any."""
     file = tmp_path / "mine.yaml"
-    file.write_text("preset: exact\nrollout_length: 5\nlearning_rate: 1.0e-3\n")  # 5 is the default, but not the preset's
+    file.write_text("preset: expected\nrollout_length: 5\nlearning_rate: 1.0e-3\n")  # 5 is the default, but not the preset's
     saving = ["--config", str(file), "--save_strategy", "steps", "--save_steps", "1"]
     assert main(tiny(tmp_path, text, *saving)) == 0
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert main(tiny(tmp_path, text, *saving, "--resume_from_checkpoint", "last")) == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    from_preset = {"reward_funcs" if name == "reward" else name for name in PRESETS["exact"]}
+    from_preset = {"reward_funcs" if name == "reward" else name for name in PRESETS["expected"]}
     flags = {w[2:] for w in tiny(tmp_path, text) if w.startswith("--")} | {
         "preset",
         "rollout_length",
@@ -500,7 +502,7 @@ def test_a_reader_that_leaves_is_no_error():
 def test_a_saved_model_has_a_card_and_nobodys_own_is_overwritten(tmp_path, text):
     import yaml as yaml_module
 
-    assert main(tiny(tmp_path, text, "--logging_steps", "1", "--preset", "exact")) == 0
+    assert main(tiny(tmp_path, text, "--logging_steps", "1", "--preset", "expected")) == 0
     run = tmp_path / "run"
     card = (run / "README.md").read_text()
     head = yaml_module.safe_load(card.split("---")[1])
@@ -508,7 +510,7 @@ def test_a_saved_model_has_a_card_and_nobodys_own_is_overwritten(tmp_path, text)
     for words in (
         "`text.txt`",
         "next-sequence prediction",
-        "| estimator | exact |",
+        "| estimator | closed_form |",
         "NTP loss (training)",
         "curves.svg",
         "arXiv",
@@ -521,7 +523,7 @@ def test_a_saved_model_has_a_card_and_nobodys_own_is_overwritten(tmp_path, text)
 
 
 def test_every_saved_model_has_a_card_of_what_had_an_effect(tmp_path):
-    """In Python as well: of a run's model and of its checkpoints, sampled or exact, by steps or by epochs."""
+    """In Python as well: of a run's model and of its checkpoints, sampled or closed form, by steps or by epochs."""
     from tests.training.test_trainer import trainer
 
     steps = trainer(tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=1)
@@ -543,7 +545,7 @@ def test_every_saved_model_has_a_card_of_what_had_an_effect(tmp_path):
     assert (tmp_path / "a" / "README.md").read_text() == card
     steps.save_model(str(tmp_path / "elsewhere"))
     assert "# a, elsewhere" in (tmp_path / "elsewhere" / "README.md").read_text()
-    epochs = trainer(tmp_path / "b", max_steps=-1, num_train_epochs=1, preset="exact", reward_funcs="prefix_match")
+    epochs = trainer(tmp_path / "b", max_steps=-1, num_train_epochs=1, preset="expected", reward_funcs="prefix_match")
     epochs.save_model()  # before it was trained
     card = (tmp_path / "b" / "README.md").read_text()
     assert all(f"| {name} |" in card for name in ("num_train_epochs", "weights", "estimator"))

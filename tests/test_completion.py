@@ -14,7 +14,7 @@ from refine_nsp.commands.completion import SHELLS, whole_parser
 TYPED = [
     (("mid",), {"midtrain"}),
     (("midtrain", "--estim"), {"--estimator"}),
-    (("midtrain", "--estimator", ""), {"sampled", "exact", "likelihood"}),
+    (("midtrain", "--estimator", ""), {"sampled", "closed_form"}),
     (("midtrain", "--learning_rate", "1e-4", "--preset", "co"), {"context"}),
     (("evaluate", "my_model", "--ttt_sco"), {"--ttt_scope"}),
     (("completion", ""), set(SHELLS)),

@@ -12,7 +12,7 @@ def test_every_candidate_is_run_and_written_down(tmp_path):
     flags = ["--device", "cpu", "--tiny", "--lengths", "80", "--rounds", "1", "--output", str(tmp_path / "gpu")]
     subprocess.run([sys.executable, str(SCRIPT), *flags], check=True, capture_output=True)
     record = json.loads((tmp_path / "gpu.json").read_text())
-    steps = ["NTP", "exact, cached scores", "exact", "fused N=1", "fused N=8", "snapshot N=1"]
+    steps = ["NTP", "closed form, cached scores", "closed form", "fused N=1", "fused N=8", "snapshot N=1"]
     assert [(f["model"], f["step"]) for f in record["figures"]] == [(m, s) for m in ("delta_net", "lact") for s in steps]
     for f in record["figures"]:
         assert f["tokens_per_second"] > 0 and f["share_of_peak"] > 0 and len(f["seconds"]) == 1

@@ -275,7 +275,7 @@ PROPERTIES: dict[str, tuple[Callable, dict[str, st.SearchStrategy]]] = {
         baseline=st.sampled_from(["mean", "leave_one_out"]),
     )),
     "padding": (pads_are_nothing, dict(
-        **OF_A_STEP, estimator=st.sampled_from(["sampled", "exact", "likelihood"]), selection=SELECTIONS,
+        **OF_A_STEP, estimator=st.sampled_from(["sampled", "closed_form"]), selection=SELECTIONS,
         schedule=st.sampled_from(["auto", "fused", "snapshot", "reprefill"]),
     )),
 }  # fmt: skip

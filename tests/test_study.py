@@ -14,13 +14,15 @@ import torch
 from benchmarks.study import material as m
 from benchmarks.study import measuring, schedule, tables
 from benchmarks.study.controls import LongCE
-from benchmarks.study.jobs import Job, Study, chosen
+from benchmarks.study.jobs import Job, Study, chosen, settings_of
+from benchmarks.study.records import pack, unpack
 from benchmarks.study.schedule import stages
-from benchmarks.study.settings import ARMS, EXACT, NTP, SCALES, TRIALS
+from benchmarks.study.settings import ARMS, EXPECTED, NTP, SCALES, TRIALS
 
 import refine_nsp
 from refine_nsp import NSPConfig, ReFINEConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.run import claim_folder
 from refine_nsp.models.generation import prefill
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.records import Batch
@@ -94,7 +96,7 @@ def test_every_arm_of_a_seed_sees_the_same_rows(material):
 
 
 def study_at(folder, **changes):
-    return Study(str(folder), str(folder), dataclasses.replace(SCALE, **changes), m.Files())
+    return Study(str(folder), dataclasses.replace(SCALE, **changes), m.Files())
 
 
 def finish(study, job, **figures):
@@ -116,9 +118,9 @@ def test_every_arm_has_the_same_budget_of_trials():
 
 def test_settings_are_chosen_by_recall_within_a_limit_on_text_loss(tmp_path):
     study = study_at(tmp_path)
-    for arm in (NTP, EXACT):
+    for arm in (NTP, EXPECTED):
         for i, settings in enumerate(ARMS[arm].trials):
-            worse = {0: 0.5, 1: 0.03, 2: 0.01}.get(i, 0.019) if arm == EXACT else 0.1 * i
+            worse = {0: 0.5, 1: 0.03, 2: 0.01}.get(i, 0.019) if arm == EXPECTED else 0.1 * i
             finish(
                 study,
                 Job("trial", (arm, i)),
@@ -127,10 +129,10 @@ def test_settings_are_chosen_by_recall_within_a_limit_on_text_loss(tmp_path):
                 tokens={0: 0.9, 1: 0.8, 2: 0.7}.get(i, 0.6),
             )
     assert chosen(study, NTP) == ARMS[NTP].trials[0]
-    assert chosen(study, EXACT) == ARMS[EXACT].trials[2]  # the two that recall more cost too much text
-    for i, settings in enumerate(ARMS[EXACT].trials):
-        finish(study, Job("trial", (EXACT, i)), settings=settings, text_loss=3.0 - 0.1 * i, tokens=1.0 - 0.1 * i)
-    assert chosen(study, EXACT) == ARMS[EXACT].trials[-1]  # all cost too much: the least
+    assert chosen(study, EXPECTED) == ARMS[EXPECTED].trials[2]  # the two that recall more cost too much text
+    for i, settings in enumerate(ARMS[EXPECTED].trials):
+        finish(study, Job("trial", (EXPECTED, i)), settings=settings, text_loss=3.0 - 0.1 * i, tokens=1.0 - 0.1 * i)
+    assert chosen(study, EXPECTED) == ARMS[EXPECTED].trials[-1]  # all cost too much: the least
 
 
 def test_stages_need_only_earlier_ones(tmp_path):
@@ -139,9 +141,9 @@ def test_stages_need_only_earlier_ones(tmp_path):
     assert len(names) == len(set(names))
     at = {j.name: i for i, stage in enumerate(planned) for j in stage}
     assert at["trial-NTP-0"] < at["mid-LaCT-NTP-0"] and at["far-LaCT"] < at["base-LaCT-0"]
-    assert at["mid-DeltaNet-exact_K_3-0"] < at["mid-DeltaNet-NTP_same_wall_time-0"]
-    assert at["mid-LaCT-exact_K_3-1"] < at["sharpen-LaCT-NTP-1"]
-    assert at["mid-DeltaNet-NTP-0"] < at["post-NTP-0-SFT"] < at["rate-exact"] < at["ttt-NTP-0-SFT-exact"]
+    assert at["mid-DeltaNet-expected_K_3-0"] < at["mid-DeltaNet-NTP_same_wall_time-0"]
+    assert at["mid-LaCT-expected_K_3-1"] < at["sharpen-LaCT-NTP-1"]
+    assert at["mid-DeltaNet-NTP-0"] < at["post-NTP-0-SFT"] < at["rate-expected"] < at["ttt-NTP-0-SFT-expected"]
     assert "mid-LaCT-paper-0" not in at
 
 
@@ -232,9 +234,9 @@ def test_what_the_plan_names_and_the_tables_lack_is_said(tmp_path):
     assert tables.not_run_yet(study) == ""
     study.path(Job("mid", ("DeltaNet", "paper", 1))).unlink()
     study.path(Job("sharpen", ("LaCT", NTP, 0))).unlink()
-    study.path(Job("rate", ("exact",))).unlink()
+    study.path(Job("rate", ("expected",))).unlink()
     assert tables.not_run_yet(study) == "Planned and not run yet: the arm paper; LaCT at equal entropy; test time.\n"
-    assert "paper" not in tables.Results(study, "DeltaNet").arms() and EXACT in tables.Results(study, "DeltaNet").arms()
+    assert "paper" not in tables.Results(study, "DeltaNet").arms() and EXPECTED in tables.Results(study, "DeltaNet").arms()
 
 
 def test_no_tables_before_the_test_is_complete(tmp_path):
@@ -243,13 +245,52 @@ def test_no_tables_before_the_test_is_complete(tmp_path):
     assert done.returncode == 1 and "mid-LaCT-NTP-0" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_packed_figures_are_those_of_the_jobs_and_packing_again_changes_nothing(tmp_path):
+    study, job = study_at(tmp_path / "a"), Job("mid", ("DeltaNet", NTP, 0))
+    claim_folder(tmp_path / "a", settings_of(study))
+    finish(study, job, loss=0.1 + 0.2)
+    pack(tmp_path / "a", tmp_path / "all.json.gz")
+    unpack(tmp_path / "all.json.gz", tmp_path / "b")
+    assert study_at(tmp_path / "b").result(job) == {"loss": 0.1 + 0.2}
+    pack(tmp_path / "b", tmp_path / "again.json.gz")
+    assert (tmp_path / "again.json.gz").read_bytes() == (tmp_path / "all.json.gz").read_bytes()
+
+
+def test_packed_figures_of_other_settings_or_other_files_are_refused(tmp_path):
+    claim_folder(tmp_path / "a", settings_of(study_at(tmp_path / "a")))
+    pack(tmp_path / "a", tmp_path / "all.json.gz")
+    claim_folder(tmp_path / "b", settings_of(study_at(tmp_path / "b", mid_steps=7)))
+    with pytest.raises(RefineError, match="other settings"):
+        unpack(tmp_path / "all.json.gz", tmp_path / "b")
+    (tmp_path / "text.gz").write_text("no figures")
+    with pytest.raises(RefineError, match="damaged or something else"):
+        unpack(tmp_path / "text.gz", tmp_path / "c")
+
+
+def test_the_document_of_the_study_is_what_its_kept_figures_give(tmp_path):
+    records = ROOT / "benchmarks" / "study" / "records" / "medium.json.gz"
+    unpack(records, tmp_path)
+    scale, names = SCALES["medium"], json.loads((tmp_path / "settings.json").read_text())
+    files = m.Files(**{f.name: names[f.name] for f in dataclasses.fields(m.Files)})
+    study = Study(str(tmp_path), scale, files)
+    tables.write_results(study, "medium", tmp_path / "results.md")
+    written, kept = ((p.read_text().split("\n## ", 1)[1]) for p in (tmp_path / "results.md", ROOT / "docs" / "results.md"))
+    assert written == kept
+
+
 @pytest.mark.slow
 def test_the_whole_study_and_that_nothing_is_done_twice(tmp_path):
     command = [sys.executable, "benchmarks/paper_tables.py", "--scale", "smoke", "--models", "DeltaNet"]
     command += ["--workers", "1", "--output_dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=1500)
     results = (tmp_path / "smoke" / "results.md").read_text()
-    for title in ("decided beforehand", "greedy", "sampled as published", "Test-time training", "exact - CE at the same weights"):
+    for title in (
+        "decided beforehand",
+        "greedy",
+        "sampled as published",
+        "Test-time training",
+        "expected - CE at the same weights",
+    ):
         assert title in results
     assert (tmp_path / "smoke" / "results" / "deltanet_arms.svg").exists()
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "smoke" / "jobs").glob("*.json")}

@@ -27,7 +27,7 @@ from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
 from . import material as m
 from . import measuring
 from .controls import CONTROLS
-from .settings import ARMS, BASES, EXACT, MAIN, NTP, POST, POST_AFTER, SAME_TIME, TEMPERATURES, TEST_TIME, TEXT_LIMIT, Scale
+from .settings import ARMS, BASES, EXPECTED, MAIN, NTP, POST, POST_AFTER, SAME_TIME, TEMPERATURES, TEST_TIME, TEXT_LIMIT, Scale
 
 Figures = dict[str, Any]
 COST_STEPS, POST_COST_STEPS, COST_TURNS = 12, 4, 3
@@ -36,11 +36,11 @@ REPORT_SEED = 100  # of prompts and probes; a seed of training adds to it
 
 @dataclass(frozen=True)
 class Study:
-    """Where results go, and what everything depends on. records: the jobs' figures, which are small and worth keeping; out: models and
-    other things that are made again where they are missing; device: where mid-training runs (measuring and the rest: the CPU)."""
+    """Where results go, and what everything depends on. out: the jobs' figures, which `records.py` packs into one file worth keeping,
+    and models and other things that are made again where they are missing; device: where mid-training runs (measuring and the rest:
+    the CPU)."""
 
     out: str
-    records: str
     scale: Scale
     files: m.Files
     device: str = "cpu"
@@ -49,7 +49,7 @@ class Study:
         return Path(self.out).joinpath(*(plain(n) for n in names))
 
     def path(self, job: Job) -> Path:
-        return Path(self.records, "jobs", f"{job.name}.json")
+        return Path(self.out, "jobs", f"{job.name}.json")
 
     def done(self, kind: str, *arguments: Any) -> bool:
         """Whether a job has left its figures."""
@@ -201,14 +201,14 @@ def base(study: Study, family: str, seed: int) -> Figures:
 
 
 def cost(study: Study, family: str) -> Figures:
-    """Processor seconds of a few steps of NTP and of exact, the scores of their rows included, by turns in one process: jobs may run on
-    different machines, whose times do not compare."""
-    steps, seconds = min(COST_STEPS, study.scale.trial_steps), {NTP: [], EXACT: []}
+    """Processor seconds of a few steps of NTP and of `expected`, the scores of their rows included, by turns in one process: jobs may run
+    on different machines, whose times do not compare."""
+    steps, seconds = min(COST_STEPS, study.scale.trial_steps), {NTP: [], EXPECTED: []}
     for turn in range(COST_TURNS):  # rows of their own in every turn: known scores would cost nothing
         for arm, times in seconds.items():
             out = study.folder("training", "cost", family, arm, turn)
             times.append(mid_train(study, family, arm, chosen(study, arm), m.TRIAL_SEED + 1 + turn, steps, out)[1])
-    ratios = [exact / ntp for ntp, exact in zip(*seconds.values(), strict=True)]
+    ratios = [expected / ntp for ntp, expected in zip(*seconds.values(), strict=True)]
     return {"steps": steps, "seconds": seconds, "ratio": median(ratios)}
 
 
@@ -239,7 +239,7 @@ def mid_model(study: Study, family: str, arm: str, seed: int) -> FastWeightForCa
 def sharpen(study: Study, family: str, arm: str, seed: int) -> Figures:
     """An arm with its temperature changed until its entropy on held-out text is that of the closed form's."""
     s, material = study.scale, material_of(study)
-    wanted = study.result(Job("mid", (family, EXACT, seed)))["choose_entropy"]
+    wanted = study.result(Job("mid", (family, EXPECTED, seed)))["choose_entropy"]
     model = mid_model(study, family, arm, seed).eval()
     choose, report = material.windows["choose"], material.windows["report"]
     at = measuring.matching_temperature(lambda t: measuring.text_figures(model, choose, t)["entropy"], wanted)
@@ -323,9 +323,9 @@ def choosing_questions(study: Study) -> list[m.Asked]:
 
 
 def sharpen_answers(study: Study, seed: int) -> Figures:
-    """NTP, then SFT, with the temperature at which the entropy of its answers is that of exact, then Nested exact."""
+    """NTP, then SFT, with the temperature at which the entropy of its answers is that of `expected`, then Nested `expected`."""
     s, material = study.scale, material_of(study)
-    wanted = study.result(Job("post", (EXACT, seed, "Nested exact")))["choose_answer_entropy"]
+    wanted = study.result(Job("post", (EXPECTED, seed, "Nested expected")))["choose_answer_entropy"]
     model = model_before(study, NTP, "SFT", seed).eval()
     at = measuring.matching_temperature(measuring.answer_entropy(model, choosing_questions(study)), wanted)
     return {"temperature": at, "qa": measuring.qa_figures(model, material, s, seed, at)}

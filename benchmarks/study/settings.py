@@ -42,39 +42,39 @@ def _scored(lambdas: tuple[float, ...], **settings: Any) -> Arm:
     return _arm(lambdas, local_span=SPAN, context_scores="cached", **settings)
 
 
-NTP, SAME_TIME, EXACT, CE = "NTP", "NTP, same wall time", "exact, K 3", "CE at the same weights"
+NTP, SAME_TIME, EXPECTED, CE = "NTP", "NTP, same wall time", "expected, K 3", "CE at the same weights"
 ARMS: dict[str, Arm] = {
     NTP: Arm({"objective": "ntp"}, {"learning_rate": (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)}),
     "paper": _arm((0.1, 0.2, 0.5), preset="mid_training"),
     "context, N 8": _scored((0.3, 1.0, 3.0), preset="context"),
-    "exact, selected positions": _arm((0.3, 1.0, 3.0), preset="exact", weights="selected"),
-    "exact, K 1": _scored((2.0, 4.0, 8.0), preset="exact", rollout_length=1),
-    EXACT: _scored((2.0, 4.0, 8.0), preset="exact", rollout_length=3),
-    "exact, K 5": _scored((2.0, 4.0, 8.0), preset="exact", rollout_length=5),
+    "expected, selected positions": _arm((0.3, 1.0, 3.0), preset="expected", token_weights="selected"),
+    "expected, K 1": _scored((2.0, 4.0, 8.0), preset="expected", rollout_length=1),
+    EXPECTED: _scored((2.0, 4.0, 8.0), preset="expected", rollout_length=3),
+    "expected, K 5": _scored((2.0, 4.0, 8.0), preset="expected", rollout_length=5),
     CE: _scored((10.0, 30.0, 100.0), preset="likelihood"),
     "LongCE": Arm(
-        {"preset": "likelihood", "weights": "context_gain", "local_span": SPAN, "context_scores": "cached"},
+        {"preset": "likelihood", "token_weights": "context_gain", "local_span": SPAN, "context_scores": "cached"},
         {"learning_rate": RATES, "gamma": (2.0, 5.0, 10.0)},
         "long_ce",
     ),
 }
-PRIMARY = (NTP, CE, EXACT)
-SHARPENED = (NTP, CE)  # also measured at the temperature that gives their text the entropy of EXACT
+PRIMARY = (NTP, CE, EXPECTED)
+SHARPENED = (NTP, CE)  # also measured at the temperature that gives their text the entropy of EXPECTED
 
 # Post-training and test-time training: settings of the phases' configurations.
 POST: dict[str, dict[str, Any]] = {
     "SFT": {"objective": "none"},
     "Nested SFT": {"objective": "ntp"},
     "Nested ReFINE": {"objective": "refine", "preset": "post_training"},
-    "Nested exact": {"objective": "refine", "preset": "exact"},
+    "Nested expected": {"objective": "refine", "preset": "expected"},
 }
 # What follows which mid-training (the control only by what is best after the others), and test time follows every outcome of STARTS.
-STARTS = (NTP, EXACT)
-POST_AFTER: dict[str, tuple[str, ...]] = {NTP: tuple(POST), CE: ("SFT",), EXACT: tuple(POST)}
+STARTS = (NTP, EXPECTED)
+POST_AFTER: dict[str, tuple[str, ...]] = {NTP: tuple(POST), CE: ("SFT",), EXPECTED: tuple(POST)}
 TEST_TIME: dict[str, dict[str, Any]] = {
     "NTP": {"objective": "ntp"},
     "ReFINE": {"objective": "refine", "preset": "test_time"},
-    "exact": {"objective": "refine", "preset": "exact"},
+    "expected": {"objective": "refine", "preset": "expected"},
 }
 # Of the rows mid-training reads, by family of generated documents; the other half is plain text.
 SHARES = {"facts": 0.05, "needles": 0.2, "listing": 0.1, "chains": 0.075, "paragraphs": 0.075}

@@ -21,8 +21,10 @@ def pull() -> Figure:
     """The gradient on the logit of the true token, by its probability."""
     p = torch.linspace(0, 1, 101)
     fig, axis = plt.subplots(figsize=(5.2, 2.9), constrained_layout=True)
-    axis.plot(p, p * (1 - p), label="exact: p (1 - p)")
-    axis.plot(p, 1 - p, "--", label="likelihood: 1 - p")
+    axis.plot(p, p * (1 - p), label="order 1 (expected reward): p (1 - p)")
+    for order, style in ((2, ":"), (4, "-.")):
+        axis.plot(p, (1 - (1 - p) ** order) * (1 - p), style, label=f"order {order}")
+    axis.plot(p, 1 - p, "--", label="order inf (likelihood): 1 - p")
     axis.set_title("pull on the logit of the true token, K = 1", fontsize=10, loc="left")
     axis.set_xlabel("its probability p", fontsize=8)
     axis.set_ylabel("per unit of weight", fontsize=8)
@@ -36,7 +38,7 @@ def weights() -> Figure:
     material = prepare(Settings(lengths=(512,), depths=(0.0,)), tokenizer, data=None, text_column="text")
     asked = material.needles[0][0]
     ids = torch.tensor([asked.prompts[2] + asked.answers[2]])
-    w = ReFINEStep(model, NSPConfig.preset("exact", rollout_length=1))(ids).weights[0].detach()
+    w = ReFINEStep(model, NSPConfig.preset("expected", rollout_length=1))(ids).token_weights[0].detach()
     fig, axis = plt.subplots(figsize=(7.6, 3.0), constrained_layout=True)
     axis.vlines(range(len(w)), 0, w, linewidth=1.2)
     for rank, t in enumerate(w.topk(NAMED).indices.tolist()):

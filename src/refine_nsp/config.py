@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -15,6 +16,10 @@ Objective = Literal["refine", "ntp"]  # what long text, or a prompt, is trained 
 
 # Spellings of the paper, and of its code, for a pair of score and draw.
 PUBLISHED_SELECTIONS = {"uniform": ("none", "sample"), "argmax": ("entropy", "greatest"), "argmin": ("entropy", "least")}
+
+MAX_ORDER = (
+    1000  # every order is a term to add up; beyond a few dozen the objective is the log-probability in all but the rarest tokens
+)
 
 _AT_LEAST_ONE = ("positions_per_sequence", "rollout_length", "num_generations", "min_prefix", "local_window")
 _POSITIVE = ("tau", "temperature", "dual_clip")
@@ -56,11 +61,12 @@ class NSPConfig:
         positions_per_sequence: P, chunks of a sequence and positions chosen, one a chunk (the paper's c).
         rollout_length: K tokens per rollout (the paper's k).
         num_generations: N rollouts per position (the paper's n).
-        estimator: `sampled`: rollouts, rewarded (the paper). `exact`: the expected reward of infinitely many rollouts in closed form,
-            with its gradient, and `likelihood`: the log-probability instead; neither rolls out (docs/method.md).
-        weights: of `exact` and `likelihood`: every token by its context score (`context`: by KL, `context_gain`), or the positions
-            chosen by `selection` alike (`selected`).
-        likelihood_share: of the log-probability in the objective of `exact`, 0 to 1: it keeps log p better, and recalls less.
+        estimator: `sampled`: rollouts, rewarded (the paper). `closed_form`: no rollouts; what infinitely many of them would teach, for
+            every token, as one function of the true tokens' probabilities (docs/method.md).
+        order: M of the closed form, a whole number or `inf`. 1 is the expected reward, `inf` the log-probability, and between them the
+            logarithm's series is cut after M terms: a token weighs by the chance that at least one of M rollouts matches.
+        token_weights: of the closed form: every token by its context score (`context`: by KL, `context_gain`), or the positions chosen by
+            `selection` alike (`selected`).
         schedule: where the states of prefixes come from; all give the same loss and gradients. `fused`: from the gradient pass
             itself; `snapshot`: from one more pass without gradients; `reprefill`: every prefix is run again, as published; `auto`:
             `fused`, but `snapshot` by segments, and in training where rollouts serve several steps or are compared across micro-batches.
@@ -68,7 +74,7 @@ class NSPConfig:
         segment_tokens: longer sequences are run in segments of so many tokens, through their states: activations of one segment at a
             time, the same loss and gradients, one more forward pass (docs/scaling.md). Default: in one piece.
         reward: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or
-            several. Default: `cosine`, and for `exact` and `likelihood` `prefix_match`, which has a closed form.
+            several. Default: `cosine`, and for the closed form `prefix_match`, which has one.
         reward_weights: one weight per reward; None: all 1.
         selection: the score positions are drawn by: `entropy`, `context_kl`, `context_gain` or `none`; and the paper's spellings of a
             score with its draw: `uniform` (none, sample), `argmax` (entropy, greatest), `argmin` (entropy, least).
@@ -98,9 +104,9 @@ class NSPConfig:
     positions_per_sequence: int = 8
     rollout_length: int = 5
     num_generations: int = 1
-    estimator: Literal["sampled", "exact", "likelihood"] = "sampled"
-    weights: Literal["context", "context_gain", "selected"] = "context"
-    likelihood_share: float = 0.0
+    estimator: Literal["sampled", "closed_form"] = "sampled"
+    order: float = 1
+    token_weights: Literal["context", "context_gain", "selected"] = "context"
     schedule: Literal["auto", "fused", "snapshot", "reprefill"] = "auto"
     segment_tokens: int | None = None
     reward: RewardSpec | list[RewardSpec] | None = None
@@ -149,8 +155,6 @@ class NSPConfig:
             )
         if self.segment_tokens is not None and self.schedule == "reprefill":
             raise RefineError("schedule='reprefill' runs every prefix in one piece; with segment_tokens use schedule='snapshot'")
-        if not 0 <= self.likelihood_share <= 1:
-            raise RefineError(f"likelihood_share must be between 0 and 1, got {self.likelihood_share}")
         if self.smoothing_window is not None and (self.smoothing_window < 1 or self.smoothing_window % 2 == 0):
             raise RefineError(f"smoothing_window must be odd and positive, got {self.smoothing_window}")
         if self.clip_low > 1:
@@ -163,13 +167,17 @@ class NSPConfig:
             self._check_published()
         if not self.rolls_out:
             self._check_closed_form()
-        elif self.likelihood_share:
+        elif self.order != 1:
             raise RefineError(
-                f"likelihood_share={self.likelihood_share} belongs to estimator='exact'; rollouts have no such part"
+                f"order={self.order} belongs to estimator='closed_form', and estimator='sampled' makes rollouts; leave it out"
             )
 
     def _check_closed_form(self) -> None:
-        """RefineError for what only sampling can estimate."""
+        """RefineError for an order that is none, and for what only sampling can estimate."""
+        if not (self.order == math.inf or (1 <= self.order <= MAX_ORDER and self.order == int(self.order))):
+            raise RefineError(
+                f"order={self.order}: expected a whole number from 1 (the expected reward) to {MAX_ORDER}, or inf (the log-probability)"
+            )
         closed = {"prefix_match"} | ({"exact_match"} if self.rollout_length == 1 else set())
         if len(self.rewards) > 1 or self.rewards[0] not in closed:
             names = ", ".join(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__) for r in self.rewards)
@@ -243,11 +251,6 @@ class NSPConfig:
         return PUBLISHED_SELECTIONS.get(self.selection, ("", self.draw or "sample"))[1]
 
     @property
-    def share(self) -> float:
-        """Of the log-probability in the closed-form objective."""
-        return 1.0 if self.estimator == "likelihood" else self.likelihood_share
-
-    @property
     def smoothed(self) -> str:
         """How the entropy is smoothed: by `smoothing`; as published, only where positions are sampled."""
         if not self.published:
@@ -277,12 +280,15 @@ class NSPConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> NSPConfig:
-        """A published preset (`mid_training`, `post_training`, `test_time`; paper, Table 2) or ours (`context`, `exact`, `likelihood`)."""
+        """Return a published preset (`mid_training`, `post_training`, `test_time`; paper, Table 2) or ours (`context`, `expected`,
+        `likelihood`), with other values for single fields."""
         check_known(overrides, (f.name for f in fields(cls)))
         return cls(**{**preset_settings(name), **overrides})
 
 
 def _plain(value: Any) -> Any:
+    if value == math.inf:
+        return "inf"  # JSON has no other word for it
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if not callable(value):
@@ -322,7 +328,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The policy gradient in closed form, over all tokens by how much their prediction depends on far context. Lambda is what the trials of
     # benchmarks/study chose, on a set that no figure reports on.
-    "exact": {"estimator": "exact", "weights": "context", "rollout_length": 3, "local_span": 4, "lambda_rl": 4.0},
-    # Cross-entropy at the same weights, lambda likewise.
-    "likelihood": {"estimator": "likelihood", "weights": "context", "rollout_length": 1, "local_span": 4, "lambda_rl": 30.0},
+    "expected": {"estimator": "closed_form", "order": 1, "rollout_length": 3, "local_span": 4, "lambda_rl": 4.0},
+    # Cross-entropy at the same token weights, lambda likewise.
+    "likelihood": {"estimator": "closed_form", "order": math.inf, "rollout_length": 1, "local_span": 4, "lambda_rl": 30.0},
 }

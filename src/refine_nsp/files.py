@@ -16,13 +16,18 @@ from refine_nsp.errors import RefineError, first_line
 
 
 def write_atomically(path: Path, text: str) -> Path:
+    """Write a text file under a temporary name, then rename: whole or not at all. RefineError where the path is a folder's."""
+    return write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> Path:
     """Write a file under a temporary name, then rename: whole or not at all. RefineError where the path is a folder's."""
     if not path.name or path.is_dir():
         raise RefineError(f"{path} is a folder; name a file to write")
     make_folder(path.parent)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError:  # no room, say: half a file is in nobody's way
         temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from tests.models.transformers_models import stateful
 
 pytestmark = pytest.mark.gpu
 STEPS = {
-    "exact": {"estimator": "exact", "local_window": 8},
+    "closed form": {"estimator": "closed_form", "local_window": 8},
     "fused": {"schedule": "fused"},
     "snapshot": {"schedule": "snapshot", "num_generations": 2},
 }
@@ -33,7 +33,7 @@ def model_of(family, device, dtype):
 
 def step_of(model, name, length: int = 70):
     ids = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(1)).to(model.device)
-    config = NSPConfig(**(SETTINGS | STEPS[name] | ({"reward": "prefix_match"} if name == "exact" else {})))
+    config = NSPConfig(**(SETTINGS | STEPS[name] | ({"reward": "prefix_match"} if name == "closed form" else {})))
     result = ReFINEStep(model, config)(ids, torch.tensor([length, length - 9]), torch.Generator().manual_seed(0))
     model.zero_grad()
     result.loss.backward()
@@ -51,7 +51,7 @@ def test_a_step_on_kernels_is_the_step_on_pytorch(device, on_torch, family, name
         assert (gradient - expected).norm() < 1e-3 * expected.norm()
     else:
         torch.testing.assert_close(ours.loss_ntp, theirs.loss_ntp, rtol=2e-2, atol=0)
-    if name == "exact":
+    if name == "closed form":
         assert torch.nn.functional.cosine_similarity(gradient, expected, 0) > 0.95
 
 
@@ -127,10 +127,10 @@ def test_memory_of_a_step_grows_with_the_tokens_and_not_with_their_square(device
     model = model_of(family, device, torch.bfloat16)
 
     def peak(length: int) -> int:
-        step_of(model, "exact", length)
+        step_of(model, "closed form", length)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step_of(model, "exact", length)
+        step_of(model, "closed form", length)
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(16384) < 10 * peak(2048)

@@ -49,7 +49,7 @@ def test_a_backward_pass_started_under_autocast_is_as_good(family):
 
 
 STEPS = {
-    "exact": {"estimator": "exact"},
+    "closed form": {"estimator": "closed_form"},
     "fused": {"schedule": "fused"},
     "snapshot": {"schedule": "snapshot", "num_generations": 2},
 }

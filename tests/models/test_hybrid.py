@@ -139,7 +139,7 @@ def test_cached_equals_uncached_and_padded_equals_alone(name, float64):
 def test_the_closed_form_is_that_of_the_plain_model_s_logits(name, float64):
     model, original, ids, K = stateful(name).train(), plain(name), tokens(), 2
     scores = torch.rand(3, T, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    config = NSPConfig.preset("exact", rollout_length=K, lambda_rl=0.7)
+    config = NSPConfig.preset("expected", rollout_length=K, lambda_rl=0.7)
     result = ReFINEStep(model, config)(ids, lengths=LENGTHS, scores=scores)
     result.loss.backward()
     log_p = original(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -306,7 +306,7 @@ def test_states_of_an_unknown_kind_are_read_again_and_that_is_said_once(float64)
     )  # fmt: skip
     config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).double()
-    with pytest.warns(UserWarning, match="llama4_text.*chunked_attention.*reprefill.*estimator=exact") as said:
+    with pytest.warns(UserWarning, match="llama4_text.*chunked_attention.*reprefill.*estimator=closed_form") as said:
         with_states(model)
     assert len(said) == 1 and isinstance(model.model.keeping, ByTokens)
     _schedules_agree(model)

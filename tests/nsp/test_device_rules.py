@@ -12,14 +12,14 @@ from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, generator, ids
 
 STEPS = {
-    "exact": ({"estimator": "exact"}, 0),
-    "exact, gain": ({"estimator": "exact", "weights": "context_gain"}, 0),
-    "exact, selected": ({"estimator": "exact", "weights": "selected"}, 0),
+    "closed form": ({"estimator": "closed_form"}, 0),
+    "closed form, gain": ({"estimator": "closed_form", "token_weights": "context_gain"}, 0),
+    "closed form, selected": ({"estimator": "closed_form", "token_weights": "selected"}, 0),
     "paper": ({"reward": "hybrid"}, 1),
     "published": ({"reward": "hybrid", "published": True}, 1),
     "eight rollouts": ({"num_generations": 8, "baseline": "leave_one_out", "advantage_scale": "global"}, 1),
     "context": ({"selection": "context_kl", "num_generations": 2}, 1),
-    "exact, by segments": ({"estimator": "exact", "segment_tokens": 64}, 0),
+    "closed form, by segments": ({"estimator": "closed_form", "segment_tokens": 64}, 0),
     "by segments": ({"segment_tokens": 64}, 2),
     # One wait for each of its two passes.
     "snapshot": ({"schedule": "snapshot", "num_generations": 2}, 2),

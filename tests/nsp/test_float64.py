@@ -1,5 +1,6 @@
 """A step of a float64 model is float64 from its states to its gradients: no operation makes a narrower number on the way."""
 
+import math
 from dataclasses import replace
 
 import datasets
@@ -32,10 +33,10 @@ STEPS = {
     },
     "reprefill": {"schedule": "reprefill", "selection": "context_gain"},
     "by segments": {"segment_tokens": 40},
-    "exact": {"estimator": "exact"},
-    "exact, gain": {"estimator": "exact", "weights": "context_gain", "likelihood_share": 0.3},
-    "exact at positions": {"estimator": "exact", "weights": "selected"},
-    "likelihood": {"estimator": "likelihood"},
+    "closed form": {"estimator": "closed_form"},
+    "closed form, gain": {"estimator": "closed_form", "token_weights": "context_gain", "order": 3},
+    "closed form at positions": {"estimator": "closed_form", "token_weights": "selected"},
+    "likelihood": {"estimator": "closed_form", "order": math.inf},
 }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def test_nothing_of_a_step_is_narrower(family, name):
     assert all(p.grad.dtype == torch.float64 for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["fused", "exact"])
+@pytest.mark.parametrize("name", ["fused", "closed form"])
 def test_nothing_of_a_hybrids_step_is_narrower(name):
     """But for what transformers makes float32 whatever the weights are."""
     model = stateful("qwen3_next").train()
@@ -81,7 +82,8 @@ def test_nothing_of_a_hybrids_step_is_narrower(name):
 
 
 @pytest.mark.parametrize("settings", [
-    {"selection": "context_kl", "reward": "hybrid"}, {"estimator": "exact"}, {"estimator": "exact", "weights": "context_gain"},
+    {"selection": "context_kl", "reward": "hybrid"}, {"estimator": "closed_form"},
+    {"estimator": "closed_form", "token_weights": "context_gain"},
 ])  # fmt: skip
 def test_scores_that_are_kept_are_float64(tmp_path, monkeypatch, settings):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

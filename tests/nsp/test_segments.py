@@ -2,6 +2,8 @@
 
 Memory grows by what is said."""
 
+import math
+
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -22,9 +24,9 @@ LENGTHS = torch.tensor([150, 97, 43])  # rows that end inside a segment, and bef
 SIZES = (37, 64, 148)  # dividing nothing, no multiple of LaCT's chunk; the last would leave two tokens
 HYBRIDS = ("qwen3_next", "bamba", "falcon_h1", "mistral", "llama")
 ESTIMATORS = {
-    "exact": dict(estimator="exact", rollout_length=3, local_window=16),
-    "exact, selected": dict(estimator="exact", rollout_length=3, weights="selected", min_prefix=5),
-    "likelihood": dict(estimator="likelihood", rollout_length=1, local_window=16),
+    "closed form": dict(estimator="closed_form", rollout_length=3, local_window=16),
+    "closed form, selected": dict(estimator="closed_form", rollout_length=3, token_weights="selected", min_prefix=5),
+    "likelihood": dict(estimator="closed_form", order=math.inf, rollout_length=1, local_window=16),
     "snapshot": dict(schedule="snapshot", num_generations=2, reward="hybrid", min_prefix=5, baseline="leave_one_out"),
     "fused": dict(schedule="fused", num_generations=2, reward="hybrid", min_prefix=5, baseline="leave_one_out"),
 }
@@ -102,7 +104,7 @@ def test_with_gradient_checkpointing_of_the_blocks_inside(family):
 )
 def test_hybrids(name, checkpointing, float64):
     model, lengths = stateful(name).train(), torch.tensor([50, 31, 24])
-    settings = [ESTIMATORS[e] for e in ("exact", "snapshot", *(["fused"] if name == "qwen3_next" else []))]
+    settings = [ESTIMATORS[e] for e in ("closed form", "snapshot", *(["fused"] if name == "qwen3_next" else []))]
     whole = [step_of(model, s, None, 50, lengths) for s in settings]
     plain = ntp(model, None, 50, lengths)
     if checkpointing == "gradient":

@@ -148,7 +148,7 @@ def pretraining(folder: Path) -> Path:
 
 def quickstart_page(folder: Path) -> Path:
     rng, settings = random.Random(0), quickstart.settings(False)
-    for i, arm in enumerate(("ntp", "exact")):
+    for i, arm in enumerate(("ntp", "expected")):
         run_folder(folder / f"{arm}-seed0", i)
     results = {}
     for arm in ("base", *quickstart.ARMS):

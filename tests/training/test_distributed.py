@@ -17,7 +17,7 @@ from tests.training.jobs import JOBS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Short local windows, so that short rows have weights too.
-EXACT = {"preset": "exact", "reward_funcs": "prefix_match", "rollout_length": 2, "local_window": 8}
+CLOSED_FORM = {"preset": "expected", "reward_funcs": "prefix_match", "rollout_length": 2, "local_window": 8}
 GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"}
 # A chunk of this LaCT is 16 tokens: no row is long enough for the fast weights to learn, so their learning rates move nothing.
 SHORT_LACT = {
@@ -43,18 +43,18 @@ ALIKE = {
         2,
         4,
     ),
-    "scores beforehand": ("scored", {**EXACT, "packed": True}, 2, 4),
+    "scores beforehand": ("scored", {**CLOSED_FORM, "packed": True}, 2, 4),
     "packed": ("midtrain", {"packed": True, "num_generations": 2, "lambda_rl": 1.0}, 2, 4),
     "streamed, twice": ("midtrain", {"streamed": True, "max_steps": 3, "lambda_rl": 1.0}, 2, 8),
-    "exact": ("midtrain", EXACT, 2, 4),
+    "closed form": ("midtrain", CLOSED_FORM, 2, 4),
     "by segments": ("midtrain", {**GROUPS, "segment_tokens": 17, "lambda_rl": 1.0}, 2, 4),
-    "lact, exact": ("midtrain", {**EXACT, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
+    "lact, closed form": ("midtrain", {**CLOSED_FORM, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
     "lact, short rows": ("midtrain", SHORT_LACT, 4, 8),
     "hybrid": ("midtrain", {**GROUPS, "family": "qwen3_next", "lambda_rl": 1.0}, 2, 4),
-    "hybrid, exact": ("midtrain", {**EXACT, "family": "qwen3_next"}, 2, 4),
+    "hybrid, closed form": ("midtrain", {**CLOSED_FORM, "family": "qwen3_next"}, 2, 4),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
-    "nested exact": ("posttrain", EXACT, 4, 8),
+    "nested closed form": ("posttrain", CLOSED_FORM, 4, 8),
 }
 SLOW = {  # are slow: each is like one that is not
     "lact, one scale", "lact, several steps from one batch of rollouts", "hybrid, several steps from one batch of rollouts", "packed",
@@ -157,7 +157,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, request, n
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("paper", "ntp"), ("exact", "ntp"), ("nested", "nested ntp"), ("nested exact", "nested ntp")]
+    ("name", "other"), [("paper", "ntp"), ("closed form", "ntp"), ("nested", "nested ntp"), ("nested closed form", "nested ntp")]
 )
 def test_the_runs_that_are_alike_had_something_to_learn_from(two, name, other):
     a, b = weights_of(two / name), weights_of(two / other)

@@ -78,7 +78,8 @@ def config_named(name):
 
 
 @pytest.mark.parametrize(("name", "settings"), [
-    *((name, settings) for name in ("delta_net", "llama", "qwen3_next", "bamba") for settings in (NTP, {"preset": "exact", "bf16": True})),
+    *((name, settings) for name in ("delta_net", "llama", "qwen3_next", "bamba")
+      for settings in (NTP, {"preset": "expected", "bf16": True})),
     *((name, {"preset": "mid_training"}) for name in ("delta_net", "bamba")),
 ])  # fmt: skip
 def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings):
@@ -107,7 +108,7 @@ def test_a_training_measured(name):
 
 @pytest.mark.parametrize(("family", "settings"), [
     ("delta_net", NTP),
-    ("delta_net", {"preset": "exact", "context_scores": "cached", "gradient_checkpointing": True}),
+    ("delta_net", {"preset": "expected", "context_scores": "cached", "gradient_checkpointing": True}),
     pytest.param("lact_swiglu", {"num_generations": 2, "advantage_group": "position"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_model_of_more_layers_and_tokens_than_are_counted(family, settings):
@@ -131,7 +132,7 @@ def test_a_hybrid_of_more_layers_and_tokens_than_are_counted(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [NTP, {"preset": "exact"}, {"preset": "context"}, {"preset": "mid_training"},
+@pytest.mark.parametrize("settings", [NTP, {"preset": "expected"}, {"preset": "context"}, {"preset": "mid_training"},
                                       {**NTP, "gradient_checkpointing": True}, {**NTP, "segment_tokens": 1024}])  # fmt: skip
 @pytest.mark.parametrize("name", ["refine-nsp/tiny-delta-net", "refine-nsp/tiny-gated-deltanet", "refine-nsp/tiny-lact"])
 def test_the_shipped_models(name, settings):

@@ -165,13 +165,13 @@ def test_adapters_of_either_kind_of_peft_are_trained(tmp_path, task_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["ntp", "refine", "exact"])
+@pytest.mark.parametrize("objective", ["ntp", "refine", "closed form"])
 def test_training_under_torch_compile_is_the_same_run(tmp_path, objective):
     """With the graphs alone, as above; a sampled token may turn by a rounding, so the model is in float64."""
     found = []
     torch._dynamo.reset()
     for compiled in (False, True):
-        method = dict(objective="ntp") if objective == "ntp" else dict(preset="exact" if objective == "exact" else None)
+        method = dict(objective="ntp") if objective == "ntp" else dict(preset="expected" if objective == "closed form" else None)
         more = dict(torch_compile=True, torch_compile_backend="aot_eager") if compiled else {}
         args = ReFINEConfig(
             output_dir=str(tmp_path),

@@ -29,7 +29,7 @@ def midtrain(folder, name, **settings) -> ReFINETrainer:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("settings", [{"preset": "context", "num_generations": 2}, {"preset": "exact"}])
+@pytest.mark.parametrize("settings", [{"preset": "context", "num_generations": 2}, {"preset": "expected"}])
 def test_midtraining_and_what_it_saves(tmp_path, name, settings):
     t = midtrain(tmp_path, name, **settings)
     before = {k: x.clone() for k, x in t.model.state_dict().items()}
@@ -68,7 +68,7 @@ def test_nested_post_training(tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parameters", ["all", "fast_weights", "lora"])
-@pytest.mark.parametrize("preset", ["test_time", "exact"])
+@pytest.mark.parametrize("preset", ["test_time", "expected"])
 def test_at_test_time_it_changes_inside_and_every_bit_is_back_outside(name, parameters, preset):
     model, ids = stateful(name, dtype=torch.float32), torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(0))
     before = {k: x.clone() for k, x in model.state_dict().items()}

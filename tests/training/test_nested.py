@@ -103,11 +103,11 @@ GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_
         {"objective": "ntp"},
         {"objective": "refine"},
         {"objective": "refine", "schedule": "snapshot", **GROUPS},
-        {"objective": "refine", "preset": "exact", "local_window": 8},
+        {"objective": "refine", "preset": "expected", "local_window": 8},
         {"objective": "refine", "inner_steps": 2},
         {"objective": "refine", "inner_steps": 2, "schedule": "snapshot", **GROUPS},
     ],
-    ids=["none", "ntp", "refine", "snapshot", "exact", "inner_steps", "inner_steps snapshot"],
+    ids=["none", "ntp", "refine", "snapshot", "closed form", "inner_steps", "inner_steps snapshot"],
 )
 def test_one_batch_of_8_is_8_of_1(tmp_path, settings):
     """Rollouts too: a sequence has draws of its own, however the sequences are dealt out."""

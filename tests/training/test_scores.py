@@ -53,8 +53,8 @@ def packed_data() -> Dataset:
 @pytest.mark.parametrize("settings", [
     {"selection": "context_kl"},
     {"selection": "context_gain", "steps_per_generation": 2},
-    {"preset": "exact", "reward_funcs": "prefix_match"},
-    {"preset": "exact", "reward_funcs": "prefix_match", "weights": "context_gain"},
+    {"preset": "expected", "reward_funcs": "prefix_match"},
+    {"preset": "expected", "reward_funcs": "prefix_match", "token_weights": "context_gain"},
 ])  # fmt: skip
 def test_the_first_step_is_that_of_the_online_run(tmp_path, rows, settings):
     online, cached = (

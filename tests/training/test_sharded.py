@@ -17,7 +17,7 @@ from refine_nsp.training.checkpoints import check_shards, export_checkpoint
 from refine_nsp.training.problems import for_shards
 from tests.models.families import build
 from tests.training.jobs import JOBS
-from tests.training.test_distributed import EXACT, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
+from tests.training.test_distributed import CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
 from tests.training.test_trainer import trainer
 
 SHARDED = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
@@ -31,29 +31,29 @@ ALIKE = {
     "rollouts": ("midtrain", {**ROLLOUTS, "schedule": "snapshot", "evaluate": True}, SHARDED, 2),
     "rollouts within the pass, checkpointing": ("midtrain", {**ROLLOUTS, "schedule": "fused"}, CHECKPOINTING, 4),
     "lact, checkpointing": ("midtrain", {**ROLLOUTS, "family": "lact_swiglu", "schedule": "snapshot"}, CHECKPOINTING, 2),
-    "lact, exact, gradient_checkpointing": ("midtrain", {**EXACT, **GRADIENTS, "family": "lact_swiglu"}, SHARDED, 4),
-    "exact, rows of one process without context": ("midtrain", {**EXACT, **UNEVEN}, SHARDED, 2),
-    "exact by segments, fewer on one process": ("midtrain", {**EXACT, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
+    "lact, closed form, gradient_checkpointing": ("midtrain", {**CLOSED_FORM, **GRADIENTS, "family": "lact_swiglu"}, SHARDED, 4),
+    "closed form, rows of one process without context": ("midtrain", {**CLOSED_FORM, **UNEVEN}, SHARDED, 2),
+    "closed form by segments, fewer on one process": ("midtrain", {**CLOSED_FORM, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
     "several steps from one batch of rollouts": ("midtrain", {**ROLLOUTS, "steps_per_generation": 2}, SHARDED, 2),
-    "exact, scores beforehand": ("scored", {**EXACT, **UNEVEN}, SHARDED, 2),
-    "hybrid, checkpointing": ("midtrain", {**EXACT, **UNEVEN, "family": "qwen3_next"}, CHECKPOINTING, 2),
+    "closed form, scores beforehand": ("scored", {**CLOSED_FORM, **UNEVEN}, SHARDED, 2),
+    "hybrid, checkpointing": ("midtrain", {**CLOSED_FORM, **UNEVEN, "family": "qwen3_next"}, CHECKPOINTING, 2),
     "hybrid by segments, checkpointing": (
         "midtrain",
-        {**EXACT, **UNEVEN, "family": "qwen3_next", "segment_tokens": 17},
+        {**CLOSED_FORM, **UNEVEN, "family": "qwen3_next", "segment_tokens": 17},
         CHECKPOINTING,
         2,
     ),
-    "hybrid, exact": ("midtrain", {**EXACT, **UNEVEN, "family": "qwen3_next"}, SHARDED, 2),
+    "hybrid, closed form": ("midtrain", {**CLOSED_FORM, **UNEVEN, "family": "qwen3_next"}, SHARDED, 2),
     "hybrid, rollouts, checkpointing": ("midtrain", {**ROLLOUTS, **UNEVEN, "family": "qwen3_next"}, CHECKPOINTING, 2),
     "hybrid, rollouts": ("midtrain", {**ROLLOUTS, **UNEVEN, "family": "falcon_h1", "evaluate": True}, SHARDED, 2),
     "rollouts by segments": ("midtrain", {**ROLLOUTS, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
-    "nested exact": ("posttrain", EXACT, SHARDED, 2),
+    "nested closed form": ("posttrain", CLOSED_FORM, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
 }
-# What `make test` has time for: both kinds of models and a hybrid, sampled and exact, both phases.
+# What `make test` has time for: both kinds of models and a hybrid, sampled and closed form, both phases.
 FIRST = {
-    "rollouts", "lact, checkpointing", "exact by segments, fewer on one process", "several steps from one batch of rollouts",
-    "hybrid, checkpointing", "hybrid, rollouts", "nested exact",
+    "rollouts", "lact, checkpointing", "closed form by segments, fewer on one process", "several steps from one batch of rollouts",
+    "hybrid, checkpointing", "hybrid, rollouts", "nested closed form",
 }  # fmt: skip
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
 
@@ -158,7 +158,7 @@ def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
 def test_rollouts_from_segments_are_sampled_in_a_pass_of_their_own_in_shards(tmp_path, family, settings):
     model, nsp = trainer(tmp_path, family).model, NSPConfig(schedule="fused", **settings)
     assert for_shards(model, nsp) == replace(nsp, schedule="snapshot")
-    closed = NSPConfig.preset("exact", **settings)
+    closed = NSPConfig.preset("expected", **settings)
     assert for_shards(model, closed) is closed
     assert for_shards(build("delta_net"), NSPConfig(schedule="fused")).schedule == "fused"
 

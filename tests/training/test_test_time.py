@@ -16,8 +16,8 @@ NSP = NSPConfig.preset("test_time", **SHORT)
 METHODS = {
     "ntp": {"objective": "ntp"},
     "refine": {},
-    "exact": {"nsp": NSPConfig.preset("exact", **SHORT)},
-    "exact, selected": {"nsp": NSPConfig.preset("exact", weights="selected", **SHORT)},
+    "expected": {"nsp": NSPConfig.preset("expected", **SHORT)},
+    "closed form, selected": {"nsp": NSPConfig.preset("expected", token_weights="selected", **SHORT)},
 }
 
 
@@ -39,7 +39,7 @@ def same(model, before):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("parameters", ["all", "fast_weights", "lora"])
-@pytest.mark.parametrize("method", ["ntp", "refine", "exact"])
+@pytest.mark.parametrize("method", ["ntp", "refine", "expected"])
 def test_outputs_change_inside_and_every_bit_is_back_outside(family, parameters, method):
     model = build(family).eval()
     before, ids = bits(model), prompt()
@@ -113,7 +113,7 @@ def test_only_the_fast_weights_projections_change():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["ntp", "refine", "exact, selected"])
+@pytest.mark.parametrize("method", ["ntp", "refine", "closed form, selected"])
 def test_prompts_side_by_side_are_prompts_alone(family, method):
     model = build(family).eval()
     prompts = [prompt(60, 1), prompt(47, 2), prompt(33, 3)]
@@ -129,7 +129,7 @@ def test_prompts_side_by_side_are_prompts_alone(family, method):
 
 def test_what_scores_rows_together_takes_prompts_one_by_one():
     """Local windows are rows of their own, which adapters of the prompts' rows do not fit."""
-    for nsp in (METHODS["exact"]["nsp"], NSPConfig.preset("context", **SHORT)):
+    for nsp in (METHODS["expected"]["nsp"], NSPConfig.preset("context", **SHORT)):
         ttt = TestTimeTrainer(build("delta_net").eval(), config(parameters="lora", nsp=nsp))
         assert not ttt.side_by_side()
         with pytest.raises(RefineError, match="give them one by one"), ttt.adapt([prompt(60, 1), prompt(47, 2)]):
@@ -138,7 +138,7 @@ def test_what_scores_rows_together_takes_prompts_one_by_one():
 
 def test_adapting_by_the_closed_form_raises_the_expected_reward():
     model, ids = build("delta_net").eval(), prompt(120)
-    ttt = TestTimeTrainer(model, config(steps=6, nsp=NSPConfig.preset("exact", lambda_ntp=0.0, **SHORT)))
+    ttt = TestTimeTrainer(model, config(steps=6, nsp=NSPConfig.preset("expected", lambda_ntp=0.0, **SHORT)))
     with ttt.adapt(ids):
         assert ttt.last.losses[-1] < ttt.last.losses[0] < 0
 

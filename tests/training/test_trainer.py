@@ -64,7 +64,7 @@ def assert_close(a: dict, b: dict, atol: float = 1e-9) -> None:
     {"preset": "context", "local_window": 8},
     {"schedule": "reprefill"},
     {"schedule": "fused"},
-    {"preset": "exact", "reward_funcs": "prefix_match", "local_window": 8},
+    {"preset": "expected", "reward_funcs": "prefix_match", "local_window": 8},
 ])  # fmt: skip
 def test_one_batch_of_8_equals_8_batches_of_1(tmp_path, settings):
     big = trainer(tmp_path / "a", per_device_train_batch_size=8, **settings)
@@ -80,7 +80,7 @@ def test_one_batch_of_8_equals_8_batches_of_1(tmp_path, settings):
 @pytest.mark.parametrize("settings", [
     {"objective": "ntp"},
     {"schedule": "snapshot", "num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"},
-    {"preset": "exact", "reward_funcs": "prefix_match", "local_window": 8, "gradient_checkpointing": True},
+    {"preset": "expected", "reward_funcs": "prefix_match", "local_window": 8, "gradient_checkpointing": True},
 ])  # fmt: skip
 def test_a_run_by_segments_is_the_run_in_one_piece(tmp_path, settings):
     """Also micro-batch by micro-batch, and with blocks that are computed again inside the segments."""

@@ -10,7 +10,7 @@ from tests.training.test_trainer import data, trainer
 
 RUNS = {
     "ntp": ({"objective": "ntp"}, 1),
-    "exact": ({"preset": "exact", "reward_funcs": "prefix_match", "local_window": 8}, 1),
+    "closed form": ({"preset": "expected", "reward_funcs": "prefix_match", "local_window": 8}, 1),
     "fused": ({"schedule": "fused"}, 2),
     "fused, eight rollouts": ({"schedule": "fused", "num_generations": 8, "baseline": "leave_one_out"}, 2),
     "snapshot": ({"schedule": "snapshot"}, 3),

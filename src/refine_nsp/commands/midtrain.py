@@ -33,7 +33,7 @@ from refine_nsp.training.checkpoints import last_complete_checkpoint
 COMMON = (
     "model_name_or_path dataset_name text_column output_dir objective preset max_length max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length "
-    "num_generations estimator weights selection reward_funcs schedule lambda_rl context_scores steps_per_generation "
+    "num_generations estimator order token_weights selection reward_funcs schedule lambda_rl context_scores steps_per_generation "
     "validation_dataset eval_strategy eval_steps logging_steps log_completions save_steps resume_from_checkpoint bf16 "
     "gradient_checkpointing packing streaming dataset_num_proc use_peft seed"
 ).split()

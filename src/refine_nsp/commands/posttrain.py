@@ -23,7 +23,7 @@ COMMON = (
     "model_name_or_path dataset_name squad hotpotqa ruler_length ruler_samples question_column output_dir objective preset "
     "inner_steps reference answer_metric max_length max_answer_tokens max_new_tokens max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps learning_rate positions_per_sequence rollout_length "
-    "num_generations estimator selection reward_funcs lambda_rl validation_dataset eval_strategy eval_steps logging_steps "
+    "num_generations estimator order selection reward_funcs lambda_rl validation_dataset eval_strategy eval_steps logging_steps "
     "save_steps resume_from_checkpoint apply_chat_template bf16 use_peft seed"
 ).split()
 

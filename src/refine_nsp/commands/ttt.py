@@ -24,7 +24,7 @@ from refine_nsp.training.test_time import TestTimeTrainer, nbytes
 
 COMMON = (
     "model_name_or_path prompt prompt_file max_new_tokens ttt ttt_preset ttt_steps ttt_learning_rate ttt_parameters ttt_estimator "
-    "ttt_selection ttt_reward_funcs ttt_positions_per_sequence ttt_rollout_length ttt_lambda_rl ttt_seed"
+    "ttt_order ttt_selection ttt_reward_funcs ttt_positions_per_sequence ttt_rollout_length ttt_lambda_rl ttt_seed"
 ).split()
 
 

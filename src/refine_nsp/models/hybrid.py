@@ -348,7 +348,7 @@ def check(model: Any) -> None:
         trunk.keeping = ByTokens(trunk)
         warnings.warn(
             f"{trunk.label}: its states cannot be handed over exactly ({problem}); every prefix is read again instead (the cost of "
-            "schedule=reprefill); estimator=exact needs no states",
+            "schedule=reprefill); estimator=closed_form needs no states",
             stacklevel=3,
         )
 

@@ -157,13 +157,13 @@ class StepResult:
     Attributes:
         loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
         loss_ntp: cross-entropy per real target, nats.
-        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for); with the estimators `exact` and
-            `likelihood` - sum_t weights[t] J_t.
+        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for); in closed form
+            - sum_t token_weights[t] J_t.
         entropy: [B, T] nats.
         positions: [B, P] long, -1 for none; None where all tokens are weighed.
         rollouts: [B, P, N, K] long. log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N]. None without
             rollouts.
-        weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
+        token_weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
         metrics: scalars to log; num_targets, num_rollout_tokens: what the two losses were means over (without rollouts: positions, or
             targets).
     """
@@ -180,7 +180,7 @@ class StepResult:
     log_probs: Tensor | None = None
     rewards: Tensor | None = None
     advantages: Tensor | None = None
-    weights: Tensor | None = None
+    token_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | N
 
 def prefix_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
     """1 as long as every token so far equals the true one, [R, K]: its mean is leading matches / K, whose expectation is known in
-    closed form (`nsp/expected.py`)."""
+    closed form (`nsp/closed_form.py`)."""
     return (completion_ids == truth_ids).to(_wide(hidden)).cumprod(-1)
 
 

@@ -13,7 +13,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.advantage import compare
-from refine_nsp.nsp.expected import refine_in_closed_form
+from refine_nsp.nsp.closed_form import refine_in_closed_form
 from refine_nsp.nsp.objective import policy_loss
 from refine_nsp.nsp.passes import Pass, run
 from refine_nsp.nsp.records import (
@@ -156,7 +156,7 @@ class ReFINEStep(nn.Module):
         columns: Mapping[str, Sequence[Any]] | None = None,
         scores: Tensor | None = None,
     ) -> StepResult:
-        """Select, roll out, score, and return the losses; or, with `estimator="exact"`, the losses alone.
+        """Select, roll out, score, and return the losses; or, with `estimator="closed_form"`, the losses alone.
 
         Args:
             input_ids: [B, T] long, right-padded. lengths: [B] long, None: all T real.

@@ -4,17 +4,19 @@ The head is applied to one block of tokens at a time. Since the weight of every 
 targets, or 0), the gradient is formed in the forward pass while the block's logits are there: logits are computed once, and the
 backward only multiplies by the incoming scalar. n counts tokens, m those of a block.
 
-`linear_next_sequence` adds the expected reward of next-sequence prediction in closed form (docs/method.md). With log-probabilities
-l_i of the true tokens, J_t = (1/K) sum_{j<K} exp(l_t + ... + l_{t+j}) is a function of these alone, so its gradient with respect to
-the logits is that of a cross-entropy whose token weights are
+`linear_next_sequence` adds next-sequence prediction in closed form (docs/method.md). With log-probabilities l_i of the true tokens, a
+rollout from t matches its first j tokens with probability P_j = exp(l_t + ... + l_{t+j-1}), and J_t = (1/K) sum_{j=1..K} f_M(P_j) with
+f_M(P) = -sum_{k=1..M} (1 - P)^k / k, which is P - 1 for M = 1 and log P for M = inf (arXiv 2602.02710). J_t is a function of the l_i
+alone, so its gradient with respect to the logits is that of a cross-entropy whose coefficients are
 
-    c_i = d(sum_t w_t J_t) / d l_i = (1/K) sum_{t in i-K+1..i} w_t sum_{j >= i-t} exp(l_t + ... + l_{t+j}),
+    c_i = d(sum_t w_t J_t) / d l_i = (1/K) sum_{t in i-K+1..i} w_t sum_{j > i-t} (1 - (1 - P_j)^M),
 
-for K = 1 c_i = w_i p_i. The same block gives both; a block reads K - 1 tokens more on either side, which is all c_i needs.
+for K = 1 c_i = w_i (1 - (1 - p_i)^M). The same block gives both; a block reads K - 1 tokens more on either side, which is all c_i needs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,53 +194,80 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled[0], scaled[1], None, None
 
 
-# --- the expected reward in closed form -------------------------------------------------------------------------------
+# --- next-sequence prediction in closed form --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SequenceTerm:
     """The second term of `linear_next_sequence`.
 
-    weights: [n], w_t; 0 wherever t + K passes the end of t's own sequence. K: tokens of a continuation.
-    share: of the mean log-probability in J, 0 to 1. local: None, or [n, D]: w_t is then weights[t] times the divergence of the head's
-    distribution on `hidden` from that on `local`: their KL, or with `gain` what it gains in log p of the target.
+    token_weights: [n], w_t; 0 wherever t + K passes the end of t's own sequence. K: tokens of a continuation. order: M of f_M, from 1
+    to `inf`. local: None, or [n, D]: w_t is then token_weights[t] times the divergence of the head's distribution on `hidden` from that
+    on `local`: their KL, or with `gain` what it gains in log p of the target.
     """
 
-    weights: Tensor
+    token_weights: Tensor
     K: int
-    share: float = 0.0
+    order: float = 1
     local: Tensor | None = None
     gain: bool = False
 
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """loss = ntp_scale * ntp + policy_scale * policy, scalars with gradient. weights [n]: the w_t used; values [n]: J_t; detached."""
+    """loss = ntp_scale * ntp + policy_scale * policy, scalars with gradient. token_weights [n]: the w_t used; values [n]: J_t; matches [n]:
+    (1/K) sum_j P_j, the share of K tokens that a rollout is expected to match before its first miss; all three detached."""
 
     loss: Tensor
     ntp: Tensor
     policy: Tensor
-    weights: Tensor
+    token_weights: Tensor
     values: Tensor
+    matches: Tensor
 
 
-def expected_match(log_p: Tensor, K: int, share: float = 0.0) -> Tensor:
-    """J_t [n] = (1 - share) (1/K) sum_j exp(l_t + ... + l_{t+j}) + share (1/K) sum_j l_{t+j}, j < K, of log_p [n]. Differentiable.
+def log_matches(log_p: Tensor, K: int) -> Tensor:
+    """Compute log P_j [n, K], the log-probability that a rollout from each token matches its first j = 1..K tokens, from log_p [n].
 
-    Tokens beyond the last count as certain (l = 0): such windows have weight 0.
+    Tokens beyond the last count as certain (log p = 0): windows that reach them have weight 0.
     """
-    windows = F.pad(log_p, (0, K - 1)).unfold(0, K, 1)  # [n, K]
-    matches = windows.cumsum(-1).exp().mean(-1)
-    return matches if share == 0 else (1 - share) * matches + share * windows.mean(-1)
+    return F.pad(log_p, (0, K - 1)).unfold(0, K, 1).cumsum(-1)
 
 
-def match_coefficients(log_p: Tensor, weights: Tensor, K: int, share: float = 0.0) -> Tensor:
-    """c_i [n] = d(sum_t weights_t J_t) / d log_p_i: what makes the gradient of the expected reward one of a cross-entropy."""
+def naive_truncated_log(log_P: Tensor, order: int) -> Tensor:
+    """Compute f_M(P) = -sum_{k=1..M} (1 - P)^k / k by its definition. Differentiable; loses digits where P is near 1."""
+    miss = 1 - log_P.exp()
+    return -sum((miss**k / k for k in range(1, order + 1)), torch.zeros_like(miss))
+
+
+def truncated_log(log_P: Tensor, order: float) -> Tensor:
+    """Compute f_M(P) of any shape from log P: the logarithm's series around P = 1 cut after M = `order` terms; all of it for `inf`."""
+    if order == math.inf:
+        return log_P
+    miss = -torch.expm1(log_P)  # 1 - P without cancellation near P = 1; all terms of the series have one sign
+    total = torch.zeros_like(miss)
+    for k in range(int(order), 0, -1):  # Horner's rule
+        total = miss * (1 / k + total)
+    return -total
+
+
+def truncated_log_slope(log_P: Tensor, order: float) -> Tensor:
+    """Compute d f_M / d log P = 1 - (1 - P)^M of any shape: the chance that at least one of M rollouts matches."""
+    if order == math.inf:
+        return torch.ones_like(log_P)
+    if order == 1:
+        return log_P.exp()
+    # log(1 - P), by the form that keeps its digits: near P = 1 from 1 - P itself, near P = 0 from P.
+    log_miss = torch.where(log_P > -math.log(2), (-torch.expm1(log_P)).log(), torch.log1p(-log_P.exp()))
+    return -torch.expm1(order * log_miss)
+
+
+def match_coefficients(log_p: Tensor, token_weights: Tensor, K: int, order: float = 1) -> Tensor:
+    """Compute c_i [n] = d(sum_t token_weights_t J_t) / d log_p_i, which makes the gradient of J that of a cross-entropy."""
     n = len(log_p)
-    windows = F.pad(log_p, (0, K - 1)).unfold(0, K, 1)
-    # A factor l_{t+j} stands in every product of at least j + 1 matches.
-    later = windows.cumsum(-1).exp().flip(-1).cumsum(-1).flip(-1)
-    parts = weights[:, None] * ((1 - share) * later + share) / K  # [n, K]: of window t, for its token t + j
+    # A factor l_{t+j} stands in every P of at least j + 1 matches.
+    later = truncated_log_slope(log_matches(log_p, K), order).flip(-1).cumsum(-1).flip(-1)
+    parts = token_weights[:, None] * later / K  # [n, K]: of window t, for its token t + j
     # Token i is the j-th of window i - j: its parts lie on a diagonal, which K shifted additions sum without a scatter.
     total = parts[:, 0].clone()
     for j in range(1, min(K, n)):
@@ -247,33 +276,36 @@ def match_coefficients(log_p: Tensor, weights: Tensor, K: int, share: float = 0.
 
 
 def naive_linear_next_sequence(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, term: SequenceTerm,
+    hidden: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor, term: SequenceTerm,
     ntp_scale: float = 1.0, policy_scale: float = 1.0,
 ) -> tuple[SequenceLosses, TokenStats]:  # fmt: skip
-    """All logits at once, by autograd; same arguments and results as `linear_next_sequence`."""
-    ntp, stats = naive_linear_cross_entropy(hidden, weight, targets, token_weights)
+    """Compute the losses with all logits at once, by autograd; same arguments and results as `linear_next_sequence`."""
+    ntp, stats = naive_linear_cross_entropy(hidden, weight, targets, target_weights)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     log_p = F.log_softmax((hidden @ weight.T).to(wide), -1)
     at_target = log_p.gather(-1, targets[:, None])[:, 0]
-    w = term.weights.to(wide)
+    w = term.token_weights.to(wide)
     if term.local is not None:
         log_q = F.log_softmax((term.local @ weight.T).to(wide), -1)
         gain = (at_target - log_q.gather(-1, targets[:, None])[:, 0]).clamp(min=0.0)
         w = w * (gain if term.gain else (log_p.exp() * (log_p - log_q)).sum(-1)).detach()
-    values = expected_match(at_target, term.K, term.share)
-    policy = -(w * values).sum()
-    return SequenceLosses(ntp_scale * ntp + policy_scale * policy, ntp, policy, w.detach(), values.detach()), stats
+    log_P = log_matches(at_target, term.K)
+    values = (log_P if term.order == math.inf else naive_truncated_log(log_P, int(term.order))).mean(-1)
+    policy, matches = -(w * values).sum(), log_P.exp().mean(-1)
+    loss = ntp_scale * ntp + policy_scale * policy
+    return SequenceLosses(loss, ntp, policy, w.detach(), values.detach(), matches.detach()), stats
 
 
 def linear_next_sequence(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, term: SequenceTerm,
+    hidden: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor, term: SequenceTerm,
     ntp_scale: float = 1.0, policy_scale: float = 1.0,
 ) -> tuple[SequenceLosses, TokenStats]:  # fmt: skip
-    """ntp_scale * sum_i token_weights_i NLL_i - policy_scale * sum_t w_t J_t of a linear head, by blocks of tokens.
+    """Compute ntp_scale * sum_i target_weights_i NLL_i - policy_scale * sum_t w_t J_t of a linear head, by blocks of tokens.
 
     Args:
-        hidden, weight, targets, token_weights: as for `linear_cross_entropy`; rows of several sequences may follow each other.
-        term: see `SequenceTerm`. Its weights and `local` are not differentiated.
+        hidden, weight, targets: as for `linear_cross_entropy`; rows of several sequences may follow each other.
+        target_weights: [n], what each target counts in the cross-entropy. Not differentiated.
+        term: see `SequenceTerm`. Its token weights and `local` are not differentiated.
 
     Returns:
         The losses, and detached per-token statistics. The gradient of `loss` is formed with the blocks; that of `ntp` or `policy`
@@ -281,9 +313,9 @@ def linear_next_sequence(
     """
     hidden, weight = _inputs(hidden, weight)
     local = None if term.local is None else term.local.detach().to(hidden.dtype)
-    settings = (term.K, term.share, term.gain, ntp_scale, policy_scale)
-    results = _run_sequence(hidden, weight, targets, token_weights, term.weights, local, settings)
-    return SequenceLosses(*results[:5]), TokenStats(*results[5:])
+    settings = (term.K, term.order, term.gain, ntp_scale, policy_scale)
+    results = _run_sequence(hidden, weight, targets, target_weights, term.token_weights, local, settings)
+    return SequenceLosses(*results[:6]), TokenStats(*results[6:])
 
 
 @without_autocast
@@ -294,30 +326,31 @@ def _run_sequence(*args: Any) -> tuple[Tensor, ...]:
 class _LinearNextSequence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, weights: Tensor, local: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor, token_weights: Tensor, local: Tensor | None,
         settings: tuple[int, float, bool, float, float],
     ) -> Any:  # fmt: skip
-        K, share, gain, ntp_scale, policy_scale = settings
+        K, order, gain, ntp_scale, policy_scale = settings
         n, out = hidden.shape[0], _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
-        token_weights, weights = token_weights.to(out.wide), weights.to(out.wide)
-        used, values, coefficients = (torch.empty_like(out.nll) for _ in range(3))
+        target_weights, token_weights = target_weights.to(out.wide), token_weights.to(out.wide)
+        used, values, matches, coefficients = (torch.empty_like(out.nll) for _ in range(4))
         for s in _blocks(n, weight):
             # Windows that begin up to K - 1 tokens before reach into the block, those that begin in it reach as far behind it.
             around = slice(max(0, s.start - K + 1), min(n, s.stop + K - 1))
             inside = slice(s.start - around.start, s.stop - around.start)
             block = _Block(hidden[around], weight, targets[around], out.wide)
-            w = weights[around]
+            w = token_weights[around]
             if local is not None:
                 w = w * block.divergence(local[around], gain)
-            used[s], values[s] = w[inside], expected_match(-block.nll, K, share)[inside]
-            coefficients[s] = match_coefficients(-block.nll, w, K, share)[inside]
+            log_P = log_matches(-block.nll, K)[inside]
+            used[s], values[s], matches[s] = w[inside], truncated_log(log_P, order).mean(-1), log_P.exp().mean(-1)
+            coefficients[s] = match_coefficients(-block.nll, w, K, order)[inside]
             out.keep(s, block, inside)
             # The policy loss is -sum w J, so in the NLLs -l it grows with c: one sign for both.
-            out.add_gradient(s, block, inside, ntp_scale * token_weights[s] + policy_scale * coefficients[s])
-        ctx.save_for_backward(hidden, weight, targets, token_weights, coefficients, *out.gradients())
+            out.add_gradient(s, block, inside, ntp_scale * target_weights[s] + policy_scale * coefficients[s])
+        ctx.save_for_backward(hidden, weight, targets, target_weights, coefficients, *out.gradients())
         ctx.set_materialize_grads(False)  # None says which of the three losses is not asked for
-        ntp, policy = (out.nll * token_weights).sum(), -(used * values).sum()
-        statistics = (used, values, out.nll, out.entropy, out.argmax)
+        ntp, policy = (out.nll * target_weights).sum(), -(used * values).sum()
+        statistics = (used, values, matches, out.nll, out.entropy, out.argmax)
         ctx.mark_non_differentiable(*statistics)
         return (ntp_scale * ntp + policy_scale * policy, ntp, policy, *statistics)
 
@@ -325,11 +358,11 @@ class _LinearNextSequence(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Any) -> Any:
-        hidden, weight, targets, token_weights, coefficients, *gradients = ctx.saved_tensors
+        hidden, weight, targets, target_weights, coefficients, *gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]
         if dntp is not None or dpolicy is not None:
             again = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
-            parts = [x * d for x, d in ((token_weights, dntp), (coefficients, dpolicy)) if d is not None]
+            parts = [x * d for x, d in ((target_weights, dntp), (coefficients, dpolicy)) if d is not None]
             for s in _blocks(len(hidden), weight):
                 again.add_gradient(s, _Block(hidden[s], weight, targets[s], again.wide), slice(None), sum(parts)[s])
             scaled = [b if a is None else a if b is None else a + b for a, b in zip(scaled, again.gradients(), strict=True)]

@@ -18,12 +18,13 @@ MARK = "<!-- written by refine-nsp; take this line out and it will not be writte
 CURVE_FILE = "curves.svg"
 # Of a run's settings, what says how a model came about; the rest is in config.yaml beside it.
 TOLD = (
-    "objective", "preset", "published", "estimator", "weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",
-    "rollout_length", "num_generations", "max_length", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r", "seed",
+    "objective", "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl",
+    "positions_per_sequence", "rollout_length", "num_generations", "max_length", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r",
+    "seed",
 )  # fmt: skip
 METHOD = (
-    "preset", "published", "estimator", "weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",
+    "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",
     "rollout_length", "num_generations",
 )  # fmt: skip
 OBJECTIVES = {
@@ -70,11 +71,11 @@ def effective(settings: dict[str, Any]) -> dict[str, Any]:
     without = {"num_train_epochs" if (settings.get("max_steps") or 0) > 0 else "max_steps"}
     if not settings.get("use_peft"):
         without |= {"use_peft", "lora_r"}
-    estimator, at_positions = settings.get("estimator"), settings.get("weights") == "selected"
+    estimator, at_positions = settings.get("estimator"), settings.get("token_weights") == "selected"
     if settings.get("objective") != "refine":
         without |= set(METHOD)
     elif estimator == "sampled":
-        without |= {"weights"}
+        without |= {"order", "token_weights"}
     else:
         without |= {"num_generations"} | (set() if at_positions else {"selection", "positions_per_sequence"})
     return {name: value for name, value in settings.items() if name not in without and value is not False}

@@ -45,11 +45,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "NTP only": {"objective": "ntp"},
     "paper": {"preset": "mid_training"},
     "context": {"preset": "context"},
-    "exact": {"preset": "exact"},
+    "expected": {"preset": "expected"},
     "likelihood": {"preset": "likelihood"},
 }
-BASELINE, EXACT, LIKELIHOOD = "NTP only", "exact", "likelihood"
-MAPPED = (BASELINE, EXACT, LIKELIHOOD)  # arms whose needles are drawn
+BASELINE, EXPECTED, LIKELIHOOD = "NTP only", "expected", "likelihood"
+MAPPED = (BASELINE, EXPECTED, LIKELIHOOD)  # arms whose needles are drawn
 ROWS_SEED = 2000  # rows are those of pretraining steps with seeds from here on, which the base was not pretrained with
 Figures = dict[str, Any]
 FIGURES = {
@@ -304,7 +304,7 @@ def lengths_table(results: dict[str, list[Figures]], s: Settings) -> Table:
 
 def finding(results: dict[str, list[Figures]]) -> str:
     """What the job says of the closed forms, a sentence for each."""
-    return "Finding: " + " ".join(against_baseline(results, arm) for arm in (EXACT, LIKELIHOOD))
+    return "Finding: " + " ".join(against_baseline(results, arm) for arm in (EXPECTED, LIKELIHOOD))
 
 
 def against_baseline(results: dict[str, list[Figures]], arm: str) -> str:

@@ -181,7 +181,7 @@ class NextSequence(Phase):
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
         c, lengths = self.config, batch.sequences.lengths
-        if not c.rolls_out and c.weights != "selected":
+        if not c.rolls_out and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
         return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)
 

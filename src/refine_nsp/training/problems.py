@@ -70,6 +70,6 @@ def for_shards(model: nn.Module, nsp: NSPConfig) -> NSPConfig:
         raise RefineError(
             f"segment_tokens={nsp.segment_tokens}: rollouts of {trunk.label} cut segments at their positions, which differ from process to "
             "process, and shards need every process in every pass; leave segment_tokens out (to save memory: gradient_checkpointing), or "
-            "use estimator: exact (preset: exact), which needs no positions, or DDP"
+            "use estimator: closed_form (preset: likelihood), which needs no positions, or DDP"
         )
     return replace(nsp, schedule="snapshot")

@@ -107,10 +107,10 @@ def model_key(model: nn.Module) -> str:
 
 def wants_gain(config: NSPConfig) -> bool:
     """Which context score a run uses: the gain, or the KL. RefineError when it uses none."""
-    name = config.score if config.rolls_out or config.weights == "selected" else config.weights
+    name = config.score if config.rolls_out or config.token_weights == "selected" else config.token_weights
     if name not in ("context", "context_kl", "context_gain"):
         raise RefineError(
-            f"context_scores='cached' has nothing to keep: selection={config.selection!r} and weights={config.weights!r} of "
+            f"context_scores='cached' has nothing to keep: selection={config.selection!r} and token_weights={config.token_weights!r} of "
             f"estimator={config.estimator!r} use no context scores; leave it 'online'"
         )
     return name == "context_gain"

@@ -1,0 +1,126 @@
+"""ReFINE without rollouts: what infinitely many of them would teach, in closed form (derived in docs/method.md).
+
+With p_j = p(x_{t+j} | x_{<t+j}), which the pass over the sequence has, a rollout of K tokens matches its first j tokens with probability
+P_j = p_1...p_j. J_t = (1/K) sum_j f_M(P_j), where f_M cuts the series of the logarithm after M terms: the expected `prefix_match` less 1
+for M = 1, the mean log-probability of the matches for M = inf. At M = 1 this is the policy gradient with infinitely many rollouts from
+every token: no sampling, no state, no baseline, no variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.models.adapters import head_weight
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.context import local_hidden
+from refine_nsp.nsp.passes import Pass, by_sequence, next_token_loss, next_tokens, run_hidden, target_weights
+from refine_nsp.nsp.records import Batch, Draws, Learning, Metrics, StepResult, masked_mean
+from refine_nsp.nsp.selection import count_positions, select
+from refine_nsp.ops.linear_cross_entropy import SequenceTerm, linear_next_sequence
+from refine_nsp.ops.memory import part
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Where the objective counts, and how much. scale: [B, T]; local: see `SequenceTerm`; positions: [B, P] or None;
+    count: what the sum is divided by unless told otherwise."""
+
+    scale: Tensor
+    local: Tensor | None
+    positions: Tensor | None
+    count: int
+
+
+def refine_in_closed_form(
+    model: FastWeightForCausalLM,
+    batch: Batch,
+    config: NSPConfig,
+    draws: Draws,
+    learning: Learning,
+) -> StepResult:
+    """Run, weigh, and learn: one pass over the sequences, and one over their local windows where scores are not known beforehand."""
+    hidden = run_hidden(model, batch, config)
+    weighing = weigh(model, batch, hidden, config, draws)
+    return learn_expected(model, batch, hidden, weighing, config, learning)
+
+
+@torch.no_grad()
+def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
+    """w_t before it is normalised: 1 at selected positions, or the context score of every token."""
+    if config.token_weights == "selected":
+        detached = hidden.detach()
+        loss, stats = next_token_loss(model, detached, batch)
+        positions = select(Pass(model, batch, detached, loss, stats, _no_states), config, draws.positions)
+        chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
+        return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
+    # All K tokens of the continuation must be there: t + K <= length - 1.
+    allowed = batch.before(batch.lengths - config.rollout_length).to(hidden.dtype)
+    if batch.scores is not None:
+        scores = batch.scores.to(torch.promote_types(hidden.dtype, torch.float32))
+        return Weighing(allowed * scores, None, None, batch.num_targets)
+    first, T = 2 * config.local_window, batch.input_ids.shape[1]
+    if first >= T:
+        return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
+    local = local_hidden(model, batch, config.local_window, config.local_span)
+    scored = torch.arange(T, device=hidden.device) >= first
+    return Weighing(allowed * scored, F.pad(local, (0, 0, first, 0)), None, batch.num_targets)
+
+
+def _no_states(positions: Tensor) -> FastWeightCache:
+    raise TypeError("the closed form needs no states")
+
+
+@part("logits")
+def learn_expected(
+    model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
+) -> StepResult:
+    """lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t, by blocks of tokens."""
+    given = learning.policy_normalizer
+    divisor = max(weighing.count, 1) if given is None else by_sequence(given)
+    term = SequenceTerm(
+        token_weights=(weighing.scale.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten(),
+        K=config.rollout_length,
+        order=config.order,
+        local=None if weighing.local is None else weighing.local.flatten(0, 1),
+        gain=config.token_weights == "context_gain",
+    )
+    losses, stats = linear_next_sequence(
+        hidden.flatten(0, 1),
+        head_weight(model),
+        next_tokens(batch),
+        target_weights(batch, learning.ntp_normalizer, hidden.dtype),
+        term,
+        config.lambda_ntp,
+        config.lambda_rl,
+    )
+    shape = batch.input_ids.shape
+    token_weights, entropy = losses.token_weights.view(shape), stats.entropy.view(shape)
+    return StepResult(
+        loss=losses.loss,
+        loss_ntp=losses.ntp,
+        loss_policy=losses.policy,
+        entropy=entropy,
+        metrics=_metrics(batch, entropy, token_weights, losses.matches.view(shape)),
+        num_targets=batch.num_targets,
+        num_rollout_tokens=weighing.count,
+        positions=weighing.positions,
+        token_weights=token_weights,
+    )
+
+
+def _metrics(batch: Batch, entropy: Tensor, token_weights: Tensor, matches: Tensor) -> Metrics:
+    total = token_weights.sum()
+    tiny = torch.finfo(token_weights.dtype).tiny
+    return {
+        "entropy": masked_mean(entropy, batch.target_mask),
+        "entropy_at_weights": (token_weights * entropy).sum() / total.clamp(min=tiny),
+        "expected_reward": (token_weights * matches).sum() / total.clamp(min=tiny),
+        # Nothing to weigh (text shorter than 2W, no position): these rows learn by next-token prediction alone.
+        "sequences_without_weights": (token_weights.sum(1) <= 0).to(token_weights.dtype).mean(),
+    }

@@ -8,9 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Optional by nature: lm-eval's own tasks, kernels for GPUs, and a format of compression.
-OPTIONAL = {"lm_eval": "evaluation/harness", "fla": "ops/", "triton": "ops/", "zstandard": "text/zst.py"}
-# By what each of the others comes: torch and transformers need them themselves.
-DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jinja2": "torch"}
+OPTIONAL = {"lm_eval": "evaluation/harness", "fla": "ops/", "triton": "ops/", "zstandard": "text/"}
+# What is not named there comes by what needs it itself.
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jinja2": "torch", "pyarrow": "datasets"}
 
 
 def core() -> list[str]:

@@ -46,6 +46,7 @@ READ = [
     ({"prompt": "6 x 7?", "answer": 42}, "6 x 7?", ["42"]),
     ({"prompt": "6 x 7?", "answer": [42.0, 0.5, np.int64(7)]}, "6 x 7?", ["42", "0.5", "7"]),
     ({"input": "Capital?", "outputs": ["Klow"]}, "Capital?", ["Klow"]),
+    ({"question": "6 x 7?", "answer": "#### 42"}, "6 x 7?", ["#### 42"]),
     ({"prompt": "Capital?", "completion": " Klow"}, "Capital?", [" Klow"]),
     ({"prompt": [USER], "answer": "Klow"}, [USER], ["Klow"]),
     ({"prompt": [{**USER, "name": None}], "completion": [REPLY]}, [USER], ["Klow"]),
@@ -109,6 +110,28 @@ def test_training_and_evaluation_feed_the_same_conversation(tmp_path, chatty):
         assert row["prompt_ids"] == task._request(i, chatty).ids == encode_prompt(chatty, rows[i]["prompt"])
         assert row["prompt_ids"].count(chatty.bos_token_id) == 1
         assert chatty.decode(row["answers_ids"][0]) == f"{rows[i]['answer']}</s>"
+
+
+def test_rows_of_several_layouts_stand_in_one_file(tmp_path, chatty):
+    """As they do where people write them: columns whose values have no type in common."""
+    parts = {"role": "user", "content": [{"type": "text", "text": "Capi"}, {"type": "text", "text": "tal?"}]}
+    mixed = [
+        {"prompt": "Capital?", "answer": "Klow"}, {"prompt": [USER], "answer": 42}, {"prompt": [parts], "answer": ["Klow", 7]},
+    ]  # fmt: skip
+    name = write(tmp_path / "mixed.jsonl", mixed)
+    found = read_prompts(name, 8)["mixed"]
+    assert [e.prompt for e in found] == ["Capital?", [USER], [USER]]
+    assert [e.references for e in found] == [["Klow"], ["42"], ["Klow", "7"]]
+    trained, _ = prepare_answers(AnswerArguments(dataset_name=name, validation_fraction=0), chatty, 128)
+    assert trained["prompt_ids"] == [encode_prompt(chatty, e.prompt) for e in found]
+    talk = [{"messages": [parts, REPLY]}, {"messages": [USER, REPLY]}]
+    trained, _ = prepare_answers(
+        AnswerArguments(dataset_name=write(tmp_path / "talk.jsonl", talk), validation_fraction=0), chatty, 128
+    )
+    assert trained["prompt_ids"] == [encode_prompt(chatty, [USER])] * 2
+    wrong = [{"prompt": "Capital?", "answer": "Klow"}, {"prompt": {"a": 1}, "answer": True}]
+    with pytest.raises(RefineError, match=r"wrong\.jsonl, row 1: the prompt is .*, a dict; expected text, or a list of messages"):
+        read_prompts(write(tmp_path / "wrong.jsonl", wrong), 8)
 
 
 def test_text_becomes_a_user_s_turn_where_a_template_is_asked_for(tmp_path, chatty):

@@ -160,7 +160,7 @@ def read_choices(name: str, folder: str) -> list[ChoiceExample]:
         raise RefineError(f"{folder} has no file {name}.jsonl or {name}.parquet")
     examples: dict[str, ChoiceExample] = {}
     rows = read_documents(
-        str(files[0]), (columns[0], *HUB_COLUMNS), split="test", also=(*columns, *HUB_COLUMNS, *BESIDE), needs_all=True
+        str(files[0]), (columns[0], *HUB_COLUMNS), split="test", also=(*columns, *HUB_COLUMNS, *BESIDE), as_found=True
     )
     for i, given in enumerate(rows):
         where = f"{files[0]}, row {i}"

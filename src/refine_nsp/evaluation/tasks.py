@@ -425,7 +425,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
     if documents:
         if a.documents is None:
             raise RefineError(f"{documents[0]} needs text: --documents")
-        rows = read_documents(a.documents, (a.text_column,), split="test", also=(), needs_all=True)
+        rows = read_documents(a.documents, (a.text_column,), split="test", also=(), as_found=True)
         texts = list(rows[a.text_column])[: a.limit or None]
         if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
             raise RefineError(

@@ -17,11 +17,12 @@ from refine_nsp.files import expecting
 from refine_nsp.prompts.encoding import Prompt, as_messages
 from refine_nsp.text.reading import read_documents
 
-PROMPT_COLUMNS = ("prompt", "input", "messages", "conversations")
+PROMPT_COLUMNS = ("prompt", "input", "messages", "conversations", "question")
 ANSWER_COLUMNS = ("answers", "answer", "outputs", "output", "completion")
 CONVERSATIONS = ("messages", "conversations")  # their last turn may be the answer
-HALVES = ("instruction", "context")  # other columns that a prompt called `input` is only a part of
-BESIDE = (*ANSWER_COLUMNS, *HALVES, "chat_template_kwargs", "tools")
+PARTS = ("input", "question")  # what may be a prompt, or a part of one
+OTHER_PARTS = ("instruction", "context", "passage", "choices", "options")  # beside which it is a part
+BESIDE = (*ANSWER_COLUMNS, *OTHER_PARTS, "chat_template_kwargs", "tools")
 NAMING = ("id", "_id", "index", "task", "max_gen_tokens", "max_seq_length", "prompt_length")
 
 
@@ -84,7 +85,7 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
     Raises:
         RefineError: no prompt or answer column, an empty prompt, a row without answers.
     """
-    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING), needs_all=True)
+    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING), as_found=True)
     check_columns(name, data.column_names)
     examples: dict[str, list[Example]] = {}
     for i, row in enumerate(data):
@@ -106,10 +107,11 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
 
 def check_columns(name: str, there: Sequence[str]) -> None:
     """RefineError unless a file's columns can hold prompts and answers."""
-    whole = any(c in there for c in PROMPT_COLUMNS if c != "input")
-    if not whole and (other := [c for c in HALVES if c in there]):
+    whole = any(c in there for c in PROMPT_COLUMNS if c not in PARTS)
+    if not whole and (other := [c for c in OTHER_PARTS if c in there]):
+        part = next(c for c in PARTS if c in there)
         raise RefineError(
-            f"{name} has the columns {', '.join(other)} and input, which are parts of a prompt; join them in a column prompt (or, for "
+            f"{name} has the columns {', '.join(other)} and {part}, which are parts of a prompt; join them in a column prompt (or, for "
             "the tasks whose files are laid out so, evaluate with --longbench, or --squad and --hotpotqa)"
         )
     if not any(c in there for c in (*ANSWER_COLUMNS, *CONVERSATIONS)):
@@ -119,9 +121,10 @@ def check_columns(name: str, there: Sequence[str]) -> None:
 def read_row(row: Mapping[str, Any], where: str) -> PromptRow:
     """A row's prompt and answers.
 
-    The prompt: `prompt` (or `input`), a text or messages; or `messages` (`conversations`), whose last turn is the answer if it is the
-    assistant's. The answers: one or a list, of which any is right, in `answers`, `answer`, `outputs` or `output`; or `completion`, as TRL
-    has it: a text that follows as it is, or the assistant's message. `tools` and `chat_template_kwargs` are the chat template's.
+    The prompt: `prompt` (or `input`, or `question`), a text or messages; or `messages` (`conversations`), whose last turn is the answer if
+    it is the assistant's. The answers: one or a list, of which any is right, in `answers`, `answer`, `outputs` or `output`; or
+    `completion`, as TRL has it: a text that follows as it is, or the assistant's message. `tools` and `chat_template_kwargs` are the chat
+    template's.
 
     Raises:
         RefineError: no or an empty prompt, no answer, or what is neither text nor messages, with `where` it is.

@@ -54,7 +54,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
         except (ValueError, RecursionError) as error:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
     else:
-        loaded = read_documents(name, ("question",), split=split, also=BESIDE, needs_all=True)
+        loaded = read_documents(name, ("question",), split=split, also=BESIDE, as_found=True)
     with expecting("SQuAD's or HotpotQA's own layout, or rows of question, answers and context", name):
         there = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
         raw = [question for question in there if question is not None]

@@ -7,6 +7,7 @@ file and its row.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,6 +30,8 @@ TABLE_ROWS, TABLE_CHARACTERS = 1000, 2**23  # at most, of a table
 PARQUET_ROWS = 256
 MISFITS = (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError)
 
+JSON_TYPE: Any = vars(pa).get("JsonType", ())  # earlier ones of pyarrow have none, and those of datasets no column of it
+
 Types = dict[str, pa.DataType | None]  # None: of several types
 
 
@@ -39,11 +43,13 @@ class Wanted:
         columns: any of these holds the document; the first that is there is taken.
         also: further columns, where they are there; None: all there are.
         read_ahead: bytes of a text that are looked at before the rest is streamed; None: everything is read at once.
+        of_any_type: whether a column may hold values of several types.
     """
 
     columns: tuple[str, ...]
     also: tuple[str, ...] | None = ()
     read_ahead: int | None = None
+    of_any_type: bool = False
 
     @property
     def streaming(self) -> bool:
@@ -81,7 +87,7 @@ def _types_of_rows(file: Path, wanted: Wanted) -> Types:
     rows, types, looked = rows_of(file, wanted.columns), Types(), 0
     while part := [row for _, _, row in islice(rows, LOOK_ROWS)]:
         for name in wanted.names(dict.fromkeys(name for row in part for name in row)):
-            types[name] = merged(types.get(name, pa.null()), _type_of_values([row.get(name) for row in part]))
+            types[name] = merged(types.get(name, pa.null()), _type_of_values([row.get(name) for row in part], wanted.of_any_type))
         looked += len(part)
         documents = [types[name] for name in wanted.columns if name in types and not _unknown(types[name])]
         known = bool(documents) and not any(_unknown(types[name]) for name in types if name in (wanted.also or ()))
@@ -91,10 +97,12 @@ def _types_of_rows(file: Path, wanted: Wanted) -> Types:
     return types
 
 
-def _type_of_values(values: Sequence[Any]) -> pa.DataType | None:
+def _type_of_values(values: Sequence[Any], of_any_type: bool = False) -> pa.DataType | None:
     try:
         return pa.array(values).type
     except MISFITS:
+        if of_any_type:
+            return None
         return pa.string() if any(isinstance(v, str) for v in values) and not any(isinstance(v, dict) for v in values) else None
 
 
@@ -135,17 +143,24 @@ def schema_of(types: Mapping[Path, Types], wanted: Wanted) -> tuple[pa.Schema, l
     """The columns to read, the document's first, and the others that are left out since their values do not agree, with the first."""
     there = {name: None for of_file in types.values() for name in of_file}
     document = next(name for name in wanted.columns if name in there)
-    fields: list[tuple[str, pa.DataType]] = [(document, _document_type(document, types))]
+    any_type = pa.json_() if wanted.of_any_type and hasattr(datasets, "Json") else None
+    of_several = any_type is not None and _type_of_files(document, types) is None
+    fields: list[tuple[str, pa.DataType]] = [(document, any_type if of_several else _document_type(document, types))]
     left_out = []
     for name in (n for n in there if n != document and (wanted.also is None or n in wanted.also)):
-        found: pa.DataType | None = pa.null()
-        for of_file in types.values():
-            found = merged(found, of_file.get(name, pa.null()))
+        found = _type_of_files(name, types)
+        if found is None:
+            found = any_type
         if found is not None:
             fields.append((name, found))
         else:
             left_out.append((f"column {name!r}", _disagreement(name, list(types), wanted)))
     return pa.schema(fields), left_out
+
+
+def _type_of_files(name: str, types: Mapping[Path, Types]) -> pa.DataType | None:
+    """The type that holds a column's values in all files; None where they are of several types."""
+    return functools.reduce(merged, (of_file.get(name, pa.null()) for of_file in types.values()), pa.null())
 
 
 def _document_type(name: str, types: Mapping[Path, Types]) -> pa.DataType:
@@ -251,6 +266,9 @@ def _array(values: Sequence[Any], wanted: pa.DataType) -> pa.Array:
     """Values as an array. In two steps, since Arrow makes 1 of 1.5 where it is told to make whole numbers."""
     if pa.types.is_string(wanted):
         return pa.array(values, wanted)
+    if isinstance(wanted, JSON_TYPE):
+        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+        return pa.ExtensionArray.from_storage(wanted, pa.array(texts, wanted.storage_type))
     found = pa.array(values)
     return found if found.type == wanted else _cast(found, wanted)
 
@@ -291,6 +309,8 @@ def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_
     text = pa.types.is_string(field.type)
     if column.type == field.type:
         return column
+    if isinstance(field.type, JSON_TYPE):
+        return _array(column.to_pylist(), field.type)
     found = plain(column.type)
     if text and not (
         pa.types.is_string(found) or pa.types.is_null(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found)

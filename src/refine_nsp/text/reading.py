@@ -34,7 +34,7 @@ def read_documents(
     split: str | Sequence[str] = "train",
     streaming: bool = False,
     also: Sequence[str] | None = None,
-    needs_all: bool = False,
+    as_found: bool = False,
 ) -> Dataset | IterableDataset:
     """Read the rows of a file, folder, glob, folder saved by `datasets`, or hub dataset.
 
@@ -47,12 +47,13 @@ def read_documents(
             one split only, that one is read. A file or glob is what it is.
         streaming: read as rows are asked for.
         also: other columns to read where they are there; None: all of them whose types agree.
-        needs_all: whether the caller refuses rows without a document by itself; else they are counted, in one line.
+        as_found: whether the caller looks at each row and refuses what it cannot take. Then a column may hold values of several types,
+            and nothing is said of rows without a document.
 
     Raises:
         RefineError: nothing there, no such column or split, an unreachable hub; a file or a row that cannot be read, by name.
     """
-    wanted = Wanted(tuple(columns), None if also is None else tuple(also), READ_AHEAD if streaming else None)
+    wanted = Wanted(tuple(columns), None if also is None else tuple(also), READ_AHEAD if streaming else None, as_found)
     path = path_of(name)
     if _is_saved(path):
         data = _load_saved(path, split, wanted)
@@ -60,7 +61,7 @@ def read_documents(
         data = _load_files(name, found, split, wanted)
     else:
         data = _load_hub(name, config, split, wanted)
-    if isinstance(data, Dataset) and not needs_all:
+    if isinstance(data, Dataset) and not as_found:
         document = next(c for c in columns if c in data.column_names)
         say_missing(name, data.data.column(document).null_count, data.data.num_rows, document)
     return data

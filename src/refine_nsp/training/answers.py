@@ -28,9 +28,9 @@ class AnswerArguments:
     """Which prompts and answers to train on.
 
     Attributes:
-        dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` (text, or messages)
-            and a column `answers` (or `answer`, `outputs`): text, a number or a list of them of which any is right; or `prompt` and
-            `completion`, or `messages` whose last turn is the answer, as TRL has them.
+        dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` (or `question`;
+            text, or messages) and a column `answers` (or `answer`, `outputs`): text, a number or a list of them of which any is right;
+            or `prompt` and `completion`, or `messages` whose last turn is the answer, as TRL has them.
         dataset_split: split of a hub dataset, or of a folder that has several.
         question_column: column with the question; its tokens at the prompt's end are kept whatever is cut. Default: the last half of
             what fits is kept.
@@ -97,7 +97,7 @@ def prepare_answers(
 def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
     """Rows of prompts and answers. RefineError for columns that cannot hold them."""
     also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
-    rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also, needs_all=True)
+    rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also, as_found=True)
     assert isinstance(rows, Dataset)
     check_columns(name, rows.column_names)
     return rows

@@ -538,7 +538,7 @@ def test_every_saved_model_has_a_card_of_what_had_an_effect(tmp_path):
         "NTP loss (training)",
     ):
         assert words in card and words in early, words
-    for name in ("num_train_epochs", "lora_r", "use_peft", "weights", "bf16", "preset"):
+    for name in ("num_train_epochs", "lora_r", "use_peft", "order", "token_weights", "bf16", "preset"):
         assert f"| {name} |" not in card + early
     assert "curves.svg" in card and "curves.svg" not in early
     steps.create_model_card(model_name="a", tags=["x"])  # as a push to the hub does
@@ -548,7 +548,7 @@ def test_every_saved_model_has_a_card_of_what_had_an_effect(tmp_path):
     epochs = trainer(tmp_path / "b", max_steps=-1, num_train_epochs=1, preset="expected", reward_funcs="prefix_match")
     epochs.save_model()  # before it was trained
     card = (tmp_path / "b" / "README.md").read_text()
-    assert all(f"| {name} |" in card for name in ("num_train_epochs", "weights", "estimator"))
+    assert all(f"| {name} |" in card for name in ("num_train_epochs", "order", "token_weights", "estimator"))
     assert not any(f"| {name} |" in card for name in ("max_steps", "num_generations", "selection", "positions_per_sequence"))
 
 

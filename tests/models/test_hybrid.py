@@ -145,7 +145,7 @@ def test_the_closed_form_is_that_of_the_plain_model_s_logits(name, float64):
     log_p = original(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     real = torch.arange(T - 1) < LENGTHS[:, None] - 1
     count = real.sum()
-    J = (log_p.exp()[:, : T - 2] + (log_p[:, : T - 2] + log_p[:, 1:]).exp()) / K
+    J = (log_p.exp()[:, : T - 2] + (log_p[:, : T - 2] + log_p[:, 1:]).exp()) / K - 1
     allowed = torch.arange(T - 2) < LENGTHS[:, None] - K
     loss = -(log_p * real).sum() / count - 0.7 * (J * scores[:, : T - 2] * allowed).sum() / count
     loss.backward()

@@ -5,6 +5,7 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training.side_by_side import BatchLoRA
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, chosen_parameters, linear_layers
 from tests.models.families import build
@@ -138,9 +139,15 @@ def test_what_scores_rows_together_takes_prompts_one_by_one():
 
 def test_adapting_by_the_closed_form_raises_the_expected_reward():
     model, ids = build("delta_net").eval(), prompt(120)
-    ttt = TestTimeTrainer(model, config(steps=6, nsp=NSPConfig.preset("expected", lambda_ntp=0.0, **SHORT)))
-    with ttt.adapt(ids):
-        assert 0 < ttt.last.losses[-1] < ttt.last.losses[0]  # the expected reward less 1, with the sign changed
+    nsp = NSPConfig.preset("expected", lambda_ntp=0.0, **SHORT)
+
+    def reward() -> float:
+        return float(ReFINEStep(model, nsp)(ids[None]).metrics["expected_reward"])
+
+    before = reward()
+    with TestTimeTrainer(model, config(steps=6, nsp=nsp)).adapt(ids):
+        assert reward() > 1.5 * before > 0
+    assert reward() == before
 
 
 def test_scope_batch_shares_one_update_and_never_goes_on():

@@ -131,14 +131,28 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("fields", [{}, TIED], ids=["", "tied"])
-@pytest.mark.parametrize("option", OPTIONS)
+ON_SHARED = ("save_embeddings", "save_head", "embeddings_weight", "head_weight", "both", "head")  # what may be shared is adapted
+TIED_SOON = (
+    *ON_SHARED,
+    "tokens",
+    "bias_all",
+    "random",
+)  # with tied weights in every run of the tests; the others in the slow ones
+
+
+@pytest.mark.parametrize(
+    ("option", "fields"),
+    [
+        pytest.param(option, fields, marks=[pytest.mark.slow] if fields and option not in TIED_SOON else [])
+        for option in OPTIONS
+        for fields in ({}, TIED)
+    ],
+)
 def test_every_option(bases, tmp_path, option, fields):
     """Also where embeddings and head share a weight, which an adapter on one of them must leave to the other."""
     config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "o_proj"], **OPTIONS[option]})
     check(bases("delta_net", **fields), tmp_path, config)
-    adapted = option in ("save_embeddings", "save_head", "embeddings_weight", "head_weight", "both", "head")
-    assert load_model(tmp_path / "run").config.tie_word_embeddings == (bool(fields) and not adapted)
+    assert load_model(tmp_path / "run").config.tie_word_embeddings == (bool(fields) and option not in ON_SHARED)
 
 
 @pytest.mark.parametrize("objective", ["ntp", "refine"])

@@ -133,6 +133,8 @@ class NSPConfig:
     lambda_ntp: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.order, str) and self.order == "inf":  # as files have it
+            object.__setattr__(self, "order", math.inf)
         check_choices(self)
         if self.draw not in (None, self.drawn):
             raise RefineError(
@@ -174,7 +176,8 @@ class NSPConfig:
 
     def _check_closed_form(self) -> None:
         """RefineError for an order that is none, and for what only sampling can estimate."""
-        if not (self.order == math.inf or (1 <= self.order <= MAX_ORDER and self.order == int(self.order))):
+        known = isinstance(self.order, int | float)
+        if not known or not (self.order == math.inf or (1 <= self.order <= MAX_ORDER and self.order == int(self.order))):
             raise RefineError(
                 f"order={self.order}: expected a whole number from 1 (the expected reward) to {MAX_ORDER}, or inf (the log-probability)"
             )
@@ -233,6 +236,9 @@ class NSPConfig:
     def __getstate__(self) -> dict[str, Any]:
         # transformers pickles a run's arguments beside its checkpoints, which a reward made in a function could not be part of.
         return self.as_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "order": math.inf if state["order"] == "inf" else state["order"]})
 
     def __copy__(self) -> NSPConfig:
         return self  # frozen; and a copy by way of the state above would lose a callable reward

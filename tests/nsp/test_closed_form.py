@@ -1,7 +1,10 @@
 """ReFINE in closed form: the expectation it claims to be, by enumeration and by sampling; additive, padded, cached; and what it refuses."""
 
+import copy
 import itertools
+import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -143,6 +146,13 @@ def test_scores_known_beforehand_give_the_same_step():
     torch.testing.assert_close(online.token_weights, cached.token_weights, rtol=1e-6, atol=1e-12)
 
 
+def test_an_infinite_order_is_kept_where_settings_are_written_down():
+    config = NSPConfig.preset("likelihood")
+    written = json.loads(json.dumps(config.as_dict(), allow_nan=False))
+    for again in (NSPConfig(**written), pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert again == config and again.order == math.inf
+
+
 @pytest.mark.parametrize("weights", ["context", "selected"])
 def test_nothing_to_weigh_is_next_token_prediction_and_counted(weights):
     model = build("delta_net").train()
@@ -171,6 +181,7 @@ def test_nothing_to_weigh_is_next_token_prediction_and_counted(weights):
         ({"token_weights": "contxt"}, "did you mean 'context'"),
         ({"order": 1.5}, "order=1.5: expected a whole number from 1 .* or inf"),
         ({"order": 0}, "order=0: expected"),
+        ({"order": "two"}, "order=two: expected"),
         ({"order": float("nan")}, "order=nan: expected"),
     ],
 )

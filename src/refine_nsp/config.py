@@ -133,8 +133,10 @@ class NSPConfig:
     lambda_ntp: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, str) and self.order == "inf":  # as files have it
+        if self.order == "inf":  # as files have it
             object.__setattr__(self, "order", math.inf)
+        elif isinstance(self.order, float) and self.order.is_integer():  # as flags have it
+            object.__setattr__(self, "order", int(self.order))
         check_choices(self)
         if self.draw not in (None, self.drawn):
             raise RefineError(

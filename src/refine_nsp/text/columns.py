@@ -274,13 +274,14 @@ def _array(values: Sequence[Any], wanted: pa.DataType) -> pa.Array:
 
 
 def _cast(found: pa.Array, wanted: pa.DataType) -> pa.Array:
-    """The same values in a type that holds all of them: Arrow itself drops fields of structs that the type does not have."""
+    """Convert values to a type that holds all of them; MISFITS where it does not: Arrow itself drops fields that the type lacks."""
     if pa.types.is_nested(wanted) and merged(wanted, plain(found.type)) != wanted:
         raise pa.ArrowInvalid(f"{found.type} is not {wanted}")
     try:
         return found.cast(wanted)
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
-        return pa.array(found.to_pylist(), wanted)  # structs with fewer fields
+        # Arrow has no cast of structs to ones with more fields; built from plain values, they get nulls there.
+        return pa.array(found.to_pylist(), wanted)
 
 
 def _fits(value: Any, wanted: pa.DataType) -> bool:

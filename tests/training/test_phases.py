@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
 from refine_nsp.training import ReFINETrainer, phases
-from refine_nsp.training.phases import NextToken
+from refine_nsp.training.phases import NextSequence, NextToken
 from tests.training import test_nested
 from tests.training.test_trainer import assert_close, data, trainer, weights
 
@@ -130,3 +131,37 @@ def test_a_phase_reads_weights_of_the_data_and_is_given_an_optimizer_and_a_sched
     again = run(tmp_path / "a", per_device_train_batch_size=8)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(weights(big).values(), weights(again).values(), strict=True))
+
+
+class EntropyAtATemperature(NextToken):
+    """A phase of one's own that uses a setting of the method's."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        return loss * self.config.tau, metrics
+
+
+def test_a_phase_of_ones_own_is_resumed_with_its_settings_compared(tmp_path):
+    def run(folder, tau, **settings):
+        phase = EntropyAtATemperature(NSPConfig(min_prefix=5, tau=tau))
+        saves = dict(save_strategy="steps", save_steps=1, objective="ntp")
+        return trainer(folder, phase=phase, min_prefix=5, tau=tau, **saves, **settings)
+
+    straight = run(tmp_path / "a", 0.5, max_steps=3)
+    straight.train()
+    run(tmp_path / "b", 0.5, max_steps=2).train()
+    with pytest.raises(RefineError, match=r"tau was 0\.5, now 0\.7"):
+        run(tmp_path / "b", 0.7, max_steps=3).train(resume_from_checkpoint=True)
+    again = run(tmp_path / "b", 0.5, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
+
+
+def test_a_phase_says_what_it_uses():
+    refine, context, plain = NextSequence(CONFIG), NextSequence(NSPConfig.preset("context")), NextToken(CONFIG)
+    assert plain.reads == {"lambda_ntp", "segment_tokens"} < refine.reads <= context.reads
+    assert "tau" in refine.reads and "tau" in documented()(CONFIG).reads
+    assert [p.samples for p in (refine, context, plain)] == [True, True, False]
+    assert [p.reads_scores for p in (refine, context, plain)] == [False, True, False]
+    assert [p.reads_once for p in (refine, plain)] == [False, True]
+    assert (refine.shortest, plain.shortest) == (CONFIG.shortest, 2)

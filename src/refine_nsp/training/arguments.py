@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
+from refine_nsp.training.phases import PHASES, Phase
+from refine_nsp.training.scores import wants_gain
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
 
@@ -132,8 +134,13 @@ class ReFINEConfig(TrainingArguments):
             resolve_reward(reward)
         if self.nsp.schedule == "auto":
             self.nsp = replace(self.nsp, schedule=self._schedule())
-        if self.objective == "refine":
+        if "estimator" in self.phase.reads:
             self._check_method()
+
+    @property
+    def phase(self) -> Phase:
+        """Make the phase that the objective names, which says what of these settings it uses."""
+        return PHASES[self.objective](self.nsp)
 
     def _schedule(self) -> Literal["fused", "snapshot"]:
         """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else. By
@@ -164,6 +171,8 @@ class ReFINEConfig(TrainingArguments):
                 f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
                 "it at 1"
             )
+        if self.context_scores == "cached" and not self.phase.reads_scores:
+            wants_gain(nsp)  # says what would need them
         if self.log_completions and not nsp.rolls_out:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:

@@ -19,7 +19,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
@@ -107,7 +107,7 @@ def model_key(model: nn.Module) -> str:
 
 def wants_gain(config: NSPConfig) -> bool:
     """Which context score a run uses: the gain, or the KL. RefineError when it uses none."""
-    name = config.score if config.rolls_out or config.token_weights == "selected" else config.token_weights
+    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
     if name not in ("context", "context_kl", "context_gain"):
         raise RefineError(
             f"context_scores='cached' has nothing to keep: selection={config.selection!r} and token_weights={config.token_weights!r} of "

@@ -149,9 +149,9 @@ class TestTimeTrainer:
         c = self.config
         if c.parameters != "lora" or c.objective == "ntp":
             return c.parameters == "lora"
-        if not c.nsp.rolls_out and c.nsp.token_weights != "selected":
+        if not c.nsp.samples_rollouts and c.nsp.token_weights != "selected":
             return False
-        return not SCORES[c.nsp.score].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.rolls_out)
+        return not SCORES[c.nsp.score].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.samples_rollouts)
 
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager

@@ -25,7 +25,8 @@ from refine_nsp.evaluation.text_metrics import MATCHES
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
-from refine_nsp.nsp.passes import next_tokens, run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad

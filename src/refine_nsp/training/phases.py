@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
 from refine_nsp.nsp.selection import SCORES, count_positions
-from refine_nsp.nsp.step import ReFINEStep, one_step
+from refine_nsp.nsp.step import one_step
 from refine_nsp.training.scores import context_score_of
 from refine_nsp.training.validation import validate
 
@@ -206,25 +208,25 @@ class NextSequence(Phase):
 
     @property
     def samples(self) -> bool:
-        return self.config.rolls_out
+        return self.config.samples_rollouts
 
     @property
     def rows_apart(self) -> bool:
         c = self.config
-        if not c.rolls_out and c.token_weights != "selected":
+        if not c.samples_rollouts and c.token_weights != "selected":
             return False
-        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.rolls_out)
+        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
 
     @property
     def prepares_steps(self) -> bool:
-        return self.config.rolls_out_first
+        return self.config.samples_first
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
         """Rollouts for all batches by the current policy, unless each step makes its own."""
         if not self.prepares_steps or not batches:
             return
         step = ReFINEStep(model, self.config, self.reference)
-        made = step.rollouts([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
+        made = step.sample_all([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
         for batch, rollouts in zip(batches, made, strict=True):
             batch.rollouts = rollouts.without_hidden()
 
@@ -237,9 +239,9 @@ class NextSequence(Phase):
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
         c, lengths = self.config, batch.sequences.lengths
-        if not c.rolls_out and c.token_weights != "selected":
+        if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
-        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)
+        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
     def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)

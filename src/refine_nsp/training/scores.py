@@ -19,7 +19,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
@@ -107,7 +107,7 @@ def model_key(model: nn.Module) -> str:
 
 def context_score_of(config: NSPConfig) -> str | None:
     """Name the context score that positions or token weights are made of, `context_kl` or `context_gain`; None where they need none."""
-    name = config.score if config.rolls_out or config.token_weights == "selected" else config.token_weights
+    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
     return {"context": "context_kl", "context_kl": "context_kl", "context_gain": "context_gain"}.get(name)
 
 

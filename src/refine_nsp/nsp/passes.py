@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.segments import read_by_segments
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.records import Batch, Continuation, Normalizer, Prefixes, gather_positions
@@ -30,7 +30,7 @@ class Pass:
     hidden: [B, T, D] after the final norm. loss_ntp: scalar. stats: per token, [B*T], no gradient. take: positions [B, P] -> states.
     """
 
-    model: FastWeightForCausalLM
+    model: CausalModel
     batch: Batch
     hidden: Tensor
     loss_ntp: Tensor
@@ -79,8 +79,8 @@ class Recomputed(Pass):
         for p in range(positions.shape[1]):
             lengths = positions[:, p] + 1
             width = max(1, int(lengths.max()))
-            out = self.model.model(self.batch.input_ids[:, :width], lengths=lengths, use_cache=True)
-            caches.append(out.past_key_values)
+            caches.append(FastWeightCache())
+            self.model.model(self.batch.input_ids[:, :width], lengths=lengths, past_key_values=caches[-1], use_cache=True)
         return Prefixes(positions, gather_positions(self.hidden, positions).flatten(0, 1), FastWeightCache.stack(caches))
 
     def continue_from(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Continuation:
@@ -107,7 +107,7 @@ PASSES: dict[str, type[Pass]] = {"auto": HandedOver, "fused": HandedOver, "snaps
 
 
 def run(
-    model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, normalizer: Normalizer = None, positions: Tensor | None = None
+    model: CausalModel, batch: Batch, config: NSPConfig, normalizer: Normalizer = None, positions: Tensor | None = None
 ) -> Pass:
     """Run the sequences; keep what states need, for `positions` only when those are known already."""
     kind = PASSES[config.schedule]
@@ -116,7 +116,7 @@ def run(
         with part("forward"):
             parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
         loss, stats = next_token_loss(model, parts.hidden, batch, normalizer)
-        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else lambda _: parts.snapshots)  # type: ignore[arg-type,return-value]
+        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else _always(parts.snapshots))
     with part("forward"):
         out = model.model(
             batch.input_ids,
@@ -126,12 +126,22 @@ def run(
             use_cache=False,
         )
     loss, stats = next_token_loss(model, out.last_hidden_state, batch, normalizer)
-    take = (lambda _: out.snapshots) if out.states is None else out.states.at
+    take = _always(out.snapshots) if out.states is None else out.states.at
     return kind(model, batch, out.last_hidden_state, loss, stats, take)
 
 
+def _always(snapshots: FastWeightCache | None) -> Callable[[Tensor], FastWeightCache]:
+    """Make a function of positions that returns the snapshots taken of them on the way."""
+
+    def take(_: Tensor) -> FastWeightCache:
+        assert snapshots is not None
+        return snapshots
+
+    return take
+
+
 @part("forward")
-def run_hidden(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig) -> Tensor:
+def run_hidden(model: CausalModel, batch: Batch, config: NSPConfig) -> Tensor:
     """Final-norm output [B, T, D] of the sequences, where no states are asked for."""
     if (size := segment_size(batch, config)) is not None:
         return read_by_segments(model.model, batch.input_ids, batch.lengths, size).hidden
@@ -145,9 +155,7 @@ def segment_size(batch: Batch, config: NSPConfig) -> int | None:
 
 
 @part("logits")
-def next_token_loss(
-    model: FastWeightForCausalLM, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
-) -> tuple[Tensor, TokenStats]:
+def next_token_loss(model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None) -> tuple[Tensor, TokenStats]:
     """Sum of cross-entropies over real targets / normalizer, and per-token statistics at every token [B*T]."""
     weights = target_weights(batch, normalizer, hidden.dtype)
     return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.advantage import compare
 from refine_nsp.nsp.closed_form import refine_in_closed_form
 from refine_nsp.nsp.objective import policy_loss
@@ -34,7 +34,7 @@ from refine_nsp.nsp.selection import select
 from refine_nsp.ops.memory import part
 
 
-def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
+def refine(model: CausalModel, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
     """The step on policy, all from one pass."""
     forward = run(model, batch, config, learning.ntp_normalizer)
     positions = select(forward, config, draws.positions)  # section 3.1
@@ -78,9 +78,7 @@ def learn(forward: Pass, prefixes: Prefixes, rollouts: Rollouts, config: NSPConf
 
 
 @torch.no_grad()
-def reference_log_probs(
-    batch: Batch, rollouts: Rollouts, config: NSPConfig, reference: FastWeightForCausalLM | None
-) -> Tensor | None:
+def reference_log_probs(batch: Batch, rollouts: Rollouts, config: NSPConfig, reference: CausalModel | None) -> Tensor | None:
     """[B, P, N, K] under the frozen reference model, when there is a KL term."""
     if config.kl_coef == 0 or reference is None:
         return None
@@ -89,7 +87,7 @@ def reference_log_probs(
 
 
 @torch.no_grad()
-def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
+def roll_out(model: CausalModel, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
     """Judged rollouts, to be compared and learned from later: the same steps without gradients."""
     forward = run(model, batch, config)
     positions = select(forward, config, draws.positions)
@@ -98,16 +96,14 @@ def roll_out(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draw
         return judge(forward, sampled, config)
 
 
-def learn_from(
-    model: FastWeightForCausalLM, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
-) -> StepResult:
+def learn_from(model: CausalModel, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning) -> StepResult:
     """Learn from rollouts that were made before, by this policy or an earlier one."""
     forward = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
     return learn(forward, forward.states(rollouts.positions), rollouts, config, learning)
 
 
 def one_step(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     batch: Batch,
     config: NSPConfig,
     draws: Draws,
@@ -134,9 +130,7 @@ class ReFINEStep(nn.Module):
         RefineError: an unknown reward, or a KL term without a reference model.
     """
 
-    def __init__(
-        self, model: nn.Module, config: NSPConfig | None = None, reference_model: FastWeightForCausalLM | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: NSPConfig | None = None, reference_model: CausalModel | None = None) -> None:
         super().__init__()
         self.model = model
         self.config = config if config is not None else NSPConfig()
@@ -235,9 +229,7 @@ class ReFINEStep(nn.Module):
         check_rollouts(positions, rollouts, batch)
         return self.model(step=lambda m: self._score(m, batch, positions, rollouts, old_log_probs))
 
-    def _score(
-        self, model: FastWeightForCausalLM, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None
-    ) -> StepResult:
+    def _score(self, model: CausalModel, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None) -> StepResult:
         c, shape = self.config, tokens.shape
         forward = run(model, batch, c, positions=positions)
         prefixes = forward.states(positions)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.next_token import next_token_loss
@@ -101,7 +101,7 @@ class Phase:
     sum_over: Callable[[Tensor], Tensor] | None = None
     reads_once: ClassVar[bool] = False
 
-    def __init__(self, config: NSPConfig, reference: FastWeightForCausalLM | None = None) -> None:
+    def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
         self.config, self.reference = config, reference
 
     # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
@@ -153,12 +153,12 @@ class Phase:
         """The same for each sequence [B], where every one has weights, and so a loss, of its own."""
         return {"targets": (batch.sequences.lengths - 1).clamp(min=1).to(torch.float32)}
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log: `loss_*` are shares too, which are
         summed over the micro-batches; others are averaged."""
         raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
 
-    def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
         """Sums over validation batches, as collated; `summarise` makes figures of them once those of all processes are added."""
         return validate(model, batches, self.config, model.device)
 
@@ -193,7 +193,7 @@ class NextToken(Phase):
     def rows_apart(self) -> bool:
         return True
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         hidden = run_hidden(model, batch.sequences, self.config)
         loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
         return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
@@ -243,7 +243,7 @@ class NextSequence(Phase):
             return (lengths - 1).clamp(min=0)
         return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)
         # Rollouts that were made before have used their draws up.
         draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS

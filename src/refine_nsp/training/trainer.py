@@ -30,8 +30,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
@@ -92,7 +92,7 @@ class ReFINETrainer(Trainer):
         self,
         model: nn.Module | str | Path | None = None,
         args: ReFINEConfig | None = None,
-        reference_model: FastWeightForCausalLM | None = None,
+        reference_model: CausalModel | None = None,
         phase: Phase | None = None,
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         peft_config: Any = None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.next_token import next_tokens
@@ -21,9 +21,7 @@ SEED = 0
 
 
 @torch.no_grad()
-def validate(
-    model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device
-) -> dict[str, float]:
+def validate(model: CausalModel, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device) -> dict[str, float]:
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = replace(config, schedule="auto", selection="uniform", draw=None)

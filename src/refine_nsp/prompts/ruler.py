@@ -211,9 +211,7 @@ def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int,
     high: int | None = None if largest is None else largest + 1
     step = max(1, smallest)
     while high is None or high - low > 1:
-        guess = low + step
-        if high is not None:
-            guess = min(max(guess, low + 1), high - 1)
+        guess = low + step if high is None else min(low + step, high - 1)
         draft = build(guess)
         used = tokens(draft)
         if used > limit:

@@ -109,6 +109,8 @@ class Settings:
         if self.nsp is not None:
             given["nsp"] = self.nsp.fill(values)
         try:
+            if self.has_preset and values[self.preset_flag] is not None:
+                return NSPConfig.preset(values[self.preset_flag], **given)
             return self.cls(**given)
         except RefineError:
             raise

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
+from refine_nsp.config import NSPConfig, Objective, check_choices, check_known
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
 from refine_nsp.training.settings import check as check_settings
@@ -48,14 +48,16 @@ def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], defa
             raise RefineError(f"got both nsp and preset={preset!r}; use nsp=NSPConfig.preset({preset!r}, ...)")
         return replace(nsp, **flat)
     name = preset if preset is not None else default_preset
-    return NSPConfig(**{**(preset_settings(name) if name is not None else {}), **flat})
+    return NSPConfig(**flat) if name is None else NSPConfig.preset(name, **flat)
 
 
 @with_nsp
 @dataclass
 class ReFINEConfig(TrainingArguments):
-    """Extend `TrainingArguments` by a few settings of ours and by the method's, given as `nsp=NSPConfig(...)`, or as `preset=` and fields of
-    `NSPConfig` among the keywords.
+    """Extend `TrainingArguments` by a few settings of ours and by the method's.
+
+    These are given as `nsp=NSPConfig(...)`, or as `preset=` and the fields of `NSPConfig` among the keywords. `objective="ntp"` takes them
+    too, and does not read them: it is the control of a comparison, the same run with one switch.
 
     Attributes:
         objective: `refine`, or `ntp`: the same run with the cross-entropy alone.
@@ -130,7 +132,7 @@ class ReFINEConfig(TrainingArguments):
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
-        if self.nsp.schedule == "auto":
+        if self.nsp.schedule == "auto" and self.nsp.rolls_out:
             self.nsp = replace(self.nsp, schedule=self._schedule())
         if self.objective == "refine":
             self._check_method()

@@ -101,7 +101,7 @@ DUAL_CLIPS = Reader(BEFOREHAND.words, lambda c: c.schedule != "fused" or c.dual_
 
 @dataclass(frozen=True)
 class NSPConfig:
-    """Next-sequence prediction: where to roll out, how, what is rewarded, and how that becomes a loss.
+    """Next-sequence prediction: where rollouts are sampled, how, what is rewarded, and how that becomes a loss.
 
     Attributes:
         positions_per_sequence: P, chunks of a sequence and positions chosen, one a chunk (the paper's c).
@@ -198,7 +198,7 @@ class NSPConfig:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
         check_read(self)
-        if not self.rolls_out:
+        if not self.samples_rollouts:
             self._check_closed_form()
         if self.published and self.rollout_length > self.min_prefix:
             raise RefineError(
@@ -244,21 +244,21 @@ class NSPConfig:
         return NSPConfig(selection="uniform", **{name: getattr(self, name) for name in kept})
 
     @property
-    def rolls_out(self) -> bool:
+    def samples_rollouts(self) -> bool:
         """Whether rollouts are sampled."""
         return self.estimator == "sampled"
 
     @property
-    def rolls_out_first(self) -> bool:
+    def samples_first(self) -> bool:
         """Whether rollouts are sampled in a pass of their own, without gradients, before they are learned from."""
         by_itself = self.schedule == "auto" and self.segment_tokens is not None
-        return self.rolls_out and (by_itself or self.schedule in ("snapshot", "reprefill"))
+        return self.samples_rollouts and (by_itself or self.schedule in ("snapshot", "reprefill"))
 
     @property
     def rewards(self) -> list[RewardSpec]:
         """The rewards as a list, the default resolved."""
         if self.reward_funcs is None:
-            return ["cosine" if self.rolls_out else "prefix_match"]
+            return ["cosine" if self.samples_rollouts else "prefix_match"]
         return list(self.reward_funcs) if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.environment import environment
-from refine_nsp.training.arguments import RENAMED, ReFINEConfig
+from refine_nsp.training.arguments import ReFINEConfig
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,9 @@ def write_run_card(
     if folder.resolve() != out.resolve():
         run = replace(run, name=f"{run.name}, {folder.name}", config="")
     adapters = getattr(model, "peft_config", {})
-    told = {RENAMED.get(k, k): v for k, v in method.items()} | (
-        {"reward_funcs": args.nsp.reward_names} if "reward" in method else {}
-    )
+    told = {**method, "reward_funcs": args.nsp.reward_names} if "reward_funcs" in method else dict(method)
     lora = {"use_peft": bool(adapters), "lora_r": next((getattr(a, "r", None) for a in adapters.values()), None)}
-    unread = {RENAMED.get(f.name, f.name) for f in fields(args.nsp)} | (set() if "estimator" in method else {"preset"})
+    unread = {f.name for f in fields(args.nsp)} | (set() if "estimator" in method else {"preset"})
     others = {k: v for k, v in {**origin.settings, **vars(args), **lora}.items() if k not in unread}
     tags = [model.config.model_type, str(args.objective)]
     write_card(folder, run, origin.base, origin.data, others | told, tags, plotted)

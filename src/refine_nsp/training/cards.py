@@ -33,7 +33,7 @@ def write_run_card(
     if folder.resolve() != out.resolve():
         run = replace(run, name=f"{run.name}, {folder.name}", config="")
     adapters = getattr(model, "peft_config", {})
-    told = {**method, "reward_funcs": args.nsp.reward_names} if "reward_funcs" in method else dict(method)
+    told = {**method, **({"reward_funcs": args.nsp.reward_names} if "reward_funcs" in method else {})}
     lora = {"use_peft": bool(adapters), "lora_r": next((getattr(a, "r", None) for a in adapters.values()), None)}
     unread = {f.name for f in fields(args.nsp)} | (set() if "estimator" in method else {"preset"})
     others = {k: v for k, v in {**origin.settings, **vars(args), **lora}.items() if k not in unread}

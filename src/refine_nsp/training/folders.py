@@ -54,7 +54,7 @@ def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data:
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - set(MAY_DIFFER)
     settings = {name: getattr(args, name) for name in sorted({*MATTER, *own})}
     settings["max_steps"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    settings |= {name: value for name, value in method.items() if name not in MAY_DIFFER}
+    settings |= {k: v for k, v in method.items() if k not in MAY_DIFFER}
     settings |= {"model": model, "training_data": data_of(data)}
     return dict(json.loads(json.dumps(settings, default=str)))
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.errors import RefineError
-from refine_nsp.files import append_json_lines
 from refine_nsp.progress import StepProgress, step_progress
 from refine_nsp.stopping import StopRequest
+from refine_nsp.training.run_folder import RunFolder
 
 
 class ProgressCallback(TrainerCallback):
@@ -42,7 +42,7 @@ class ProgressCallback(TrainerCallback):
         if logs is None or not state.is_world_process_zero:
             return
         self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
-        append_json_lines(Path(str(args.output_dir)) / "metrics.jsonl", [{"step": state.global_step, **logs}])
+        RunFolder(Path(str(args.output_dir))).log({"step": state.global_step, **logs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.context is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +9,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.files import append_json_lines
 from refine_nsp.nsp.records import StepResult
+from refine_nsp.training.run_folder import RunFolder
 
 PREFIX_TOKENS = 16
 
@@ -48,17 +47,12 @@ def completion_rows(
 
 
 def show_completions(
-    tokenizer: PreTrainedTokenizerBase | None,
-    input_ids: Tensor,
-    result: StepResult,
-    folder: Path,
-    step: int,
-    limit: int,
+    tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, folder: RunFolder, step: int, limit: int,
     quiet: bool = False,
-) -> None:
-    """Append the rows to `folder`/completions.jsonl, and print them as a table unless quiet."""
+) -> None:  # fmt: skip
+    """Append the rows to the run's folder, and print them as a table unless `quiet`."""
     rows = completion_rows(tokenizer, input_ids, result, limit)
-    append_json_lines(folder / "completions.jsonl", [{"step": step, **row} for row in rows])
+    folder.log_completions([{"step": step, **row} for row in rows])
     if quiet:
         return
     table = Table(title=f"rollouts at step {step}", show_lines=False)

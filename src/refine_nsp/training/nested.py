@@ -30,6 +30,7 @@ from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
 from refine_nsp.training.arguments import ReFINEConfig, with_nsp
+from refine_nsp.training.micro_batches import deal
 from refine_nsp.training.phases import PHASES, Counts, MicroBatch, Phase
 from refine_nsp.training.trainer import ReFINETrainer
 
@@ -234,14 +235,7 @@ class PostTrainer(ReFINETrainer):
             self.prepare(self.inner, [prompts for hand in together for prompts in hand])
             for hand in together:
                 self.update(self.inner, hand, "inner_")
-        self._metrics["seconds_inner"].append(time.perf_counter() - start)
-
-
-def deal(batches: Sequence[MicroBatch], hands: int) -> list[Sequence[MicroBatch]]:
-    """Micro-batches in their order for so many steps (fewer where there are not enough), their numbers at most one apart."""
-    each, more = divmod(len(batches), hands)
-    ends = [(i + 1) * each + min(i + 1, more) for i in range(min(hands, len(batches)))]
-    return [batches[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        self.figures.add("seconds_inner", time.perf_counter() - start)
 
 
 def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.device) -> Batch:

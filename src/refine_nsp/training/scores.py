@@ -14,6 +14,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
@@ -21,9 +23,11 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.passes import run_hidden
 from refine_nsp.nsp.records import Batch
+from refine_nsp.processes import to_device
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
 
 
@@ -84,6 +88,27 @@ def with_context_scores(
             progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
     model.train(training)
     return concatenate_datasets([parts[start] for start in starts])
+
+
+def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: TrainingArguments, quiet: bool) -> Dataset:
+    """Add context scores to a run's data by the model as it is, each process scoring a share on its device.
+
+    Raises:
+        RefineError: a process does not have all of the weights yet.
+    """
+    if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+        raise RefineError(
+            "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
+            "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
+            "context_scores='online'"
+        )
+    home = next(model.parameters()).device
+    # The weights that FSDP is to share out are whole still, and on the host.
+    to_device(model, args.device)
+    autocast = AUTOCAST.get(args.mixed_precision)
+    scored = with_context_scores(data, model, config, quiet, autocast, args.process_index, args.world_size)
+    to_device(model, home)
+    return scored
 
 
 def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: torch.dtype | None = None) -> str:

@@ -9,64 +9,45 @@ steps between the Trainer's own, by the same calls.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
-from datasets import IterableDataset
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType, parse_flag_from_env
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers import PrinterCallback
 from transformers import ProgressCallback as TqdmCallback
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
-from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
-from refine_nsp.training.cards import Origin, write_run_card
-from refine_nsp.training.checkpoints import (
-    Dealing,
-    check_dealing,
-    check_shards,
-    checkpoint_problem,
-    checkpoints_of,
-    last_complete_checkpoint,
-    load_pending,
-    save_pending,
-    seal,
-    step_of,
-)
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import collate
-from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
 from refine_nsp.training.given import model_given, tokenized, with_rewards
+from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
+from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.sampling import ByLength, lengths_of
-from refine_nsp.training.scores import with_context_scores
+from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
 
 P = TypeVar("P", bound=Phase)
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ReFINETrainer(Trainer):
+class ReFINETrainer(ResumingTrainer):
     """Mid-training with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
 
     Args:
@@ -84,9 +65,6 @@ class ReFINETrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
-    model: nn.Module
-    args: ReFINEConfig
-    processing_class: PreTrainedTokenizerBase | None
 
     def __init__(
         self,
@@ -110,8 +88,7 @@ class ReFINETrainer(Trainer):
         args.remove_unused_columns = False
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
-        with part("loading"):
-            super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
         if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
             warnings.warn(
                 "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
@@ -136,51 +113,19 @@ class ReFINETrainer(Trainer):
             to_device(reference_model, args.device).eval()
         self.phase = self.shared(phase if phase is not None else self.make_phase())
         if args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
-            self.train_dataset = self._with_context_scores(self.train_dataset)
+            quiet = bool(args.disable_tqdm) or not self.is_world_process_zero()
+            self.train_dataset = scored_by_processes(self.train_dataset, self.model, self.nsp, args, quiet)
         if isinstance(self.train_dataset, IterableDataset):
             # As far as steps and data loaders read ahead.
             self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
         check_best_figure(args.metric_for_best_model, self.phase, self.eval_dataset)
         self._replace_callbacks()
-        self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
-        self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
-        self._restored: list[MicroBatch] | None = None
-        self._begun_at = 0  # the step of the checkpoint that was resumed from
-        self._last_log = (time.monotonic(), 0)
-        self._tokens_seen = 0
         self._shown_at = -1
-        self._model_in_words = model_of(self.model)
-        self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
-        self._trained_before = False
-        self._settings: dict[str, Any] = {}
-
-    def _with_context_scores(self, data: Any) -> Any:
-        """The data with context scores by the model as it is, each process scoring a share on its device.
-
-        Raises:
-            RefineError: a process that has not all of the weights yet.
-        """
-        if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
-            raise RefineError(
-                "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
-                "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
-                "context_scores='online'"
-            )
-        home, quiet = next(self.model.parameters()).device, bool(self.args.disable_tqdm) or not self.is_world_process_zero()
-        # What FSDP is to share out is whole still, and on the host.
-        to_device(self.model, self.args.device)
-        scored = with_context_scores(
-            data, self.model, self.nsp, quiet, AUTOCAST.get(self.args.mixed_precision),
-            self.args.process_index, self.args.world_size,
-        )  # fmt: skip
-        to_device(self.model, home)
-        return scored
 
     def _replace_callbacks(self) -> None:
         """Our progress instead of transformers', the guard, and a clean end when asked to stop."""
-        several = self.args.world_size > 1
         self.guard, self.bar = NonFiniteGuard(self.args.max_skipped_steps), ProgressCallback()
-        self.stop = StopCallback(self.sum_over_processes if several else None)
+        self.stop = StopCallback(self._sum_over)
         for replaced in (TqdmCallback, PrinterCallback):
             self.remove_callback(replaced)
         for callback in (self.guard, self.stop, self.bar):
@@ -190,15 +135,15 @@ class ReFINETrainer(Trainer):
         """What `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
-    @property
-    def method(self) -> dict[str, Any]:
-        """Return the settings of `NSPConfig` that this run's weights depend on, by name."""
-        return self.phase.settings
-
     def shared(self, phase: P) -> P:
         """A phase that knows how to add up over the processes of this run."""
-        phase.sum_over = self.sum_over_processes if self.args.world_size > 1 else None
+        phase.sum_over = self._sum_over
         return phase
+
+    @property
+    def _sum_over(self) -> Callable[[Tensor], Tensor] | None:
+        """Return `sum_over_processes`; None where there is one process."""
+        return self.sum_over_processes if self.args.world_size > 1 else None
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
         """The sum of all processes' x; every process must ask for it."""
@@ -244,7 +189,7 @@ class ReFINETrainer(Trainer):
             start = time.perf_counter()
             self.prepare(self.phase, self._pending)
             if self.phase.prepares_steps:
-                self._metrics["seconds_generation"].append(time.perf_counter() - start)
+                self.figures.add("seconds_generation", time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
         self.set_totals(self.phase, batches)
         # The Trainer counts tokens by these, where it is asked to.
@@ -262,35 +207,17 @@ class ReFINETrainer(Trainer):
                 break
             generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
             batches.append(self.micro_batch(inputs, generators, device))
-        return self._of_one_width(batches) if self._is_sharded and batches else batches
-
-    def _of_one_width(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Micro-batches as wide as the widest that any process has in their place: processes that hold parts of a model must make the same
-        passes, and how many there are follows from widths."""
-        own = torch.tensor([b.widths for b in batches], device=self.args.device)
-        widest = self.accelerator.gather(own[None]).amax(0).tolist()
-        return [b.widened(widths) for b, widths in zip(batches, widest, strict=True)]
+        if not self._is_sharded or not batches:
+            return batches
+        return of_one_width(batches, self.accelerator.gather, self.args.device)
 
     def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
         """What a phase gets of a collated batch."""
         return MicroBatch(to_batch(inputs, device), generators)
 
-    @property
-    def dealing(self) -> Dealing:
-        """How this run deals the examples of an optimizer step out."""
-        w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
-        return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
-
-    def generators(self, step: int, drawn: int, places: Sequence[tuple[int, int]]) -> list[torch.Generator]:
-        """All randomness of the rows of a micro-batch, the process' `drawn`-th (from 0) drawn as optimizer step `step` begins: for each
-        one seeded by seed, step, index of its example among all that are drawn then, and its document in that example.
-
-        Batches of b examples are dealt to processes in turn, so that index follows from the place in the batch, and is the same
-        whatever processes and micro-batches share the examples out.
-        """
-        dealing = self.dealing
-        first = (drawn * dealing.processes + self.args.process_index) * dealing.batch
-        return [generator_of(self.args.seed, step, first + example, document) for example, document in places]
+    def generators(self, step: int, drawn: int, places: Places) -> list[torch.Generator]:
+        """Make the generators of a micro-batch's rows, as `Dealing.generators` does, for this process."""
+        return self.dealing.generators(self.args.seed, step, self.args.process_index, drawn, places)
 
     @torch.no_grad()
     def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
@@ -301,18 +228,8 @@ class ReFINETrainer(Trainer):
                 phase.prepare(self.model_wrapped, batches)
 
     def set_totals(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
-        """What this optimizer step's sums are divided by, over all processes."""
-        totals: dict[str, float] = defaultdict(float)
-        for counts in map(phase.count, batches):
-            for name, count in counts.items():
-                totals[name] += count
-        if self.args.world_size > 1 and totals:
-            names = sorted(totals)
-            counted = torch.tensor([totals[n] for n in names], device=self.args.device, dtype=torch.float64)
-            counted = self.sum_over_processes(counted) / self.args.world_size  # DDP averages gradients
-            totals = dict(zip(names, counted.tolist(), strict=True))
-        for batch in batches:
-            batch.totals = {name: float(count) or 1.0 for name, count in totals.items()}
+        """Tell the micro-batches what the sums of their optimizer step are divided by, over all processes."""
+        set_totals(phase, batches, self._sum_over, self.args.world_size, self.args.device)
 
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
@@ -323,7 +240,7 @@ class ReFINETrainer(Trainer):
         if "phase" in inputs:
             return self.phase_loss(inputs["phase"], model, batch, inputs["shares"], inputs["prefix"])
         self.bar.tokens_this_step += batch.num_tokens
-        self._tokens_seen += batch.num_tokens
+        self.figures.tokens += batch.num_tokens
         loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
         self._show(batch)
         return (loss, batch.result) if return_outputs else loss
@@ -334,7 +251,7 @@ class ReFINETrainer(Trainer):
             loss, metrics = model(step=lambda m: phase.loss(m, batch))
         for name, value in metrics.items():
             # A share of the step's mean; logged values are averaged over micro-batches, so undo the sharing.
-            self._metrics[prefix + name].append(value * shares if name.startswith("loss") else value)
+            self.figures.add(prefix + name, value * shares if name.startswith("loss") else value)
         return loss
 
     def update(self, phase: Phase, batches: Sequence[MicroBatch], prefix: str) -> None:
@@ -367,26 +284,14 @@ class ReFINETrainer(Trainer):
         start = time.perf_counter()
         with part("backward"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._metrics["seconds_step"].append(time.perf_counter() - start)
+        self.figures.add("seconds_step", time.perf_counter() - start)
         return loss
 
     # --- logs and validation ------------------------------------------------------------------------------------------
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with the means of what the steps since the last log gave."""
         if "loss" in logs or "train_runtime" in logs:
-            means = {name: mean_of(values) for name, values in self._metrics.items() if values}
-            self._metrics.clear()
-            now, (then, seen) = time.monotonic(), self._last_log
-            if self._tokens_seen > seen:
-                means["tokens_per_second"] = (self._tokens_seen - seen) / max(now - then, 1e-9)
-            self._last_log = (now, self._tokens_seen)
-            if "seconds_step" in means:
-                inside = (
-                    0.0 if self.phase.prepares_steps else means.get("seconds_select", 0.0) + means.get("seconds_rollout", 0.0)
-                )
-                means["seconds_backward_and_forward"] = means.pop("seconds_step") - inside
-            means = mean_over_processes(means)
-            if "tokens_per_second" in means:
-                means["tokens_per_second"] *= self.args.world_size
+            means = self.figures.means(self.phase.prepares_steps, self.args.world_size)
             logs = {**logs, **means, "skipped_steps": self.guard.skipped}
             if self.state.global_step == self._begun_at:
                 logs.pop("train_loss", None)  # a mean over no step
@@ -397,7 +302,7 @@ class ReFINETrainer(Trainer):
         if due and batch.result is not None and self.state.global_step != self._shown_at and self.is_world_process_zero():
             self._shown_at = self.state.global_step
             show_completions(
-                self.processing_class, batch.input_ids, batch.result, Path(str(self.args.output_dir)), self.state.global_step,
+                self.processing_class, batch.input_ids, batch.result, self.run_folder, self.state.global_step,
                 self.args.num_completions_to_print, quiet=bool(self.args.disable_tqdm),
             )  # fmt: skip
 
@@ -439,156 +344,10 @@ class ReFINETrainer(Trainer):
         """Whether a forward pass needs the other processes, which hold parts of the weights."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def validation_batches(self, eval_dataset: Any) -> Iterator[dict[str, Any]]:
-        """This process' share of the validation rows, collated; all of them where the model is sharded, whose processes must run
-        together. Each row is there once, with its index in the set in `_places`: figures are the same on any number of processes."""
-        sets: Any = self.eval_dataset
-        data: Any = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        of, among = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
-        indices, size = range(of, len(data), among), self.args.per_device_eval_batch_size
-        for at in range(0, len(indices), size):
-            chosen = indices[at : at + size]
-            batch = self.data_collator([data[i] for i in chosen])
-            yield {**batch, "_places": [(chosen[example], document) for example, document in places_of(batch)]}
-
-    # --- saving and resuming ------------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint, and None what `args` say. Ctrl-C and
-        SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside, in a
-        folder inside it.
-
-        Raises:
-            RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.
-        """
-        checkpoint = self._checkpoint_of(resume_from_checkpoint)
-        self._begin(checkpoint)
-        self._last_log = (time.monotonic(), 0)
-        skips = self.args.ignore_data_skip
-        if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
-            self.args.ignore_data_skip = True  # it is there already
-        try:
-            with part("optimizer"):  # what else there is in a step; all of the rest names itself
-                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RefineError(
-                f"{str(error).strip().rstrip('.')}: a process that reads data has ended, perhaps for want of memory; resume from the last "
-                "checkpoint, with a smaller dataloader_num_workers (0: no process of its own)"
-            ) from error
-        finally:
-            self.args.ignore_data_skip = skips
-            self.bar.on_train_end(self.args, self.state, self.control)
-            self.stop.restore()
-        self.stop.request.end()
-        return output
-
-    def _checkpoint_of(self, given: Any) -> Path | None:
-        """The checkpoint that `train` is to resume from, whole and made by a run like this one."""
-        given = self.args.resume_from_checkpoint if given is None else given
-        if not given:
-            return None
-        if given is True or given in ("last", "True", "true"):
-            given = last_complete_checkpoint(Path(str(self.args.output_dir)))
-            if given is None:
-                raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
-        elif (problem := checkpoint_problem(Path(given))) is not None:
-            raise RefineError(f"cannot resume from {given}: {problem}; resume_from_checkpoint=last takes the newest complete one")
-        return Path(given)
-
-    def _begin(self, checkpoint: Path | None) -> None:
-        """Have this run's folder hold this run alone, and what waits in its checkpoint at hand."""
-        folder, early = Path(str(self.args.output_dir)), [] if self._trained_before else self.state.log_history
-        self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
-        self._begun_at, self._pending = 0 if checkpoint is None else step_of(checkpoint), []
-        if checkpoint is not None:
-            check_dealing(checkpoint, self.dealing)
-            check_shards(checkpoint, bool(self.is_fsdp_enabled))
-            check_settings(checkpoint, self._settings)
-            self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
-        inside = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-        if not inside and self.is_world_process_zero() and (aside := set_aside(folder, early)) is not None:
-            last = next(iter(checkpoints_of(aside)), None)
-            how = f"; to go on with it, resume_from_checkpoint={last}" if last is not None else ""
-            warnings.warn(f"{folder} had an earlier run in it, which is in {aside} now{how}", stacklevel=3)
-        self.accelerator.wait_for_everyone()
-
-    def describe(self, base: str, data: Sequence[str], settings: Mapping[str, Any]) -> None:
-        """What model cards are to say of this run: the model it is trained from, its data, and settings by the names of flags, beside those
-        that the trainer has itself."""
-        self._origin = Origin(base, data, settings)
-
-    def write_card(self, folder: Path, plotted: bool = True) -> None:
-        """The model card of what is saved in a folder: how it came about, and what was logged so far."""
-        model = self.accelerator.unwrap_model(self.model)
-        write_run_card(folder, self.args, self.method, model, self._origin, self._trained_before, plotted)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """That same card where Trainer would write its own over it: on a push to the hub."""
-        if self.is_world_process_zero():
-            self.write_card(Path(str(self.args.output_dir)))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer.save_model, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
-        shards, and has with them what `export_checkpoint` makes a plain folder of."""
-        folder = output_dir if output_dir is not None else str(self.args.output_dir)
-        in_checkpoint = _internal_call and output_dir is not None
-        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            super().save_model(output_dir, _internal_call)
-        elif not in_checkpoint:
-            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-        elif self.args.should_save:
-            for part in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
-                if part is not None:
-                    part.save_pretrained(folder)
-        if self.args.should_save:
-            self.write_card(Path(folder), plotted=not in_checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self._pending and self._pending[0].rollouts is not None:
-                save_pending(folder, self.args.process_index, self._pending)
-            if self.args.should_save:
-                self.dealing.save(folder)
-                save_settings(folder, self._settings)
-                if isinstance(self.train_dataset, Stream):
-                    self.train_dataset.save(folder, self.state.global_step * self.dealing.examples)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # every process has files of its own in it
-            if self.args.should_save:
-                seal(folder)
-        except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError | RuntimeError | SafetensorError):  # each library's own kind for a full disk
-                raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
-            raise
-
-
-def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
-    """A collated batch, sent to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
-    scores = inputs.get("context_scores")
-    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places")}
-    ids = inputs["input_ids"].to(device, non_blocking=True)
-    return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device, non_blocking=True))
-
-
-def places_of(inputs: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
-    """(example, document) of each row of a collated batch; where a collator does not say, a row is an example."""
-    rows = inputs["input_ids"] if "input_ids" in inputs else inputs["prompts"]
-    return inputs.get("_places", [(i, 0) for i in range(len(rows))])
-
-
-def mean_over_processes(figures: Mapping[str, float]) -> dict[str, float]:
-    """Each figure's mean over the processes that have it; every process must ask for it."""
-    everywhere = gather_object([figures])
-    names = dict.fromkeys(name for own in everywhere for name in own)
-    return {name: mean_of([own[name] for own in everywhere if name in own]) for name in names}
-
-
-def mean_of(values: Sequence[float | Tensor]) -> float:
-    """Mean of numbers and 0-dimensional tensors; the tensors of a log interval are read here, once."""
-    tensors = [v.detach().double() for v in values if isinstance(v, Tensor)]
-    numbers = [float(v) for v in values if not isinstance(v, Tensor)]
-    return (sum(torch.stack(tensors).tolist() if tensors else []) + sum(numbers)) / len(values)
+    def validation_batches(self, data: Dataset | str) -> Iterator[dict[str, Any]]:
+        """Collate this process' share of the validation rows; all of them where the model is sharded, whose processes must run together."""
+        if isinstance(data, str):
+            assert isinstance(self.eval_dataset, Mapping)
+            data = self.eval_dataset[data]
+        process, processes = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
+        return share_of_batches(data, self.data_collator, self.args.per_device_eval_batch_size, process, processes)

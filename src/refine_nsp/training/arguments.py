@@ -151,7 +151,7 @@ class ReFINEConfig(TrainingArguments):
     @property
     def _compares_micro_batches(self) -> bool:
         """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
-        return self.nsp.rolls_out and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
+        return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
 
     def _check_method(self) -> None:
         """RefineError where the run's settings and the method's do not fit together."""
@@ -166,14 +166,14 @@ class ReFINEConfig(TrainingArguments):
                 f"advantage_scale='global' is one scale for the {self.gradient_accumulation_steps} micro-batches of a step, and "
                 "schedule='fused' learns from each before it knows the next; use schedule='snapshot'"
             )
-        if self.steps_per_generation > 1 and not nsp.rolls_out:
+        if self.steps_per_generation > 1 and not nsp.samples_rollouts:
             raise RefineError(
                 f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
                 "it at 1"
             )
         if self.context_scores == "cached" and not self.phase.reads_scores:
             wants_gain(nsp)  # says what would need them
-        if self.log_completions and not nsp.rolls_out:
+        if self.log_completions and not nsp.samples_rollouts:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")

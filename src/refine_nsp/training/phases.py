@@ -27,11 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
 from refine_nsp.nsp.selection import SCORES, count_positions
-from refine_nsp.nsp.step import ReFINEStep, one_step
+from refine_nsp.nsp.step import one_step
 from refine_nsp.training.scores import context_score_of
 from refine_nsp.training.validation import validate
 
@@ -99,7 +101,7 @@ class Phase:
     sum_over: Callable[[Tensor], Tensor] | None = None
     reads_once: ClassVar[bool] = False
 
-    def __init__(self, config: NSPConfig, reference: FastWeightForCausalLM | None = None) -> None:
+    def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
         self.config, self.reference = config, reference
 
     # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
@@ -151,12 +153,12 @@ class Phase:
         """The same for each sequence [B], where every one has weights, and so a loss, of its own."""
         return {"targets": (batch.sequences.lengths - 1).clamp(min=1).to(torch.float32)}
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log: `loss_*` are shares too, which are
         summed over the micro-batches; others are averaged."""
         raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
 
-    def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
         """Sums over validation batches, as collated; `summarise` makes figures of them once those of all processes are added."""
         return validate(model, batches, self.config, model.device)
 
@@ -191,7 +193,7 @@ class NextToken(Phase):
     def rows_apart(self) -> bool:
         return True
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         hidden = run_hidden(model, batch.sequences, self.config)
         loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
         return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
@@ -206,25 +208,25 @@ class NextSequence(Phase):
 
     @property
     def samples(self) -> bool:
-        return self.config.rolls_out
+        return self.config.samples_rollouts
 
     @property
     def rows_apart(self) -> bool:
         c = self.config
-        if not c.rolls_out and c.token_weights != "selected":
+        if not c.samples_rollouts and c.token_weights != "selected":
             return False
-        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.rolls_out)
+        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
 
     @property
     def prepares_steps(self) -> bool:
-        return self.config.rolls_out_first
+        return self.config.samples_first
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
         """Rollouts for all batches by the current policy, unless each step makes its own."""
         if not self.prepares_steps or not batches:
             return
         step = ReFINEStep(model, self.config, self.reference)
-        made = step.rollouts([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
+        made = step.sample_all([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
         for batch, rollouts in zip(batches, made, strict=True):
             batch.rollouts = rollouts.without_hidden()
 
@@ -237,11 +239,11 @@ class NextSequence(Phase):
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
         c, lengths = self.config, batch.sequences.lengths
-        if not c.rolls_out and c.token_weights != "selected":
+        if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
-        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)
+        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)
         # Rollouts that were made before have used their draws up.
         draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS

@@ -19,9 +19,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
 from refine_nsp.processes import to_device
 from refine_nsp.progress import step_progress
@@ -132,7 +132,7 @@ def model_key(model: nn.Module) -> str:
 
 def context_score_of(config: NSPConfig) -> str | None:
     """Name the context score that positions or token weights are made of, `context_kl` or `context_gain`; None where they need none."""
-    name = config.score if config.rolls_out or config.token_weights == "selected" else config.token_weights
+    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
     return {"context": "context_kl", "context_kl": "context_kl", "context_gain": "context_gain"}.get(name)
 
 
@@ -153,7 +153,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
 
-    def score(m: FastWeightForCausalLM) -> Tensor:
+    def score(m: CausalModel) -> Tensor:
         return context_divergence(m, batch, run_hidden(m, batch, config), config, gain)
 
     d = model(step=score).cpu()

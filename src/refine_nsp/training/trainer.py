@@ -26,8 +26,8 @@ from transformers import ProgressCallback as TqdmCallback
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
@@ -70,7 +70,7 @@ class ReFINETrainer(ResumingTrainer):
         self,
         model: nn.Module | str | Path | None = None,
         args: ReFINEConfig | None = None,
-        reference_model: FastWeightForCausalLM | None = None,
+        reference_model: CausalModel | None = None,
         phase: Phase | None = None,
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         peft_config: Any = None,

@@ -21,6 +21,7 @@ from refine_nsp.text.folders import is_local
 from refine_nsp.text.reading import place_of, read_documents
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
+Collated = dict[str, Any]  # a batch as a collator makes it: tensors, and lists of whatever the columns of a dataset hold
 
 
 @dataclass

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from refine_nsp.nsp.records import Batch
+from refine_nsp.training.data import Collated
 from refine_nsp.training.phases import MicroBatch, Phase
 
 Places = Sequence[tuple[int, int]]  # (example, document) of each row of a collated batch
 
 
-def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
+def to_batch(inputs: Collated, device: torch.device) -> Batch:
     """Send a collated batch to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
     scores = inputs.get("context_scores")
     columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places")}
@@ -24,15 +24,15 @@ def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
     return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device, non_blocking=True))
 
 
-def places_of(inputs: Mapping[str, Any]) -> Places:
+def places_of(inputs: Collated) -> Places:
     """Return the (example, document) of each row of a collated batch; where a collator does not say, a row is an example."""
     rows = inputs["input_ids"] if "input_ids" in inputs else inputs["prompts"]
     return inputs.get("_places", [(i, 0) for i in range(len(rows))])
 
 
 def share_of_batches(
-    data: Dataset, collator: Callable[[list[Any]], dict[str, Any]], rows: int, process: int, processes: int
-) -> Iterator[dict[str, Any]]:
+    data: Dataset, collator: Callable[[list[dict[str, object]]], Collated], rows: int, process: int, processes: int
+) -> Iterator[Collated]:
     """Collate a process' share of the validation rows, so many at once. Each row is there once in all, with its index in the set in
     `_places`: figures are the same on any number of processes."""
     indices = range(process, len(data), processes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,10 @@ from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
 from refine_nsp.training.arguments import ReFINEConfig, with_nsp
+from refine_nsp.training.data import Collated
 from refine_nsp.training.micro_batches import deal
 from refine_nsp.training.phases import PHASES, Counts, MicroBatch, Phase
-from refine_nsp.training.trainer import ReFINETrainer
+from refine_nsp.training.trainer import ReFINETrainer, StepInputs
 
 
 @with_nsp
@@ -126,7 +127,7 @@ class Answers(Phase):
         return loss, {"loss_answer": loss.detach()}
 
     @torch.no_grad()
-    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
         """Cross-entropy of the first answer, and matches of greedily generated ones."""
         sums = dict.fromkeys(("nll", "targets"), 0.0)
         prompts: list[Tensor] = []
@@ -206,13 +207,13 @@ class PostTrainer(ReFINETrainer):
         return self.phase.settings | (self.inner.settings if self.inner is not None else {})
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], None]:
+        self, epoch_iterator: Iterator[Collated], num_batches: int, device: torch.device
+    ) -> tuple[list[StepInputs], None]:
         samples, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._current = [s["batch"] for s in samples]
         return samples, counted
 
-    def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
+    def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
         """Prompt and answer [B, T], and the prompts alone."""
         answers = [self.choose(options, g) for options, g in zip(inputs["answers"], generators, strict=True)]
         prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generators)

@@ -34,6 +34,7 @@ from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
 from refine_nsp.nsp.selection import SCORES, count_positions
 from refine_nsp.nsp.step import one_step
+from refine_nsp.training.data import Collated
 from refine_nsp.training.scores import context_score_of
 from refine_nsp.training.validation import validate
 
@@ -158,7 +159,7 @@ class Phase:
         summed over the micro-batches; others are averaged."""
         raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
 
-    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
         """Sums over validation batches, as collated; `summarise` makes figures of them once those of all processes are added."""
         return validate(model, batches, self.config, model.device)
 

@@ -21,7 +21,7 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
-from refine_nsp.training.side_by_side import BatchLoRA
+from refine_nsp.training.prompt_adapters import BatchLoRA
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 PUBLISHED_PROMPTS = 4  # of an optimizer step; the published code takes two such steps on a batch of eight prompts

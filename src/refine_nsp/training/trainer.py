@@ -1,9 +1,9 @@
-"""ReFINE in transformers' Trainer (paper, section 3.5: mid-training), with everything else left to the Trainer.
+"""The trainer takes ReFINE into transformers' Trainer (paper, section 3.5: mid-training), and leaves everything else to that.
 
-The trainer draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches; losses are
-normalised by what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the
-step): so 1 x 8 equals 8 x 1, on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer
-steps between the Trainer's own, by the same calls.
+It draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches. Losses are divided by
+what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the step): so 1 x 8
+equals 8 x 1 on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer steps between the
+Trainer's own, by the same calls.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback
 from transformers import ProgressCallback as TqdmCallback
 
@@ -28,37 +29,52 @@ from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.models.protocols import CausalModel
+from refine_nsp.nsp.records import StepResult
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.completions import show_completions
-from refine_nsp.training.data import collate
-from refine_nsp.training.given import model_given, tokenized, with_rewards
+from refine_nsp.training.data import Collated, collate
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
-from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
+from refine_nsp.training.problems import check_best_figure, for_shards, weights_problems
 from refine_nsp.training.resuming import ResumingTrainer
-from refine_nsp.training.sampling import ByLength, lengths_of
+from refine_nsp.training.row_order import ByLength, lengths_of
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
+from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 P = TypeVar("P", bound=Phase)
+# The Trainer hands these from `get_batch_samples` to `compute_loss`: `batch`, a MicroBatch; `input_ids` and perhaps `attention_mask`, by
+# which it counts tokens; and `further` in a step of `update`.
+StepInputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Further:
+    """An optimizer step of another phase: its number of micro-batches, and what the names of its figures begin with."""
+
+    phase: Phase
+    shares: int
+    prefix: str
 
 
 class ReFINETrainer(ResumingTrainer):
-    """Mid-training with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
+    """Train on long text with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
 
     Args:
-        model: a causal model of this package (PEFT-wrapped is fine), or what `refine_nsp.load` takes: a name or a folder.
+        model: a causal model of this package (PEFT-wrapped is fine), or a name or folder, as `refine_nsp.load` takes it.
         args: a `ReFINEConfig`.
         train_dataset: rows of `input_ids` (and `lengths` when packed; other columns are handed to rewards), or of `text`, which is cut into
             windows of `max_length` tokens. eval_dataset: the same.
-        processing_class: the tokenizer, for text, tables of completions and the vocabulary check; of a model by name its own.
-        reference_model: frozen model, needed when `kl_coef` > 0.
+        processing_class: the tokenizer, for text, tables of completions and the vocabulary check. Default: the one that a model by name
+            comes with.
+        reference_model: a frozen model, needed when `kl_coef` > 0.
         phase: an objective of your own instead of `args.objective`.
-        reward_funcs: instead of those in `args`. peft_config: PEFT's, of adapters that alone are trained.
+        reward_funcs: rewards instead of those in `args`.
+        peft_config: PEFT's settings of adapters, which alone are trained then.
 
     Raises:
         RefineError: a tokenizer with more tokens than the model, or settings that do not fit together.
@@ -73,7 +89,7 @@ class ReFINETrainer(ResumingTrainer):
         reference_model: CausalModel | None = None,
         phase: Phase | None = None,
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
-        peft_config: Any = None,
+        peft_config: object = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(kwargs)
@@ -89,41 +105,34 @@ class ReFINETrainer(ResumingTrainer):
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
         super().__init__(model, args, **kwargs)
-        if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
-            warnings.warn(
-                "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
-                "holds the whole model",
-                stacklevel=2,
-            )
         if self._is_sharded and args.objective == "refine":
             asked, args.nsp = args.nsp.schedule, for_shards(self.model, args.nsp)
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
         self.nsp: NSPConfig = args.nsp
-        # FSDP widens weights where products are narrower.
-        widened = self.is_fsdp_enabled and args.mixed_precision != "no"
-        if (
-            not widened
-            and self.is_world_process_zero()
-            and (problem := rounding_problem(self.model, args.learning_rate)) is not None
-        ):
+        for problem in weights_problems(self.model, args, bool(self.is_fsdp_enabled)) if self.is_world_process_zero() else []:
             warnings.warn(problem, stacklevel=2)
         self.reference_model = reference_model
         if reference_model is not None:
             to_device(reference_model, args.device).eval()
         self.phase = self.shared(phase if phase is not None else self.make_phase())
-        if args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
-            quiet = bool(args.disable_tqdm) or not self.is_world_process_zero()
-            self.train_dataset = scored_by_processes(self.train_dataset, self.model, self.nsp, args, quiet)
-        if isinstance(self.train_dataset, IterableDataset):
-            # As far as steps and data loaders read ahead.
-            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
         check_best_figure(args.metric_for_best_model, self.phase, self.eval_dataset)
+        self._prepare_data()
         self._replace_callbacks()
         self._shown_at = -1
 
+    def _prepare_data(self) -> None:
+        """Compute the context scores that are to be cached, and have streamed text note its places."""
+        if self.args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
+            quiet = bool(self.args.disable_tqdm) or not self.is_world_process_zero()
+            self.train_dataset = scored_by_processes(self.train_dataset, self.model, self.nsp, self.args, quiet)
+        if isinstance(self.train_dataset, IterableDataset):
+            # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
+            keep = self.args.steps_per_generation + 3
+            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep)
+
     def _replace_callbacks(self) -> None:
-        """Our progress instead of transformers', the guard, and a clean end when asked to stop."""
+        """Show our progress instead of transformers', guard the gradients, and end cleanly when asked to stop."""
         self.guard, self.bar = NonFiniteGuard(self.args.max_skipped_steps), ProgressCallback()
         self.stop = StopCallback(self._sum_over)
         for replaced in (TqdmCallback, PrinterCallback):
@@ -132,11 +141,11 @@ class ReFINETrainer(ResumingTrainer):
             self.add_callback(callback)
 
     def make_phase(self) -> Phase:
-        """What `args.objective` names."""
+        """Make the phase that `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
     def shared(self, phase: P) -> P:
-        """A phase that knows how to add up over the processes of this run."""
+        """Tell a phase how to add up over the processes of this run, and return it."""
         phase.sum_over = self._sum_over
         return phase
 
@@ -146,12 +155,12 @@ class ReFINETrainer(ResumingTrainer):
         return self.sum_over_processes if self.args.world_size > 1 else None
 
     def sum_over_processes(self, x: Tensor) -> Tensor:
-        """The sum of all processes' x; every process must ask for it."""
+        """Add x up over all processes; every process must ask for it."""
         return self.accelerator.reduce(x, reduction="sum")
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, but batches come as they are collated: accelerate would send lengths to the device with them, only to be
-        asked for them again, and wait for each tensor. What is sent, `to_batch` sends."""
+        """Make the Trainer's loader, but leave batches as they are collated: accelerate would send lengths to the device, only to be asked
+        for them again, and wait for each tensor. `to_batch` sends what is needed there."""
         placing = self.accelerator.device_placement
         self.accelerator.device_placement = placing and bool(vars(self.args.accelerator_config)["dispatch_batches"])  # needs it
         try:
@@ -159,8 +168,8 @@ class ReFINETrainer(ResumingTrainer):
         finally:
             self.accelerator.device_placement = placing
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As the Trainer's, but for rows of like lengths together: then the epoch alone decides the order, so that a resumed run has it."""
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """Make the Trainer's sampler, but for `group_by_length` one whose order the epoch alone decides, so that a resumed run has it."""
         data = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -169,9 +178,9 @@ class ReFINETrainer(ResumingTrainer):
 
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of one optimizer step, prepared and counted; none where a resumed run had made all of its steps."""
+        self, epoch_iterator: Iterator[Collated], num_batches: int, device: torch.device
+    ) -> tuple[list[StepInputs], None]:
+        """Return the micro-batches of one optimizer step, prepared and counted; none where a resumed run had made all of its steps."""
         if self.state.global_step >= self.state.max_steps:
             # The Trainer would make one step more: it asks after a step whether it was the last.
             self._restored = None
@@ -192,14 +201,14 @@ class ReFINETrainer(ResumingTrainer):
                 self.figures.add("seconds_generation", time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
         self.set_totals(self.phase, batches)
-        # The Trainer counts tokens by these, where it is asked to.
-        masks = [
-            {"attention_mask": b.sequences.real} if self.args.include_num_input_tokens_seen == "non_padding" else {}
-            for b in batches
-        ]
-        return [{"batch": b, "input_ids": b.input_ids, **mask} for b, mask in zip(batches, masks, strict=True)], None
+        inputs: list[StepInputs] = [{"batch": b, "input_ids": b.input_ids} for b in batches]
+        if self.args.include_num_input_tokens_seen == "non_padding":  # then the Trainer counts tokens by masks
+            for given, batch in zip(inputs, batches, strict=True):
+                given["attention_mask"] = batch.sequences.real
+        return inputs, None
 
-    def _draw(self, epoch_iterator: Iterator[dict[str, Any]], count: int, device: torch.device) -> list[MicroBatch]:
+    def _draw(self, epoch_iterator: Iterator[Collated], count: int, device: torch.device) -> list[MicroBatch]:
+        """Draw so many micro-batches, or those that the epoch still has."""
         batches: list[MicroBatch] = []
         for _ in range(count):
             inputs = next(epoch_iterator, None)
@@ -211,8 +220,8 @@ class ReFINETrainer(ResumingTrainer):
             return batches
         return of_one_width(batches, self.accelerator.gather, self.args.device)
 
-    def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
-        """What a phase gets of a collated batch."""
+    def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
+        """Make what a phase gets of a collated batch."""
         return MicroBatch(to_batch(inputs, device), generators)
 
     def generators(self, step: int, drawn: int, places: Places) -> list[torch.Generator]:
@@ -221,7 +230,7 @@ class ReFINETrainer(ResumingTrainer):
 
     @torch.no_grad()
     def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
-        """What a phase does before the steps on `batches`, by the model as it is: in eval mode, whatever the last step left."""
+        """Have a phase prepare the steps on `batches` by the model as it is, in eval mode, whatever mode the last step left."""
         if batches:
             self.model.eval()
             with part("rollouts"):
@@ -233,12 +242,16 @@ class ReFINETrainer(ResumingTrainer):
 
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """This micro-batch's share of the loss of its optimizer step: the Trainer's own, or one of `update`."""
+        self,
+        model: nn.Module,
+        inputs: StepInputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, StepResult | None]:
+        """Compute this micro-batch's share of the loss of its optimizer step, which is the Trainer's own or one of `update`."""
         batch: MicroBatch = inputs["batch"]
-        if "phase" in inputs:
-            return self.phase_loss(inputs["phase"], model, batch, inputs["shares"], inputs["prefix"])
+        if (further := inputs.get("further")) is not None:
+            return self.phase_loss(further.phase, model, batch, further.shares, further.prefix)
         self.bar.tokens_this_step += batch.num_tokens
         self.figures.tokens += batch.num_tokens
         loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
@@ -246,7 +259,7 @@ class ReFINETrainer(ResumingTrainer):
         return (loss, batch.result) if return_outputs else loss
 
     def phase_loss(self, phase: Phase, model: nn.Module, batch: MicroBatch, shares: int, prefix: str = "") -> Tensor:
-        """The loss as one forward call, so that wrappers see it; its figures are kept for the next log."""
+        """Compute the loss in one forward call, so that wrappers see it, and keep its figures for the next log."""
         with part("forward"):
             loss, metrics = model(step=lambda m: phase.loss(m, batch))
         for name, value in metrics.items():
@@ -255,19 +268,20 @@ class ReFINETrainer(ResumingTrainer):
         return loss
 
     def update(self, phase: Phase, batches: Sequence[MicroBatch], prefix: str) -> None:
-        """An optimizer step of another phase between the Trainer's own, by the calls that make those: accumulated without
-        synchronising, scaled, clipped, skipped where the gradient is not finite. `prefix`: of its figures' names."""
+        """Make an optimizer step of another phase between the Trainer's own, by the calls that make those: accumulated without
+        synchronising, scaled, clipped, skipped where the gradient is not finite. The names of its figures begin with `prefix`."""
         model, accelerator = self.model_wrapped, self.accelerator
         assert self.optimizer is not None
         self.set_totals(phase, batches)
-        outer = accelerator.sync_gradients  # of the micro-batch that the Trainer is about to run
+        further = Further(phase, len(batches), prefix)
+        outer = accelerator.sync_gradients  # the Trainer has set it for the micro-batch that it is about to run
         try:
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 accelerator.sync_gradients = last
                 with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model), part("backward"):
-                    super().training_step(model, {"batch": batch, "phase": phase, "shares": len(batches), "prefix": prefix})
-            # Without a limit too: this is what takes the loss scale out of the gradients, before the guard judges them.
+                    super().training_step(model, {"batch": batch, "further": further})
+            # Called without a limit too, since it takes the loss scale out of the gradients before the guard judges them.
             accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
             self.guard.on_pre_optimizer_step(self.args, self.state, self.control, model=model)
             self.optimizer.step()
@@ -276,11 +290,12 @@ class ReFINETrainer(ResumingTrainer):
             accelerator.sync_gradients = outer
 
     def _always_synchronises(self) -> bool:
-        """Whether every micro-batch is synchronised, for the reasons that the Trainer has."""
+        """Tell whether every micro-batch is synchronised, for the reasons that the Trainer has."""
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return bool(each) or self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: StepInputs, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Run a micro-batch forward and backward, and keep the time that it took."""
         start = time.perf_counter()
         with part("backward"):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -298,6 +313,7 @@ class ReFINETrainer(ResumingTrainer):
         super().log(logs, start_time)
 
     def _show(self, batch: MicroBatch) -> None:
+        """Show the rollouts of the first micro-batch of a logging step, where that is asked for."""
         due = self.args.log_completions and self.state.global_step % max(1, int(self.args.logging_steps)) == 0
         if due and batch.result is not None and self.state.global_step != self._shown_at and self.is_world_process_zero():
             self._shown_at = self.state.global_step
@@ -306,9 +322,14 @@ class ReFINETrainer(ResumingTrainer):
                 self.args.num_completions_to_print, quiet=bool(self.args.disable_tqdm),
             )  # fmt: skip
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The phase's figures on the validation set; of the usual phases: NTP loss, accuracy of the argmax and (expected) of a sampled
-        token, entropy, greedy K-token match, mean cosine."""
+    def evaluate(
+        self,
+        eval_dataset: Dataset | Mapping[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Compute the phase's figures on the validation set, or on each of several by name; of the phases here: NTP loss, accuracy of the
+        argmax and (expected) of a sampled token, entropy, greedy K-token match, mean cosine."""
         given = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(given, Mapping):
             named = [self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}") for name, data in given.items()]
@@ -318,9 +339,8 @@ class ReFINETrainer(ResumingTrainer):
         batches = self.validation_batches(given)
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        optimizer: Any = self.optimizer
-        if callable(getattr(optimizer, "eval", None)):
-            optimizer.eval()  # a schedule-free one then shows the weights that it would end with
+        if callable(show_last := getattr(self.optimizer, "eval", None)):
+            show_last()  # a schedule-free optimizer then shows the weights that it would end with
         with part("validation"):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
@@ -335,16 +355,16 @@ class ReFINETrainer(ResumingTrainer):
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: validation keeps no predictions."""
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse, since validation keeps no predictions."""
         raise RefineError("predict has no place here: use evaluate, generate(), or `refine-nsp evaluate`")
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether a forward pass needs the other processes, which hold parts of the weights."""
+        """Tell whether a forward pass needs the other processes, which hold parts of the weights."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def validation_batches(self, data: Dataset | str) -> Iterator[dict[str, Any]]:
+    def validation_batches(self, data: Dataset | str) -> Iterator[Collated]:
         """Collate this process' share of the validation rows; all of them where the model is sharded, whose processes must run together."""
         if isinstance(data, str):
             assert isinstance(self.eval_dataset, Mapping)

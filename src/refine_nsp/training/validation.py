@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,12 +15,13 @@ from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
+from refine_nsp.training.data import Collated
 
 SEED = 0
 
 
 @torch.no_grad()
-def validate(model: CausalModel, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device) -> dict[str, float]:
+def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device) -> dict[str, float]:
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = replace(config, schedule="auto", selection="uniform", draw=None)

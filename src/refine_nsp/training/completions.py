@@ -1,4 +1,4 @@
-"""A table of rollouts, to look at while training: prefix tail, truth, rollout, reward, advantage, position."""
+"""Rollouts are shown while training, as a table: position, end of the prefix, truth, rollout, reward and advantage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX_TOKENS = 16
 def completion_rows(
     tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, limit: int
 ) -> list[dict[str, Any]]:
-    """One dictionary per rollout, the first `limit` of the batch; ids instead of text without a tokenizer."""
+    """Make a row of each rollout, of the first `limit` of a batch; without a tokenizer with ids instead of text."""
 
     def text(ids: Tensor) -> str:
         return str(tokenizer.decode(ids.tolist())) if tokenizer is not None else " ".join(map(str, ids.tolist()))

@@ -1,4 +1,4 @@
-"""Post-training, nested (paper, section 3.5): for every batch an inner update on the prompts, then one SFT step on the answers.
+"""Nested post-training (paper, section 3.5) makes an inner update on the prompts of every batch, then one SFT step on the answers.
 
 `objective="none"` is plain SFT, "ntp" the paper's Nested SFT, "refine" its Nested ReFINE; one optimizer serves both. One optimizer step of
 the Trainer is one batch: the inner update is made as that step begins, by the phase that mid-training uses, so accumulation, resuming,
@@ -82,7 +82,11 @@ class PostTrainingConfig(ReFINEConfig):
 
 @dataclass
 class AnswerBatch(MicroBatch):
-    """Prompts with their answers behind them. answer_lengths: tokens of each answer; prompts: those sequences alone."""
+    """Hold prompts with their answers behind them.
+
+    Attributes:
+        answer_lengths: tokens of each answer. prompts: the prompts alone.
+    """
 
     answer_lengths: tuple[int, ...] = ()
     prompts: MicroBatch | None = None
@@ -128,7 +132,7 @@ class Answers(Phase):
 
     @torch.no_grad()
     def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
-        """Cross-entropy of the first answer, and matches of greedily generated ones."""
+        """Sum up the cross-entropy of the first answer, and matches of greedily generated ones."""
         sums = dict.fromkeys(("nll", "targets"), 0.0)
         prompts: list[Tensor] = []
         references: list[list[str]] = []
@@ -143,7 +147,7 @@ class Answers(Phase):
         return {**sums, "matched": self._generated_matches(model, prompts, references), "examples": float(len(prompts))}
 
     def _generated_matches(self, model: CausalModel, prompts: Sequence[Tensor], references: Sequence[Sequence[str]]) -> float:
-        """Sum of scores of generated answers against any of their references."""
+        """Add up the scores of generated answers against any of their references."""
         if self.tokenizer is None:
             raise RefineError("validation reads answers as text: give the trainer its tokenizer as processing_class")
         score, total = MATCHES[self.args.answer_metric], 0.0
@@ -162,7 +166,7 @@ class Answers(Phase):
 
 
 class InnerUpdate(TrainerCallback):
-    """Trains on a batch's prompts as the step on its answers begins."""
+    """Train on a batch's prompts as the step on its answers begins."""
 
     def __init__(self, trainer: PostTrainer) -> None:
         self.trainer = trainer
@@ -172,10 +176,10 @@ class InnerUpdate(TrainerCallback):
 
 
 class PostTrainer(ReFINETrainer):
-    """Nested post-training. Datasets are rows of `prepare_answers`.
+    """Train on prompts and their answers, nested. Datasets are rows as `prepare_answers` makes them.
 
     Raises:
-        RefineError: settings that do not fit together, or a vocabulary larger than the model's.
+        RefineError: settings do not fit together, or the vocabulary is larger than the model's.
     """
 
     args: PostTrainingConfig
@@ -194,7 +198,7 @@ class PostTrainer(ReFINETrainer):
         self._current: list[AnswerBatch] = []
 
     def _end_of_answers(self) -> int | None:
-        """The EOS that `prepare_answers` puts behind answers."""
+        """Return the EOS that `prepare_answers` puts behind answers."""
         if self.processing_class is None:
             raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
         return self.processing_class.eos_token_id  # type: ignore[no-any-return]
@@ -214,18 +218,18 @@ class PostTrainer(ReFINETrainer):
         return samples, counted
 
     def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
-        """Prompt and answer [B, T], and the prompts alone."""
+        """Make sequences of prompt and answer [B, T], and of the prompts alone."""
         answers = [self.choose(options, g) for options, g in zip(inputs["answers"], generators, strict=True)]
         prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generators)
         joined = join(inputs["prompts"], answers, device)
         return AnswerBatch(joined, generators, answer_lengths=tuple(map(len, answers)), prompts=prompts)
 
     def choose(self, options: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """The answer to be learned; chosen by the seed of the sequence's positions, and leaving their draws as they are."""
+        """Choose the answer to be learned, by the seed of the sequence's positions, whose draws stay as they are."""
         return options[0] if self.args.reference == "first" else random.Random(generator.initial_seed()).choice(options)
 
     def inner_update(self) -> None:
-        """The optimizer steps on this batch's prompts, the answers unseen."""
+        """Make the optimizer steps on this batch's prompts, the answers unseen."""
         if self.inner is None or not self._current:
             return
         start = time.perf_counter()
@@ -239,12 +243,12 @@ class PostTrainer(ReFINETrainer):
 
 
 def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.device) -> Batch:
-    """Prompts with their answers behind them."""
+    """Put answers behind their prompts, as one batch on the device."""
     return Batch.of(*pad([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], device))
 
 
 def answer_loss(model: CausalModel, batch: Batch, answer_lengths: Tensor, normalizer: float, config: NSPConfig) -> Tensor:
-    """Sum of cross-entropies of the last `answer_lengths` [B] tokens of each row / normalizer; answer_lengths on the host."""
+    """Add up the cross-entropies of the last `answer_lengths` [B] tokens of each row, over `normalizer`; lengths are on the host."""
     hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer

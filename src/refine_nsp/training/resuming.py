@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from refine_nsp.errors import RefineError
 from refine_nsp.ops.memory import part
@@ -25,10 +26,10 @@ from refine_nsp.training.stream import Stream
 
 
 class ResumingTrainer(Trainer):
-    """Begins, saves and resumes runs in their folder; what a step does is a subclass' part.
+    """Begin, save and resume runs in their folder; a subclass says what a step does.
 
     Attributes:
-        phase: what is learned. figures: of the steps since the last log.
+        phase: what is learned. figures: figures of the steps since the last log.
     """
 
     model: nn.Module
@@ -42,9 +43,9 @@ class ResumingTrainer(Trainer):
         with part("loading"):
             super().__init__(model=model, args=args, **kwargs)
         self.figures = StepFigures()
-        self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
-        self._restored: list[MicroBatch] | None = None  # from the checkpoint that is resumed from
-        self._begun_at = 0  # that checkpoint's step
+        self._pending: list[MicroBatch] = []  # drawn and prepared for later steps
+        self._restored: list[MicroBatch] | None = None  # what waited in the checkpoint that is resumed from
+        self._begun_at = 0  # the step of that checkpoint
         self._model_in_words = model_of(self.model)
         self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
         self._trained_before = False
@@ -57,14 +58,15 @@ class ResumingTrainer(Trainer):
 
     @property
     def dealing(self) -> Dealing:
-        """How this run deals the examples of an optimizer step out."""
+        """Return how this run deals the examples of an optimizer step out."""
         w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
         return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint, and None what `args` say. Ctrl-C and
-        SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside, in a
-        folder inside it.
+    def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint, and None means what `args` say.
+
+        Ctrl-C and SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside,
+        in a folder inside it.
 
         Raises:
             RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.
@@ -75,9 +77,9 @@ class ResumingTrainer(Trainer):
         self.figures.restart_clock()
         skips = self.args.ignore_data_skip
         if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint.path):
-            self.args.ignore_data_skip = True  # it is there already
+            self.args.ignore_data_skip = True  # the stream begins there by itself
         try:
-            with part("optimizer"):  # what else there is in a step; all of the rest names itself
+            with part("optimizer"):  # the other parts of a step name themselves
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -114,23 +116,23 @@ class ResumingTrainer(Trainer):
         return RunFolder(Path(str(self.args.output_dir)))
 
     def describe(self, base: str, data: Sequence[str], settings: Mapping[str, Any]) -> None:
-        """What model cards are to say of this run: the model it is trained from, its data, and settings by the names of flags, beside those
-        that the trainer has itself."""
+        """Tell model cards of this run what the trainer does not know: the model it is trained from, its data, and further settings by the
+        names of flags."""
         self._origin = Origin(base, data, settings)
 
     def write_card(self, folder: Path, plotted: bool = True) -> None:
-        """The model card of what is saved in a folder: how it came about, and what was logged so far."""
+        """Write the model card of what is saved in a folder: how it came about, and what was logged so far."""
         model = self.accelerator.unwrap_model(self.model)
         write_run_card(folder, self.args, self.method, model, self._origin, self._trained_before, plotted)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """That same card where Trainer would write its own over it: on a push to the hub."""
+        """Write that same card where Trainer would write its own over it, on a push to the hub."""
         if self.is_world_process_zero():
             self.write_card(self.run_folder.path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer.save_model, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
-        shards, and has with them what `export_checkpoint` makes a plain folder of."""
+        """Save as Trainer does, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
+        shards, and with them what `export_checkpoint` needs to make a plain folder."""
         folder = output_dir if output_dir is not None else str(self.args.output_dir)
         in_checkpoint = _internal_call and output_dir is not None
         if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
@@ -138,13 +140,14 @@ class ResumingTrainer(Trainer):
         elif not in_checkpoint:
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
         elif self.args.should_save:
-            for part in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
-                if part is not None:
-                    part.save_pretrained(folder)
+            for described in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
+                if described is not None:
+                    described.save_pretrained(folder)
         if self.args.should_save:
             self.write_card(Path(folder), plotted=not in_checkpoint)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Save a checkpoint that is sealed when it is whole, or leave none."""
         checkpoint = self.run_folder.checkpoint(self.state.global_step)
         with checkpoint.whole_or_not_at_all():
             if self._pending and self._pending[0].rollouts is not None:

@@ -1,4 +1,4 @@
-"""Context scores computed once, by the model a run starts from, and kept with the data: a step then costs what an NTP step costs."""
+"""Context scores are computed once by the model that a run starts from, and kept with the data: then a step costs no more than an NTP step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -28,7 +27,7 @@ from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
+PART_ROWS = 64  # so many rows are scored and kept together, and an interruption costs no more
 
 
 def with_context_scores(
@@ -40,15 +39,15 @@ def with_context_scores(
     process: int = 0,
     processes: int = 1,
 ) -> Dataset:
-    """The data with a column `context_scores`, d of every token (float32, or float64), read back where they are known.
+    """Add a column `context_scores` to the data, d of every token (float32, or float64), and read it back where it is known.
 
-    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on. Processes
-    beside each other, of this run or of others that need the same scores, share the parts out: each begins with its own, goes on with
-    what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
+    The scores are kept in the cache of `datasets`, by model, data and settings, and written part by part, so that an interrupted scoring is
+    continued. Processes that need the same scores, of this run or of others, share the parts out: each begins with its own, continues
+    with what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
 
     Args:
         autocast: what products are computed in, where that is not the weights' dtype.
-        process, processes: which of how many this is.
+        process, processes: the index of this process among so many.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
@@ -63,7 +62,7 @@ def with_context_scores(
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
 
-    def scored(row: Mapping[str, Any]) -> dict[str, list[float]]:
+    def scored(row: Mapping[str, object]) -> dict[str, list[float]]:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
             return {"context_scores": scores_of(row, model, config, gain, device)}
 
@@ -78,13 +77,13 @@ def with_context_scores(
             if start in parts:
                 continue
             rows = data.select(range(start, min(start + PART_ROWS, len(data))))
-            # Named here: to find a name itself, `datasets` would pickle the model for every part.
+            # The part is named here, since `datasets` would pickle the model to find a name for it.
             part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{key}-{start}"}
             try:
                 with FileLock(folder / f"part-{start}.lock", blocking=blocking):
                     parts[start] = rows.map(scored, features=features, load_from_cache_file=True, **part)
             except Timeout:
-                continue  # somebody is at it
+                continue  # another process is at it
             progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
     model.train(training)
     return concatenate_datasets([parts[start] for start in starts])
@@ -112,7 +111,7 @@ def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args
 
 
 def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: torch.dtype | None = None) -> str:
-    """Name of the scores: they depend on the data, the weights and what is computed with them, and what the score is."""
+    """Name the scores by what they depend on: the data, the weights, what is computed with them, and which score it is."""
     gain = wants_gain(config)
     settings = (data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain)
     wide = ("float64",) if kept_dtype(model) == "float64" else ()
@@ -120,13 +119,13 @@ def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: tor
 
 
 def kept_dtype(model: nn.Module) -> str:
-    """What a model's scores are kept in."""
+    """Return the dtype that a model's scores are kept in."""
     return "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
 
 
 def model_key(model: nn.Module) -> str:
-    """A model's config without where it came from: the same weights with another window are another model."""
-    settings: dict[str, Any] = model(step=lambda m: m.config.to_dict())
+    """Name a model's config, without where it came from: the same weights with another window are another model."""
+    settings: dict[str, object] = model(step=lambda m: m.config.to_dict())
     return Hasher.hash({k: v for k, v in sorted(settings.items()) if k not in ("_name_or_path", "transformers_version")})
 
 
@@ -148,8 +147,8 @@ def wants_gain(config: NSPConfig) -> bool:
 
 
 @torch.no_grad()
-def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain: bool, device: torch.device) -> list[float]:
-    """d of one example's tokens; of a packed one document by document."""
+def scores_of(row: Mapping[str, object], model: nn.Module, config: NSPConfig, gain: bool, device: torch.device) -> list[float]:
+    """Compute d of one example's tokens; of a packed example document by document."""
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
 
@@ -161,7 +160,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
 
 
 def weights_key(model: nn.Module) -> str:
-    """Name of a model's weights: a digest of all of them."""
+    """Name a model's weights by a digest of all of them."""
     digest = hashlib.sha256()
     for name, p in model.state_dict().items():
         digest.update(name.encode())

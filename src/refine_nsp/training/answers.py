@@ -18,7 +18,7 @@ from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
-from refine_nsp.training.data import check_fraction, first_rows, split_documents, validation_splits
+from refine_nsp.training.data import Collated, check_fraction, first_rows, split_documents, validation_splits
 
 TOKENIZED = ("prompt_ids", "answers_ids", "references")  # the columns of rows that are ready to train on
 
@@ -146,20 +146,21 @@ def encode_rows(
 ) -> Dataset:
     """Make rows of tokens, cached by content where the given rows are files; errors call them `name`. See `prepare_answers`."""
 
-    def tokens_of(row: Mapping[str, Any], i: int) -> dict[str, Any]:
+    def tokens_of(row: Mapping[str, object], i: int) -> dict[str, object]:
         return encode_row(row, arguments, tokenizer, max_length, f"{name}, row {i}")
 
     a = arguments
     key = rows._fingerprint, content_key(tokenizer), max_length, a.question_column, a.max_answer_tokens, a.apply_chat_template
-    options: dict[str, Any] = {"with_indices": True, "remove_columns": rows.column_names, "new_fingerprint": Hasher.hash(key)}
-    return rows.map(tokens_of, desc="tokenize", **options)
+    return rows.map(
+        tokens_of, with_indices=True, remove_columns=rows.column_names, new_fingerprint=Hasher.hash(key), desc="tokenize"
+    )
 
 
 def encode_row(
-    row: Mapping[str, Any], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
-) -> dict[str, Any]:
-    """Encode one row: prompt_ids, cut in the middle to leave max_answer_tokens free; answers_ids, each with EOS; and references, the text of
-    the answers."""
+    row: Mapping[str, object], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
+) -> dict[str, object]:
+    """Encode one row: prompt_ids, cut in the middle to leave max_answer_tokens free; answers_ids, each with EOS; and references, the
+    text of the answers."""
     asked = read_row(row, where)
     with in_row(where):
         prompt: Prompt = asked.prompt
@@ -194,7 +195,7 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: Pr
 
 
 def tail_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any], row: Mapping[str, Any], column: str | None
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any], row: Mapping[str, object], column: str | None
 ) -> int:
     """Count the tokens from the question's last mention to the prompt's end; 0 without a column that holds it."""
     if column is None:
@@ -209,7 +210,7 @@ def tail_tokens(
     return len(encode_text(tokenizer, text[at:])) + 1  # its first token may be merged with a space
 
 
-def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> dict[str, Any]:
+def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> Collated:
     """Make a batch of rows: prompts, a list of [T] long; answers, for each a list of [A] long; references, strings; and columns, all else
     by name, for rewards. They are padded when a reference is chosen.
 

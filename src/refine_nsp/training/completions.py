@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -17,13 +15,13 @@ PREFIX_TOKENS = 16
 
 def completion_rows(
     tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, limit: int
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Make a row of each rollout, of the first `limit` of a batch; without a tokenizer with ids instead of text."""
 
     def text(ids: Tensor) -> str:
         return str(tokenizer.decode(ids.tolist())) if tokenizer is not None else " ".join(map(str, ids.tolist()))
 
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     assert result.rollouts is not None and result.positions is not None
     assert result.rewards is not None and result.advantages is not None
     B, P, N, K = result.rollouts.shape

@@ -131,18 +131,19 @@ def features_of_windows(features: Features, others: Sequence[str], packing: bool
     return Features({"input_ids": [Value("int32")], **lengths, **kept})
 
 
-def tokens_of(values: Sequence[Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokens_of(values: Sequence[object], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the tokens of each document of a column: the tokenizer's for texts, rows of token ids as they are; missing ones are empty.
 
     Raises:
         RefineError: a value is neither text nor tokens, or has tokens that the tokenizer does not have.
     """
-    if all(value is None or isinstance(value, str) for value in values):
-        return tokenizer([value or "" for value in values], add_special_tokens=True)["input_ids"]
+    texts = [value or "" for value in values if value is None or isinstance(value, str)]
+    if len(texts) == len(values):
+        return tokenizer(texts, add_special_tokens=True)["input_ids"]
     return [[] if value is None else checked_ids(value, column, len(tokenizer)) for value in values]
 
 
-def has_tokens(value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_tokens(value: object, column: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether one value of a column is text, or tokens that the tokenizer has."""
     try:
         tokens_of([None if isinstance(value, str) else value], column, tokenizer)
@@ -151,7 +152,7 @@ def has_tokens(value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> b
     return True
 
 
-def checked_ids(value: Any, column: str, vocabulary: int) -> list[int]:
+def checked_ids(value: object, column: str, vocabulary: int) -> list[int]:
     """Return a row's token ids. RefineError unless all are whole numbers of the vocabulary."""
     try:
         ids = np.asarray(value)
@@ -169,7 +170,7 @@ def checked_ids(value: Any, column: str, vocabulary: int) -> list[int]:
     return ids.tolist()
 
 
-def packed(rows: Mapping[str, Sequence[Any]], max_length: int) -> dict[str, list]:
+def packed(rows: Mapping[str, list], max_length: int) -> dict[str, list]:
     """Put windows together in examples: their tokens one after the other, `lengths`, and lists of their other columns' values."""
     windows = rows["input_ids"]
     bins = pack(windows, max_length)
@@ -193,7 +194,7 @@ def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
     return [members for _, members in bins]
 
 
-def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
     """Make a batch of rows: input_ids [B, T] right-padded with 0 and lengths [B]; context_scores [B, T] where rows have them; other columns
     as lists of B values; and in _places the (example, document) of each row in the batch, by which its randomness is seeded.
 
@@ -202,7 +203,7 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     rows: list[Tensor] = []
     places: list[tuple[int, int]] = []
     scores: list[Tensor] = []
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[object]] = {}
     for i, example in enumerate(examples):
         if "input_ids" not in example:
             raise RefineError(
@@ -221,7 +222,7 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 columns.setdefault(name, []).extend(value if packed else [value])
     padded = torch.nn.utils.rnn.pad_sequence
     lengths = torch.tensor([len(r) for r in rows])
-    batch: dict[str, Any] = {"input_ids": padded(rows, batch_first=True), "lengths": lengths, "_places": places}
+    batch: Collated = {"input_ids": padded(rows, batch_first=True), "lengths": lengths, "_places": places}
     if scores:
         batch["context_scores"] = padded(scores, batch_first=True)
     return {**batch, **columns}

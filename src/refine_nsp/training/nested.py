@@ -207,7 +207,7 @@ class PostTrainer(ReFINETrainer):
         return Answers(self.args, self.processing_class)
 
     @property
-    def method(self) -> dict[str, Any]:
+    def method(self) -> dict[str, object]:
         return self.phase.settings | (self.inner.settings if self.inner is not None else {})
 
     def get_batch_samples(
@@ -247,7 +247,9 @@ def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.dev
     return Batch.of(*pad([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], device))
 
 
-def answer_loss(model: CausalModel, batch: Batch, answer_lengths: Tensor, normalizer: float, config: NSPConfig) -> Tensor:
+def answer_loss(
+    model: CausalModel, batch: Batch, answer_lengths: Tensor, normalizer: float | Tensor, config: NSPConfig
+) -> Tensor:
     """Add up the cross-entropies of the last `answer_lengths` [B] tokens of each row, over `normalizer`; lengths are on the host."""
     hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class MicroBatch:
 
     sequences: Batch
     generator: Generators = None
-    totals: Mapping[str, Any] = field(default_factory=dict)
+    totals: Mapping[str, float | Tensor] = field(default_factory=dict)
     rollouts: Rollouts | None = None
     result: StepResult | None = None
 
@@ -114,7 +114,7 @@ class Phase:
         return frozenset(self.config.as_dict())
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Return the values of the fields that are read, by name, as plain values."""
         return {name: value for name, value in self.config.as_dict().items() if name in self.reads}
 

@@ -49,10 +49,10 @@ class ResumingTrainer(Trainer):
         self._model_in_words = model_of(self.model)
         self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
         self._trained_before = False
-        self._settings: dict[str, Any] = {}
+        self._settings: dict[str, object] = {}
 
     @property
-    def method(self) -> dict[str, Any]:
+    def method(self) -> dict[str, object]:
         """Return the settings of `NSPConfig` that this run's weights depend on, by name."""
         return self.phase.settings
 
@@ -115,7 +115,7 @@ class ResumingTrainer(Trainer):
         """Return the folder that the run is kept in, `output_dir`."""
         return RunFolder(Path(str(self.args.output_dir)))
 
-    def describe(self, base: str, data: Sequence[str], settings: Mapping[str, Any]) -> None:
+    def describe(self, base: str, data: Sequence[str], settings: Mapping[str, object]) -> None:
         """Tell model cards of this run what the trainer does not know: the model it is trained from, its data, and further settings by the
         names of flags."""
         self._origin = Origin(base, data, settings)

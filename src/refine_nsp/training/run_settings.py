@@ -40,7 +40,7 @@ ENDLESS = (
 EXAMPLES = 16  # of the training data that are compared
 
 
-def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data: Any) -> dict[str, Any]:
+def settings_of(args: ReFINEConfig, method: Mapping[str, object], model: str, data: Any) -> dict[str, Any]:
     """List what a run's weights depend on, by the names of flags, as plain values; `method`: those of the phase."""
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - set(MAY_DIFFER)
     settings = {name: getattr(args, name) for name in sorted({*MATTER, *own})}
@@ -67,7 +67,7 @@ def data_of(data: Any) -> str | None:
     return f"{len(data)} examples ({zlib.crc32(text.encode()):08x})"
 
 
-def save_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def save_settings(folder: Path, settings: Mapping[str, object]) -> None:
     """Into a checkpoint."""
     write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Context scores are computed once by the model that a run starts from, and kept with the data: then a step costs no more than an NTP step."""
+"""Context scores are computed once by the model that a run starts from, and kept with the data; a step then costs an NTP step."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
 
 STREAM_FILE = "stream.json"
+State = dict[str, Any]  # a place in the text, as `datasets` writes it or as `Stream.place` does
 
 
-class Stream(IterableDataset[dict[str, Any]]):
+class Stream(IterableDataset[dict[str, object]]):
     """Iterate over the rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
 
     Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, and kept
@@ -41,10 +42,10 @@ class Stream(IterableDataset[dict[str, Any]]):
         self.sizes: dict[str, int] = {f: known["num_bytes"] for f, known in (data.info.download_checksums or {}).items()}
         self.row, self.epoch, self.epoch_row = 0, 0, 0  # the next row and its epoch; the first row of that epoch
         self.refills = has_buffer(data)
-        self.start: dict[str, Any] | None = None  # where the next iteration begins
-        self.places: deque[tuple[int, dict[str, Any]]] = deque(maxlen=keep)
+        self.start: State | None = None  # where the next iteration begins
+        self.places: deque[tuple[int, State]] = deque(maxlen=keep)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         start, self.start = self.start, None
         self.places.clear()
         # A place belongs to its epoch; `datasets` begins the following ones at their beginning.
@@ -67,7 +68,7 @@ class Stream(IterableDataset[dict[str, Any]]):
             self.epoch += 1
             self.epoch_row, given_out = self.row, 0
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> State:
         """Return where the next row is read: the epoch, and the dataset's own state or how many of the epoch's rows came before."""
         return {"epoch": self.epoch, "given_out": self.row - self.epoch_row} if self.refills else self.data.state_dict()
 

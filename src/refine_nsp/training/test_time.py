@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.prompt_adapters import BatchLoRA
 
+Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]  # token ids of one prompt or of several
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 PUBLISHED_PROMPTS = 4  # the published code takes two optimizer steps on a batch of eight prompts, each on so many
 
@@ -116,7 +117,7 @@ class TestTimeTrainer:
         return self.phase.shortest
 
     @contextmanager
-    def adapt(self, prompt: Any) -> Iterator[Any]:
+    def adapt(self, prompt: Prompt) -> Iterator[CausalModel]:
         """Adapt the model to a prompt, or to several at once, and restore it at the end (but for scope "never").
 
         Args:
@@ -252,7 +253,7 @@ class TestTimeTrainer:
         return batches
 
 
-def as_rows(prompt: Any) -> list[Tensor]:
+def as_rows(prompt: Prompt) -> list[Tensor]:
     """Return token ids [T] (or [1, T]), or several of these, as a list of long tensors. RefineError for anything else."""
     if isinstance(prompt, Tensor):
         rows = list(prompt) if prompt.ndim == 2 else [prompt]

@@ -15,7 +15,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.export import export_checkpoint
-from refine_nsp.training.problems import for_shards
+from refine_nsp.training.run_checks import for_shards
 from tests.models.families import build
 from tests.training.jobs import JOBS
 from tests.training.test_distributed import CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,23 +26,20 @@ def completion_rows(
     rows: list[dict[str, object]] = []
     assert result.rollouts is not None and result.positions is not None
     assert result.rewards is not None and result.advantages is not None
-    B, P, N, K = result.rollouts.shape
-    for b in range(B):
-        for p in range(P):
-            t = int(result.positions[b, p])
-            for n in range(N):
-                if t < 0 or len(rows) >= limit:
-                    continue
-                rows.append(
-                    {
-                        "position": t,
-                        "prefix": text(input_ids[b, max(0, t + 1 - PREFIX_TOKENS) : t + 1]),
-                        "truth": text(input_ids[b, t + 1 : t + 1 + K]),
-                        "rollout": text(result.rollouts[b, p, n]),
-                        "reward": round(float(result.rewards[b, p, n]), 4),
-                        "advantage": round(float(result.advantages[b, p, n]), 4),
-                    }
-                )
+    K = result.rollouts.shape[3]
+    for b, p, n in product(*map(range, result.rollouts.shape[:3])):
+        if (t := int(result.positions[b, p])) < 0 or len(rows) >= limit:
+            continue
+        rows.append(
+            {
+                "position": t,
+                "prefix": text(input_ids[b, max(0, t + 1 - PREFIX_TOKENS) : t + 1]),
+                "truth": text(input_ids[b, t + 1 : t + 1 + K]),
+                "rollout": text(result.rollouts[b, p, n]),
+                "reward": round(float(result.rewards[b, p, n]), 4),
+                "advantage": round(float(result.advantages[b, p, n]), 4),
+            }
+        )
     return rows
 
 

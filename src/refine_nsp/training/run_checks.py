@@ -1,4 +1,4 @@
-"""What would go wrong with a model and its settings: in words for a warning or an error, or set right."""
+"""A trainer checks, before it trains, whether the model and the data go with the run's settings."""
 
 from __future__ import annotations
 

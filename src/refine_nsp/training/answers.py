@@ -13,14 +13,32 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import Pair, Prompt, content_key, encode_answer, encode_text, render, truncate_middle
 from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
-from refine_nsp.training.data import Collated, check_fraction, first_rows, split_documents, validation_splits
+from refine_nsp.training.data import (
+    KEPT_BACK,
+    NO_OTHER_VALIDATION,
+    Collated,
+    check_fraction,
+    first_rows,
+    split_documents,
+    validation_splits,
+)
 
 TOKENIZED = ("prompt_ids", "answers_ids", "references")  # the columns of rows that are ready to train on
+
+# Who reads settings of prompts and answers.
+BUILT_PROMPTS = Reader("prompts built from squad or hotpotqa", lambda a: a.squad is not None or a.hotpotqa is not None)
+GIVEN_PROMPTS = Reader(
+    "prompts that are given, by dataset_name or validation_dataset", lambda a: a.dataset_name or a.validation_dataset
+)
+VALIDATED = Reader(
+    "validation, by validation_dataset or validation_fraction", lambda a: a.validation_dataset is not None or KEPT_BACK(a)
+)
 
 
 @dataclass
@@ -47,20 +65,23 @@ class AnswerArguments:
         ruler_seed: seeds the choice of their documents.
     """
 
-    dataset_name: str | None = None
-    dataset_split: str = "train"
-    question_column: str | None = None
-    validation_dataset: str | None = None
-    validation_fraction: float = 0.05
-    validation_examples: int = 64
-    split_seed: int = 0
-    max_answer_tokens: int = 64
-    apply_chat_template: bool = False
-    squad: str | None = None
-    hotpotqa: str | None = None
-    ruler_length: int = 4096
-    ruler_samples: int = 1000
-    ruler_seed: int = 0
+    dataset_name: str | None = setting(None, common=True)
+    dataset_split: str = setting("train")
+    question_column: str | None = setting(None, read_by=GIVEN_PROMPTS, common=True)
+    validation_dataset: str | None = setting(None, common=True)
+    validation_fraction: float = setting(0.05, read_by=NO_OTHER_VALIDATION)
+    validation_examples: int = setting(64, read_by=VALIDATED)
+    split_seed: int = setting(0, read_by=NO_OTHER_VALIDATION & KEPT_BACK)
+    max_answer_tokens: int = setting(64, common=True)
+    apply_chat_template: bool = setting(False, common=True)
+    squad: str | None = setting(None, common=True)
+    hotpotqa: str | None = setting(None, common=True)
+    ruler_length: int = setting(4096, read_by=BUILT_PROMPTS, common=True)
+    ruler_samples: int = setting(1000, read_by=BUILT_PROMPTS, common=True)
+    ruler_seed: int = setting(0, read_by=BUILT_PROMPTS)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
     @property
     def source(self) -> str:

@@ -16,12 +16,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import content_key
 from refine_nsp.text.folders import is_local
 from refine_nsp.text.reading import place_of, read_documents
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
 Collated = dict[str, Any]  # a batch as a collator makes it: tensors, and lists of whatever the columns of a dataset hold
+
+# Who reads settings of the data.
+WHOLE = Reader("streaming=False", lambda a: not a.streaming)
+NO_OTHER_VALIDATION = Reader("no validation_dataset", lambda a: a.validation_dataset is None)
+KEPT_BACK = Reader("a validation_fraction above 0", lambda a: a.validation_fraction > 0)
+VALIDATION = Reader(
+    "validation, by validation_dataset or (without streaming) validation_fraction",
+    lambda a: not NO_OTHER_VALIDATION(a) or (WHOLE & KEPT_BACK)(a),
+)
 
 
 @dataclass
@@ -45,17 +55,20 @@ class DataArguments:
         dataset_num_proc: processes that tokenize text which is not streamed.
     """
 
-    dataset_name: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    text_column: str = TEXT_COLUMN
-    validation_dataset: str | None = None
-    validation_fraction: float = 0.05
-    validation_windows: int = 64
-    packing: bool = False
-    streaming: bool = False
-    split_seed: int = 0
-    dataset_num_proc: int | None = None
+    dataset_name: str | None = setting(None, common=True)
+    dataset_config: str | None = setting(None)
+    dataset_split: str = setting("train")
+    text_column: str = setting(TEXT_COLUMN, common=True)
+    validation_dataset: str | None = setting(None, common=True)
+    validation_fraction: float = setting(0.05, read_by=NO_OTHER_VALIDATION & WHOLE)
+    validation_windows: int = setting(64, read_by=VALIDATION)
+    packing: bool = setting(False, common=True)
+    streaming: bool = setting(False, common=True)
+    split_seed: int = setting(0, read_by=NO_OTHER_VALIDATION & WHOLE & KEPT_BACK)
+    dataset_num_proc: int | None = setting(None, read_by=WHOLE, common=True)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------

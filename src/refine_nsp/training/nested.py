@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
+from refine_nsp.fields import Reader, setting
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.protocols import CausalModel
@@ -35,6 +36,8 @@ from refine_nsp.training.data import Collated
 from refine_nsp.training.micro_batches import deal
 from refine_nsp.training.phases import PHASES, Counts, MicroBatch, Phase
 from refine_nsp.training.trainer import ReFINETrainer, StepInputs
+
+INNER = Reader("an inner update, by objective='refine' or 'ntp'", lambda args: args.objective != "none")
 
 
 @with_nsp
@@ -53,11 +56,13 @@ class PostTrainingConfig(ReFINEConfig):
 
     default_preset: ClassVar[str | None] = "post_training"
 
-    objective: Literal["refine", "ntp", "none"] = "refine"  # type: ignore[assignment]
-    inner_steps: int = 1
-    reference: Literal["first", "random"] = "first"
-    answer_metric: str = "any_match"
-    max_new_tokens: int = 32
+    objective: Literal["refine", "ntp", "none"] = setting(  # type: ignore[assignment]
+        "refine", common=True, card=True, resume=True
+    )
+    inner_steps: int = setting(1, read_by=INNER, common=True, resume=True)
+    reference: Literal["first", "random"] = setting("first", common=True, resume=True)
+    answer_metric: str = setting("any_match", common=True)
+    max_new_tokens: int = setting(32, common=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,6 @@ from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, 
 from refine_nsp.nsp.selection import SCORES, count_positions
 from refine_nsp.nsp.step import one_step
 from refine_nsp.training.data import Collated
-from refine_nsp.training.scores import context_score_of
 from refine_nsp.training.validation import validate
 
 Counts = dict[str, float]
@@ -111,7 +110,7 @@ class Phase:
     def reads(self) -> frozenset[str]:
         """Names of the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
         cards tell. A phase of your own may read all that its configuration holds; one that reads fewer says so here."""
-        return frozenset(self.config.as_dict())
+        return self.config.live
 
     @property
     def settings(self) -> dict[str, object]:
@@ -131,7 +130,7 @@ class Phase:
     @property
     def reads_scores(self) -> bool:
         """Tell whether context scores are read, which `context_scores: cached` can compute beforehand."""
-        return context_score_of(self.config) is not None
+        return self.config.context_score is not None
 
     @property
     def rows_apart(self) -> bool:

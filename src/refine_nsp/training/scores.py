@@ -129,15 +129,9 @@ def model_key(model: nn.Module) -> str:
     return Hasher.hash({k: v for k, v in sorted(settings.items()) if k not in ("_name_or_path", "transformers_version")})
 
 
-def context_score_of(config: NSPConfig) -> str | None:
-    """Name the context score that positions or token weights are made of, `context_kl` or `context_gain`; None where they need none."""
-    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
-    return {"context": "context_kl", "context_kl": "context_kl", "context_gain": "context_gain"}.get(name)
-
-
 def wants_gain(config: NSPConfig) -> bool:
     """Tell whether a run's context score is the gain, or else the KL. RefineError where it uses neither."""
-    name = context_score_of(config)
+    name = config.context_score
     if name is None:
         raise RefineError(
             f"context_scores='cached' has nothing to keep: selection={config.selection!r} and token_weights={config.token_weights!r} of "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig, Objective, check_choices
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.memory import part
@@ -26,6 +27,12 @@ from refine_nsp.training.prompt_adapters import BatchLoRA
 Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]  # token ids of one prompt or of several
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 PUBLISHED_PROMPTS = 4  # the published code takes two optimizer steps on a batch of eight prompts, each on so many
+
+ADAPTERS = Reader("parameters='lora'", lambda c: c.parameters == "lora")
+DRAWN = Reader(
+    "positions or adapters that are drawn (estimator='sampled', token_weights='selected' or parameters='lora')",
+    lambda c: c.nsp.selects or c.parameters == "lora",
+)
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,18 @@ class TestTimeConfig:
 
     __test__ = False  # pytest would take it for a test by its name
 
-    objective: Objective = "refine"
-    scope: Literal["example", "batch", "never"] | None = None
-    steps: int = 1
-    learning_rate: float = 1e-6
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float | None = None
-    max_grad_norm: float = 1.0
-    parameters: Literal["all", "fast_weights", "lora"] = "all"
-    lora_r: int = 8
-    lora_alpha: float = 16.0
-    nsp: NSPConfig = field(default_factory=lambda: NSPConfig.preset("test_time"))
-    seed: int = 0
+    objective: Objective = setting("refine")
+    scope: Literal["example", "batch", "never"] | None = setting(None, common=True)
+    steps: int = setting(1, common=True)
+    learning_rate: float = setting(1e-6, common=True)
+    optimizer: Literal["adamw", "sgd"] = setting("adamw")
+    weight_decay: float | None = setting(None)
+    max_grad_norm: float = setting(1.0)
+    parameters: Literal["all", "fast_weights", "lora"] = setting("all", common=True)
+    lora_r: int = setting(8, read_by=ADAPTERS)
+    lora_alpha: float = setting(16.0, read_by=ADAPTERS)
+    nsp: NSPConfig = setting(default_factory=lambda: NSPConfig.preset("test_time"))
+    seed: int = setting(0, read_by=DRAWN, common=True)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -70,6 +77,7 @@ class TestTimeConfig:
         for name, value in (("scope", "never" if published else "example"), ("weight_decay", 0.01 if published else 0.0)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        check_read(self)
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")

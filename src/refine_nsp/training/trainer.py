@@ -38,9 +38,9 @@ from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import Collated, collate
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
-from refine_nsp.training.run_checks import check_best_figure, for_shards, weights_problems
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
+from refine_nsp.training.run_checks import check_best_figure, for_shards, weights_problems
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
@@ -25,7 +24,7 @@ def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig,
     """Sum up over all batches: nll, correct, sampled (expected) and entropy over `targets`; match and cosine of greedy tokens over
     `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
-    at_random = replace(config, schedule="auto", selection="uniform", draw=None)
+    at_random = config.at_random()
     rows = 0
     for inputs in batches:
         batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])

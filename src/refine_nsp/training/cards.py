@@ -19,11 +19,11 @@ class Origin:
 
     base: str
     data: Sequence[str] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 def write_run_card(
-    folder: Path, args: ReFINEConfig, method: Mapping[str, Any], model: Any, origin: Origin, with_figures: bool, plotted: bool
+    folder: Path, args: ReFINEConfig, method: Mapping[str, object], model: Any, origin: Origin, with_figures: bool, plotted: bool
 ) -> None:
     """The card of `model`, saved in `folder`, the run's own or one inside. with_figures: tell what was logged so far. plotted: draw it."""
     from refine_nsp.report.card import write_card  # matplotlib, which nothing before needs

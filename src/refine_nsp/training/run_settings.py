@@ -1,11 +1,10 @@
-"""A run and its folder: what its checkpoints were made with, and what a run before it left there."""
+"""A checkpoint keeps the settings that its weights depend on, and a run with others is not resumed from it."""
 
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import is_known, live, told
-from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
+from refine_nsp.files import write_atomically
 from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.checkpoints import PLAIN_FILES, checkpoints_of, step_of
+from refine_nsp.training.checkpoints import Checkpoint
 
 SETTINGS_FILE = "settings.json"
 ENDLESS = (
@@ -31,12 +30,6 @@ ENDLESS = (
 )  # schedules that know no last step
 EXAMPLES = 16  # of the training data that are compared
 
-EARLIER = "earlier-{}"
-# What a run writes beside its checkpoints; of a model's files those that come with weights.
-WRITTEN = (
-    "metrics.jsonl", "completions.jsonl", "config.yaml", "environment.json", "trainer_state.json", "training_args.bin", "README.md",
-    "curves.svg", "report.html", "model*.safetensors*", "adapter_*",
-)  # fmt: skip
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -77,20 +70,20 @@ def data_of(data: Any) -> str | None:
     return f"{len(data)} examples ({zlib.crc32(text.encode()):08x})"
 
 
-def save_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def save_settings(folder: Path, settings: Mapping[str, object]) -> None:
     """Into a checkpoint."""
     write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
 
-def check_settings(checkpoint: Path, own: Mapping[str, Any]) -> None:
+def check_settings(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
     """RefineError where a checkpoint was made with other settings, which names them, or has made more steps than there are to be.
 
     More or fewer steps will do where the learning rate's schedule does not depend on their number.
     """
-    done = step_of(checkpoint)
+    done = checkpoint.step
     if isinstance(own["max_steps"], int) and done > own["max_steps"]:
         raise RefineError(f"{checkpoint} has made {done} steps, more than max_steps={own['max_steps']}")
-    path = checkpoint / SETTINGS_FILE
+    path = checkpoint.path / SETTINGS_FILE
     if not path.exists():  # of another program
         return
     made = json.loads(path.read_text(encoding="utf-8"))
@@ -105,34 +98,3 @@ def check_settings(checkpoint: Path, own: Mapping[str, Any]) -> None:
             f"{checkpoint} was made with other settings: {shown}{why}. Go on with those it was made with, or begin a new run: in "
             f"another output_dir, or from its weights (model_name_or_path={checkpoint})"
         )
-
-
-# --- an earlier run's files -------------------------------------------------------------------------------------------
-def ours(path: Path) -> bool:
-    """Whether a file of a run's folder is not the user's own model card."""
-    from refine_nsp.report.card import is_ours
-
-    return path.name != "README.md" or is_ours(path)
-
-
-def set_aside(folder: Path, own: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Move what an earlier run left in a folder into one of its own inside it; that folder, or None where there was nothing.
-
-    Args:
-        own: records that this run has written itself, before it began.
-    """
-    records = read_json_lines(folder / "metrics.jsonl")
-    if len(records) <= len(own) and not checkpoints_of(folder):
-        return None
-    weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_*")]
-    patterns = (*WRITTEN, *(PLAIN_FILES if weights else ()))
-    found = sorted({*checkpoints_of(folder), *(p for pattern in patterns for p in folder.glob(pattern) if ours(p))})
-    number = next(n for n in range(1, 10**6) if not (folder / EARLIER.format(n)).exists())
-    aside = folder / EARLIER.format(number)
-    aside.mkdir()
-    for path in found:
-        os.replace(path, aside / path.name)
-    if own:
-        write_atomically(aside / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records[: len(records) - len(own)]))
-        append_json_lines(folder / "metrics.jsonl", records[len(records) - len(own) :])
-    return aside

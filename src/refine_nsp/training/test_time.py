@@ -22,6 +22,7 @@ from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.selection import SCORES
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
+from refine_nsp.training.remedies import TEST_TIME
 from refine_nsp.training.side_by_side import BatchLoRA
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -196,6 +197,7 @@ class TestTimeTrainer:
         return optimizer
 
     # --- steps --------------------------------------------------------------------------------------------------------
+    @part("optimizer", TEST_TIME)
     def _train(
         self, rows: list[Tensor], parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, shared: bool
     ) -> list[float]:

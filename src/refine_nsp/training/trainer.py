@@ -58,6 +58,7 @@ from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
 from refine_nsp.training.sampling import ByLength, lengths_of
+from refine_nsp.training.remedies import TRAINING, VALIDATION
 from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
@@ -411,7 +412,7 @@ class ReFINETrainer(Trainer):
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "eval", None)):
             optimizer.eval()  # a schedule-free one then shows the weights that it would end with
-        with part("validation"):
+        with part("validation", VALIDATION):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)
@@ -462,7 +463,7 @@ class ReFINETrainer(Trainer):
         if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
             self.args.ignore_data_skip = True  # it is there already
         try:
-            with part("optimizer"):  # what else there is in a step; all of the rest names itself
+            with part("optimizer", TRAINING):  # what else there is in a step; all of the rest names itself
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

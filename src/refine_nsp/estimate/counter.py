@@ -26,9 +26,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: object, *
     return 2 * B * H * T * key.shape[-2] * (D + value.shape[-1])
 
 
-def _attention_backward_flops(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
-) -> int:
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> int:
     B, H, T, D = query.shape
     return 2 * B * H * T * key.shape[-2] * (3 * D + 2 * value.shape[-1])
 

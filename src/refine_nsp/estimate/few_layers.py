@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.hybrid import with_states
 
-WithAdapters = Callable[[PreTrainedModel], nn.Module]
+WithAdapters = Callable[[PreTrainedModel], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Blueprint:
     dtype: torch.dtype
     adapters: WithAdapters | None = None
 
-    def build(self, layers: Sequence[int] | None = None) -> nn.Module:
+    def build(self, layers: Sequence[int] | None = None) -> PreTrainedModel:
         """Build a random model of these of the layers, or of all."""
         config = copy.deepcopy(self.config.get_text_config(decoder=True))
         model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
@@ -37,7 +37,7 @@ class Blueprint:
         model = model if config.model_type in FAMILIES else with_states(model)
         return model if self.adapters is None else self.adapters(model)
 
-    def on_meta(self, layers: Sequence[int] | None = None) -> nn.Module:
+    def on_meta(self, layers: Sequence[int] | None = None) -> PreTrainedModel:
         """Build the same without memory for weights. Random ones would fail the check that `with_states` makes; these are not checked."""
         with torch.device("meta"):
             return self.build(layers)

@@ -12,6 +12,7 @@ needs the same rules for what is chosen, and cannot hold the tensors by which hy
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ CHOOSING = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.multino
 SEARCHING = (aten.searchsorted.Tensor,)
 GOLDEN = 0.6180339887  # its multiples fill the unit interval evenly and never regularly
 
+M = TypeVar("M", bound=nn.Module)
 Arguments = tuple[object, ...]
 Keywords = dict[str, object]
 
@@ -170,19 +172,19 @@ SPECIAL: Mapping[object, Callable[..., Tensor]] = {
 }
 
 
-def allocate(model: nn.Module) -> nn.Module:
+def allocate(model: M) -> M:
     """Give the weights of a model on the meta device memory, unwritten; in place, and once where modules share them."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}
+    parameters: dict[nn.Parameter, nn.Parameter] = {}
+    buffers: dict[Tensor, Tensor] = {}
 
-    def of(x: Tensor) -> Tensor:
-        if id(x) not in made:
-            new = (torch.empty if is_unwritten(x) else torch.zeros)(x.shape, dtype=x.dtype)
-            made[id(x)] = (nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new, x)
-        return made[id(x)][0]
+    def new(x: Tensor) -> Tensor:
+        return (torch.empty if is_unwritten(x) else torch.zeros)(x.shape, dtype=x.dtype)
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, x in held.items():
-                if x is not None and x.is_meta:
-                    held[name] = of(x)
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                module._parameters[name] = parameters.setdefault(p, nn.Parameter(new(p), p.requires_grad))
+        for name, x in module._buffers.items():
+            if x is not None and x.is_meta:
+                module._buffers[name] = buffers.setdefault(x, new(x))
     return model

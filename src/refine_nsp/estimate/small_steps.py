@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -18,6 +19,7 @@ from refine_nsp.estimate.counter import counted
 from refine_nsp.estimate.few_layers import Blueprint, few_layers
 from refine_nsp.estimate.shapes import ShapesOnly, allocate
 from refine_nsp.models.adapters import without_adapters
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import TOKENS_AT_ONCE
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
@@ -29,7 +31,10 @@ from refine_nsp.training.phases import PHASES, MicroBatch
 Figures = dict[str, float]  # peak bytes by part of the step, and flops
 FLOPS = "flops"
 TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
-SEGMENT_TOKENS, SEGMENTS = (256, 512), 2  # where there are segments: the tokens of one; the least number of them, and twice as many
+SEGMENT_TOKENS, SEGMENTS = (
+    (256, 512),
+    2,
+)  # where there are segments: the tokens of one; the least number of them, and twice as many
 
 
 def count_steps(
@@ -67,12 +72,11 @@ def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[
     """Return a run's sizes by name, and the two smaller values that each is counted at."""
     nsp, T = args.nsp, args.max_length
     sizes, corners = {"rows": args.per_device_train_batch_size}, {"rows": (1, 2)}
-    scored = nsp.score.startswith("context") if nsp.rolls_out or nsp.token_weights == "selected" else True
-    online = scored and args.objective == "refine" and args.context_scores == "online"
+    online = args.phase.reads_scores and args.context_scores == "online"
     # From this length on blocks of tokens are full, and the next block is made before the last one is gone.
     full = max(2 * block_tokens(vocabulary, torch.device("cpu")), TOKENS_AT_ONCE["cpu"] if online else 0)
     if nsp.segment_tokens is None or nsp.segment_tokens >= T:
-        least = max(TOKENS, full, nsp.shortest + nsp.positions_per_sequence)
+        least = max(TOKENS, full, args.phase.shortest + nsp.positions_per_sequence)
         return sizes | {"tokens": T}, corners | {"tokens": (least, 2 * least)}
     segments, least = -(-T // nsp.segment_tokens), max(SEGMENTS, -(-full // SEGMENT_TOKENS[0]))
     return (
@@ -81,9 +85,7 @@ def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[
     )
 
 
-def extrapolate(
-    measure: Callable[..., Figures], at: Mapping[str, int], corners: Mapping[str, tuple[int, int]]
-) -> Figures:
+def extrapolate(measure: Callable[..., Figures], at: Mapping[str, int], corners: Mapping[str, tuple[int, int]]) -> Figures:
     """Find each figure of `measure(**sizes)` at the sizes `at` from its values at all corners.
 
     Args:
@@ -115,13 +117,13 @@ def measure_step(
         The peak of bytes beyond the weights and what was there before, by part of the step; and flops.
     """
     torch.manual_seed(0)
-    model = (blueprint.build(layers) if shapes is None else allocate(blueprint.on_meta(layers))).train()
+    built = blueprint.build(layers) if shapes is None else allocate(blueprint.on_meta(layers))
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        built.gradient_checkpointing_enable()
     if args.gradient_accumulation_steps > 1:  # gradients of earlier micro-batches are there
-        for p in model.parameters():
+        for p in built.parameters():
             p.grad = (torch.zeros_like if shapes is None else torch.empty_like)(p) if p.requires_grad else None
-    model = without_adapters(model)  # steps call our model, inside the wrapper
+    model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
     phase = PHASES[objective](args.nsp if not segment else replace(args.nsp, segment_tokens=segment))
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None

@@ -39,7 +39,7 @@ def write_run_card(
     write_card(folder, run, origin.base, origin.data, settings, tags, plotted)
 
 
-def told_of(args: ReFINEConfig, method: Mapping[str, Any], preset: str | None, adapters: Mapping[str, Any]) -> dict[str, Any]:
+def told_of(args: ReFINEConfig, method: Mapping[str, Any], preset: object, adapters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a card tells, in its order: those that say how the model came about, where they had an effect.
 
     Args:

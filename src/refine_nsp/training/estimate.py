@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest, first_line
+from refine_nsp.models import with_states
 from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.families import FAMILIES
-from refine_nsp.models.hybrid import with_states
 from refine_nsp.nsp.context import TOKENS_AT_ONCE
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of

@@ -24,7 +24,7 @@ from refine_nsp.models.borrowed.by_tokens import ByTokens
 from refine_nsp.models.generation import Decoding, Request, answer_all
 from refine_nsp.models.load import load_model
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from tests.models.transformers_models import COMMON, CONFIGS, NAMES, RECURRENT, Float64Stays, plain, skip_if_old, stateful
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
@@ -69,7 +69,7 @@ def test_all_schedules_give_the_same_loss_and_gradients(name, float64):
     model = stateful(name).train()
     assert isinstance(model.model.state_method, ByReference)
     assert_schedules_agree(
-        model, tokens(), LENGTHS, positions_per_sequence=2, num_generations=2, rollout_length=3, reward="hybrid", min_prefix=5,
+        model, tokens(), LENGTHS, positions_per_sequence=2, num_generations=2, rollout_length=3, reward_funcs="hybrid", min_prefix=5,
         baseline="leave_one_out",
     )  # fmt: skip
 

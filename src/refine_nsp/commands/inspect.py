@@ -19,7 +19,7 @@ from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load, load_model
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.picture import picture_page
 from refine_nsp.report.tables import Cell, Table
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
     """Print the table of facts; with a file, write the page."""
     options = options_of()
     arguments, config, dry_run = options.parse(positional(argv))
-    if arguments.file is not None and not config.rolls_out:
+    if arguments.file is not None and not config.samples_rollouts:
         raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
     if dry_run:
         Console().print(str(config))
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
     ids = torch.tensor(encode_prompt(tokenizer, text)[: arguments.max_tokens])
     if len(ids) < config.shortest:
         raise RefineError(f"{arguments.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
-    record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
+    record = ReFINEStep(model, config).sample(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
     facts = model_facts(model, ids)
     title = f"{Path(arguments.file).name} as {arguments.model_name_or_path} reads it"
     path = write_atomically(Path(arguments.output), picture_page(title, facts, tokenizer, ids, record, config))

@@ -19,7 +19,8 @@ from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import local_hidden
-from refine_nsp.nsp.passes import Pass, by_sequence, next_token_loss, next_tokens, run_hidden, target_weights
+from refine_nsp.nsp.forward import Forward, run_hidden
+from refine_nsp.nsp.next_token import by_sequence, next_token_loss, next_tokens, target_weights
 from refine_nsp.nsp.records import Batch, Draws, Learning, Metrics, StepResult, masked_mean
 from refine_nsp.nsp.selection import count_positions, select
 from refine_nsp.ops.linear_cross_entropy import SequenceTerm, linear_next_sequence
@@ -47,7 +48,7 @@ def refine_in_closed_form(
     """Run, weigh, and learn: one pass over the sequences, and one over their local windows where scores are not known beforehand."""
     hidden = run_hidden(model, batch, config)
     weighing = weigh(model, batch, hidden, config, draws)
-    return learn_expected(model, batch, hidden, weighing, config, learning)
+    return learn_in_closed_form(model, batch, hidden, weighing, config, learning)
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def weigh(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, d
     if config.token_weights == "selected":
         detached = hidden.detach()
         loss, stats = next_token_loss(model, detached, batch)
-        positions = select(Pass(model, batch, detached, loss, stats, _no_states), config, draws.positions)
+        positions = select(Forward(model, batch, detached, loss, stats, _no_states), config, draws.positions)
         chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
         return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
     # All K tokens of the continuation must be there: t + K <= length - 1.
@@ -77,7 +78,7 @@ def _no_states(positions: Tensor) -> FastWeightCache:
 
 
 @part("logits")
-def learn_expected(
+def learn_in_closed_form(
     model: CausalModel, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
 ) -> StepResult:
     """lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t, by blocks of tokens."""

@@ -13,11 +13,12 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
+from refine_nsp.training.phases import PHASES, Phase
+from refine_nsp.training.scores import wants_gain
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
 
-RENAMED = {"reward": "reward_funcs"}  # TRL's name, as keyword and flag
-NSP_KEYWORDS = {RENAMED.get(f.name, f.name): f.name for f in fields(NSPConfig)}
+NSP_KEYWORDS = tuple(f.name for f in fields(NSPConfig))
 T = TypeVar("T", bound=type[Any])
 
 
@@ -32,7 +33,7 @@ def with_nsp(cls: T) -> T:
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, nsp: NSPConfig | None = None, preset: str | None = None, **kwargs: Any) -> None:
-        flat = {name: kwargs.pop(keyword) for keyword, name in NSP_KEYWORDS.items() if keyword in kwargs}
+        flat = {name: kwargs.pop(name) for name in NSP_KEYWORDS if name in kwargs}
         check_known(kwargs, ["preset", *NSP_KEYWORDS, *(f.name for f in fields(cls) if f.init)])
         generated(self, *args, nsp=nsp_of(nsp, preset, flat, made.default_preset), **kwargs)
 
@@ -42,8 +43,8 @@ def with_nsp(cls: T) -> T:
 
 def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
     """The method's settings from what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
-    if isinstance(reward := flat.get("reward"), list | tuple) and len(reward) == 1:
-        flat = {**flat, "reward": reward[0]}
+    if isinstance(rewards := flat.get("reward_funcs"), list | tuple) and len(rewards) == 1:
+        flat = {**flat, "reward_funcs": rewards[0]}
     if nsp is not None:
         if preset is not None:
             raise RefineError(f"got both nsp and preset={preset!r}; use nsp=NSPConfig.preset({preset!r}, ...)")
@@ -55,8 +56,8 @@ def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], defa
 @with_nsp
 @dataclass
 class ReFINEConfig(TrainingArguments):
-    """`TrainingArguments`, what follows, and the method's settings: `nsp=NSPConfig(...)`, or `preset=` and `NSPConfig`'s fields as keywords
-    (its `reward` is called `reward_funcs` here, as in TRL).
+    """Extend `TrainingArguments` by a few settings of ours and by the method's, given as `nsp=NSPConfig(...)`, or as `preset=` and fields of
+    `NSPConfig` among the keywords.
 
     Attributes:
         objective: `refine`, or `ntp`: the same run with the cross-entropy alone.
@@ -133,8 +134,13 @@ class ReFINEConfig(TrainingArguments):
             resolve_reward(reward)
         if self.nsp.schedule == "auto":
             self.nsp = replace(self.nsp, schedule=self._schedule())
-        if self.objective == "refine":
+        if "estimator" in self.phase.reads:
             self._check_method()
+
+    @property
+    def phase(self) -> Phase:
+        """Make the phase that the objective names, which says what of these settings it uses."""
+        return PHASES[self.objective](self.nsp)
 
     def _schedule(self) -> Literal["fused", "snapshot"]:
         """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else. By
@@ -145,7 +151,7 @@ class ReFINEConfig(TrainingArguments):
     @property
     def _compares_micro_batches(self) -> bool:
         """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
-        return self.nsp.rolls_out and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
+        return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
 
     def _check_method(self) -> None:
         """RefineError where the run's settings and the method's do not fit together."""
@@ -160,12 +166,14 @@ class ReFINEConfig(TrainingArguments):
                 f"advantage_scale='global' is one scale for the {self.gradient_accumulation_steps} micro-batches of a step, and "
                 "schedule='fused' learns from each before it knows the next; use schedule='snapshot'"
             )
-        if self.steps_per_generation > 1 and not nsp.rolls_out:
+        if self.steps_per_generation > 1 and not nsp.samples_rollouts:
             raise RefineError(
                 f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
                 "it at 1"
             )
-        if self.log_completions and not nsp.rolls_out:
+        if self.context_scores == "cached" and not self.phase.reads_scores:
+            wants_gain(nsp)  # says what would need them
+        if self.log_completions and not nsp.samples_rollouts:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")

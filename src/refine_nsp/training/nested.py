@@ -25,7 +25,8 @@ from refine_nsp.evaluation.text_metrics import MATCHES
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.nsp.passes import next_tokens, run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
@@ -69,6 +70,10 @@ class PostTrainingConfig(ReFINEConfig):
         if self.context_scores == "cached":
             raise RefineError("context_scores='cached' belongs to mid-training; prompts are scored online")
 
+    @property
+    def phase(self) -> Phase:
+        return Answers(self, None) if self.objective == "none" else super().phase
+
     def _schedule(self) -> Literal["fused", "snapshot"]:
         return "snapshot" if self.nsp.published and self.inner_steps > 1 else super()._schedule()
 
@@ -90,7 +95,21 @@ class AnswerBatch(MicroBatch):
 
 
 class Answers(Phase):
-    """SFT: the cross-entropy of answer tokens (EOS included)."""
+    """Learn answers by supervised fine-tuning: the cross-entropy of their tokens, EOS included."""
+
+    reads_once = True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"segment_tokens", "published"})
+
+    @property
+    def shortest(self) -> int:
+        return 1  # what a prompt needs, with an answer behind it
+
+    @property
+    def reads_scores(self) -> bool:
+        return False
 
     def __init__(self, args: PostTrainingConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__(args.nsp)
@@ -180,6 +199,10 @@ class PostTrainer(ReFINETrainer):
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        return self.phase.settings | (self.inner.settings if self.inner is not None else {})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

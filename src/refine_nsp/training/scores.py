@@ -19,7 +19,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
@@ -105,10 +105,16 @@ def model_key(model: nn.Module) -> str:
     return Hasher.hash({k: v for k, v in sorted(settings.items()) if k not in ("_name_or_path", "transformers_version")})
 
 
+def context_score_of(config: NSPConfig) -> str | None:
+    """Name the context score that positions or token weights are made of, `context_kl` or `context_gain`; None where they need none."""
+    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
+    return {"context": "context_kl", "context_kl": "context_kl", "context_gain": "context_gain"}.get(name)
+
+
 def wants_gain(config: NSPConfig) -> bool:
-    """Which context score a run uses: the gain, or the KL. RefineError when it uses none."""
-    name = config.score if config.rolls_out or config.token_weights == "selected" else config.token_weights
-    if name not in ("context", "context_kl", "context_gain"):
+    """Tell whether a run's context score is the gain, or else the KL. RefineError where it uses neither."""
+    name = context_score_of(config)
+    if name is None:
         raise RefineError(
             f"context_scores='cached' has nothing to keep: selection={config.selection!r} and token_weights={config.token_weights!r} of "
             f"estimator={config.estimator!r} use no context scores; leave it 'online'"

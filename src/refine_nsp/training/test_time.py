@@ -19,7 +19,6 @@ from refine_nsp.config import NSPConfig, Objective, check_choices
 from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.selection import SCORES
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
@@ -146,12 +145,7 @@ class TestTimeTrainer:
 
     def side_by_side(self) -> bool:
         """Whether several prompts can each have weights of their own: their losses must not touch each other."""
-        c = self.config
-        if c.parameters != "lora" or c.objective == "ntp":
-            return c.parameters == "lora"
-        if not c.nsp.rolls_out and c.nsp.token_weights != "selected":
-            return False
-        return not SCORES[c.nsp.score].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.rolls_out)
+        return self.config.parameters == "lora" and self.phase.rows_apart
 
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
@@ -202,7 +196,7 @@ class TestTimeTrainer:
         """The optimizer steps. shared: one update for all rows, else each row's own (its loss and gradient norm are its alone)."""
         model, c = self.model, self.config
         # The published code takes its cross-entropy alone in one step on the whole batch.
-        dealt = c.nsp.published and shared and c.objective == "refine"
+        dealt = c.nsp.published and shared and self.phase.samples
         size = PUBLISHED_PROMPTS if dealt else len(rows)
         sequences = [self._batch(rows[start : start + size]) for start in range(0, len(rows), size)]
         generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]

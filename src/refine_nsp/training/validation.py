@@ -10,8 +10,9 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.nsp.continuation import greedy_match
-from refine_nsp.nsp.passes import next_tokens, run
+from refine_nsp.nsp.forward import run
+from refine_nsp.nsp.greedy import greedy_match
+from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions

@@ -12,16 +12,16 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.generation import end_tokens
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Prefixes, Sampled, inverse_cdf
 from refine_nsp.nsp.selection import count_positions
 
 
 @torch.no_grad()
-def sample(forward: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
+def sample(forward: Forward, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
     """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]; as published, none of them ends."""
     start = time.perf_counter()
-    tokens, log_probs, hidden = sample_rollouts(
+    tokens, log_probs, hidden = sample_tokens(
         forward.model,
         prefixes.cache.detach(),
         prefixes.hidden.detach(),
@@ -41,7 +41,7 @@ def sample(forward: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> S
 
 
 @torch.no_grad()
-def sample_rollouts(
+def sample_tokens(
     model: CausalModel,
     snapshots: FastWeightCache,
     hidden: Tensor,

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.run import TaskResult
-from refine_nsp.evaluation.tasks import EvaluationArguments, Row
+from refine_nsp.evaluation.tasks import Row
 
 Settings = Mapping[str, object]  # those that differ from their defaults, by name
 

@@ -219,7 +219,7 @@ def test_a_length_that_cannot_hold_a_task_is_said_under_the_table(files, loaded,
         build_tasks(arguments(files, tasks=["cwe"], lengths=[512]), loaded[1])
 
 
-def test_a_run_whose_prompts_were_changed_is_not_gone_on_with(files, loaded, tmp_path):
+def test_a_run_whose_prompts_were_changed_is_not_resumed(files, loaded, tmp_path):
     run(files, loaded, tmp_path / "out", ["prompts"])
     path = files / "prompts.jsonl"
     path.write_text(path.read_text().replace("Say 3.", "Say three."))
@@ -250,7 +250,7 @@ def test_test_time_training_in_an_evaluation_restores_and_side_by_side_is_alone(
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_comparison_pairs_by_example(files, loaded, tmp_path):
+def test_a_comparison_pairs_runs_by_example(files, loaded, tmp_path):
     results = run(files, loaded, tmp_path / "out", ["piqa", "prompts"])
     same = compare_results(results, list(reversed(results)))
     assert all(c.difference == 0 and c.p_value == 1 for _, _, c in same)
@@ -411,7 +411,7 @@ def test_generation_ends_without_an_end_token(loaded):
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def test_the_commands(files, tmp_path, capsys):
+def test_evaluate_and_compare_write_their_pages(files, tmp_path, capsys):
     flags = ["--lengths", "512", "--samples", "2", "--limit", "3"]
     several = [
         "--tasks",
@@ -439,7 +439,7 @@ def test_the_commands(files, tmp_path, capsys):
     assert "did you mean 'ruler'" in capsys.readouterr().err
 
 
-def test_the_ttt_command(tmp_path, capsys):
+def test_the_ttt_command_says_what_adapting_cost(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("import os\nimport sys\n" * 12)
     flags = [
         "--prompt_file",

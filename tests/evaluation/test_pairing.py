@@ -105,7 +105,7 @@ def test_digests_of_documents_depend_on_what_is_asked(tmp_path):
     asked = [
         DocumentTask(name, [text], replace(a, **changes)).questions()[f"{name}-0"]
         for name, text, changes in (
-            ("ntp", "a text", {}), ("ntp", "a text", {"window": 64}), ("ntp", "a text", {"seed": 7}),  # of the same targets
+            ("ntp", "a text", {}), ("ntp", "a text", {"window": 64}), ("ntp", "a text", {"bucket": 7}),  # of the same targets
             ("ntp", "another", {}), ("ntp", "a text", {"document_tokens": 5}),
             ("continuation", "a text", {}), ("continuation", "a text", {"seed": 7}), ("continuation", "a text", {"window": 64}),
         )

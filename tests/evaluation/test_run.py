@@ -176,16 +176,17 @@ def test_an_output_may_hold_any_character(tmp_path):
 
 
 def test_other_settings_do_not_mix_with_a_run(files, loaded, tmp_path):
-    run(files, loaded, tmp_path / "out", ["prompts"])
+    run(files, loaded, tmp_path / "out", ["niah_single_1"], lengths=[512])
     with pytest.raises(RefineError, match=r"other settings \(seed was 42, now 7\)"):
-        run(files, loaded, tmp_path / "out", ["prompts"], seed=7)
+        run(files, loaded, tmp_path / "out", ["niah_single_1"], lengths=[512], seed=7)
 
 
 def test_the_published_protocol_samples_32_tokens(files, loaded):
     task = build_tasks(arguments(files, tasks=["gov_report"], protocol="published"), loaded[1])[0]
     assert isinstance(task, GenerationTask)
     assert not task.decoding.greedy and task.decoding.top_k == 50 and {e.budget for e in task.examples} == {32}
-    needles = build_tasks(arguments(files, tasks=["niah_single_1"], lengths=[512], protocol="published"), loaded[1])[0]
+    settings = {"tasks": ["niah_single_1", "gov_report"], "lengths": [512], "protocol": "published"}
+    needles = build_tasks(arguments(files, **settings), loaded[1])[0]
     assert isinstance(needles, GenerationTask) and needles.decoding.greedy and needles.examples[0].budget == 128
 
 
@@ -202,7 +203,8 @@ def test_the_published_protocol_gives_prompts_without_bos_and_cuts_them_on_the_r
     ids = tokenizer(task.examples[0].prompt, add_special_tokens=False)["input_ids"]
     assert found["published"] == ids[:16]
     assert found["standard"] == [7, *ids[:7], *ids[-8:]]
-    needles = build_tasks(arguments(files, tasks=["niah_single_1"], lengths=[512], protocol="published"), tokenizer)[0]
+    settings = {"tasks": ["niah_single_1", "gov_report"], "lengths": [512], "protocol": "published"}
+    needles = build_tasks(arguments(files, **settings), tokenizer)[0]
     assert isinstance(needles, GenerationTask) and needles._request(0, tokenizer).ids[0] == 7  # the paper's code has no needles
 
 
@@ -363,7 +365,7 @@ def test_lm_eval_s_requests_are_answered_like_ours(loaded):
         ({"tasks": ["prompts"], "prompts": None}, "needs a file"),
         ({"tasks": ["qasper"], "longbench": "/nowhere"}, "must be a folder"),
         ({"tasks": ["prompts"], "protocol": "publised"}, "did you mean 'published'"),
-        ({"tasks": ["prompts"], "samples": 0}, "samples must be at least 1"),
+        ({"tasks": ["cwe"], "samples": 0}, "samples must be at least 1"),
         ({"tasks": ["prompts"], "prompts_metric": "bleu"}, "prompts_metric='bleu' is not one of"),
     ],
 )

@@ -36,7 +36,7 @@ VALIDATION = Reader(
 
 @dataclass
 class DataArguments:
-    """Settings of which text to train on.
+    """Say which text to train on.
 
     Attributes:
         dataset_name: a file (text, json, jsonl, csv, tsv, parquet, arrow; also compressed), a folder of them, a glob, a folder saved by

@@ -1,4 +1,4 @@
-"""A Trainer whose runs are saved whole and resumed exactly: a resumed run is the uninterrupted one, or it is refused with the reason."""
+"""Runs are saved whole and resumed exactly: a resumed run is the uninterrupted one, or it is refused with the reason."""
 
 from __future__ import annotations
 

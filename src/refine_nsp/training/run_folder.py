@@ -25,7 +25,7 @@ PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_te
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, `output_dir`."""
+    """Keep a run in its folder, `output_dir`."""
 
     path: Path
 

@@ -37,7 +37,7 @@ DRAWN = Reader(
 
 @dataclass(frozen=True)
 class TestTimeConfig:
-    """Settings of how a model is adapted to a prompt.
+    """Say how a model is adapted to a prompt.
 
     Attributes:
         objective: `refine`, or `ntp`: the cross-entropy on the prompt alone.

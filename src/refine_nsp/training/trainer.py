@@ -54,11 +54,11 @@ StepInputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Further:
-    """An optimizer step of another phase: its number of micro-batches, and what the names of its figures begin with."""
+    """Describe an optimizer step of another phase, for the loss of its micro-batches."""
 
     phase: Phase
-    shares: int
-    prefix: str
+    shares: int  # how many micro-batches the step has
+    prefix: str  # what the names of its figures begin with
 
 
 class ReFINETrainer(ResumingTrainer):

@@ -15,12 +15,11 @@ from refine_nsp.commands.midtrain import COMMON as MIDTRAIN
 from refine_nsp.commands.model_options import ModelArguments, positional_model, with_adapters
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
-from refine_nsp.fields import Reader, check_read, setting
+from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.load import load_config
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig
-from refine_nsp.training.estimate import Estimate, device_named, dtype_of, estimate
 
 COMMON = ["model_name_or_path", "device", "num_processes", "sharded", "utilisation", "total_tokens", *MIDTRAIN[3:]]
 
@@ -37,14 +36,11 @@ class EstimateArguments:
         total_tokens: of the whole run, for its hours.
     """
 
-    device: str = setting("h100", common=True)
-    num_processes: int = setting(1, common=True)
-    sharded: bool = setting(False, read_by=Reader("num_processes above 1", lambda a: a.num_processes > 1), common=True)
-    utilisation: float = setting(0.35, common=True)
-    total_tokens: float = setting(200e6, common=True)
-
-    def __post_init__(self) -> None:
-        check_read(self)
+    device: str = "h100"
+    num_processes: int = 1
+    sharded: bool = False
+    utilisation: float = 0.35
+    total_tokens: float = 200e6
 
 
 def options_of() -> Options:

@@ -19,6 +19,7 @@ from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.dealing import Dealing
 from refine_nsp.training.pending_rollouts import load_pending, save_pending
 from refine_nsp.training.phases import MicroBatch, Phase
+from refine_nsp.training.remedies import TRAINING
 from refine_nsp.training.run_folder import RunFolder
 from refine_nsp.training.run_settings import check_settings, model_of, save_settings, settings_of
 from refine_nsp.training.step_figures import StepFigures
@@ -79,7 +80,7 @@ class ResumingTrainer(Trainer):
         if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint.path):
             self.args.ignore_data_skip = True  # the stream begins there by itself
         try:
-            with part("optimizer"):  # the other parts of a step name themselves
+            with part("optimizer", TRAINING):  # the other parts of a step name themselves
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):

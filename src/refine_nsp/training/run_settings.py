@@ -13,23 +13,14 @@ import datasets
 from torch import nn
 from transformers import TrainingArguments
 
+from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import is_known, live, told
 from refine_nsp.files import write_atomically
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.checkpoints import Checkpoint
 
 SETTINGS_FILE = "settings.json"
-# Of transformers' settings, what the weights after a step depend on; the rest is logging, saving, validating, places, speed and memory.
-MATTER = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "bf16", "fp16", "seed",
-    "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last",
-)  # fmt: skip
-# Of ours, what they do not depend on, or beyond rounding not.
-MAY_DIFFER = (
-    "nsp", "log_completions", "num_completions_to_print", "max_skipped_steps", "answer_metric", "max_new_tokens", "schedule",
-    "segment_tokens",
-)  # fmt: skip
 ENDLESS = (
     "constant",
     "constant_with_warmup",
@@ -40,12 +31,24 @@ ENDLESS = (
 EXAMPLES = 16  # of the training data that are compared
 
 
-def settings_of(args: ReFINEConfig, method: Mapping[str, object], model: str, data: Any) -> dict[str, Any]:
-    """List what a run's weights depend on, by the names of flags, as plain values; `method`: those of the phase."""
-    own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - set(MAY_DIFFER)
-    settings = {name: getattr(args, name) for name in sorted({*MATTER, *own})}
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data: object) -> dict[str, Any]:
+    """List what the weights of a run depend on, by the names of flags, as plain values.
+
+    Args:
+        method: the fields of `NSPConfig` that the run's phase reads, with their values.
+        model: see `model_of`.
+        data: the training data; see `data_of`.
+    """
+    theirs = {f.name for f in fields(TrainingArguments)}
+    of_a_subclass = {
+        f.name for f in fields(args) if f.name not in theirs and not is_known(f)
+    }  # a user's, of which nothing is said
+    compared = ({*told(type(args), "resume")} & live(args)) | of_a_subclass
+    settings = {name: getattr(args, name) for name in sorted(compared)}
     settings["max_steps"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    settings |= {k: v for k, v in method.items() if k not in MAY_DIFFER}
+    settings |= {name: method[name] for name in told(NSPConfig, "resume") if name in method}
     settings |= {"model": model, "training_data": data_of(data)}
     return dict(json.loads(json.dumps(settings, default=str)))
 

@@ -23,6 +23,7 @@ from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.prompt_adapters import BatchLoRA
+from refine_nsp.training.remedies import TEST_TIME
 
 Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]  # token ids of one prompt or of several
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -200,6 +201,7 @@ class TestTimeTrainer:
         return optimizer
 
     # --- steps --------------------------------------------------------------------------------------------------------
+    @part("optimizer", TEST_TIME)
     def _train(
         self, rows: list[Tensor], parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, shared: bool
     ) -> list[float]:

@@ -38,6 +38,7 @@ from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import Collated, collate
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
+from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
 from refine_nsp.training.run_checks import check_best_figure, for_shards, weights_problems
@@ -341,7 +342,7 @@ class ReFINETrainer(ResumingTrainer):
         model.eval()
         if callable(show_last := getattr(self.optimizer, "eval", None)):
             show_last()  # a schedule-free optimizer then shows the weights that it would end with
-        with part("validation"):
+        with part("validation", VALIDATION):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)

@@ -47,7 +47,7 @@ class MicroBatch:
 
     Attributes:
         sequences: ids, lengths, columns.
-        generator: the source of all randomness: one for each sequence, seeded by what the sequence is and not by what else is in the batch; or
+        generator: the source of all randomness: one for each sequence, seeded by what it is and not by what else is in the batch; or
             one for all.
         totals: what sums are divided by, so that 1 x 8 equals 8 x 1: `Phase.count` summed over the optimizer step and all processes,
             divided by the number of processes (as gradients are); 1 where nothing was counted. A tensor [B] divides each sequence's

@@ -15,8 +15,7 @@ from torch import nn
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.models.adapters import without_adapters
-from refine_nsp.models.hybrid import StatefulTrunk
-from refine_nsp.models.keeping import ByReference
+from refine_nsp.models.protocols import Trunk
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import Phase
@@ -84,8 +83,8 @@ def for_shards(model: nn.Module, nsp: NSPConfig) -> NSPConfig:
         RefineError: a model of transformers by `segment_tokens`: each segment would be cut at its positions.
     """
     base: Any = without_adapters(model)
-    trunk: Any = getattr(base, "model", None)
-    cut = isinstance(trunk, StatefulTrunk) and isinstance(trunk.keeping, ByReference)
+    trunk: Trunk = base.model
+    cut = trunk.cuts_at_positions
     if not nsp.samples_rollouts or not (cut or nsp.segment_tokens):
         return nsp
     if cut and nsp.segment_tokens:

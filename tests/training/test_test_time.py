@@ -19,7 +19,7 @@ METHODS = {
     "ntp": {"objective": "ntp"},
     "refine": {},
     "expected": {"nsp": NSPConfig.preset("expected", **LOCAL)},
-    "closed form, selected": {"nsp": NSPConfig.preset("expected", token_weights="selected", **SHORT)},
+    "closed form, selected": {"nsp": NSPConfig.preset("expected", token_weights="selected", local_span=2, **SHORT)},
 }
 
 

@@ -15,6 +15,8 @@ An objective of your own is a subclass that overrides `loss` (and `count`, when 
             return loss, {"loss_weighted": loss.detach(), "share_unsure": (entropy[real] > 1).double().mean()}
 
     ReFINETrainer(model, args, phase=EntropyWeighted(args.nsp), train_dataset=rows).train()
+
+It may read any setting of its `config`: a resumed run is compared by those that are live there, or by the fewer that `reads` names.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import Pair, Prompt, content_key, encode_answer, encode_text, render, truncate_middle
-from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
+from refine_nsp.prompts.examples import FURTHER, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
@@ -117,7 +117,7 @@ def prepare_answers(
 
 def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
     """Read rows of prompts and answers. RefineError for columns that cannot hold them."""
-    also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
+    also = (*PROMPT_COLUMNS, *FURTHER, *([question_column] if question_column is not None else []))
     rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also, as_found=True)
     assert isinstance(rows, Dataset)
     check_columns(name, rows.column_names)

@@ -281,11 +281,7 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> st
 
 
 def prepare_data(
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    min_length: int,
-    keep_columns: bool = False,
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Make windows for training and validation as `DataArguments` says. RefineError for bad input.
 

@@ -243,11 +243,7 @@ class ReFINETrainer(ResumingTrainer):
 
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: StepInputs,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: StepInputs, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | tuple[Tensor, StepResult | None]:
         """Compute this micro-batch's share of the loss of its optimizer step, which is the Trainer's own or one of `update`."""
         batch: MicroBatch = inputs["batch"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.hybrid import with_states
 
-WithAdapters = Callable[[PreTrainedModel], PreTrainedModel]
+WithAdapters = Callable[[PreTrainedModel], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Blueprint:
         if layers is not None:
             keep_layers(model, layers)
         model = model if config.model_type in FAMILIES else with_states(model)
-        return model if self.adapters is None else self.adapters(model)
+        # PEFT's wrapper answers for all that the model inside has.
+        return model if self.adapters is None else cast(PreTrainedModel, self.adapters(model))
 
     def on_meta(self, layers: Sequence[int] | None = None) -> PreTrainedModel:
         """Build the same without memory for weights. Random ones would fail the check that `with_states` makes; these are not checked."""

@@ -57,8 +57,8 @@ from refine_nsp.training.folders import check_settings, model_of, save_settings,
 from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
-from refine_nsp.training.sampling import ByLength, lengths_of
 from refine_nsp.training.remedies import TRAINING, VALIDATION
+from refine_nsp.training.sampling import ByLength, lengths_of
 from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming

@@ -1,31 +1,29 @@
-"""What decides a tiny base: its sizes, and the phases of its pretraining."""
+"""Settings of a tiny base's pretraining: its sizes, and the phases of its data, in addition to those of every training here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
 
+from refine_nsp.config import Objective
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.tiny.documents import SHORTEST_ROW
-from refine_nsp.tiny.families import FAMILIES
-
-FACTS = "facts"  # of `tiny/recall.py`
-SHARED = (FACTS, *FAMILIES)
-STORE_DTYPES = ("float32", "bfloat16")
+from refine_nsp.tiny.families import FACTS, FAMILIES
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.settings import as_meant
 
 
 @dataclass(frozen=True)
 class PretrainPhase:
-    """A stretch of pretraining.
+    """A stretch of pretraining whose rows have one length and one mixture.
 
     Attributes:
-        steps: of `tokens_per_step` tokens, in rows of `length`.
-        shares: of the rows by family of generated documents: `facts` (`tiny/recall.py`) and those of `tiny/families.py`; the other
-            rows are plain text.
-        dense: at most this share of a generated document is statements and questions; the rest hides them.
-        answer_weight: of an answer's tokens in the loss; other tokens weigh 1.
+        steps: optimizer steps. length: tokens of a row.
+        shares: share of the rows that each family of generated documents has (`tiny/families.py`); the other rows are plain text.
+        dense: statements and questions take at most this share of a generated document; the rest hides them.
+        answer_weight: weight of an answer's tokens in the loss; all other tokens weigh 1.
     """
 
     steps: int
@@ -35,16 +33,20 @@ class PretrainPhase:
     answer_weight: float
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.length < 2 or not (0 <= self.dense <= 1 and 0 <= self.answer_weight < math.inf):
-            raise RefineError(
-                f"phases: steps={self.steps} must not be negative, length={self.length} at least 2, dense={self.dense} between 0 and 1, "
-                f"answer_weight={self.answer_weight} a finite number of at least 0"
-            )
+        for name, least, most in (
+            ("steps", 0, math.inf),
+            ("length", 2, math.inf),
+            ("dense", 0, 1),
+            ("answer_weight", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not least <= value <= most or value == math.inf:
+                raise RefineError(f"phases: {name} is {value!r}; expected a number from {least} to {most}")
         if not isinstance(self.shares, Mapping):
             raise RefineError(f"shares={self.shares!r}: expected a share for each family, as in {{facts: 0.5}}")
         for name, share in self.shares.items():
-            if name not in SHARED:
-                raise RefineError(f"shares: no family {name!r}{closest(name, SHARED)}; there are {', '.join(SHARED)}")
+            if name not in FAMILIES:
+                raise RefineError(f"shares: no family {name!r}{closest(name, FAMILIES)}; there are {', '.join(FAMILIES)}")
             if not isinstance(share, int | float) or not 0 <= share <= 1:
                 raise RefineError(f"shares: {name} is {share}; a share of rows is between 0 and 1")
         if (total := sum(self.shares.values())) > 1 + 1e-9:
@@ -52,26 +54,50 @@ class PretrainPhase:
         if self.length < SHORTEST_ROW and any(share for name, share in self.shares.items() if name != FACTS):
             raise RefineError(f"rows of {self.length} tokens hold only facts; other families need {SHORTEST_ROW}")
 
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> PretrainPhase:
+        """Make a phase of a mapping, as a YAML file has it.
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that decides the base model. those of the shipped bases: recipes/pretrain_*.yaml.
+        Raises:
+            RefineError: no mapping, a key that is no field, or a field that is missing.
+        """
+        if not isinstance(given, Mapping):
+            raise RefineError(f"phases: {given!r} is no mapping of settings to values")
+        known = {f.name for f in fields(cls)}
+        if unknown := [key for key in given if key not in known]:
+            hint = "; recall_share: s is now shares: {facts: s}" if "recall_share" in unknown else closest(unknown[0], known)
+            raise RefineError(f"phases: unknown key {unknown[0]!r}{hint}")
+        if missing := sorted(known - set(given)):
+            raise RefineError(f"phases: {', '.join(missing)} missing in {dict(given)}")
+        hints = get_type_hints(cls)
+        return cls(**{name: as_meant(f"phases: {name}", value, hints[name]) for name, value in given.items()})
+
+
+@dataclass
+class PretrainConfig(ReFINEConfig):
+    """`ReFINEConfig` with the sizes of a new base and the phases of its data. The shipped bases' settings: recipes/pretrain_*.yaml.
+
+    The learning rate rises for `warmup_steps`, then falls linearly to a tenth (`polynomial`, unless `lr_scheduler_kwargs` say otherwise).
 
     Attributes:
-        model_type: `delta_net`, `gated_deltanet` or `lact_swiglu`.
-        start_from: folder or shipped name of a base of these sizes to go on from, with its tokenizer and new optimizer moments; None
-            starts from nothing.
-        num_heads: of the delta rule, or of LaCT's attention and fast weights.
-        window: LaCT's attention window and chunk, in tokens; short, so that what is further away must be in the fast weights.
-        bf16: matrix products run in bfloat16 (autocast), a quarter to a half faster on CPUs that have them; weights stay float32.
-        store_dtype: of the saved weights, `float32` or `bfloat16`; they load as float32 either way.
-        probe_steps: recall and held-out text are measured after so many steps, and at the end.
-        probe_lengths: tokens of the recall probes' prompts. probes_per_kind: how many for each family, wording and length.
+        max_steps: optimizer steps; by default those of all phases, and at most so many.
+        max_length: tokens of an example: as many rows of a phase as fit into it stand side by side, and go through the model together.
+        model_type: kind of the model, `delta_net`, `gated_deltanet` or `lact_swiglu`.
+        start_from: folder or shipped name of a base of these sizes to train further, with its tokenizer and new optimizer moments; None:
+            a new model.
+        vocab_size: pieces of the tokenizer. hidden_size: width of the model. num_hidden_layers: its layers.
+        intermediate_size: width of its MLPs.
+        num_heads: heads of the delta rule, or of LaCT's attention and fast weights.
+        window: tokens of LaCT's attention window and chunk; short, so that the fast weights must hold what is further away.
+        store_dtype: type of the saved weights, `float32` or `bfloat16`; they load as float32 either way.
+        probe_lengths: tokens of the recall probes' prompts, which every validation measures.
+        probes_per_kind: probes for each family, wording and length.
+        phases: stretches of the training, one after another.
     """
 
-    output_dir: str = "runs/pretrain"
-    seed: int = 0
-    model_type: str = "delta_net"
+    output_dir: str | None = "runs/pretrain"
+    objective: Objective = "ntp"
+    model_type: Literal["delta_net", "gated_deltanet", "lact_swiglu"] = "delta_net"
     start_from: str | None = None
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -79,16 +105,7 @@ class PretrainConfig:
     num_heads: int = 2
     intermediate_size: int = 384
     window: int = 64
-    tokens_per_step: int = 4096
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    store_dtype: str = "float32"
-    save_steps: int = 250
-    log_steps: int = 50
-    probe_steps: int = 200
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
     probe_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024])
     probes_per_kind: int = 64
     phases: list[PretrainPhase] = field(
@@ -99,46 +116,69 @@ class PretrainConfig:
         ]
     )
 
+    seed: int = 0
+    max_length: int = 4096
+    per_device_train_batch_size: int = 1
+    train_sampling_strategy: str = "sequential"
+    learning_rate: float = 3e-3
+    lr_scheduler_type: str = "polynomial"
+    warmup_steps: float = 50
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    logging_steps: float = 50
+    save_steps: float = 250
+    save_total_limit: int | None = 2
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 200
+
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size hidden_size num_hidden_layers num_heads intermediate_size window tokens_per_step probes_per_kind".split()
-        )
-        for name in (*sizes, "save_steps", "log_steps", "probe_steps"):
+        self.phases = [phase if isinstance(phase, PretrainPhase) else PretrainPhase.read(phase) for phase in self.phases or ()]
+        if self.max_steps < 1:
+            self.max_steps = self.total_steps
+        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"lr_end": float(self.learning_rate) / 10}
+        if self.total_steps < 1:
+            raise RefineError("pretraining needs phases with at least one step")
+        super().__post_init__()
+        self._check_sizes()
+        if not 1 <= self.max_steps <= self.total_steps:
+            raise RefineError(f"max_steps={self.max_steps}: the phases have {self.total_steps} steps; expected 1 to so many")
+        if self.train_sampling_strategy != "sequential":
+            raise RefineError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r}: phases come one after another; leave it out"
+            )
+        if self.warmup_steps >= self.max_steps:
+            raise RefineError(f"warmup_steps={self.warmup_steps:g} must be fewer than the {self.max_steps} steps of the run")
+        if any(phase.length > self.max_length for phase in self.phases):
+            raise RefineError(f"max_length={self.max_length}: an example must hold at least a row of each phase")
+
+    def _check_sizes(self) -> None:
+        """Refuse sizes that no model has."""
+        sizes = "vocab_size hidden_size num_hidden_layers num_heads intermediate_size window probes_per_kind".split()
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RefineError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        if self.store_dtype not in STORE_DTYPES:
-            raise RefineError(f"store_dtype={self.store_dtype!r} is not one of {', '.join(STORE_DTYPES)}")
-
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> PretrainConfig:
-        """From a mapping such as a YAML file's, with its phases as mappings. RefineError for a key that is none of the fields."""
-        known = {f.name for f in fields(cls)}
-        for key in settings:
-            if key not in known:
-                raise RefineError(f"unknown key {key!r}{closest(key, known)}")
-        given = dict(settings)
-        if "phases" in given:
-            given["phases"] = [_read_phase(phase) for phase in given["phases"]]
-        return cls(**given)
+        if self.model_type == "lact_swiglu" and self.num_heads != 2:
+            raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")
 
     @property
     def total_steps(self) -> int:
-        return sum(p.steps for p in self.phases)
+        """Count the steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
     @property
     def families(self) -> list[str]:
-        """Those that any phase trains on, in the order of `SHARED`."""
-        return [name for name in SHARED if any(p.shares.get(name) for p in self.phases)]
+        """List the families that any phase trains on, in the order of `FAMILIES`."""
+        return [name for name in FAMILIES if any(phase.shares.get(name) for phase in self.phases)]
 
+    def phase_at(self, step: int) -> PretrainPhase:
+        """Return the phase that a step, counted from 0, belongs to."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(f"the phases have {self.total_steps} steps")
 
-def _read_phase(given: Mapping[str, Any]) -> PretrainPhase:
-    known = {f.name for f in fields(PretrainPhase)}
-    if unknown := [key for key in given if key not in known]:
-        hint = "; recall_share: s is now shares: {facts: s}" if "recall_share" in unknown else closest(unknown[0], known)
-        raise RefineError(f"phases: unknown key {unknown[0]!r}{hint}")
-    if missing := sorted(known - set(given)):
-        raise RefineError(f"phases: {', '.join(missing)} missing in {dict(given)}")
-    return PretrainPhase(**given)
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as plain values, for loggers and model cards."""
+        return {**super().to_dict(), "phases": [asdict(phase) for phase in self.phases]}

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 from tests.device_rules import DeviceRules, Readings, host
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, generator, ids
@@ -15,8 +16,8 @@ STEPS = {
     "closed form": ({"estimator": "closed_form"}, 0),
     "closed form, gain": ({"estimator": "closed_form", "token_weights": "context_gain"}, 0),
     "closed form, selected": ({"estimator": "closed_form", "token_weights": "selected"}, 0),
-    "paper": ({"reward": "hybrid"}, 1),
-    "published": ({"reward": "hybrid", "published": True}, 1),
+    "paper": ({"reward_funcs": "hybrid"}, 1),
+    "published": ({"reward_funcs": "hybrid", "published": True}, 1),
     "eight rollouts": ({"num_generations": 8, "baseline": "leave_one_out", "advantage_scale": "global"}, 1),
     "context": ({"selection": "context_kl", "num_generations": 2}, 1),
     "closed form, by segments": ({"estimator": "closed_form", "segment_tokens": 64}, 0),

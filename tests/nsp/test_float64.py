@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from refine_nsp.config import NSPConfig
 from refine_nsp.evaluation.likelihood import log_likelihoods
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.rewards import edit_similarity
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training.data import collate
+from refine_nsp.training.micro_batches import to_batch
 from refine_nsp.training.nested import answer_loss
 from refine_nsp.training.scores import wants_gain, with_context_scores
-from refine_nsp.training.trainer import to_batch
 from tests.models.families import FAMILY_NAMES, LACT_VARIANTS, build
 from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.test_step import LENGTHS, generator, ids
@@ -29,7 +29,7 @@ STEPS = {
     "fused": {"schedule": "fused"},
     "snapshot, rewards together": {
         "schedule": "snapshot", "num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out",
-        "reward": ["hybrid", "prefix_match", edit_similarity], "selection": "context_kl", "kl_coef": 0.1, "entropy_coef": 0.1,
+        "reward_funcs": ["hybrid", "prefix_match", edit_similarity], "selection": "context_kl", "kl_coef": 0.1, "entropy_coef": 0.1,
     },
     "reprefill": {"schedule": "reprefill", "selection": "context_gain"},
     "by segments": {"segment_tokens": 40},
@@ -82,7 +82,7 @@ def test_nothing_of_a_hybrids_step_is_narrower(name):
 
 
 @pytest.mark.parametrize("settings", [
-    {"selection": "context_kl", "reward": "hybrid"}, {"estimator": "closed_form"},
+    {"selection": "context_kl", "reward_funcs": "hybrid"}, {"estimator": "closed_form"},
     {"estimator": "closed_form", "token_weights": "context_gain"},
 ])  # fmt: skip
 def test_scores_that_are_kept_are_float64(tmp_path, monkeypatch, settings):

@@ -8,10 +8,10 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.advantage import compute_advantages
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.rollout import sample_rollouts
+from refine_nsp.nsp.rollouts import sample_tokens
 from refine_nsp.nsp.selection import admissible, count_positions, select_positions, smooth_entropy
-from refine_nsp.nsp.step import ReFINEStep
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
@@ -131,7 +131,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:some sequences are too short")
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize(
-    "settings", [{"reward": "hybrid"}, {"num_generations": 2, "kl_coef": 0.1}, {"positions_per_sequence": 1}]
+    "settings", [{"reward_funcs": "hybrid"}, {"num_generations": 2, "kl_coef": 0.1}, {"positions_per_sequence": 1}]
 )
 def test_all_schedules_give_the_same_loss_and_gradients(family, settings):
     reference = build(family, seed=7)
@@ -143,7 +143,7 @@ def test_all_schedules_give_the_same_loss_and_gradients(family, settings):
 def test_by_segments_a_step_is_what_it_is_in_one_piece(family):
     model, found = build(family).train(), []
     for size in (None, 37):
-        step = ReFINEStep(model, NSPConfig(published=True, reward="hybrid", lambda_rl=1.0, segment_tokens=size))
+        step = ReFINEStep(model, NSPConfig(published=True, reward_funcs="hybrid", lambda_rl=1.0, segment_tokens=size))
         result = step(ids(), lengths=LENGTHS, generator=torch.Generator().manual_seed(0))
         result.loss.backward()
         found.append((result, gradients(model)))
@@ -155,8 +155,8 @@ def test_by_segments_a_step_is_what_it_is_in_one_piece(family):
 
 
 def test_positions_at_one_place_have_rollouts_of_their_own_and_are_one_group():
-    step = ReFINEStep(build("delta_net"), NSPConfig(published=True, reward="exact_match", rollout_length=2))
-    record = step.rollout(ids()[1:2, :40], generator=torch.Generator().manual_seed(0))
+    step = ReFINEStep(build("delta_net"), NSPConfig(published=True, reward_funcs="exact_match", rollout_length=2))
+    record = step.sample(ids()[1:2, :40], generator=torch.Generator().manual_seed(0))
     assert record.positions.tolist() == [[19] * 8] and record.num_positions == 8 and record.num_tokens == 16
     assert len({tuple(tokens) for tokens in record.tokens.view(8, 2).tolist()}) == 8
     torch.testing.assert_close(record.advantages.sum(), torch.zeros((), dtype=torch.float64))
@@ -168,7 +168,7 @@ def test_rollouts_do_not_end_and_their_log_probs_are_of_all_tokens():
     drawn = {}
     for published in (False, True):
         step = ReFINEStep(model, NSPConfig(published=published, num_generations=20))
-        drawn[published] = step.rollout(x, generator=torch.Generator().manual_seed(0))
+        drawn[published] = step.sample(x, generator=torch.Generator().manual_seed(0))
     assert (drawn[False].tokens == 2).any() and not (drawn[True].tokens == 2).any()
     record = drawn[True]
     t, rollout = int(record.positions[0, 3]), record.tokens[0, 3, 0]
@@ -184,7 +184,7 @@ def test_what_is_never_drawn_leaves_its_probability_to_the_others():
         p = out.logits[0, -1].softmax(-1)
     p[[0, 4]] = 0
     u = (torch.arange(4000, dtype=torch.float64) + 0.5)[:, None] / 4000
-    tokens, _, _ = sample_rollouts(
+    tokens, _, _ = sample_tokens(
         model, out.snapshots.expand(4000), out.last_hidden_state[:, -1].expand(4000, -1), u, 1.0, never=[0, 4]
     )
     counted = torch.bincount(tokens[:, 0], minlength=6).double() / 4000
@@ -202,8 +202,8 @@ def test_presets_of_the_paper_are_ours_unless_published_is_said(preset):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"estimator": "closed_form"}, "published=True belongs to rollouts; estimator='closed_form'"),
-        ({"smoothing": "none"}, "leave smoothing='none' out"),
+        ({"estimator": "closed_form"}, r"nothing reads published=True \(it needs estimator='sampled'\)"),
+        ({"smoothing": "none"}, r"nothing reads smoothing='none' \(it needs published=False\)"),
         ({"rollout_length": 21}, "keeps min_prefix=20 tokens free at the end .* set rollout_length to at most 20"),
     ],
 )

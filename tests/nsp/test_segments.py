@@ -11,11 +11,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.segments import read_by_segments, segment_ends
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops import linear_cross_entropy
 from refine_nsp.training.phases import MicroBatch, NextToken
-from refine_nsp.training.simulation import counted
+from refine_nsp.estimate.counter import counted
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.schedules import assert_same_gradients, gradients
@@ -27,8 +27,8 @@ ESTIMATORS = {
     "closed form": dict(estimator="closed_form", rollout_length=3, local_window=16),
     "closed form, selected": dict(estimator="closed_form", rollout_length=3, token_weights="selected", min_prefix=5),
     "likelihood": dict(estimator="closed_form", order=math.inf, rollout_length=1, local_window=16),
-    "snapshot": dict(schedule="snapshot", num_generations=2, reward="hybrid", min_prefix=5, baseline="leave_one_out"),
-    "fused": dict(schedule="fused", num_generations=2, reward="hybrid", min_prefix=5, baseline="leave_one_out"),
+    "snapshot": dict(schedule="snapshot", num_generations=2, reward_funcs="hybrid", min_prefix=5, baseline="leave_one_out"),
+    "fused": dict(schedule="fused", num_generations=2, reward_funcs="hybrid", min_prefix=5, baseline="leave_one_out"),
 }
 
 

@@ -50,8 +50,8 @@ def run(argv: Sequence[str]) -> None:
     with args.main_process_first(desc="tokenize") if data_args.dataset_name is not None else nullcontext():
         train, validation = prepare_answers(data_args, tokenizer, args.max_length)
     shortest = min(len(ids) for ids in train["prompt_ids"])
-    if args.objective == "refine" and shortest < args.nsp.shortest:
-        raise RefineError(f"the shortest prompt has {shortest} tokens; --objective refine needs {args.nsp.shortest}")
+    if shortest < (needed := args.phase.shortest):
+        raise RefineError(f"the shortest prompt has {shortest} tokens; --objective {args.objective} needs {needed}")
     if dry_run:
         Console().print(plan(train, validation, options.resolved()).rich())
         return

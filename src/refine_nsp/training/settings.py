@@ -187,9 +187,9 @@ def _check_noise(args: Any) -> None:
     """RefineError for noise on embeddings where a step reads a sequence more than once, and must read the same each time."""
     if args.neftune_noise_alpha is None:
         return
-    more = (
-        "objective='refine' samples and scores by one pass what it learns from in another" if args.objective == "refine" else None
-    )
+    more = None
+    if not args.phase.reads_once:
+        more = f"objective={args.objective!r} samples and scores by one pass what it learns from in another"
     more = f"segment_tokens={args.nsp.segment_tokens} runs segments again" if args.nsp.segment_tokens is not None else more
     if more is not None:
         raise RefineError(

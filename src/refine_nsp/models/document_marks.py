@@ -1,0 +1,229 @@
+"""Where documents packed in one row begin, in the words of transformers, flash-attention, Mamba-2 and flash-linear-attention.
+
+`position_ids` that begin again at 0, `cu_seq_lens_q` and `cu_seq_lens_k` (with `max_length_q`, `max_length_k`) or `cu_seqlens`, which count
+tokens from the first column of all rows, and `seq_idx`, a number for each document, say the same thing. What is said twice must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.documents import Documents
+from refine_nsp.models.padding import Alignment
+from refine_nsp.models.state import FastWeightCache, consumed_tokens
+
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+LONGEST = ("max_length_q", "max_length_k")
+MARKS = ("position_ids", *BOUNDARIES, *LONGEST, "seq_idx")
+
+
+class _Real:
+    """The real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
+
+    def __init__(self, real: Tensor) -> None:
+        self.n_rows, self.n_tokens = real.shape
+        self.columns = real.flatten().nonzero()[:, 0]
+        self.rows = self.columns // max(self.n_tokens, 1)
+        self.begins_row = _changes(self.rows)
+
+    def where(self, index: int) -> str:
+        """Name a token's place in messages."""
+        column = int(self.columns[index])
+        return f"row {column // self.n_tokens}, column {column % self.n_tokens}"
+
+
+def find_documents(
+    marks: Mapping[str, Any], aligned: Alignment | None, n_rows: int, n_tokens: int, past: FastWeightCache | None
+) -> Documents | None:
+    """The documents of [B, T] columns; None when every row is a single one, as without marks.
+
+    Args:
+        marks: values of `MARKS`, None where not given, and `cache_position`.
+        aligned: the real tokens, or None: all.
+        past: states that the rows continue from.
+
+    Raises:
+        RefineError: marks that are not what their names promise, or that contradict each other.
+    """
+    given = {name: value for name, value in marks.items() if value is not None}
+    if not given:
+        return None
+    real = torch.ones(n_rows, n_tokens, dtype=torch.bool) if aligned is None else aligned.real(n_tokens)
+    columns = past.columns if past is not None else 0
+    if "cache_position" in given:
+        _check_cache_position(given["cache_position"], columns, n_tokens)
+    numbers = _grid("seq_idx", given["seq_idx"], n_rows, n_tokens) if "seq_idx" in given else None
+    if numbers is not None:
+        real = real & (numbers >= 0)  # causal-conv1d leaves out what has a negative number
+    tokens, begins = _Real(real), {}
+    for name in BOUNDARIES:
+        if name in given:
+            begins[name] = _by_boundaries(name, given[name], tokens)
+    if numbers is not None:
+        begins["seq_idx"] = _by_numbers(numbers, tokens)
+    if "position_ids" in given:
+        places = _grid("position_ids", given["position_ids"], n_rows, n_tokens)
+        begins["position_ids"] = _by_positions(places, tokens, consumed_tokens(past, n_rows), columns)
+    _agree(begins, tokens)
+    documents = Documents.of(real, next(iter(begins.values())) if begins else tokens.begins_row)
+    _check_longest(given, documents)
+    if len(documents.rows) == n_rows and (numbers is None or bool((numbers >= 0).all())):
+        return None
+    if past is not None and past.is_initialized:
+        raise RefineError(
+            f"{', '.join(begins)} packs documents behind past_key_values, which hold one; a document of a packed row starts from a "
+            "fresh state: pass either the cache or the packed rows"
+        )
+    return documents
+
+
+def begins_again(position_ids: Any, attention_mask: Any) -> bool:
+    """Whether positions [B, T] do not run on somewhere within a row, as where documents are packed; with a mask, where they fall."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return False
+    if attention_mask is None:
+        return bool((position_ids.diff(dim=1) != 1).any())  # so transformers' attention finds documents
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return False  # a mask that says itself who sees whom
+    real = (attention_mask[:, -position_ids.shape[1] :] != 0).cpu()
+    places = position_ids.cpu().expand_as(real)[real]
+    rows = real.nonzero()[:, 0]
+    return bool(((places.diff() <= 0) & (rows.diff() == 0)).any())
+
+
+def is_packed(keywords: Mapping[str, Any]) -> bool:
+    """Whether the keywords of a call speak of packed documents."""
+    if any(keywords.get(name) is not None for name in (*BOUNDARIES, "seq_idx")):
+        return True
+    return begins_again(keywords.get("position_ids"), keywords.get("attention_mask"))
+
+
+# --- each way to say it: [n] bool over real tokens, true where a document begins -----------------------------------------
+def _by_boundaries(name: str, value: Any, tokens: _Real) -> Tensor:
+    ends = _whole_numbers(name, value)
+    total = tokens.n_rows * tokens.n_tokens
+    if ends.ndim != 1 or len(ends) < 2:
+        raise RefineError(f"{name} must be [documents + 1] numbers such as [0, 5, 12], got the shape {tuple(ends.shape)}")
+    if int(ends[0]) != 0 or int(ends[-1]) != total or bool((ends.diff() < 0).any()):
+        raise RefineError(
+            f"{name} must start at 0, never fall and end at the {total} columns of the input, got {_some(ends)}; it counts columns, "
+            "pads included, all rows one behind the other"
+        )
+    rows = torch.arange(tokens.n_rows) * tokens.n_tokens
+    if not bool(torch.isin(rows, ends).all()):
+        raise RefineError(
+            f"{name}={_some(ends)} has a document that goes over from one row of {tokens.n_tokens} columns to the next"
+        )
+    first = torch.zeros(total + 1, dtype=torch.long)
+    first[ends] = 1
+    return _changes(first.cumsum(0)[tokens.columns])
+
+
+def _by_numbers(numbers: Tensor, tokens: _Real) -> Tensor:
+    flat = numbers.flatten()[tokens.columns]
+    begins = _changes(flat) | tokens.begins_row
+    runs = torch.stack([tokens.rows[begins], flat[begins]], 1)
+    if len(runs.unique(dim=0)) < len(runs):
+        raise RefineError(
+            f"seq_idx comes back to a number in {tokens.where(_repeated(runs, begins))}; a document's tokens must stand together"
+        )
+    return begins
+
+
+def _by_positions(places: Tensor, tokens: _Real, consumed: Tensor, columns: int) -> Tensor:
+    """Rows that count their columns are one document each. Others count real tokens, on from those consumed, or again from 0."""
+    counted = tokens.columns % tokens.n_tokens
+    flat = places.flatten()[tokens.columns]
+    misses = torch.zeros(tokens.n_rows, dtype=torch.long).index_add(0, tokens.rows, (flat != counted + columns).long())
+    by_column = (misses == 0)[tokens.rows]
+    before = flat.roll(1)
+    goes_on = (flat == before + 1) & ~tokens.begins_row
+    starts = tokens.begins_row & (flat == consumed[tokens.rows])
+    again = (flat == 0) & ~tokens.begins_row
+    bad = ~(by_column | goes_on | starts | again)
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0, 0])
+        expected = (
+            f"{int(consumed[tokens.rows[i]])}"
+            if bool(tokens.begins_row[i])
+            else f"{int(before[i]) + 1}, or 0 for another document"
+        )
+        raise RefineError(
+            f"position_ids has {int(flat[i])} in {tokens.where(i)}, expected {expected}: these models count a document's tokens from "
+            "its first one; leave position_ids out, or let them begin again at 0 where a document begins"
+        )
+    return tokens.begins_row | (~by_column & again)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+def _agree(begins: Mapping[str, Tensor], tokens: _Real) -> None:
+    names = list(begins)
+    for name in names[1:]:
+        differs = (begins[name] != begins[names[0]]).nonzero()
+        if len(differs):
+            i = int(differs[0, 0])
+            one, other = (names[0], name) if bool(begins[names[0]][i]) else (name, names[0])
+            raise RefineError(
+                f"{one} begins a document in {tokens.where(i)} and {other} does not; pass only one, or make them agree"
+            )
+
+
+def _check_longest(given: Mapping[str, Any], documents: Documents) -> None:
+    longest = int(documents.lengths.max())
+    for name in LONGEST:
+        if name in given and int(_whole_numbers(name, given[name])) < longest:
+            raise RefineError(f"{name}={int(given[name])} is less than the longest document, which has {longest} tokens")
+
+
+def _check_cache_position(value: Any, columns: int, n_tokens: int) -> None:
+    places = _whole_numbers("cache_position", value)
+    if places.shape != (n_tokens,) or bool((places != columns + torch.arange(n_tokens)).any()):
+        raise RefineError(
+            f"cache_position must count the {n_tokens} columns of the input on from the {columns} that past_key_values have seen, got "
+            f"{_some(places)}; it may be left out"
+        )
+
+
+def _grid(name: str, value: Any, n_rows: int, n_tokens: int) -> Tensor:
+    numbers = _whole_numbers(name, value)
+    if numbers.ndim != 2 or numbers.shape[1] != n_tokens or numbers.shape[0] not in (1, n_rows):
+        raise RefineError(
+            f"{name} must be [B, T] = [{n_rows}, {n_tokens}] (or [1, {n_tokens}]), got the shape {tuple(numbers.shape)}"
+        )
+    return numbers.expand(n_rows, n_tokens)
+
+
+def _whole_numbers(name: str, value: Any) -> Tensor:
+    """The value as long, on the host."""
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise RefineError(f"{name} must be whole numbers, got {type(value).__name__}") from None
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise RefineError(f"{name} must be whole numbers, got {numbers.dtype}")
+    return numbers.cpu().long()
+
+
+def _changes(values: Tensor) -> Tensor:
+    """[n] bool: true at the first value and wherever a value is not the one before."""
+    first = torch.ones(min(1, len(values)), dtype=torch.bool)
+    return torch.cat([first, values[1:] != values[:-1]])
+
+
+def _repeated(runs: Tensor, begins: Tensor) -> int:
+    seen: set[tuple[int, ...]] = set()
+    for run, index in zip(runs.tolist(), begins.nonzero()[:, 0].tolist(), strict=True):
+        if tuple(run) in seen:
+            return index
+        seen.add(tuple(run))
+    return 0
+
+
+def _some(values: Tensor) -> str:
+    shown = [str(v) for v in values.flatten()[:8].tolist()]
+    return f"[{', '.join(shown)}{', ...' if values.numel() > 8 else ''}]"

@@ -1,0 +1,217 @@
+"""Documents packed in one row: rows of their own inside, the caller's layout outside.
+
+A boundary is a fresh state. So nothing below this edge knows of packing: a document becomes a row, padded on the right, and its outputs go
+back to the columns it came from. Documents of about one length run together; those of very different lengths run apart, since a row per
+document would otherwise be mostly pads (one of 7,000 tokens with a hundred of 12: 86 times the tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_nsp.models.outputs import FastWeightModelOutput
+from refine_nsp.models.state import FastWeightCache, StatesOfPass
+
+PADS_PER_TOKEN = 0.25  # of documents that run together, at the most
+
+# x [N, T'] ids or [N, T', D], lengths [N] long on the host, tokens [N, P] of snapshots or None -> the outputs of N rows
+RunRows = Callable[[Tensor, Tensor, "Tensor | None"], FastWeightModelOutput]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """N documents in B rows of T columns, in their order; a row without a real token has one without tokens, at the end. On the host."""
+
+    n_rows: int
+    n_tokens: int
+    columns: Tensor  # [n] long, the real tokens in the flattened input
+    first: Tensor  # [N] long, each document's first token among these
+    lengths: Tensor  # [N] long, its tokens
+    rows: Tensor  # [N] long, the row it stands in
+
+    @classmethod
+    def of(cls, real: Tensor, begins: Tensor) -> Documents:
+        """Documents of real tokens [B, T] bool, given which of these (flattened, [n] bool) begin one."""
+        n_rows, n_tokens = real.shape
+        columns = real.flatten().nonzero()[:, 0]
+        first = begins.nonzero()[:, 0]
+        lengths = torch.cat([first, torch.tensor([len(columns)])]).diff()
+        empty = (~real.any(1)).nonzero()[:, 0]
+        none = torch.zeros_like(empty)
+        rows = torch.cat([columns[first] // n_tokens, empty])
+        return cls(n_rows, n_tokens, columns, torch.cat([first, none]), torch.cat([lengths, none]), rows)
+
+    @property
+    def starts(self) -> Tensor:
+        """[B, T] bool, true in the columns where a document begins."""
+        starts = torch.zeros(self.n_rows * self.n_tokens, dtype=torch.bool)
+        starts[self.columns[self.first[self.lengths > 0]]] = True
+        return starts.view(self.n_rows, self.n_tokens)
+
+    def groups(self, together: bool) -> list[Tensor]:
+        """Documents that run together, longest first: all, or as many as keep pads few."""
+        order = self.lengths.argsort(descending=True, stable=True)
+        if together:
+            return [order]
+        groups: list[list[int]] = []
+        longest = tokens = 0
+        for document in order.tolist():
+            length = int(self.lengths[document])
+            pads = (len(groups[-1]) + 1) * longest - tokens - length if groups else 1
+            if not groups or pads > PADS_PER_TOKEN * (tokens + length):
+                groups.append([])
+                longest, tokens = length, 0
+            groups[-1].append(document)
+            tokens += length
+        return [torch.tensor(group) for group in groups]
+
+    def columns_of(self, group: Tensor) -> Tensor:
+        """[N', T'] long: the columns of the flattened input that a group's rows hold; pads repeat a token."""
+        width = max(1, int(self.lengths[group].max()))
+        tokens = self.first[group][:, None] + torch.arange(width).minimum((self.lengths[group][:, None] - 1).clamp(min=0))
+        return self.columns[tokens.clamp(max=len(self.columns) - 1)] if len(self.columns) else torch.zeros_like(tokens)
+
+    def slots(self, groups: Sequence[Tensor]) -> Tensor:
+        """[B*T] long: where each input column is among the groups' rows, flattened one behind the other; for pads the first."""
+        slots = torch.zeros(self.n_rows * self.n_tokens, dtype=torch.long)
+        base = 0
+        for group in groups:
+            columns = self.columns_of(group)
+            real = torch.arange(columns.shape[1]) < self.lengths[group][:, None]
+            slots[columns[real]] = base + real.flatten().nonzero()[:, 0]
+            base += columns.numel()
+        return slots
+
+    def tokens_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Input columns [B, P] (-1: before the first) as documents [B*P] and tokens in them. A pad stands for the token before it."""
+        upto = torch.zeros(self.n_rows * self.n_tokens, dtype=torch.long)
+        upto[self.columns] = 1
+        upto = upto.cumsum(0) - 1
+        rows = torch.arange(self.n_rows)[:, None].expand_as(positions)
+        index = upto[(rows * self.n_tokens + positions.clamp(min=0)).flatten()].clamp(min=0)
+        rows = rows.flatten()
+        if not len(self.columns):
+            return self._ends(rows, first=True), torch.full_like(rows, -1)
+        inside = (positions.flatten() >= 0) & (self.columns[index] // self.n_tokens == rows)
+        # Empty documents come last, so that the others' first tokens are sorted.
+        found = torch.searchsorted(self.first[self.lengths > 0], index, right=True) - 1
+        documents = torch.where(inside, found, self._ends(rows, first=True))
+        return documents, torch.where(inside, index - self.first[documents], -1)
+
+    def last_tokens(self) -> tuple[Tensor, Tensor]:
+        """The last document of each row [B] and its last token."""
+        documents = self._ends(torch.arange(self.n_rows), first=False)
+        return documents, self.lengths[documents] - 1
+
+    def _ends(self, rows: Tensor, first: bool) -> Tensor:
+        """The first or last document of each of `rows`."""
+        order = list(enumerate(self.rows.tolist()))
+        by_row = {row: document for document, row in (reversed(order) if first else order)}
+        return torch.tensor([by_row[row] for row in rows.tolist()], dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """States of some documents of a group: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
+
+    tokens: Tensor
+    rows: Tensor
+    slots: Tensor
+
+
+def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list[_Wanted | None]:
+    """By group, the states wanted after `tokens` [M] of `documents` [M]."""
+    plans: list[_Wanted | None] = []
+    for group in groups:
+        row_of = {document: row for row, document in enumerate(group.tolist())}
+        by_row: list[list[int]] = [[] for _ in row_of]
+        places, slots = [], []
+        for slot, (document, token) in enumerate(zip(documents.tolist(), tokens.tolist(), strict=True)):
+            if document in row_of:
+                row = row_of[document]
+                places.append((row, len(by_row[row])))
+                slots.append(slot)
+                by_row[row].append(token)
+        width = max(map(len, by_row))
+        table = torch.tensor([row + [-1] * (width - len(row)) for row in by_row])
+        rows = torch.tensor([row * width + i for row, i in places])
+        plans.append(_Wanted(table, rows, torch.tensor(slots)) if slots else None)
+    return plans
+
+
+@dataclass(frozen=True)
+class PackedStates:
+    """The states of a pass over packed rows, by the columns of the input, each of the document that stands there."""
+
+    documents: Documents
+    groups: list[Tensor]
+    states: list[StatesOfPass]  # of each group
+
+    def at(self, positions: Tensor) -> FastWeightCache:
+        """See `StatesOfPass.at`."""
+        plans = _wanted(self.groups, *self.documents.tokens_at(positions.cpu()))
+        parts = [(p, s.at(p.tokens).index(p.rows)) for p, s in zip(plans, self.states, strict=True) if p is not None]
+        return _joined([states for _, states in parts], [plan.slots for plan, _ in parts])
+
+
+def _joined(parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
+    return _rows(FastWeightCache.in_order(parts, slots), torch.arange(sum(map(len, slots))))
+
+
+def _rows(states: FastWeightCache, rows: Tensor) -> FastWeightCache:
+    chosen = states.index(rows)
+    assert chosen.lengths is not None
+    return FastWeightCache(chosen.layers, chosen.lengths, int(chosen.lengths.max()))
+
+
+def run_documents(
+    run: RunRows, x: Tensor, documents: Documents, positions: Tensor | None, ends: bool, together: bool
+) -> tuple[FastWeightModelOutput, FastWeightCache | None]:
+    """Run each document as a row of its own and put the outputs back where its tokens stand.
+
+    Args:
+        run: the model on rows that are padded on the right.
+        x: ids [B, T] or embeddings [B, T, D].
+        positions: [B, P] long on the host, input columns of snapshots, or None.
+        ends: whether the state after each row's last document is wanted, which comes back as the second value.
+        together: whether all documents must run in one pass.
+    """
+    groups = documents.groups(together)
+    asked = [documents.tokens_at(positions)] if positions is not None else []
+    asked += [documents.last_tokens()] if ends else []
+    wanted = [torch.cat(parts) for parts in zip(*asked, strict=True)]
+    plans = _wanted(groups, *wanted) if asked else [None] * len(groups)
+    flat, parts, slots = x.flatten(0, 1), [], []
+    outs: list[Any] = []
+    for group, plan in zip(groups, plans, strict=True):
+        rows = flat[documents.columns_of(group).to(x.device, non_blocking=True)]
+        outs.append(run(rows, documents.lengths[group], None if plan is None else plan.tokens))
+        if plan is not None:
+            parts.append(outs[-1].snapshots.index(plan.rows))
+            slots.append(plan.slots)
+    where = documents.slots(groups).to(x.device, non_blocking=True)
+    B, T = documents.n_rows, documents.n_tokens
+
+    def restored(pieces: Sequence[Tensor]) -> Tensor:  # [N', T', D] of each group -> [B, T, D]
+        return torch.cat([piece.flatten(0, 1) for piece in pieces]).index_select(0, where).view(B, T, -1)
+
+    snapshots = final = None
+    if asked:
+        taken, n = FastWeightCache.in_order(parts, slots), len(wanted[0]) - (B if ends else 0)
+        snapshots = _rows(taken, torch.arange(n)) if n else None
+        final = _rows(taken, torch.arange(n, n + B)) if ends else None
+    layers = [out.hidden_states for out in outs]
+    states: Any = None if outs[0].states is None else PackedStates(documents, groups, [out.states for out in outs])
+    out = FastWeightModelOutput(
+        last_hidden_state=restored([out.last_hidden_state for out in outs]),
+        hidden_states=None if layers[0] is None else tuple(restored(pieces) for pieces in zip(*layers, strict=True)),
+        snapshots=snapshots,
+        states=states,
+        document_starts=documents.starts,
+    )
+    return out, final

@@ -1,0 +1,67 @@
+"""The edge of a trunk, where what callers say of pads and packed documents becomes rows of real tokens, and outputs their layout again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models.document_marks import find_documents
+from refine_nsp.models.documents import run_documents
+from refine_nsp.models.outputs import FastWeightModelOutput, check_rows
+from refine_nsp.models.padding import alignment, snapshot_tokens
+from refine_nsp.models.protocols import Trunk
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.processes import is_sharded
+
+
+def run_in_rows(
+    trunk: Trunk, x: Tensor, marks: Mapping[str, Any], attention_mask: Tensor | None = None, lengths: Tensor | None = None,
+    past: FastWeightCache | None = None, use_cache: bool | None = None, snapshot_positions: Tensor | None = None,
+    output_states: bool = False, output_hidden_states: bool | None = None,
+) -> FastWeightModelOutput:  # fmt: skip
+    """Run a trunk on what its `forward` was given. `marks`: the keywords of `document_marks.MARKS`, and `cache_position`.
+
+    Packed documents leave a cache only where one is asked for: the state after the last document of each row.
+    """
+    B, T = x.shape[:2]
+    aligned = alignment(attention_mask, lengths, B, T)
+    if past is not None and past.is_initialized:
+        check_rows(past, B, use_cache=False)
+    documents = find_documents(marks, aligned, B, T, past)
+    if use_cache is None:
+        use_cache = bool(trunk.config.use_cache) and not trunk.training and documents is None
+    if documents is None:
+        if past is not None and past.is_initialized:
+            check_rows(past, B, use_cache)
+        tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
+        return trunk.run_rows(x, aligned, past, tokens, use_cache, output_states, bool(output_hidden_states))
+
+    def run(rows: Tensor, lengths: Tensor, tokens: Tensor | None) -> FastWeightModelOutput:
+        inside = alignment(None, lengths, *rows.shape[:2])
+        return trunk.run_rows(rows, inside, None, tokens, False, output_states, bool(output_hidden_states))
+
+    positions = snapshot_tokens(snapshot_positions, None, B, T)
+    # Processes that hold shards of a model run together, so none may run more passes than another.
+    together = is_sharded(trunk)
+    out, final = run_documents(run, x, documents, positions, use_cache, together)
+    out.past_key_values = past
+    if final is not None:
+        cache = past if past is not None else FastWeightCache()
+        cache.advance(final.layers, final.lengths, T)
+        out.past_key_values = cache
+    return out
+
+
+def one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Ids [B, T] or embeddings [B, T, D], whichever was given. Raises a RefineError for both, neither, or no tokens."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise RefineError("pass either input_ids or inputs_embeds")
+    if inputs_embeds is not None:
+        return inputs_embeds
+    assert input_ids is not None
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise RefineError(f"input_ids must be [B, T] with at least one token, got shape {tuple(input_ids.shape)}")
+    return input_ids

@@ -1,0 +1,24 @@
+"""How well K greedy tokens from a position match the text: the measure of next-sequence prediction."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from refine_nsp.nsp.forward import Forward
+from refine_nsp.nsp.records import gather_positions
+from refine_nsp.nsp.rewards import cosine
+
+
+def greedy_match(forward: Forward, positions: Tensor, K: int) -> tuple[float, float, int]:
+    """Sums over K-token greedy continuations at positions [B, P] (-1: none): share of tokens equal, mean cosine; and how many."""
+    model, batch, valid = forward.model, forward.batch, positions.flatten() >= 0
+    prefixes = forward.states(positions)
+    cache, hidden, match, similarity = prefixes.cache, prefixes.hidden, 0.0, 0.0
+    for j in range(1, K + 1):
+        token = model.lm_head(hidden).argmax(-1)
+        hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+        ahead = (positions.clamp(min=0) + j).clamp(max=batch.input_ids.shape[1] - 1)
+        truth, true_hidden = batch.input_ids.gather(1, ahead).flatten(), gather_positions(forward.hidden, ahead).flatten(0, 1)
+        match += float((token == truth)[valid].sum())
+        similarity += float(cosine(hidden=hidden, truth_hidden=true_hidden)[valid].sum())
+    return match / K, similarity / K, int(valid.sum())

@@ -1,0 +1,81 @@
+"""Rollouts (paper, section 3.2): K tokens sampled from each chosen prefix, decoded from its state as one batch of R rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.models.generation import end_tokens
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.forward import Forward
+from refine_nsp.nsp.records import Prefixes, Sampled, inverse_cdf
+from refine_nsp.nsp.selection import count_positions
+
+
+@torch.no_grad()
+def sample(forward: Forward, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
+    """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]; as published, none of them ends."""
+    start = time.perf_counter()
+    tokens, log_probs, hidden = sample_tokens(
+        forward.model,
+        prefixes.cache.detach(),
+        prefixes.hidden.detach(),
+        u.reshape(-1, u.shape[-1]),
+        config.temperature,
+        never=end_tokens(forward.model) if config.published else (),
+    )
+    seconds = {"seconds_select": start - forward.finished, "seconds_rollout": time.perf_counter() - start}
+    return Sampled(
+        positions=prefixes.positions,
+        tokens=tokens.view(u.shape),
+        log_probs=log_probs.view(u.shape),
+        hidden=hidden.view(*u.shape, -1),
+        num_positions=int(count_positions(forward.batch.lengths, config).sum()),
+        metrics=seconds,
+    )
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: CausalModel,
+    snapshots: FastWeightCache,
+    hidden: Tensor,
+    u: Tensor,
+    temperature: float,
+    never: Collection[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample K tokens for each row; the first comes from the prefix's own last hidden state.
+
+    Args:
+        model: a causal model of this package.
+        snapshots: states of B*P prefixes, read only.
+        hidden: [B*P, D], final-norm output at each prefix's last token.
+        u: [R, K] uniforms, neighbouring rows for one prefix.
+        temperature: logits are divided by it.
+        never: tokens that are not drawn; the published code keeps EOS out so, and still takes log-probabilities of all tokens.
+
+    Returns:
+        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution each was drawn from (with `never` in it), nats; hidden
+        states [R, K, D], the final-norm output after consuming token j.
+    """
+    N = u.shape[0] // hidden.shape[0]
+    rows, hidden = model.model.branch(snapshots, N), hidden.repeat_interleave(N, 0)
+    u = u.to(hidden.device, non_blocking=True)
+    tokens, log_probs, states = [], [], []
+    for j in range(u.shape[1]):
+        logits = model.lm_head(hidden)
+        log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        chances = log_p.exp()
+        for unwanted in never:
+            chances[:, unwanted] = 0
+        token = inverse_cdf(chances, u[:, j])
+        hidden = rows.advance(token)
+        tokens.append(token)
+        log_probs.append(log_p.gather(-1, token[:, None])[:, 0])
+        states.append(hidden)
+    return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(states, 1)

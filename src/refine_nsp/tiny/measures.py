@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import read_run
 from refine_nsp.tiny.documents import Writer
@@ -53,7 +53,7 @@ def family_probes(
     return sets
 
 
-def score_all(model: FastWeightForCausalLM, probes: Mapping[str, ProbeSet]) -> dict[str, float]:
+def score_all(model: CausalModel, probes: Mapping[str, ProbeSet]) -> dict[str, float]:
     """Score every set of probes: `recall_SET_FIGURE` for each figure of a `RecallScore`."""
     scores = {name: asdict(score_probes(model, probe)) for name, probe in probes.items()}
     return {f"{RECALL}{name}_{figure}": value for name, score in scores.items() for figure, value in score.items()}

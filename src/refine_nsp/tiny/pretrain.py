@@ -27,6 +27,7 @@ from refine_nsp.files import make_folder, read_json_lines, write_atomically
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model, load_tokenizer
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.passes import next_tokens, run_hidden
 from refine_nsp.nsp.records import Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
@@ -105,14 +106,14 @@ class WeightedTokens(NextToken):
         """Count the targets, each as often as it weighs."""
         return {"targets": float(weights_of_targets(batch).sum())}
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Return this micro-batch's share of the mean over the weighted targets of the step."""
         hidden = run_hidden(model, batch.sequences, self.config)
         weights = weights_of_targets(batch).to(hidden.device) / batch.totals["targets"]
         loss, _ = linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch.sequences), weights.flatten())
         return loss, {"loss_ntp": loss.detach()}
 
-    def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
         """Score text and probes in float32, as the stored model will be used."""
         with torch.autocast(model.device.type, enabled=False):
             # Every process scores all probes, so `probed` counts the processes that the figures are summed over.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_type_hints
 
-from refine_nsp.config import Objective
+from refine_nsp.config import Objective, Ranges, check_ranges
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.fields import Reader, setting
 from refine_nsp.tiny.documents import SHORTEST_ROW
 from refine_nsp.tiny.families import FACTS, FAMILIES
-from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.arguments import ReFINEConfig, with_notes
 from refine_nsp.training.settings import as_meant
 
 
@@ -73,9 +74,19 @@ class PretrainPhase:
         return cls(**{name: as_meant(f"phases: {name}", value, hints[name]) for name, value in given.items()})
 
 
+SIZES: Ranges = (
+    (
+        ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "window", "probes_per_kind"),
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+)
+
+
+@with_notes
 @dataclass
 class PretrainConfig(ReFINEConfig):
-    """`ReFINEConfig` with the sizes of a new base and the phases of its data. The shipped bases' settings: recipes/pretrain_*.yaml.
+    """Extend `ReFINEConfig` by the sizes of a new base and the phases of its data. The shipped bases' settings: recipes/pretrain_*.yaml.
 
     The learning rate rises for `warmup_steps`, then falls linearly to a tenth (`polynomial`, unless `lr_scheduler_kwargs` say otherwise).
 
@@ -85,7 +96,9 @@ class PretrainConfig(ReFINEConfig):
         model_type: kind of the model, `delta_net`, `gated_deltanet` or `lact_swiglu`.
         start_from: folder or shipped name of a base of these sizes to train further, with its tokenizer and new optimizer moments; None:
             a new model.
-        vocab_size: pieces of the tokenizer. hidden_size: width of the model. num_hidden_layers: its layers.
+        vocab_size: pieces of the tokenizer.
+        hidden_size: width of the model.
+        num_hidden_layers: layers of the model.
         intermediate_size: width of its MLPs.
         num_heads: heads of the delta rule, or of LaCT's attention and fast weights.
         window: tokens of LaCT's attention window and chunk; short, so that the fast weights must hold what is further away.
@@ -95,37 +108,41 @@ class PretrainConfig(ReFINEConfig):
         phases: stretches of the training, one after another.
     """
 
-    output_dir: str | None = "runs/pretrain"
-    objective: Objective = "ntp"
-    model_type: Literal["delta_net", "gated_deltanet", "lact_swiglu"] = "delta_net"
-    start_from: str | None = None
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    num_heads: int = 2
-    intermediate_size: int = 384
-    window: int = 64
-    store_dtype: Literal["float32", "bfloat16"] = "float32"
-    probe_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024])
-    probes_per_kind: int = 64
-    phases: list[PretrainPhase] = field(
+    model_type: Literal["delta_net", "gated_deltanet", "lact_swiglu"] = setting("delta_net", common=True, resume=True)
+    start_from: str | None = setting(None, common=True, resume=True)
+    vocab_size: int = setting(2048, common=True, resume=True)
+    hidden_size: int = setting(128, common=True, resume=True)
+    num_hidden_layers: int = setting(4, common=True, resume=True)
+    num_heads: int = setting(2, common=True, resume=True)
+    intermediate_size: int = setting(384, common=True, resume=True)
+    window: int = setting(
+        64, read_by=Reader("model_type='lact_swiglu'", lambda args: args.model_type == "lact_swiglu"), resume=True
+    )
+    store_dtype: Literal["float32", "bfloat16"] = setting("float32", common=True)
+    probe_lengths: list[int] = setting(default_factory=lambda: [256, 512, 1024], common=True)
+    probes_per_kind: int = setting(64, common=True)
+    phases: list[PretrainPhase] = setting(
         default_factory=lambda: [
             PretrainPhase(300, 128, {FACTS: 0.6}, 1.0, 4.0),
             PretrainPhase(500, 256, {FACTS: 0.4}, 0.6, 2.0),
             PretrainPhase(1000, 512, {FACTS: 0.3}, 0.3, 1.0),
-        ]
+        ],
+        resume=True,
     )
 
+    # Pretraining's own defaults for what every training has.
+    output_dir: str | None = "runs/pretrain"
+    objective: Objective = setting("ntp", resume=True)
     seed: int = 0
-    max_length: int = 4096
+    max_length: int = setting(4096, common=True, resume=True)
     per_device_train_batch_size: int = 1
     train_sampling_strategy: str = "sequential"
-    learning_rate: float = 3e-3
-    lr_scheduler_type: str = "polynomial"
+    learning_rate: float = setting(3e-3, common=True, resume=True)
+    lr_scheduler_type: str = setting("polynomial", resume=True)
     warmup_steps: float = 50
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, resume=True)
     adam_beta2: float = 0.95
-    logging_steps: float = 50
+    logging_steps: float = setting(50, common=True)
     save_steps: float = 250
     save_total_limit: int | None = 2
     eval_strategy: str = "steps"
@@ -140,7 +157,9 @@ class PretrainConfig(ReFINEConfig):
         if self.total_steps < 1:
             raise RefineError("pretraining needs phases with at least one step")
         super().__post_init__()
-        self._check_sizes()
+        check_ranges(self, SIZES)
+        if self.model_type == "lact_swiglu" and self.num_heads != 2:
+            raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")
         if not 1 <= self.max_steps <= self.total_steps:
             raise RefineError(f"max_steps={self.max_steps}: the phases have {self.total_steps} steps; expected 1 to so many")
         if self.train_sampling_strategy != "sequential":
@@ -151,15 +170,6 @@ class PretrainConfig(ReFINEConfig):
             raise RefineError(f"warmup_steps={self.warmup_steps:g} must be fewer than the {self.max_steps} steps of the run")
         if any(phase.length > self.max_length for phase in self.phases):
             raise RefineError(f"max_length={self.max_length}: an example must hold at least a row of each phase")
-
-    def _check_sizes(self) -> None:
-        """Refuse sizes that no model has."""
-        sizes = "vocab_size hidden_size num_hidden_layers num_heads intermediate_size window probes_per_kind".split()
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.model_type == "lact_swiglu" and self.num_heads != 2:
-            raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")
 
     @property
     def total_steps(self) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.adapters import head_weight
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 
 BATCH_TOKENS = 8192
@@ -43,7 +44,7 @@ class RecallScore:
 
 
 @torch.no_grad()
-def answer_logits(model: FastWeightForCausalLM, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
+def answer_logits(model: CausalModel, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each probe the logits [A, V] float32 of its answer, given the prompt and the answer so far, and the answer [A].
 
     As many probes as fit into `BATCH_TOKENS` go through the model together.
@@ -74,7 +75,7 @@ def score_answers(answers: Iterable[tuple[Tensor, Tensor]], temperature: float =
     )
 
 
-def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
+def score_probes(model: CausalModel, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
     """Score one set of probes under the distribution at `temperature`."""
     return score_answers(answer_logits(model, probes), temperature)
 
@@ -90,7 +91,7 @@ class TextScore:
 
 
 @torch.no_grad()
-def score_text(model: FastWeightForCausalLM, windows: Tensor, temperature: float = 1.0) -> TextScore:
+def score_text(model: CausalModel, windows: Tensor, temperature: float = 1.0) -> TextScore:
     """Score windows [n, T] long, each from a fresh state, under the distribution at `temperature`."""
     n, T = windows.shape
     loss = accuracy = entropy = sampled = 0.0
@@ -98,7 +99,7 @@ def score_text(model: FastWeightForCausalLM, windows: Tensor, temperature: float
         hidden = model.model(rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = rows[:, 1:].flatten()
         weights = torch.ones(len(targets), device=model.device)
-        total, stats = linear_cross_entropy(hidden / temperature, model.lm_head.weight, targets, weights)
+        total, stats = linear_cross_entropy(hidden / temperature, head_weight(model), targets, weights)
         loss += float(total)
         sampled += float((-stats.nll).exp().sum())
         accuracy += float((stats.argmax == targets).sum())

@@ -102,7 +102,7 @@ def far_tokens(model: FastWeightForCausalLM, windows: Tensor, W: int) -> list[li
 
     These are the greatest `FAR_SHARE` of the context scores of all windows.
     """
-    config = NSPConfig(local_window=W, local_span=SPAN)
+    config = NSPConfig(selection="context_kl", local_window=W, local_span=SPAN)
     scores = []
     for row in windows:
         batch = Batch.of(row[None])

@@ -101,9 +101,8 @@ def test_folders_of_earlier_releases_are_compared_and_that_is_said():
 
 
 def test_digests_of_documents_depend_on_what_is_asked(tmp_path):
-    a = EvaluationArguments(tasks=["ntp"])
     asked = [
-        DocumentTask(name, [text], replace(a, **changes)).questions()[f"{name}-0"]
+        DocumentTask(name, [text], EvaluationArguments(tasks=[name], **changes)).questions()[f"{name}-0"]
         for name, text, changes in (
             ("ntp", "a text", {}), ("ntp", "a text", {"window": 64}), ("ntp", "a text", {"bucket": 7}),  # of the same targets
             ("ntp", "another", {}), ("ntp", "a text", {"document_tokens": 5}),

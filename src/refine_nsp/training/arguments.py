@@ -179,6 +179,7 @@ class ReFINEConfig(TrainingArguments):
         check_choices(self)
         check_ranges(self, RANGES)
         check_read(self)
+        self._check_noise()
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
@@ -202,6 +203,22 @@ class ReFINEConfig(TrainingArguments):
     def _compares_micro_batches(self) -> bool:
         """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
         return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
+
+    def _check_noise(self) -> None:
+        """Refuse noise on embeddings where a step reads a sequence more than once, and must read the same each time.
+
+        Raises:
+            RefineError: the setting, and which of the others reads a sequence again.
+        """
+        if self.neftune_noise_alpha is None or (self.phase.reads_once and self.nsp.segment_tokens is None):
+            return
+        more = f"objective={self.objective!r} samples and scores by one pass what it learns from in another"
+        if self.nsp.segment_tokens is not None:
+            more = f"segment_tokens={self.nsp.segment_tokens} runs segments again"
+        raise RefineError(
+            f"neftune_noise_alpha={self.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
+            "out, or train by the cross-entropy alone"
+        )
 
     def _check_method(self) -> None:
         """RefineError where the run's settings and the method's do not fit together."""

@@ -17,7 +17,6 @@ from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, notes, setting
 from refine_nsp.nsp.rewards import resolve_reward
 from refine_nsp.training.phases import PHASES, Phase
-from refine_nsp.training.scores import wants_gain
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
 
@@ -222,8 +221,6 @@ class ReFINEConfig(TrainingArguments):
                 f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
                 "it at 1"
             )
-        if self.context_scores == "cached" and not self.phase.reads_scores:
-            wants_gain(nsp)  # says what would need them
         if self.log_completions and not nsp.samples_rollouts:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:

@@ -15,9 +15,11 @@ from refine_nsp.commands.model_options import DEFAULT_MODEL
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load, load_model
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.picture import picture_page
@@ -28,6 +30,8 @@ TOKENS = 256  # of no text in particular, that the state is measured after when 
 COMMON = (
     "model_name_or_path file output max_tokens preset selection positions_per_sequence rollout_length num_generations reward_funcs seed"
 ).split()
+
+WITH_TEXT = Reader("a text to look at, by file", lambda a: a.file is not None)
 
 
 @dataclass
@@ -42,11 +46,14 @@ class InspectArguments:
         seed: of positions and rollouts.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    file: str | None = None
-    output: str = "inspect.html"
-    max_tokens: int = 2048
-    seed: int = 0
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    file: str | None = setting(None, common=True)
+    output: str = setting("inspect.html", read_by=WITH_TEXT, common=True)
+    max_tokens: int = setting(2048, read_by=WITH_TEXT, common=True)
+    seed: int = setting(0, read_by=WITH_TEXT, common=True)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
 
 def options_of() -> Options:
@@ -91,10 +98,11 @@ def positional(argv: Sequence[str]) -> list[str]:
     return [w for pair in zip(names, words[:count], strict=False) for w in pair] + words[count:]
 
 
-def model_facts(model: FastWeightForCausalLM, ids: Tensor) -> Table:
+def model_facts(model: CausalModel, ids: Tensor) -> Table:
     """Parameters, size of the state after ids [T] long, and which kernels compute it."""
     with torch.no_grad():
-        cache = model.model(ids[None], use_cache=True).past_key_values
+        cache = FastWeightCache()
+        model.model(ids[None], past_key_values=cache, use_cache=True)
     parameters = sum(p.numel() for p in model.parameters())
     rows: list[list[Cell]] = [
         ["family", model.config.model_type],

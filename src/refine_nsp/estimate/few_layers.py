@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from refine_nsp.models import with_states
 from refine_nsp.models.families import FAMILIES
-from refine_nsp.models.hybrid import with_states
 
-WithAdapters = Callable[[PreTrainedModel], nn.Module]
+WithAdapters = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.edge import one_input, read
+from refine_nsp.models.document_marks import MARKS
 from refine_nsp.models.keywords import refuse_unknown
-from refine_nsp.models.marks import MARKS
+from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
 from refine_nsp.models.padding import Alignment, columns_to_tokens
-from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
+from refine_nsp.models.protocols import CausalModel, StateMixer, Trunk
+from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, TracedStates
 from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
 from refine_nsp.ops.swiglu import swiglu
@@ -59,18 +60,12 @@ class SwiGLUMLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class Mixer(Protocol):
-    """What mixes tokens in a block, and makes a family: an `nn.Module` of a config.
+class Mixer(StateMixer, Protocol):
+    """Mixes tokens in a block: an `nn.Module` of a config, which makes a family.
 
     Attributes:
-        fast_weight_names: its submodules and parameters that write to and read from the fast weights.
-        shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
-            again costs less than carrying a state on for every row.
-        without_kernels: what of it runs on PyTorch's operations although kernels are there, in words; or None.
+        without_kernels: which part runs on PyTorch's operations although kernels are there, in words; or None.
     """
-
-    fast_weight_names: tuple[str, ...]
-    shares_states: bool
 
     @property
     def without_kernels(self) -> str | None: ...
@@ -142,6 +137,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
     mixer_class: ClassVar[type[Any]]
+    cuts_at_positions = False
+    rereads_prefixes = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -151,6 +148,11 @@ class FastWeightModel(FastWeightPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        return f"{self.config.model_type} ({type(self).__name__})"
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -203,7 +205,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             snapshot_positions: [B, P] long, input column of the last token of each prefix (-1: before the first).
             output_states: also return `states`, from which snapshots can be taken after the outputs are known.
             position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, cu_seqlens, seq_idx: where documents that are
-                packed in one row begin, each from a fresh state (`models/marks.py`).
+                packed in one row begin, each from a fresh state (`models/document_marks.py`).
             cache_position: may count the columns, which these models know.
 
         Raises:
@@ -217,7 +219,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         }  # fmt: skip
         if past_key_values is not None and not isinstance(past_key_values, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past_key_values).__name__}")
-        out = read(
+        out = run_in_rows(
             self, one_input(input_ids, inputs_embeds), marks, attention_mask, lengths, past_key_values, use_cache, snapshot_positions,
             output_states, output_hidden_states,
         )  # fmt: skip
@@ -227,7 +229,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
         output_states: bool, output_hidden_states: bool,
     ) -> FastWeightModelOutput:  # fmt: skip
-        """As `edge.Trunk.run_rows`."""
+        """See `protocols.Trunk.run_rows`."""
         B, T = x.shape[:2]
         row_lengths = None if aligned is None else aligned.lengths
         reads_only = not (use_cache or output_states or output_hidden_states) and tokens is None and aligned is None
@@ -254,7 +256,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             past_key_values=self._advance(past, kept.finals, offsets + final[:, 0] + 1, T) if use_cache else past,
             hidden_states=tuple(hidden) if output_hidden_states else None,
             snapshots=kept.snapshots_after(offsets),
-            states=PrefixStates(kept.traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
+            states=PrefixStates(TracedStates(kept.traces, offsets), columns_to_tokens(aligned, T)) if output_states else None,
         )
 
     def branch(self, cache: FastWeightCache, n: int) -> Branches:
@@ -272,7 +274,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
     @staticmethod
     def _advance(past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int) -> FastWeightCache:
         cache = past if past is not None else FastWeightCache()
-        cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
+        cache.advance(layers, lengths, n_columns)
         return cache
 
 
@@ -283,7 +285,7 @@ def _unwrapped(mixer: Any) -> Mixer:
 class Branches:
     """R = S*n rows that go on together from S states, a token at a time. Made by `FastWeightModel.branch`."""
 
-    def __init__(self, model: FastWeightModel, cache: FastWeightCache, n: int) -> None:
+    def __init__(self, model: Trunk, cache: FastWeightCache, n: int) -> None:
         self.model = model
         self.shared = all(mixer.shares_states for mixer in model.mixers)
         self.cache = cache if self.shared else cache.expand(n)
@@ -328,7 +330,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         return self.model
 
     def forward(
-        self,
+        self: CausalModel,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -340,7 +342,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         lengths: Tensor | None = None,
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
-        step: Callable[[FastWeightForCausalLM], Any] | None = None,
+        step: Callable[[CausalModel], Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,

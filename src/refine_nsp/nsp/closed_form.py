@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import local_hidden
 from refine_nsp.nsp.forward import Forward, run_hidden
@@ -39,7 +39,7 @@ class Weighing:
 
 
 def refine_in_closed_form(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     batch: Batch,
     config: NSPConfig,
     draws: Draws,
@@ -52,7 +52,7 @@ def refine_in_closed_form(
 
 
 @torch.no_grad()
-def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
+def weigh(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
     """w_t before it is normalised: 1 at selected positions, or the context score of every token."""
     if config.token_weights == "selected":
         detached = hidden.detach()
@@ -79,7 +79,7 @@ def _no_states(positions: Tensor) -> FastWeightCache:
 
 @part("logits")
 def learn_in_closed_form(
-    model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
+    model: CausalModel, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
 ) -> StepResult:
     """lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t, by blocks of tokens."""
     given = learning.policy_normalizer

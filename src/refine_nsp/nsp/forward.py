@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.segments import read_by_segments
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.next_token import next_token_loss
@@ -30,7 +30,7 @@ class Forward:
     hidden: [B, T, D] after the final norm. loss_ntp: scalar. stats: per token, [B*T], no gradient. take: positions [B, P] -> states.
     """
 
-    model: FastWeightForCausalLM
+    model: CausalModel
     batch: Batch
     hidden: Tensor
     loss_ntp: Tensor
@@ -79,8 +79,8 @@ class Recomputed(Forward):
         for p in range(positions.shape[1]):
             lengths = positions[:, p] + 1
             width = max(1, int(lengths.max()))
-            out = self.model.model(self.batch.input_ids[:, :width], lengths=lengths, use_cache=True)
-            caches.append(out.past_key_values)
+            caches.append(FastWeightCache())
+            self.model.model(self.batch.input_ids[:, :width], lengths=lengths, past_key_values=caches[-1], use_cache=True)
         return Prefixes(positions, gather_positions(self.hidden, positions).flatten(0, 1), FastWeightCache.stack(caches))
 
     def replay(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Replayed:
@@ -107,7 +107,7 @@ PASSES: dict[str, type[Forward]] = {"auto": HandedOver, "fused": HandedOver, "sn
 
 
 def run(
-    model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, normalizer: Normalizer = None, positions: Tensor | None = None
+    model: CausalModel, batch: Batch, config: NSPConfig, normalizer: Normalizer = None, positions: Tensor | None = None
 ) -> Forward:
     """Run the sequences; keep what states need, for `positions` only when those are known already."""
     kind = PASSES[config.schedule]
@@ -116,7 +116,7 @@ def run(
         with part("forward"):
             parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
         loss, stats = next_token_loss(model, parts.hidden, batch, normalizer)
-        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else lambda _: parts.snapshots)  # type: ignore[arg-type,return-value]
+        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else _always(parts.snapshots))
     with part("forward"):
         out = model.model(
             batch.input_ids,
@@ -126,12 +126,22 @@ def run(
             use_cache=False,
         )
     loss, stats = next_token_loss(model, out.last_hidden_state, batch, normalizer)
-    take = (lambda _: out.snapshots) if out.states is None else out.states.at
+    take = _always(out.snapshots) if out.states is None else out.states.at
     return kind(model, batch, out.last_hidden_state, loss, stats, take)
 
 
+def _always(snapshots: FastWeightCache | None) -> Callable[[Tensor], FastWeightCache]:
+    """Make a function of positions that returns the snapshots taken of them on the way."""
+
+    def take(_: Tensor) -> FastWeightCache:
+        assert snapshots is not None
+        return snapshots
+
+    return take
+
+
 @part("forward")
-def run_hidden(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig) -> Tensor:
+def run_hidden(model: CausalModel, batch: Batch, config: NSPConfig) -> Tensor:
     """Final-norm output [B, T, D] of the sequences, where no states are asked for."""
     if (size := segment_size(batch, config)) is not None:
         return read_by_segments(model.model, batch.input_ids, batch.lengths, size).hidden

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.advantage import compare
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Normalizer, Rollouts, Sampled, StepResult
@@ -30,7 +30,7 @@ class ReFINEStep(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, config: NSPConfig | None = None, reference_model: FastWeightForCausalLM | None = None
+        self, model: nn.Module, config: NSPConfig | None = None, reference_model: CausalModel | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -131,7 +131,7 @@ class ReFINEStep(nn.Module):
         return self.model(step=lambda m: self._score(m, batch, positions, rollouts, old_log_probs))
 
     def _score(
-        self, model: FastWeightForCausalLM, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None
+        self, model: CausalModel, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None
     ) -> StepResult:
         c, shape = self.config, tokens.shape
         forward = run(model, batch, c, positions=positions)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch, Normalizer
 from refine_nsp.ops.linear_cross_entropy import TokenStats, linear_cross_entropy
 from refine_nsp.ops.memory import part
@@ -15,7 +15,7 @@ from refine_nsp.ops.memory import part
 
 @part("logits")
 def next_token_loss(
-    model: FastWeightForCausalLM, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
+    model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
 ) -> tuple[Tensor, TokenStats]:
     """Sum of cross-entropies over real targets / normalizer, and per-token statistics at every token [B*T]."""
     weights = target_weights(batch, normalizer, hidden.dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one each
@@ -190,7 +190,7 @@ class Learning:
 
     ntp_normalizer: Normalizer = None
     policy_normalizer: Normalizer = None
-    reference: FastWeightForCausalLM | None = None
+    reference: CausalModel | None = None
     sum_over: Callable[[Tensor], Tensor] | None = None
 
 

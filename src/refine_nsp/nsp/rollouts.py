@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import end_tokens
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Prefixes, Sampled, inverse_cdf
@@ -42,7 +42,7 @@ def sample(forward: Forward, prefixes: Prefixes, config: NSPConfig, u: Tensor) -
 
 @torch.no_grad()
 def sample_tokens(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     snapshots: FastWeightCache,
     hidden: Tensor,
     u: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.advantage import compare
 from refine_nsp.nsp.closed_form import refine_in_closed_form
 from refine_nsp.nsp.forward import Forward, run
@@ -20,7 +20,7 @@ from refine_nsp.nsp.selection import select
 from refine_nsp.ops.memory import part
 
 
-def refine(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
+def refine(model: CausalModel, batch: Batch, config: NSPConfig, draws: Draws, learning: Learning) -> StepResult:
     """The step on policy, all from one pass."""
     forward = run(model, batch, config, learning.ntp_normalizer)
     positions = select(forward, config, draws.positions)  # section 3.1
@@ -64,9 +64,7 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts, config: NSPC
 
 
 @torch.no_grad()
-def reference_log_probs(
-    batch: Batch, rollouts: Rollouts, config: NSPConfig, reference: FastWeightForCausalLM | None
-) -> Tensor | None:
+def reference_log_probs(batch: Batch, rollouts: Rollouts, config: NSPConfig, reference: CausalModel | None) -> Tensor | None:
     """[B, P, N, K] under the frozen reference model, when there is a KL term."""
     if config.kl_coef == 0 or reference is None:
         return None
@@ -75,7 +73,7 @@ def reference_log_probs(
 
 
 @torch.no_grad()
-def first_pass(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
+def first_pass(model: CausalModel, batch: Batch, config: NSPConfig, draws: Draws) -> Judged:
     """Judged rollouts, to be compared and learned from later: the same steps without gradients."""
     forward = run(model, batch, config)
     positions = select(forward, config, draws.positions)
@@ -85,7 +83,7 @@ def first_pass(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, dr
 
 
 def second_pass(
-    model: FastWeightForCausalLM, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
+    model: CausalModel, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
 ) -> StepResult:
     """Learn from rollouts that were made before, by this policy or an earlier one."""
     forward = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
@@ -93,7 +91,7 @@ def second_pass(
 
 
 def one_step(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     batch: Batch,
     config: NSPConfig,
     draws: Draws,

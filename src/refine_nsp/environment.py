@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "lm-eval")
 GIB = 2**30
 
 
+@lru_cache  # a running process keeps the code that it has loaded, and training writes this into every checkpoint's folder
 def installed(package: str) -> str | None:
     """Its version, or None."""
     try:
@@ -37,6 +39,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
     return facts | {"commit": commit_of(Path(__file__).resolve())}
 
 
+@lru_cache  # likewise: what runs is what was there when it was loaded
 def commit_of(file: Path) -> str | None:
     """The commit of the repository that a file is kept in; None where it is in none, whatever repository lies around it."""
     at = ["git", "-C", str(file.parent)]

@@ -154,20 +154,19 @@ def probes(scale: Scale, material: Material, seed: int) -> dict[str, ProbeSet]:
 def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, seed: int) -> list[Task]:
     """RULER's needles, and SQuAD's questions where they are at hand and their documents fit."""
 
-    def tasks(names: list[str], lengths: list[int]) -> list[Task]:
+    def tasks(names: list[str], lengths: list[int], **source: str | None) -> list[Task]:
         if not names or not lengths:
             return []
         return build_tasks(
             EvaluationArguments(
-                tasks=names, lengths=lengths, samples=scale.ruler_prompts, essays=files.essays, squad=files.squad,
-                seed=seed,
+                tasks=names, lengths=lengths, samples=scale.ruler_prompts, seed=seed, **source,
             ),
             tokenizer,
         )  # fmt: skip
 
     asked = ["qa_1"] if files.squad is not None else []
     lengths = list(scale.ruler_lengths)
-    return tasks(["niah"], lengths) + tasks(asked, [n for n in lengths if n >= QA_FROM])
+    return tasks(["niah"], lengths, essays=files.essays) + tasks(asked, [n for n in lengths if n >= QA_FROM], squad=files.squad)
 
 
 # --- questions on documents -------------------------------------------------------------------------------------------

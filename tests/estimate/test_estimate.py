@@ -23,9 +23,9 @@ from refine_nsp.estimate.shapes import ShapesOnly
 from refine_nsp.estimate.small_steps import FLOPS, extrapolate, measure_step
 from refine_nsp.models.load import load_config
 from refine_nsp.training import ReFINEConfig
+from tests.estimate import measured_models
 from tests.models.families import build
 from tests.models.transformers_models import CONFIGS, skip_if_old
-from tests.estimate import measured_models
 
 WINDOWS = {"window_size": 32, "lact_chunk_size": 32}
 NTP = {"objective": "ntp"}

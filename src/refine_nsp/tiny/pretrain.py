@@ -169,9 +169,6 @@ class PreTrainer(ReFINETrainer):
             write_atomically(path, model_card(model, self.args, self.state.global_step, read_json_lines(out / "metrics.jsonl")))
 
 
-# --- model and tokenizer ----------------------------------------------------------------------------------------------
-
-
 def starting_model(args: PretrainConfig, vocab_size: int) -> FastWeightForCausalLM:
     """Make a new model, or one with the weights of `start_from`.
 

@@ -140,9 +140,6 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     return tables[0]
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, text_column: str) -> Material:
     """Prepare text to train on and to measure with; they share no document.
 
@@ -200,9 +197,6 @@ def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
     return Dataset.from_list([{"input_ids": row} for row in torch.cat(steps).tolist()])
 
 
-# --- arms -------------------------------------------------------------------------------------------------------------
-
-
 def run_arm(job: Job, arm: str | None, seed: int | None) -> Figures:
     """Train an arm with a seed and measure it, or without an arm measure the base; read figures that an earlier job has measured."""
     folder = job.out / ("base" if arm is None else f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}")
@@ -254,9 +248,6 @@ def measure(model: FastWeightForCausalLM, material: Material) -> Figures:
         "recall_sampled": mean(score.sampled for score in every),
         "map": [[score.greedy for score in row] for row in known],
     }
-
-
-# --- tables and page --------------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float]) -> str:

@@ -25,8 +25,7 @@ from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.load import load, load_tokenizer
+from refine_nsp.models.load import LoadedModel, load, load_tokenizer
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import curve_plots as run_curves
 from refine_nsp.report.runs import read_run
@@ -210,7 +209,7 @@ def run_arm(job: Job, arm: str | None, seed: int | None) -> Figures:
     return figures
 
 
-def train(job: Job, model: FastWeightForCausalLM, folder: Path, arm: str, seed: int) -> float:
+def train(job: Job, model: LoadedModel, folder: Path, arm: str, seed: int) -> float:
     """Mid-train the model as an arm says, and return the seconds it took."""
     s = job.s
     (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -233,7 +232,7 @@ def read_result(folder: Path, key: dict[str, Any]) -> Figures | None:
     return record["figures"] if record["key"] == json.loads(json.dumps(key)) else None
 
 
-def measure(model: FastWeightForCausalLM, material: Material) -> Figures:
+def measure(model: LoadedModel, material: Material) -> Figures:
     """Measure a model; `map` is the share of needles found, greedy, with a row for each depth and a column for each length."""
     text = score_text(model, material.windows)
     known, unseen = ([[score_probes(model, p) for p in row] for row in grid] for grid in (material.needles, material.unseen))

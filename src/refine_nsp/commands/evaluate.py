@@ -18,8 +18,8 @@ from refine_nsp.environment import environment
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks, digest
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import process_state, to_device
 from refine_nsp.report.evaluation import results_table, write_evaluation
 from refine_nsp.report.tables import Cell, Table
@@ -91,7 +91,7 @@ def harness_names(arguments: EvaluationArguments) -> list[str]:
 
 
 def harness_results(
-    name: str, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments, out: Path
+    name: str, model: CausalModel, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments, out: Path
 ) -> list[TaskResult]:
     """Rows of an lm-eval task (or of each in a group), kept like our own; lm-eval's own aggregates stand beside them."""
     aggregates = out / "lm_eval" / f"{name}.json"

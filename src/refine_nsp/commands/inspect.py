@@ -16,8 +16,9 @@ from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load, load_model
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.picture import picture_page
@@ -91,10 +92,11 @@ def positional(argv: Sequence[str]) -> list[str]:
     return [w for pair in zip(names, words[:count], strict=False) for w in pair] + words[count:]
 
 
-def model_facts(model: FastWeightForCausalLM, ids: Tensor) -> Table:
+def model_facts(model: CausalModel, ids: Tensor) -> Table:
     """Parameters, size of the state after ids [T] long, and which kernels compute it."""
     with torch.no_grad():
-        cache = model.model(ids[None], use_cache=True).past_key_values
+        cache = FastWeightCache()
+        model.model(ids[None], past_key_values=cache, use_cache=True)
     parameters = sum(p.numel() for p in model.parameters())
     rows: list[list[Cell]] = [
         ["family", model.config.model_type],

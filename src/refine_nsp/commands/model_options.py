@@ -13,8 +13,8 @@ from refine_nsp.commands.options import Settings
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import new_adapters, peft
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import adapters_of, load_adapter, load_model
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
@@ -111,9 +111,7 @@ TEST_TIME = (
 )
 
 
-def test_time_trainer(
-    model: FastWeightForCausalLM, ttt: TestTimeArguments, config: TestTimeConfig
-) -> tuple[TestTimeTrainer | None, int]:
+def test_time_trainer(model: CausalModel, ttt: TestTimeArguments, config: TestTimeConfig) -> tuple[TestTimeTrainer | None, int]:
     """The trainer (None without --ttt), and how many prompts it takes together."""
     if ttt.ttt is None:
         return None, 1

@@ -14,9 +14,9 @@ from refine_nsp.commands.generate import read_text
 from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model
 from refine_nsp.commands.options import Options
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.load import check_vocabulary, load
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import to_device
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.tables import Cell, Table
@@ -94,7 +94,7 @@ def text_of(arguments: PromptArguments) -> str:
     return arguments.prompt if arguments.prompt is not None else read_text(Path(str(arguments.prompt_file)))
 
 
-def answer(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[str, float]:
+def answer(model: CausalModel, tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[str, float]:
     """The greedy answer and the seconds it took."""
     start = time.perf_counter()
     hidden, cache = prefill(model, [request.ids])

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.training.phases import PHASES, Phase
 from refine_nsp.training.scores import wants_gain
 from refine_nsp.training.settings import check as check_settings
@@ -132,9 +133,8 @@ class ReFINEConfig(TrainingArguments):
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
-        if self.nsp.schedule == "auto":
-            self.nsp = replace(self.nsp, schedule=self._schedule())
         if "estimator" in self.phase.reads:
+            self.nsp = with_schedule(self.nsp, self.needs)
             self._check_method()
 
     @property
@@ -142,35 +142,14 @@ class ReFINEConfig(TrainingArguments):
         """Make the phase that the objective names, which says what of these settings it uses."""
         return PHASES[self.objective](self.nsp)
 
-    def _schedule(self) -> Literal["fused", "snapshot"]:
-        """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else. By
-        segments, states are cheaper where positions are known."""
-        first = self.steps_per_generation > 1 or self._compares_micro_batches or self.nsp.segment_tokens is not None
-        return "snapshot" if first else "fused"
-
     @property
-    def _compares_micro_batches(self) -> bool:
-        """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
-        return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
+    def needs(self) -> Needs:
+        """Tell what this run asks of the schedule of its rollouts."""
+        return Needs(self.steps_per_generation, self.gradient_accumulation_steps)
 
     def _check_method(self) -> None:
         """RefineError where the run's settings and the method's do not fit together."""
         nsp = self.nsp
-        if self.steps_per_generation > 1 and nsp.schedule == "fused":
-            raise RefineError(
-                f"schedule='fused' samples and learns in one pass, so steps_per_generation={self.steps_per_generation} cannot "
-                "reuse its rollouts; use schedule='snapshot'"
-            )
-        if self._compares_micro_batches and nsp.schedule == "fused":
-            raise RefineError(
-                f"advantage_scale='global' is one scale for the {self.gradient_accumulation_steps} micro-batches of a step, and "
-                "schedule='fused' learns from each before it knows the next; use schedule='snapshot'"
-            )
-        if self.steps_per_generation > 1 and not nsp.samples_rollouts:
-            raise RefineError(
-                f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
-                "it at 1"
-            )
         if self.context_scores == "cached" and not self.phase.reads_scores:
             wants_gain(nsp)  # says what would need them
         if self.log_completions and not nsp.samples_rollouts:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
@@ -128,7 +128,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
 
-    def score(m: FastWeightForCausalLM) -> Tensor:
+    def score(m: CausalModel) -> Tensor:
         return context_divergence(m, batch, run_hidden(m, batch, config), config, gain)
 
     d = model(step=score).cpu()

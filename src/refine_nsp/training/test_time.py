@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig, Objective, check_choices
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
@@ -100,13 +101,13 @@ class TestTimeTrainer:
 
     __test__ = False
 
-    def __init__(self, model: FastWeightForCausalLM, config: TestTimeConfig | None = None) -> None:
+    def __init__(self, model: CausalModel, config: TestTimeConfig | None = None) -> None:
         self.model = model
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
         nsp = self.config.nsp
-        if nsp.published and nsp.schedule == "auto":  # rollouts of all prompts are made before the first step
-            nsp = replace(nsp, schedule="snapshot")
+        # The published code samples the rollouts of all prompts before the first step.
+        nsp = with_schedule(nsp, Needs(beforehand=nsp.published))
         self.phase = PHASES[self.config.objective](nsp)
         self._kept_optimizer: torch.optim.Optimizer | None = None  # scope="never" goes on with it
 
@@ -240,7 +241,7 @@ class TestTimeTrainer:
         batches = [MicroBatch(s, g) for s, g in zip(sequences, generators, strict=True)]
         self.model.eval()
         with torch.no_grad():
-            self.phase.prepare(self.model, batches)
+            self.phase.prepare(cast(nn.Module, self.model), batches)
         for batch in batches:
             if shared:
                 batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
@@ -265,7 +266,7 @@ def as_rows(prompt: Any) -> list[Tensor]:
     return [r.long() for r in rows]
 
 
-def chosen_parameters(model: FastWeightForCausalLM, which: str) -> list[nn.Parameter]:
+def chosen_parameters(model: CausalModel, which: str) -> list[nn.Parameter]:
     """`all`, or those that write and read the fast weights, as each mixer names them."""
     if which == "all":
         return list(model.parameters())
@@ -277,7 +278,7 @@ def chosen_parameters(model: FastWeightForCausalLM, which: str) -> list[nn.Param
     return chosen
 
 
-def linear_layers(model: FastWeightForCausalLM) -> list[nn.Linear]:
+def linear_layers(model: CausalModel) -> list[nn.Linear]:
     """Linear layers of the blocks (not the head)."""
     return [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
 

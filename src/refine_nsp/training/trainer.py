@@ -30,9 +30,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
@@ -56,7 +57,7 @@ from refine_nsp.training.data import collate
 from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
 from refine_nsp.training.given import model_given, tokenized, with_rewards
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
-from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
+from refine_nsp.training.problems import check_best_figure, rounding_problem
 from refine_nsp.training.sampling import ByLength, lengths_of
 from refine_nsp.training.scores import with_context_scores
 from refine_nsp.training.settings import check_arguments, check_machine
@@ -92,7 +93,7 @@ class ReFINETrainer(Trainer):
         self,
         model: nn.Module | str | Path | None = None,
         args: ReFINEConfig | None = None,
-        reference_model: FastWeightForCausalLM | None = None,
+        reference_model: CausalModel | None = None,
         phase: Phase | None = None,
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         peft_config: Any = None,
@@ -119,7 +120,7 @@ class ReFINETrainer(Trainer):
                 stacklevel=2,
             )
         if self._is_sharded and args.objective == "refine":
-            asked, args.nsp = args.nsp.schedule, for_shards(self.model, args.nsp)
+            asked, args.nsp = args.nsp.schedule, with_schedule(args.nsp, Needs(shards=self.model))
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
         self.nsp: NSPConfig = args.nsp

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.next_token import next_tokens
-from refine_nsp.nsp.records import Batch, uniforms
+from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
 
@@ -21,16 +21,14 @@ SEED = 0
 
 
 @torch.no_grad()
-def validate(
-    model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device
-) -> dict[str, float]:
+def validate(model: CausalModel, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device) -> dict[str, float]:
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = replace(config, schedule="auto", selection="uniform", draw=None)
     rows = 0
     for inputs in batches:
         batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
-        sequence_pass = run(model, batch, at_random, 1.0)
+        sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)))
         stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
         sums["nll"] += float(stats.nll[mask].double().sum())
         sums["correct"] += float((stats.argmax == targets)[mask].sum())

@@ -24,9 +24,9 @@ SETTLE_TOKENS = 1024  # of a first step, after which the process has what it nee
 def measure(length: int, segment: int) -> dict[str, float]:
     """Resident bytes beyond those before the step, at their peak, and seconds of the step."""
     from refine_nsp import NSPConfig, load
+    from refine_nsp.estimate.counter import counted
     from refine_nsp.nsp.records import Batch
     from refine_nsp.training.phases import MicroBatch, NextToken
-    from refine_nsp.training.simulation import counted
 
     torch.set_num_threads(1)
     model = load("refine-nsp/tiny-delta-net")[0].train()

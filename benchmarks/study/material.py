@@ -16,7 +16,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.evaluation.tasks import EvaluationArguments, Task, build_tasks
+from refine_nsp.evaluation.arguments import EvaluationArguments
+from refine_nsp.evaluation.tasks import Task, build_tasks
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library

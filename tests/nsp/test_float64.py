@@ -17,9 +17,9 @@ from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.rewards import edit_similarity
 from refine_nsp.training.data import collate
+from refine_nsp.training.micro_batches import to_batch
 from refine_nsp.training.nested import answer_loss
 from refine_nsp.training.scores import wants_gain, with_context_scores
-from refine_nsp.training.trainer import to_batch
 from tests.models.families import FAMILY_NAMES, LACT_VARIANTS, build
 from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.test_step import LENGTHS, generator, ids

@@ -44,7 +44,11 @@ def test_without_rollouts_there_is_nothing_to_schedule():
 @pytest.mark.parametrize(
     ("settings", "needs", "words"),
     [
-        ({"schedule": "fused"}, {"steps_per_generation": 2}, "steps_per_generation=2 cannot reuse its rollouts; use schedule='snapshot'"),
+        (
+            {"schedule": "fused"},
+            {"steps_per_generation": 2},
+            "steps_per_generation=2 cannot reuse its rollouts; use schedule='snapshot'",
+        ),
         ({"schedule": "fused", "advantage_scale": "global"}, {"micro_batches": 3}, "one scale for the 3 micro-batches"),
         ({"estimator": "closed_form"}, {"steps_per_generation": 2}, "makes no rollouts that steps_per_generation=2 could reuse"),
     ],

@@ -171,6 +171,7 @@ def test_packing_does_not_change_the_loss(family):
     windows = [torch.randint(1, 64, (n,), generator=g).tolist() for n in (30, 12, 45, 8)]
     batch = collate(packed_examples(windows, 60))
     with torch.no_grad():
+
         def loss(sequences):
             return run(Work(model, sequences, NSPConfig(), learning=Learning(ntp_normalizer=1.0))).loss_ntp
 

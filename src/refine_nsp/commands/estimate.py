@@ -15,11 +15,11 @@ from refine_nsp.commands.midtrain import COMMON as MIDTRAIN
 from refine_nsp.commands.model_options import ModelArguments, positional_model, with_adapters
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
+from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.load import load_config
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig
-from refine_nsp.training.estimate import Estimate, device_named, dtype_of, estimate
 
 COMMON = ["model_name_or_path", "device", "num_processes", "sharded", "utilisation", "total_tokens", *MIDTRAIN[3:]]
 

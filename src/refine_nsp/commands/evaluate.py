@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, check_unused, positional_model, test_time_trainer
 from refine_nsp.commands.options import Options
 from refine_nsp.environment import environment
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks, digest
+from refine_nsp.evaluation.tasks import Context, Row, Task, build_tasks, digest
+from refine_nsp.fields import setting
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
 from refine_nsp.models.protocols import CausalModel
@@ -43,10 +45,10 @@ class RunArguments:
         output_dir: the run's folder; a second call with the same settings resumes it.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    tokenizer_name: str | None = None
-    dtype: str | None = None
-    output_dir: str = "runs/evaluation"
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    tokenizer_name: str | None = setting(None)
+    dtype: str | None = setting(None)
+    output_dir: str = setting("runs/evaluation", common=True)
 
 
 def options_of() -> Options:

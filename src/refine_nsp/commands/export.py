@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the folder and name it."""
     from rich.console import Console
 
-    from refine_nsp.training.checkpoints import export_checkpoint
+    from refine_nsp.training.export import export_checkpoint
 
     export_checkpoint(args.checkpoint, args.folder)
     Console(stderr=True).print(f"model: {args.folder}")

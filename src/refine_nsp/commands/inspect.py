@@ -15,6 +15,7 @@ from refine_nsp.commands.model_options import DEFAULT_MODEL
 from refine_nsp.commands.options import Options, Settings
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load, load_model
 from refine_nsp.models.protocols import CausalModel
@@ -30,6 +31,8 @@ COMMON = (
     "model_name_or_path file output max_tokens preset selection positions_per_sequence rollout_length num_generations reward_funcs seed"
 ).split()
 
+WITH_TEXT = Reader("a text to look at, by file", lambda a: a.file is not None)
+
 
 @dataclass
 class InspectArguments:
@@ -43,11 +46,14 @@ class InspectArguments:
         seed: of positions and rollouts.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    file: str | None = None
-    output: str = "inspect.html"
-    max_tokens: int = 2048
-    seed: int = 0
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    file: str | None = setting(None, common=True)
+    output: str = setting("inspect.html", read_by=WITH_TEXT, common=True)
+    max_tokens: int = setting(2048, read_by=WITH_TEXT, common=True)
+    seed: int = setting(0, read_by=WITH_TEXT, common=True)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
 
 def options_of() -> Options:

@@ -28,7 +28,7 @@ from refine_nsp.nsp.rewards import wants_columns
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
-from refine_nsp.training.checkpoints import last_complete_checkpoint
+from refine_nsp.training.run_folder import RunFolder
 
 COMMON = (
     "model_name_or_path dataset_name text_column output_dir objective preset max_length max_steps num_train_epochs "
@@ -139,10 +139,10 @@ def resume_from(args: ReFINEConfig) -> str | None:
     given = args.resume_from_checkpoint
     if given not in ("True", "true", "last"):
         return given
-    last = last_complete_checkpoint(Path(str(args.output_dir)))
+    last = RunFolder(Path(str(args.output_dir))).last_complete()
     if last is None:
         warnings.warn(f"{args.output_dir} has no checkpoint to resume from: the run begins anew", stacklevel=2)
-    return last
+    return None if last is None else str(last)
 
 
 def save(trainer: ReFINETrainer, out: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from refine_nsp.commands.options import Settings
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.load import adapters_of, load_adapter, load_model
 from refine_nsp.models.protocols import CausalModel
@@ -20,6 +21,9 @@ from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
 DEFAULT_MODEL = "refine-nsp/tiny-delta-net"
+
+ADAPTERS = Reader("use_peft", lambda a: a.use_peft)
+ADAPTING = Reader("test-time training, by ttt=refine or ntp", lambda a: a.ttt is not None)
 
 
 @dataclass
@@ -35,23 +39,19 @@ class ModelArguments:
         lora_target_modules: linear layers to adapt.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    tokenizer_name: str | None = None
-    dtype: str | None = None
-    use_peft: bool = False
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_target_modules: list[str] | None = None
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    tokenizer_name: str | None = setting(None)
+    dtype: str | None = setting(None)
+    use_peft: bool = setting(False, common=True)
+    lora_r: int = setting(16, read_by=ADAPTERS)
+    lora_alpha: int = setting(32, read_by=ADAPTERS)
+    lora_target_modules: list[str] | None = setting(None, read_by=ADAPTERS)
 
     def __post_init__(self) -> None:
+        check_read(self)
         for name in ("lora_r", "lora_alpha"):
             if (value := getattr(self, name)) < 1:
                 raise RefineError(f"{name} must be at least 1, got {value}")
-        for field in fields(self) if not self.use_peft else ():
-            if field.name.startswith("lora_") and (value := getattr(self, field.name)) != field.default:
-                raise RefineError(
-                    f"{field.name}={value!r} is for adapters, and this run trains all weights; add --use_peft, or leave it out"
-                )
 
     @property
     def tokenizer(self) -> str:
@@ -96,11 +96,12 @@ class TestTimeArguments:
 
     __test__ = False
 
-    ttt: Literal["refine", "ntp"] | None = None
-    ttt_batch_size: int = 8
+    ttt: Literal["refine", "ntp"] | None = setting(None, common=True)
+    ttt_batch_size: int = setting(8, read_by=ADAPTING)
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_read(self)
         if self.ttt_batch_size < 1:
             raise RefineError(f"ttt_batch_size must be at least 1, got {self.ttt_batch_size}")
 
@@ -130,7 +131,6 @@ def check_unused(ttt: TestTimeArguments, config: TestTimeConfig) -> None:
     ]
     pairs += [(f.name, getattr(config.nsp, f.name), getattr(method, f.name)) for f in fields(method)]
     changed = [f"ttt_{name}={value!r}" for name, value, default in pairs if value != default]
-    changed += [f"ttt_batch_size={ttt.ttt_batch_size}"] if ttt.ttt_batch_size != TestTimeArguments().ttt_batch_size else []
     if changed:
         raise RefineError(f"{changed[0]} changes nothing without test-time training; add --ttt refine (or ntp), or leave it out")
 

@@ -28,24 +28,6 @@ from refine_nsp.training.settings import as_meant
 
 # In the wheel, and in a checkout.
 RECIPES = (Path(__file__).resolve().parents[1] / "recipes", Path(__file__).resolve().parents[3] / "recipes")
-# What transformers' own words for its settings leave out, of those that --help shows.
-HELP = {
-    "output_dir": "folder of the run: checkpoints, the final model, its card, its report",
-    "max_steps": "optimizer steps; default: num_train_epochs decides",
-    "num_train_epochs": "times the data is gone through, where max_steps is not given",
-    "per_device_train_batch_size": "sequences that go through the model together, on each device",
-    "gradient_accumulation_steps": "so many of these batches make an optimizer step",
-    "eval_strategy": "validate never (no), every eval_steps (steps), or after every epoch (epoch)",
-    "eval_steps": "optimizer steps between validations; below 1: a share of all steps. Default: logging_steps",
-    "save_steps": "optimizer steps between checkpoints; below 1: a share of all steps",
-    "save_strategy": "checkpoints every save_steps (steps), after every epoch (epoch), with every best validation (best), or never (no)",
-    "resume_from_checkpoint": "`last`: go on from the newest whole checkpoint in output_dir; or the folder of one",
-    "bf16": "matrix products in bfloat16; weights and optimizer state keep their precision",
-    "gradient_checkpointing": "keep no activations of blocks, but compute them again going backward: less memory, more time",
-    "report_to": "where figures go beside metrics.jsonl: none, tensorboard, trackio, wandb, or several",
-    "use_cpu": "on the CPU, even where there is a GPU",
-    "seed": "of all randomness of training",
-}
 
 
 class FlagParser(HfArgumentParser):
@@ -109,6 +91,8 @@ class Settings:
         if self.nsp is not None:
             given["nsp"] = self.nsp.fill(values)
         try:
+            if self.has_preset and values[self.preset_flag] is not None:
+                return NSPConfig.preset(values[self.preset_flag], **given)
             return self.cls(**given)
         except RefineError:
             raise
@@ -198,7 +182,7 @@ class Options:
         self.shown = [part for s in self.settings for part in (s, s.nsp) if part is not None]
         views: list[Any] = [s.view() for s in self.shown]
         self.parser = FlagParser(views, add_help=False, allow_abbrev=False, prog=f"refine-nsp {command}")
-        self.docs: dict[str, str] = dict(HELP)
+        self.docs: dict[str, str] = {}
         self.choices: dict[str, tuple[Any, ...]] = {}
         for s in self.shown:
             docs: dict[str, str] = {}

@@ -14,6 +14,7 @@ from refine_nsp.commands.generate import read_text
 from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model
 from refine_nsp.commands.options import Options
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import setting
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.load import check_vocabulary, load
 from refine_nsp.models.protocols import CausalModel
@@ -39,10 +40,10 @@ class PromptArguments:
         max_new_tokens: tokens to generate, greedily.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    prompt: str | None = None
-    prompt_file: str | None = None
-    max_new_tokens: int = 32
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    prompt: str | None = setting(None, common=True)
+    prompt_file: str | None = setting(None, common=True)
+    max_new_tokens: int = setting(32, common=True)
 
 
 def options_of() -> Options:

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.run import TaskResult
-from refine_nsp.evaluation.tasks import EvaluationArguments, Row
+from refine_nsp.evaluation.tasks import Row
 
 Settings = Mapping[str, Any]  # those that differ from their defaults, by name
 

@@ -25,6 +25,9 @@ from refine_nsp.ops.memory import part
 from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
 
+# Whatever part of an answer finds no memory, these are the settings that an evaluation has for it.
+REMEDIES = {"evaluation": "lower batch_tokens or lengths"}
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -107,7 +110,7 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
         tokens += n
 
     context.on_tokens, asked = count, task.questions()
-    with step_progress(len(mine), 0, task.name, quiet) as progress, part("evaluation"):
+    with step_progress(len(mine), 0, task.name, quiet) as progress, part("evaluation", REMEDIES):
         for row in task.rows(mine, context):
             append_json_lines(path, [asdict(replace(row, question=asked[row.id]))])
             progress.advance(tokens)

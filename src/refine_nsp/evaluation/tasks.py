@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.errors import RefineError
 from refine_nsp.evaluation import likelihood, longbench
+from refine_nsp.evaluation.arguments import GROUPS, EvaluationArguments
 from refine_nsp.evaluation.documents import continuation_match, score_document
 from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match, published_any_match
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
@@ -25,16 +26,6 @@ from refine_nsp.prompts.examples import Example, in_row, read_prompts
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 
-GROUPS = {
-    "ruler": ruler.TASKS,
-    "niah": tuple(ruler.NEEDLES),
-    "longbench": longbench.PAPER_TASKS,
-    "longbench_14": tuple(longbench.TASKS),
-    "short_context": tuple(likelihood.TASKS),
-    "documents": ("ntp", "continuation"),
-}
-NAMES = (*ruler.TASKS, *longbench.TASKS, *likelihood.TASKS, *GROUPS["documents"], "prompts")
-PROTOCOLS = ("standard", "published")
 PUBLISHED_BUDGET = 32
 PUBLISHED_DECODING = Decoding(greedy=False, temperature=1.0, top_k=50)
 Scores = dict[str, float]
@@ -54,93 +45,6 @@ class Adapter(Protocol):
     def last(self) -> AdaptationCost | None: ...
 
     def adapt(self, prompt: Sequence[Sequence[int]]) -> AbstractContextManager[object]: ...
-
-
-@dataclass
-class EvaluationArguments:
-    """What to evaluate on, and how.
-
-    Attributes:
-        tasks: names or groups (`ruler`, `niah`, `longbench`, `longbench_14`, `short_context`, `documents`, `prompts`), or
-            `lm_eval:NAME` for any task of lm-eval.
-        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (prompts without BOS, sampled at
-            temperature 1 among the 50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
-        lengths: RULER: prompt and answer together, in tokens.
-        samples: RULER: examples per task and length.
-        depths: RULER: fixed depths (0..1) of the needle asked for, each with `samples` examples; default: random.
-        essays: RULER: haystack text (file, folder, hub name); default: Python's reference documentation.
-        squad, hotpotqa: RULER qa_1 and qa_2: questions on documents (json as published, jsonl, parquet, hub name).
-        longbench: LongBench's rows: a folder of its files, or a data set of the hub.
-        prompts: a file of ready-made prompts and answers.
-        prompts_metric: `any_match`, `fraction_match`, `f1` or `exact_match`, the main figure of ready-made prompts.
-        prompts_budget: tokens to generate where the file does not say.
-        documents: text for `ntp` and `continuation` (file, folder, glob, hub name).
-        text_column: its column.
-        document_tokens: tokens taken from each document (0: all).
-        window: `ntp`: windows of so many tokens, half of each only read (0: the whole document, state carried on).
-        bucket: `ntp`: figures by position, in so many tokens.
-        short_context: folder with piqa.jsonl, arc_easy.jsonl, ...
-        limit: at most so many examples per task (0: all).
-        max_prompt_tokens: longer prompts lose their middle, by the published protocol their end (0: no limit).
-        batch_tokens: prompt tokens per batch: bounds the memory.
-        seed: of generated prompts and of sampling.
-        num_proc: processes that build RULER prompts.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    protocol: str = "standard"
-    lengths: list[int] = field(default_factory=lambda: [4096])
-    samples: int = 100
-    depths: list[float] | None = None
-    essays: str | None = None
-    squad: str | None = None
-    hotpotqa: str | None = None
-    longbench: str | None = longbench.HUB_NAME
-    prompts: str | None = None
-    prompts_metric: str = "any_match"
-    prompts_budget: int = 32
-    documents: str | None = None
-    text_column: str = "text"
-    document_tokens: int = 0
-    window: int = 0
-    bucket: int = 1024
-    short_context: str | None = None
-    limit: int = 0
-    max_prompt_tokens: int = 0
-    batch_tokens: int = 16384
-    seed: int = 42
-    num_proc: int = 1
-
-    def check(self) -> None:
-        """RefineError for a value that cannot be meant."""
-        if not self.tasks:
-            raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
-        if self.protocol not in PROTOCOLS:
-            raise RefineError(
-                f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}"
-            )
-        if self.prompts_metric not in MATCHES:
-            raise RefineError(f"prompts_metric={self.prompts_metric!r} is not one of {', '.join(MATCHES)}")
-        for name in ("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"):
-            if getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("limit", "max_prompt_tokens", "document_tokens", "window"):
-            if getattr(self, name) < 0:
-                raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
-
-        if self.window == 1:
-            raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
-
-    def names(self) -> list[str]:
-        """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
-        names: dict[str, None] = {}
-        for name in self.tasks:
-            if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
-                raise RefineError(
-                    f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
-                )
-            names |= dict.fromkeys(GROUPS.get(name, (name,)))
-        return list(names)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from refine_nsp.ops.memory import part
 
 
 @part("logits")
-def next_token_loss(
-    model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
-) -> tuple[Tensor, TokenStats]:
+def next_token_loss(model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None) -> tuple[Tensor, TokenStats]:
     """Sum the cross-entropies of real targets, divided by `normalizer`; return the loss and statistics of every prediction, [B*T].
 
     Args:

@@ -16,7 +16,9 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one for each
-Normalizer = float | Tensor | None  # divides the sum over a batch, or as [B] each sequence's sum; None: what was summed over is counted
+Normalizer = (
+    float | Tensor | None
+)  # divides the sum over a batch, or as [B] each sequence's sum; None: what was summed over is counted
 Columns = Mapping[str, Sequence[object]]  # other columns of the dataset by name, B values each
 Metrics = dict[str, float | Tensor]  # scalars, tensors until somebody logs them: reading one would make a device wait
 

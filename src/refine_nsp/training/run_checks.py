@@ -1,0 +1,67 @@
+"""A trainer checks, before it trains, whether the model and the data go with the run's settings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from torch import nn
+
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.ops.precision import share_unmoved
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.phases import Phase
+
+HALF = (torch.bfloat16, torch.float16)
+UNMOVED = 0.1  # a step may leave this share of weights as they are before that is said
+
+
+def weights_problems(model: nn.Module, args: ReFINEConfig, sharded: bool) -> list[str]:
+    """Say what does not go well with a run's weights: shards that were asked for and are not, or steps that round away."""
+    problems = []
+    if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not sharded:
+        problems.append(
+            "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
+            "holds the whole model"
+        )
+    # FSDP widens weights where products are narrower.
+    widened = sharded and args.mixed_precision != "no"
+    if not widened and (problem := rounding_problem(model, args.learning_rate)) is not None:
+        problems.append(problem)
+    return problems
+
+
+def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
+    """Say which trained weights are too coarse for the learning rate; None where a step moves them."""
+    coarse = [p for p in model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
+    share = share_unmoved(coarse, learning_rate)
+    if share <= UNMOVED:
+        return None
+    return (
+        f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
+        f"of learning_rate={learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
+        "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
+    )
+
+
+def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | Mapping[str, Dataset] | None) -> None:
+    """Refuse a figure that is to decide which checkpoint is best (`metric_for_best_model`) and that validation does not compute.
+
+    Raises:
+        RefineError: the figure, the nearest one that there is, and all others.
+    """
+    if not wanted:
+        return
+    try:
+        figures = list(phase.summarise(defaultdict(float)))
+    except Exception:  # a phase of the user's own may need real sums
+        return
+    sets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    known = [f"{name}{figure}" for name in sets for figure in figures]
+    if (name := wanted.removeprefix("eval_")) not in known:
+        raise RefineError(
+            f"metric_for_best_model={wanted!r} is no figure of validation{closest(name, known)}; it has {', '.join(known)}"
+        )

@@ -1,7 +1,7 @@
 """Count what a step needs while it runs: live bytes at their peak, by part of the step, and matrix products.
 
-Formulas would have to follow every change of the code; a count follows by itself. torch's own `MemTracker` finds the same peaks, but refuses
-a model that runs twice in a step, as context scores, rollouts and segments make it do, and it does not tell one part from another.
+Formulas would have to follow every change of the code; a count follows by itself. torch's own `MemTracker` finds the same peaks, but it
+refuses a model that runs twice in a step, as context scores, rollouts and segments make it do, and does not tell one part from another.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from refine_nsp.models import with_states
 from refine_nsp.models.families import FAMILIES
 
-WithAdapters = Callable[[nn.Module], nn.Module]
+WithAdapters = Callable[[PreTrainedModel], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Blueprint:
         if layers is not None:
             keep_layers(model, layers)
         model = model if config.model_type in FAMILIES else with_states(model)
+        # PEFT's wrapper answers for all that the model inside has.
         return model if self.adapters is None else cast(PreTrainedModel, self.adapters(model))
 
     def on_meta(self, layers: Sequence[int] | None = None) -> PreTrainedModel:

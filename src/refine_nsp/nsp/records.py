@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all s
 Normalizer = (
     float | Tensor | None
 )  # divides the sum over a batch, or as [B] each sequence's sum; None: what was summed over is counted
-Columns = Mapping[str, Sequence[object]]  # other columns of the dataset by name, B values each
+Columns = Mapping[str, Sequence[Any]]  # other columns of the dataset by name, B values each of whatever it holds
 Metrics = dict[str, float | Tensor]  # scalars, tensors until somebody logs them: reading one would make a device wait
 
 

@@ -43,7 +43,7 @@ VALIDATED = Reader(
 
 @dataclass
 class AnswerArguments:
-    """Settings of which prompts and answers to train on.
+    """Say which prompts and answers to train on.
 
     Attributes:
         dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` (or `question`;
@@ -143,7 +143,7 @@ def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBa
         raise RefineError("apply_chat_template: the tokenizer has no chat template")
     if arguments.max_answer_tokens < 1 or max_length <= arguments.max_answer_tokens:
         raise RefineError(
-            f"max_length={max_length} must leave room for a prompt beside max_answer_tokens={arguments.max_answer_tokens}"
+            f"max_length={max_length} must leave room for a prompt next to max_answer_tokens={arguments.max_answer_tokens}"
         )
 
 
@@ -152,7 +152,7 @@ def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase
     a = arguments
     if a.ruler_length - BUDGETS["qa_1"] > max_length - a.max_answer_tokens or a.ruler_samples < 1:
         raise RefineError(
-            f"ruler_length={a.ruler_length} must fit into max_length={max_length} beside max_answer_tokens={a.max_answer_tokens}, and "
+            f"ruler_length={a.ruler_length} must fit into max_length={max_length} next to max_answer_tokens={a.max_answer_tokens}, and "
             f"ruler_samples={a.ruler_samples} be at least 1"
         )
     named = {"qa_1": a.squad, "qa_2": a.hotpotqa}

@@ -71,12 +71,7 @@ class NonFiniteGuard(TrainerCallback):
         self.in_a_row = self.latest_step = 0
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         assert model is not None
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]

@@ -1,42 +1,23 @@
-"""The model card of what a run saves: its settings and figures, handed to `report/card.py`."""
+"""A model card tells where a model comes from and which settings made it; `RunFolder.write_card` writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.environment import environment
 from refine_nsp.fields import live, told
 from refine_nsp.training.arguments import ReFINEConfig
 
 
 @dataclass(frozen=True)
 class Origin:
-    """base: name or path of the model that is trained. data: what on, by names. settings: by names of flags, beside the trainer's."""
+    """Say where a run begins: the name or path of the model that is trained, the names of its data, and settings by the names of flags."""
 
     base: str
     data: Sequence[str] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
-
-
-def write_run_card(
-    folder: Path, args: ReFINEConfig, method: Mapping[str, object], model: Any, origin: Origin, with_figures: bool, plotted: bool
-) -> None:
-    """The card of `model`, saved in `folder`, the run's own or one inside. with_figures: tell what was logged so far. plotted: draw it."""
-    from refine_nsp.report.card import write_card  # matplotlib, which nothing before needs
-    from refine_nsp.report.runs import run_of
-
-    out = Path(str(args.output_dir))
-    made_with = {} if (out / "environment.json").exists() else environment(args.seed)
-    run = run_of(out, made_with, with_figures=with_figures)
-    if folder.resolve() != out.resolve():
-        run = replace(run, name=f"{run.name}, {folder.name}", config="")
-    tags = [model.config.model_type, str(args.objective)]
-    settings = told_of(args, method, origin.settings.get("preset"), getattr(model, "peft_config", {}))
-    write_card(folder, run, origin.base, origin.data, settings, tags, plotted)
 
 
 def told_of(args: ReFINEConfig, method: Mapping[str, Any], preset: object, adapters: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ SEAL_FILE = "sealed.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The folder of a checkpoint: transformers' files, and beside them the dealing, the settings, waiting rollouts, a stream's place, and
-    the seal."""
+    """Read, check and seal the folder of a checkpoint, which holds transformers' files and ours: how examples were dealt out, the settings,
+    rollouts that wait, a stream's place, and the seal."""
 
     path: Path
 

@@ -36,7 +36,7 @@ VALIDATION = Reader(
 
 @dataclass
 class DataArguments:
-    """Settings of which text to train on.
+    """Say which text to train on.
 
     Attributes:
         dataset_name: a file (text, json, jsonl, csv, tsv, parquet, arrow; also compressed), a folder of them, a glob, a folder saved by
@@ -120,15 +120,16 @@ def tokenize(
         rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
         return packed(rows, max_length) if packing else rows
 
-    options: dict[str, Any] = {"batched": True, "remove_columns": data.column_names, "batch_size": 1000 if packing else 16}
-    if others and data.features is not None:  # a first batch without values would not tell the types
-        options["features"] = features_of_windows(data.features, others, packing)
+    # A first batch without values would not tell the types.
+    features = features_of_windows(data.features, others, packing) if others and data.features is not None else None
+    cut = partial(data.map, windows_of, batched=True, batch_size=1000 if packing else 16)
+    cut = partial(cut, remove_columns=data.column_names, features=features)
     if isinstance(data, IterableDataset):
-        return data.map(windows_of, **options)
+        return cut()
     # The rows are named by content, since a pickled tokenizer has another fingerprint once it has been used.
     key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
-    result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes, **options)
+    result: Dataset = cut(desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes)
     if len(result) == 0:
         raise RefineError(
             f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; got {len(data)} "
@@ -280,11 +281,7 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> st
 
 
 def prepare_data(
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    min_length: int,
-    keep_columns: bool = False,
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Make windows for training and validation as `DataArguments` says. RefineError for bad input.
 
@@ -295,24 +292,28 @@ def prepare_data(
     name = check_data(arguments, max_length, min_length)
     columns = (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,)
     also = (LENGTHS_COLUMN,)  # packed rows of tokens are known by it
-    cut: dict[str, Any] = {
-        "tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length,
-        "num_proc": a.dataset_num_proc,
-    }  # fmt: skip
-    source: dict[str, Any] = {"columns": columns, "config": a.dataset_config, "split": a.dataset_split}
-    place = held_place = partial(place_of, name, **source)
-    documents = read_documents(name, **source, streaming=a.streaming, also=None if keep_columns else also)
+    cut = partial(
+        tokenize,
+        tokenizer=tokenizer,
+        column=a.text_column,
+        max_length=max_length,
+        min_length=min_length,
+        num_proc=a.dataset_num_proc,
+    )
+    source: tuple[str, Sequence[str], str | None, str | Sequence[str]] = (name, columns, a.dataset_config, a.dataset_split)
+    held_source = source
+    documents = read_documents(*source, streaming=a.streaming, also=None if keep_columns else also)
     validation = None
     if (held := a.validation_dataset) is not None:
         config = a.dataset_config if held == name or not is_local(held) else None
-        source = source | {"config": config, "split": validation_splits(a.dataset_split)}
-        validation = read_documents(held, **source, streaming=a.streaming, also=also)
-        held_place = partial(place_of, held, **source)
+        held_source = (held, columns, config, validation_splits(a.dataset_split))
+        validation = read_documents(*held_source, streaming=a.streaming, also=also)
     elif isinstance(documents, Dataset):
         documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
-    windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, place_of=place, **cut)
+    windows = cut(documents, packing=a.packing, keep_columns=keep_columns, place_of=partial(place_of, *source))
     if validation is not None:
-        return windows, first_rows(tokenize(validation, packing=False, place_of=held_place, **cut), a.validation_windows)
+        held_windows = cut(validation, packing=False, place_of=partial(place_of, *held_source))
+        return windows, first_rows(held_windows, a.validation_windows)
     if isinstance(windows, Dataset) and a.validation_fraction > 0 and len(windows) > 1:
         # There is one document, whose end is kept back.
         end = len(windows) - max(1, round(len(windows) * a.validation_fraction))

@@ -18,7 +18,7 @@ DEALING_FILE = "dealing.json"
 
 @dataclass(frozen=True)
 class Dealing:
-    """How the examples of an optimizer step are dealt out: `batch` for each of `micro_batches` on each of `processes`."""
+    """Record how the examples of an optimizer step are dealt out: `batch` for each of `micro_batches` on each of `processes`."""
 
     processes: int
     micro_batches: int

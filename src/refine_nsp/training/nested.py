@@ -44,15 +44,15 @@ INNER = Reader("an inner update, by objective='refine' or 'ntp'", lambda args: a
 @with_nsp
 @dataclass
 class PostTrainingConfig(ReFINEConfig):
-    """`ReFINEConfig` with the nested phase; its preset is `post_training` (hybrid reward, lambda_rl 0.2).
+    """Extend `ReFINEConfig` by the nested phase; its preset is `post_training` (hybrid reward, lambda_rl 0.2).
 
     Attributes:
         objective: what a batch's prompts are trained on before its answers: `refine`, `ntp` or `none`.
         inner_steps: optimizer steps of that inner update; the batch's micro-batches are dealt out to them (the paper: 4 of 16). One
-            whose gradient is not finite is skipped; the others, and the step on the answers, go on.
+            whose gradient is not finite is skipped; the others, and the step on the answers, are made.
         reference: which of several answers is learned: the `first`, or a `random` one.
-        answer_metric: of validation by generation: `any_match`, `fraction_match`, `f1` or `exact_match`.
-        max_new_tokens: budget of those answers.
+        answer_metric: metric of validation by generation: `any_match`, `fraction_match`, `f1` or `exact_match`.
+        max_new_tokens: tokens that a generated answer may have.
     """
 
     default_preset: ClassVar[str | None] = "post_training"
@@ -208,7 +208,8 @@ class PostTrainer(ReFINETrainer):
         """Return the EOS that `prepare_answers` puts behind answers."""
         if self.processing_class is None:
             raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
-        return self.processing_class.eos_token_id  # type: ignore[no-any-return]
+        end: int | None = self.processing_class.eos_token_id
+        return end
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)

@@ -15,6 +15,8 @@ An objective of your own is a subclass that overrides `loss` (and `count`, when 
             return loss, {"loss_weighted": loss.detach(), "share_unsure": (entropy[real] > 1).double().mean()}
 
     ReFINETrainer(model, args, phase=EntropyWeighted(args.nsp), train_dataset=rows).train()
+
+It may read any setting of its `config`: a resumed run is compared by those that are live there, or by the fewer that `reads` names.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class MicroBatch:
 
     Attributes:
         sequences: ids, lengths, columns.
-        generator: the source of all randomness: one for each sequence, seeded by what the sequence is and not by what stands beside it; or
+        generator: the source of all randomness: one for each sequence, seeded by what it is and not by what else is in the batch; or
             one for all.
         totals: what sums are divided by, so that 1 x 8 equals 8 x 1: `Phase.count` summed over the optimizer step and all processes,
             divided by the number of processes (as gradients are); 1 where nothing was counted. A tensor [B] divides each sequence's
@@ -109,7 +111,7 @@ class Phase:
     # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
+        """Name the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
         cards tell. A phase of your own may read all that its configuration holds; one that reads fewer says so here."""
         return self.config.live
 
@@ -135,7 +137,7 @@ class Phase:
 
     @property
     def rows_apart(self) -> bool:
-        """Tell whether the loss of a sequence depends on that sequence alone, whatever stands beside it in the batch."""
+        """Tell whether the loss of a sequence depends on that sequence alone, whatever else is in the batch."""
         return False
 
     @property
@@ -202,7 +204,7 @@ class NextToken(Phase):
 
 
 class NextSequence(Phase):
-    """Learn by ReFINE: the policy loss beside the cross-entropy."""
+    """Learn by ReFINE: the policy loss and the cross-entropy together."""
 
     @property
     def shortest(self) -> int:

@@ -18,7 +18,7 @@ class BatchLoRA:
     """Give every prompt a low-rank adapter on each of the linear layers: y += (alpha / r) * x A_b B_b.
 
     B starts at 0, so the model starts unchanged (Hu et al., 2021). A is the same for every prompt, drawn from `seed`: a prompt's
-    adaptation does not depend on what stands beside it.
+    adaptation does not depend on what else is in the batch.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], prompts: int, rank: int, alpha: float, seed: int) -> None:

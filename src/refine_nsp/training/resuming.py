@@ -1,4 +1,4 @@
-"""A Trainer whose runs are saved whole and resumed exactly: a resumed run is the uninterrupted one, or it is refused with the reason."""
+"""Runs are saved whole and resumed exactly: a resumed run is the uninterrupted one, or it is refused with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.ops.memory import part
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import ProgressCallback, StopCallback
-from refine_nsp.training.cards import Origin, write_run_card
+from refine_nsp.training.cards import Origin, told_of
 from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.dealing import Dealing
 from refine_nsp.training.pending_rollouts import load_pending, save_pending
@@ -124,7 +124,10 @@ class ResumingTrainer(Trainer):
     def write_card(self, folder: Path, plotted: bool = True) -> None:
         """Write the model card of what is saved in a folder: how it came about, and what was logged so far."""
         model = self.accelerator.unwrap_model(self.model)
-        write_run_card(folder, self.args, self.method, model, self._origin, self._trained_before, plotted)
+        adapters = getattr(model, "peft_config", {})
+        settings = told_of(self.args, self.method, self._origin.settings.get("preset"), adapters)
+        tags = [model.config.model_type, str(self.args.objective)]
+        self.run_folder.write_card(folder, self._origin, settings, tags, self.args.seed, self._trained_before, plotted)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write that same card where Trainer would write its own over it, on a push to the hub."""

@@ -40,7 +40,7 @@ def lengths_of(data: Dataset, column: str) -> list[int]:
     """Count the tokens of each row, or read them from a column that says it.
 
     Raises:
-        RefineError: no such column, or rows without tokens.
+        RefineError: the column is missing, or rows have no tokens.
     """
     names = getattr(data, "column_names", None) or []
     if column in names:

@@ -1,4 +1,4 @@
-"""A run's folder holds one run: its checkpoints, its records, and inside it, set aside, what an earlier run had left there."""
+"""A run's folder holds one run: its checkpoints, records and model cards, and set aside in it what an earlier run had left there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
+from refine_nsp.training.cards import Origin
 from refine_nsp.training.checkpoints import Checkpoint
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
@@ -25,7 +28,7 @@ PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_te
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, `output_dir`."""
+    """Keep a run in its folder, `output_dir`."""
 
     path: Path
 
@@ -75,6 +78,23 @@ class RunFolder:
     def log_completions(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Append rollouts that were shown, a row each."""
         append_json_lines(self.path / COMPLETIONS_FILE, rows)
+
+    def write_card(
+        self, saved: Path, origin: Origin, settings: dict[str, Any], tags: list[str], seed: int, with_figures: bool, plotted: bool
+    ) -> None:
+        """Write the model card of what is saved in this folder, or in one inside.
+
+        Args:
+            settings: what the card tells, by the names of flags. with_figures: tell what was logged so far. plotted: draw it.
+        """
+        from refine_nsp.report.card import write_card  # imports matplotlib, which nothing needed before
+        from refine_nsp.report.runs import run_of
+
+        made_with = {} if (self.path / "environment.json").exists() else environment(seed)
+        run = run_of(self.path, made_with, with_figures=with_figures)
+        if saved.resolve() != self.path.resolve():
+            run = replace(run, name=f"{run.name}, {saved.name}", config="")
+        write_card(saved, run, origin.base, origin.data, settings, tags, plotted)
 
     # --- an earlier run -------------------------------------------------------------------------------------------------
     def begin(self, resumed: Checkpoint | None, own: Sequence[object]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class StepFigures:
-    """Figures since the last log, by name, and the tokens that were trained on.
+    """Collect figures by name until the next log, and count the tokens that were trained on.
 
     Attributes:
         tokens: real tokens of this process since training began.

@@ -39,7 +39,7 @@ DRAWN = Reader(
 
 @dataclass(frozen=True)
 class TestTimeConfig:
-    """Settings of how a model is adapted to a prompt.
+    """Say how a model is adapted to a prompt.
 
     Attributes:
         objective: `refine`, or `ntp`: the cross-entropy on the prompt alone.
@@ -162,15 +162,11 @@ class TestTimeTrainer:
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
     def _own_weights(self, rows: list[Tensor]) -> Iterator[None]:
+        """Train the chosen weights on prompts that share one update, and put them back afterwards unless they are kept for good."""
         chosen = chosen_parameters(self.model, self.config.parameters)
-        never = self.config.scope == "never"
-        saved = [] if never else [p.detach().clone() for p in chosen]
-        start = time.perf_counter()
+        saved = [] if self.config.scope == "never" else [p.detach().clone() for p in chosen]
         try:
-            optimizer = self._optimizer(chosen)
-            losses = self._train(rows, chosen, optimizer, shared=True)
-            self.last = Adaptation(time.perf_counter() - start, nbytes(saved) + optimizer_bytes(optimizer), losses)
-            del optimizer
+            self._train(rows, chosen, saved, shared=True)
             yield
         finally:
             with torch.no_grad():
@@ -179,16 +175,12 @@ class TestTimeTrainer:
 
     @contextmanager
     def _adapters(self, rows: list[Tensor]) -> Iterator[None]:
+        """Train adapters on prompts, one each or one for all, and take them off afterwards."""
         c = self.config
         apart = c.scope == "example"
         adapters = BatchLoRA(linear_layers(self.model), len(rows) if apart else 1, c.lora_r, c.lora_alpha, c.seed)
-        start = time.perf_counter()
         with adapters.attached():
-            optimizer = self._optimizer(adapters.parameters())
-            losses = self._train(rows, adapters.parameters(), optimizer, shared=not apart)
-            extra = nbytes(adapters.parameters()) + optimizer_bytes(optimizer)
-            self.last = Adaptation(time.perf_counter() - start, extra, losses)
-            del optimizer
+            self._train(rows, adapters.parameters(), adapters.parameters(), shared=not apart)
             yield
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -203,16 +195,17 @@ class TestTimeTrainer:
 
     # --- steps --------------------------------------------------------------------------------------------------------
     @part("optimizer", TEST_TIME)
-    def _train(
-        self, rows: list[Tensor], parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, shared: bool
-    ) -> list[float]:
-        """Make the optimizer steps and return their losses. With `shared` one update serves all rows; otherwise each row has its own, and
-        the loss and gradient norm of each are apart."""
-        model, c = self.model, self.config
+    def _train(self, rows: list[Tensor], parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], shared: bool) -> None:
+        """Make the optimizer steps, and note in `last` what they cost, the tensors `kept` in addition to the model included.
+
+        With `shared` one update serves all rows; otherwise each row has its own, and the loss and gradient norm of each are apart.
+        """
+        model, c, start = self.model, self.config, time.perf_counter()
+        optimizer = self._optimizer(parameters)
         # The published code takes its cross-entropy alone in one step on the whole batch.
         dealt = c.nsp.published and shared and self.phase.samples
         size = PUBLISHED_PROMPTS if dealt else len(rows)
-        sequences = [self._batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+        sequences = [self._batch(rows[at : at + size]) for at in range(0, len(rows), size)]
         generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]
         wanted = {p: p.requires_grad for p in model.parameters()}
         training = model.training
@@ -239,7 +232,7 @@ class TestTimeTrainer:
             for p, flag in wanted.items():
                 p.requires_grad_(flag)
             model.train(training)
-        return losses
+        self.last = Adaptation(time.perf_counter() - start, nbytes(kept) + optimizer_bytes(optimizer), losses)
 
     def _batch(self, rows: Sequence[Tensor]) -> Batch:
         """Return prompts as one batch on the model's device."""

@@ -56,11 +56,11 @@ StepInputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Further:
-    """An optimizer step of another phase: its number of micro-batches, and what the names of its figures begin with."""
+    """Describe an optimizer step of another phase, for the loss of its micro-batches."""
 
     phase: Phase
-    shares: int
-    prefix: str
+    shares: int  # how many micro-batches the step has
+    prefix: str  # what the names of its figures begin with
 
 
 class ReFINETrainer(ResumingTrainer):
@@ -244,11 +244,7 @@ class ReFINETrainer(ResumingTrainer):
 
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: StepInputs,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: StepInputs, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | tuple[Tensor, StepResult | None]:
         """Compute this micro-batch's share of the loss of its optimizer step, which is the Trainer's own or one of `update`."""
         batch: MicroBatch = inputs["batch"]

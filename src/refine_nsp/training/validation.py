@@ -35,7 +35,7 @@ def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig,
         sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
-        # Positions are the same at every validation, whatever stands beside a row.
+        # Positions are the same at every validation, whatever else is in a batch.
         where = inputs.get("_places", [(rows + i, 0) for i in range(len(batch.sizes))])
         rows += len(batch.sizes)
         generators = [generator_of(SEED, *place) for place in where]

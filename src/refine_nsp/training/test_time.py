@@ -117,8 +117,8 @@ class TestTimeTrainer:
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
         nsp = self.config.nsp
-        # The published code samples the rollouts of all prompts before the first step.
-        nsp = with_schedule(nsp, Needs(beforehand=nsp.published))
+        if nsp.published:  # its code samples the rollouts of all prompts before the first step
+            nsp = with_schedule(nsp, Needs(beforehand=True))
         self.phase = PHASES[self.config.objective](nsp)
         self._kept_optimizer: torch.optim.Optimizer | None = None  # kept for the next prompt by scope="never"
 

@@ -1,4 +1,4 @@
-"""Settings of a training run: transformers' own, a few of ours, and the method's as one `NSPConfig`."""
+"""The settings of a training run are transformers' own, a few of ours, and the method's as one `NSPConfig`."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def with_nsp(cls: T) -> T:
 
 
 def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
-    """The method's settings from what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
+    """Make the method's settings of what was given; single fields win over `nsp` or `preset`. RefineError where both of these are given."""
     if isinstance(rewards := flat.get("reward_funcs"), list | tuple) and len(rewards) == 1:
         flat = {**flat, "reward_funcs": rewards[0]}
     if nsp is not None:
@@ -138,8 +138,8 @@ class ReFINEConfig(TrainingArguments):
         max_length: tokens per sequence.
         steps_per_generation: optimizer steps that learn from one batch of rollouts. Above 1 the ratio to the policy that sampled
             them is clipped, and `schedule` cannot be `fused`.
-        context_scores: where a run needs them, computed in every step by the model as it is (`online`), or once beforehand by the model
-            it starts from, and kept with the data (`cached`): what a step costs then is what an NTP step costs.
+        context_scores: when they are computed: in every step, by the model as it is (`online`), or once beforehand, by the model that
+            the run starts from, and kept with the data (`cached`): a step then costs what an NTP step costs.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
@@ -179,6 +179,7 @@ class ReFINEConfig(TrainingArguments):
         check_choices(self)
         check_ranges(self, RANGES)
         check_read(self)
+        self._check_noise()
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
@@ -231,11 +232,25 @@ class ReFINEConfig(TrainingArguments):
                 "P chunks needs room for a position"
             )
 
+    def _check_noise(self) -> None:
+        """Refuse noise on embeddings where a step runs a sequence more than once, since each pass must see the same."""
+        if self.neftune_noise_alpha is None:
+            return
+        more = None
+        if not self.phase.reads_once:
+            more = f"objective={self.objective!r} samples and scores by one pass what it learns from in another"
+        more = f"segment_tokens={self.nsp.segment_tokens} runs segments again" if self.nsp.segment_tokens is not None else more
+        if more is not None:
+            raise RefineError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
+                "out, or train by the cross-entropy alone"
+            )
+
     def weights_dtype(self, dtype: str | None) -> str | None:
-        """What a model that is to be trained is loaded in: `dtype` where one is given; else, under autocast (`bf16`, `fp16`), float32,
-        since small steps would round away in what most checkpoints have; else None, the checkpoint's."""
+        """Return the dtype that a model to be trained is loaded in: `dtype` where one is given; else, under autocast (`bf16`, `fp16`),
+        float32, since small steps would round away in what most checkpoints have; else None, the checkpoint's own."""
         return "float32" if dtype is None and self.mixed_precision != "no" else dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers (loggers and model cards take it), the method's settings among the others."""
+        """Return all settings as transformers' loggers and model cards take them, the method's among the others."""
         return {**super().to_dict(), "nsp": self.nsp.as_dict()}

@@ -1,5 +1,8 @@
-"""Settings of transformers' Trainer are honoured or refused: those without a place in these objectives by name, and those that cannot be
-had together, before anything is loaded. Where the value that is meant is plain, it is taken: `1e-4` in YAML is text."""
+"""Settings of transformers' Trainer are honoured or refused, before anything is loaded.
+
+Those that have no place in these objectives are refused by name, and so are those that cannot be had together. Where a value is written
+in another form than its type, and what it means is plain, that is taken: `1e-4` in YAML is text.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from transformers.training_args import OptimizerNames
 from refine_nsp.errors import RefineError, closest, first_line
 
 _PREDICTIONS = "validation here sums figures up and keeps no predictions, labels or metrics of your own"
-# Settings that nothing here could read, and why; each is refused at any value but its default.
+# Nothing here could read these settings, for the reason beside each; they are refused at any value but their default.
 NO_PLACE = {
     "label_smoothing_factor": "the losses are of the true tokens, whose cross-entropy is taken by blocks without their logits being kept",
     "average_tokens_across_devices": "a token weighs the same on every process, so that results do not depend on their number",
@@ -41,16 +44,21 @@ NO_PLACE = {
     "enable_jit_checkpoint": "a run that gets SIGTERM saves a checkpoint after its step anyway",
     "parallelism_config": "tensor, context and sequence parallelism would cut what a state is carried through; use DDP, FSDP or DeepSpeed",
 }
-# Arguments of the Trainer itself, likewise.
+# The same holds for these arguments of the Trainer itself.
 NO_ARGUMENT = {
     "compute_loss_func": "the loss is a phase's: give phase=, a subclass of refine_nsp.training.phases.Phase",
     "compute_metrics": f"{_PREDICTIONS}: give phase=, whose validate and summarise make the figures",
     "preprocess_logits_for_metrics": f"{_PREDICTIONS}: give phase=, whose validate and summarise make the figures",
 }
-BY_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers whose settings are known with a model only
+BY_MODEL = ("galore", "apollo", "lomo", "adalomo")  # these optimizers' settings are known only once there is a model
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow a figure of validation
-OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
+ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these schedules follow a figure of validation
+OURS = {
+    "optimizer",
+    "num_warmup_steps",
+    "num_training_steps",
+    "last_epoch",
+}  # these arguments of a schedule are the Trainer's to give
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
@@ -135,8 +143,8 @@ def take_as_meant(args: Any) -> None:
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
-def check_places(args: Any) -> None:
-    """RefineError for a setting at another value than its default that nothing here could read."""
+def check_places(args: TrainingArguments) -> None:
+    """Refuse a setting of transformers that nothing here could read, unless it has its default value."""
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else None for f in dataclasses.fields(TrainingArguments)
     }
@@ -145,23 +153,22 @@ def check_places(args: Any) -> None:
             raise RefineError(f"{name}={value!r} has no place here: {why}; leave it out")
 
 
-def check(args: Any) -> None:
-    """Refuse what is not honoured, by name.
+def check(args: TrainingArguments) -> None:
+    """Refuse settings of transformers that would not be honoured.
 
     Raises:
-        RefineError: a setting that another leaves without effect, or a schedule or an optimizer that cannot be
-            made of its arguments.
+        RefineError: a setting that another leaves without effect, or a schedule or an optimizer that cannot be made of its arguments;
+            it is named.
     """
-    if any(option.value == "tpu_metrics_debug" for option in args.debug):
+    if any(getattr(option, "value", option) == "tpu_metrics_debug" for option in args.debug):
         raise RefineError("debug='tpu_metrics_debug' has no place here: validation does not print TPU metrics; leave it out")
-    _check_noise(args)
     _check_loading(args)
     _check_schedule(args)
     _check_optimizer(args)
 
 
-def check_machine(args: Any) -> None:
-    """Refuse what this machine cannot do, before anything is loaded. Settings may also be for another machine (`refine-nsp estimate`).
+def check_machine(args: TrainingArguments) -> None:
+    """Refuse what this machine cannot do, before anything is loaded. Only runs call it: `refine-nsp estimate` is for other machines.
 
     Raises:
         RefineError: half precision with loss scaling on a CPU, an optimizer of a package that is not installed, or made of wrong values.
@@ -177,29 +184,14 @@ def check_machine(args: Any) -> None:
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """RefineError for an argument of transformers' Trainer that a phase stands in the place of."""
+    """Refuse an argument of transformers' Trainer in whose place a phase stands."""
     for name, why in NO_ARGUMENT.items():
         if given.get(name) is not None:
             raise RefineError(f"{name} has no place here: {why}")
 
 
-def _check_noise(args: Any) -> None:
-    """RefineError for noise on embeddings where a step reads a sequence more than once, and must read the same each time."""
-    if args.neftune_noise_alpha is None:
-        return
-    more = None
-    if not args.phase.reads_once:
-        more = f"objective={args.objective!r} samples and scores by one pass what it learns from in another"
-    more = f"segment_tokens={args.nsp.segment_tokens} runs segments again" if args.nsp.segment_tokens is not None else more
-    if more is not None:
-        raise RefineError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
-            "out, or train by the cross-entropy alone"
-        )
-
-
-def _check_loading(args: Any) -> None:
-    """RefineError for settings of data loading that would have no effect, or leave processes with steps of their own."""
+def _check_loading(args: TrainingArguments) -> None:
+    """Refuse settings of data loading that would have no effect, or would leave processes with steps of their own."""
     if args.dataloader_num_workers == 0:
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if value := getattr(args, name):
@@ -229,8 +221,8 @@ def _check_loading(args: Any) -> None:
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------
-def _check_schedule(args: Any) -> None:
-    """RefineError where the schedule cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up."""
+def _check_schedule(args: TrainingArguments) -> None:
+    """Refuse a schedule that cannot be made of `lr_scheduler_kwargs`, or that would not read some of them or the warm-up."""
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
     how = "; in YAML lr_scheduler_kwargs: {NAME: VALUE}, as a flag --lr_scheduler_kwargs '{\"NAME\": VALUE}'"
     if not isinstance(given, dict):
@@ -259,7 +251,7 @@ def _check_schedule(args: Any) -> None:
 
 
 def _arguments_of(kind: SchedulerType) -> dict[str, inspect.Parameter]:
-    """What a schedule takes in `lr_scheduler_kwargs`."""
+    """Return the parameters that a schedule takes from `lr_scheduler_kwargs`."""
     made: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
     if kind in ON_A_FIGURE:
         made = GreedyLR if kind is SchedulerType.GREEDY else torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -267,8 +259,8 @@ def _arguments_of(kind: SchedulerType) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if name not in OURS}
 
 
-def _try_schedule(args: Any, kind: SchedulerType, given: Mapping[str, Any]) -> None:
-    """Make the schedule for nothing, and go one step."""
+def _try_schedule(args: TrainingArguments, kind: SchedulerType, given: Mapping[str, Any]) -> None:
+    """Make the schedule and take a step, to see whether it can be done."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     steps = args.max_steps if args.max_steps > 0 else 1000
     warmup = args.get_warmup_steps(steps)
@@ -279,8 +271,8 @@ def _try_schedule(args: Any, kind: SchedulerType, given: Mapping[str, Any]) -> N
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
-def _check_optimizer(args: Any) -> None:
-    """RefineError for an optimizer that is not installed, that updates weights before a step is whole, or that would not read a setting."""
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Refuse an optimizer that updates weights before a step is whole, or that would not read a setting given for it."""
     optim = OptimizerNames(args.optim).value
     if "layerwise" in optim or "lomo" in optim:
         raise RefineError(
@@ -306,16 +298,16 @@ def _check_optimizer(args: Any) -> None:
             raise RefineError(f"{name}={getattr(args, name)} is not read by optim={optim!r}; leave it out")
 
 
-def _made(args: Any, **changed: Any) -> Any:
-    """The optimizer's class and what it is made with, were some settings others."""
+def _made(args: TrainingArguments, **changed: float | str) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+    """Return the optimizer's class and its arguments, as they would be with some settings changed."""
     altered = copy.copy(args)
     for name, value in changed.items():
         setattr(altered, name, value)
     return Trainer.get_optimizer_cls_and_kwargs(altered, None)
 
 
-def _reads(args: Any, name: str, values: tuple[Any, Any]) -> bool:
-    """Whether it matters to the optimizer which of two values a setting has."""
+def _reads(args: TrainingArguments, name: str, values: tuple[float, float] | tuple[str, str]) -> bool:
+    """Tell whether it matters to the optimizer which of two values a setting has."""
     try:
         first, second = (_made(args, **{name: value}) for value in values)
     except Exception:  # it minds even more

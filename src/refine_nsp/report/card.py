@@ -114,7 +114,7 @@ def curves(run: Run) -> str | None:
 
 
 def text_of(value: object) -> str:
-    """Write a value on one line, without what Markdown or HTML would take for markup: tags, links (bare ones too), images, emphasis, code."""
+    """Write a value on one line, without what Markdown or HTML takes for markup: tags, links (bare ones too), images, emphasis, code."""
     text = " ".join(str(value).replace("`", "'").split())
     text = re.sub(r"([\\\[\]()!*])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
     return re.sub(r"(?i)(www)\.", r"\1\\.", text.replace("://", "\\://"))

@@ -267,25 +267,25 @@ class NSPConfig:
         return list(self.reward_funcs) if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
 
     @property
-    def reward_names(self) -> list[Any]:
+    def reward_names(self) -> list[str]:
         """The names of the rewards; a callable has its dotted path."""
-        return [_plain(r) for r in self.rewards]
+        return [str(_plain(r)) for r in self.rewards]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values by field; a callable reward becomes its dotted path."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # transformers pickles a run's arguments beside its checkpoints, which a reward made in a function could not be part of.
         return self.as_dict()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update({**state, "order": math.inf if state["order"] == "inf" else state["order"]})
 
     def __copy__(self) -> NSPConfig:
         return self  # frozen; and a copy by way of the state above would lose a callable reward
 
-    def __deepcopy__(self, memo: Any) -> NSPConfig:
+    def __deepcopy__(self, memo: object) -> NSPConfig:
         return self
 
     @property
@@ -341,7 +341,7 @@ class NSPConfig:
             raise SettingError(f"{error}{_way_out(name, overrides, error.names)}", error.names) from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if value == math.inf:
         return "inf"  # JSON has no other word for it
     if isinstance(value, list | tuple):

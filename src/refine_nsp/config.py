@@ -254,12 +254,6 @@ class NSPConfig:
         return self.estimator == "sampled"
 
     @property
-    def samples_first(self) -> bool:
-        """Whether rollouts are sampled in a pass of their own, without gradients, before they are learned from."""
-        by_itself = self.schedule == "auto" and self.segment_tokens is not None
-        return self.samples_rollouts and (by_itself or self.schedule in ("snapshot", "reprefill"))
-
-    @property
     def rewards(self) -> list[RewardSpec]:
         """The rewards as a list; the default stands there as what it means."""
         if self.reward_funcs is None:

@@ -268,14 +268,14 @@ def test_clip_higher_kl_entropy_and_missing_positions():
 
 def test_every_name_has_its_function():
     from refine_nsp.config import PUBLISHED_SELECTIONS, choices_of
-    from refine_nsp.nsp.forward import PASSES
+    from refine_nsp.nsp.schedule import SCHEDULES
     from refine_nsp.nsp.selection import DRAWS, SCORES
     from refine_nsp.training.phases import PHASES
     from refine_nsp.training.test_time import TestTimeConfig
 
     names = choices_of(NSPConfig)
     assert set(names["selection"]) == {*SCORES, *PUBLISHED_SELECTIONS}
-    assert set(names["draw"]) - {None} == set(DRAWS) and set(names["schedule"]) == set(PASSES)
+    assert set(names["draw"]) - {None} == set(DRAWS) and set(names["schedule"]) == {"auto", *SCHEDULES}
     assert set(PUBLISHED_SELECTIONS.values()) <= {(score, draw) for score in SCORES for draw in DRAWS}
     assert set(choices_of(TestTimeConfig)["objective"]) == set(PHASES)
 

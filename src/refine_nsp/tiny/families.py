@@ -1,4 +1,4 @@
-"""Families of generated documents: each states things and asks for them, in several wordings.
+"""Each family of generated documents states things and asks for them, in several wordings.
 
 The wordings with an even index are trained on. The odd ones are held out and only measured with, so that a format learned by heart does
 not count as recall. `needles` 0 and `chains` 0 are RULER's own wording (arXiv 2404.06654), and `paragraphs` uses RULER's format for

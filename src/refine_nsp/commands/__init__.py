@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "one HTML page comparing runs",
 }
 FROM_DATACLASSES = (
+    "pretrain",
     "midtrain",
     "posttrain",
     "ttt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import cast
 
 from refine_nsp.errors import RefineError
 
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from refine_nsp.models.load import check_vocabulary, load
+    from refine_nsp.models.protocols import CausalModel
     from refine_nsp.processes import to_device
     from refine_nsp.prompts.encoding import encode_prompt
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if not ids:
         raise RefineError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
     sampling = {} if args.greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    model.generate(
+    cast(CausalModel, model).generate(
         torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         max_new_tokens=args.max_new_tokens, do_sample=not args.greedy, streamer=TextStreamer(tokenizer),
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **sampling,

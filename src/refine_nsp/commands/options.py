@@ -122,6 +122,8 @@ def _takes(hint: Any, value: Any) -> bool:
         return isinstance(value, list) and all(any(_takes(part, v) for part in get_args(hint) or [object]) for v in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return not isinstance(kind, type) or not issubclass(kind, str | bool | dict | enum.Enum) or isinstance(value, kind)

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from refine_nsp.commands.options import check_types, read_yaml
-from refine_nsp.errors import RefineError
+from refine_nsp.commands.midtrain import Noting, check_reporting, in_one_line, resume_from
+from refine_nsp.commands.options import Options, Settings
+from refine_nsp.report.tables import Cell, Table
+from refine_nsp.tiny.pretrain import pretrain
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
+
+COMMON = (
+    "output_dir model_type start_from hidden_size num_hidden_layers num_heads intermediate_size vocab_size window max_length "
+    "max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate warmup_steps weight_decay bf16 store_dtype "
+    "eval_steps probe_lengths probes_per_kind logging_steps save_steps resume_from_checkpoint seed"
+).split()
+# Settings that a pretraining has no use for: it learns by its own phase, from rows that it makes itself.
+UNUSED = (
+    "objective", "steps_per_generation", "context_scores", "log_completions", "num_completions_to_print", "num_train_epochs",
+    "train_sampling_strategy", "length_column_name",
+)  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="YAML with the fields of PretrainConfig (recipes/pretrain_delta_net.yaml)")
-    parser.add_argument("--output_dir")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--tokens_per_step", type=int)
-    parser.add_argument(
-        "--stop_after", type=int, metavar="STEPS", help="measure and save the model after so many steps; run again to go on"
-    )
-    parser.add_argument("--restart", action="store_true", help="do not go on from the checkpoint in output_dir")
-    parser.add_argument("--dry_run", action="store_true", help="show what would run, touch nothing")
+def options_of() -> Options:
+    """Declare the command's flags."""
+    summary = "Make a tiny base model from the text every Python installation has and from generated documents (recipes/pretrain_*.yaml)."
+    return Options("pretrain", summary, (Settings(PretrainConfig, skip=UNUSED),), COMMON)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Pretrain (or go on), and say where the model is."""
-    from refine_nsp.tiny.pretrain import pretrain
-    from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
-
-    settings = read_yaml(args.config) if args.config is not None else {}
-    for name in ("output_dir", "seed", "learning_rate", "tokens_per_step"):
-        if (value := getattr(args, name)) is not None:
-            settings[name] = value
-    try:
-        check_types(settings, PretrainConfig)
-        for phase in settings.get("phases") or []:
-            check_types(phase, PretrainPhase)
-        config = PretrainConfig.read(settings)
-    except RefineError as error:
-        raise RefineError(f"{args.config or 'pretrain'}: {error}") from error
-    if args.dry_run:
-        Console().print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")
+def run(argv: Sequence[str]) -> None:
+    """Pretrain (or resume), and say where the model is."""
+    options = options_of()
+    args, dry_run = options.parse(argv)
+    check_reporting(args)
+    if dry_run:
+        Console().print(plan(args).rich())
         return
-    Console(stderr=True).print(f"model: {pretrain(config, resume=not args.restart, stop_after=args.stop_after)}")
+    with in_one_line():
+        out = pretrain(args, resume_from(args) or False, [Noting(options.resolved())])
+    Console(stderr=True).print(f"model: {out}   curves: {out / 'curves.html'}")
+
+
+def plan(args: PretrainConfig) -> Table:
+    """Make the table that a dry run shows."""
+    tokens = args.max_length * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows: list[list[Cell]] = [["optimizer steps", f"{args.max_steps:,}"], ["training tokens", f"{args.max_steps * tokens:,}"]]
+    rows += [[f"phase {i}", str(phase)] for i, phase in enumerate(args.phases, 1)]
+    rows += [[name, str(getattr(args, name))] for name in ("model_type", "start_from", "learning_rate", "seed", "output_dir")]
+    return Table("Dry run: nothing was trained or written", ["what", "value"], rows)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,8 +41,8 @@ class Example:
     prompt: Prompt
     references: list[str]
     budget: int
-    meta: dict[str, Any] = field(default_factory=dict)
-    template: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, object] = field(default_factory=dict)
+    template: dict[str, object] = field(default_factory=dict)
     where: str = ""
 
 
@@ -61,7 +60,7 @@ class PromptRow:
     prompt: Prompt
     answers: list[str | Message]
     verbatim: bool
-    template: dict[str, Any]
+    template: dict[str, object]
 
     @property
     def references(self) -> list[str]:
@@ -122,7 +121,7 @@ def check_columns(name: str, there: Sequence[str]) -> None:
         raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {list(there)}")
 
 
-def read_row(row: Mapping[str, Any], where: str) -> PromptRow:
+def read_row(row: Mapping[str, object], where: str) -> PromptRow:
     """Read the prompt and the answers of a row.
 
     The prompt is in `prompt`, `input` or `question`, as a text or messages; or in `messages` or `conversations`, whose last turn is the
@@ -164,7 +163,7 @@ def _conversation(column: str, value: object, named: str | None) -> tuple[Prompt
     return messages[:-1], [_answered(last)]
 
 
-def _prompt_column(row: Mapping[str, Any], answered: bool) -> str | None:
+def _prompt_column(row: Mapping[str, object], answered: bool) -> str | None:
     """Find the column of the prompt. A conversation counts first where no column answers the prompt."""
     given = [c for c in PROMPT_COLUMNS if not _missing(row.get(c))]
     if not answered and (conversations := [c for c in given if c in CONVERSATIONS]):
@@ -207,7 +206,7 @@ def _completion(value: object, prompt: Prompt) -> str | Message:
     return _answered(messages[0])
 
 
-def _template(row: Mapping[str, Any]) -> dict[str, Any]:
+def _template(row: Mapping[str, object]) -> dict[str, object]:
     options = row.get("chat_template_kwargs")
     if options is not None and not isinstance(options, Mapping):
         raise RefineError(f"chat_template_kwargs is {options!r:.60}; expected a mapping")

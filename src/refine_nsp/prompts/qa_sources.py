@@ -119,7 +119,7 @@ def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw | None]:
             yield None
 
 
-def _answers(row: Mapping[str, Any], where: str) -> list[str]:
+def _answers(row: Mapping[str, object], where: str) -> list[str]:
     """List a question's answers; none where the data say that it has none. Raises RefineError for blanks, or without any such column."""
     names = [name for name in ANSWER_COLUMNS if name in row]
     if row.get("is_impossible"):

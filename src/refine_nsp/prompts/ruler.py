@@ -16,7 +16,7 @@ import string
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import lru_cache, partial
 from importlib import resources
 from itertools import pairwise
@@ -65,6 +65,16 @@ NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here 
 
 
 @dataclass(frozen=True)
+class Job:
+    """Name one example to build; `depth` is where the needle that is asked for stands, None at random."""
+
+    task: str
+    length: int
+    index: int
+    depth: float | None
+
+
+@dataclass(frozen=True)
 class Sources:
     """Hold the texts that tasks draw from: `essays`, the words of the haystack, and `qa`, the questions of qa_1 and qa_2 by task."""
 
@@ -88,24 +98,24 @@ def build_ruler(
     Raises:
         RefineError: a task is unknown or has no questions, no task fits into the lengths, or a depth lies outside 0..1.
     """
-    jobs: list[dict[str, Any]] = []
+    jobs: list[Job] = []
     for task in tasks:
         if task not in BUDGETS:
             raise RefineError(f"no RULER task {task!r}{closest(task, TASKS)}; there are {', '.join(TASKS)}")
         if task in QA_TASKS and task not in sources.qa:
             raise RefineError(f"{task} needs {QA_TASKS[task]} questions: name a file or hub dataset with --{QA_TASKS[task]}")
         where = depths if depths and task in NEEDLES else [None]
-        jobs += [{"task": task, "length": n, "index": i, "depth": d} for n in lengths for d in where for i in range(samples)]
+        jobs += [Job(task, n, i, d) for n in lengths for d in where for i in range(samples)]
     if depths and not all(0 <= d <= 1 for d in depths):
         raise RefineError(f"depths must be between 0 and 1, got {list(depths)}")
     one = partial(_build_one, tokenizer=tokenizer, sources=sources, seed=seed)
     if num_proc is None or num_proc <= 1 or len(jobs) < 2:
         from rich.progress import track
 
-        rows = [one(job) for job in track(jobs, "RULER prompts", transient=True)]
+        rows = [one(*astuple(job)) for job in track(jobs, "RULER prompts", transient=True)]
     else:
-        table = {key: [job[key] for job in jobs] for key in jobs[0]}
-        rows = list(Dataset.from_dict(table).map(one, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
+        table = Dataset.from_list([asdict(job) for job in jobs])
+        rows = list(table.map(one, input_columns=table.column_names, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
     examples: dict[str, list[Example]] = {task: [] for task in tasks}
     for row in rows:
         if not row["problem"]:
@@ -121,11 +131,11 @@ def build_ruler(
     return examples
 
 
-def _problems(jobs: Sequence[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def _problems(jobs: Sequence[Job], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Say by task, in a sentence for each length, what does not fit."""
     by_length: dict[tuple[str, int], list[str]] = {}
     for job, row in zip(jobs, rows, strict=True):
-        by_length.setdefault((job["task"], job["length"]), []).append(row["problem"])
+        by_length.setdefault((job.task, job.length), []).append(row["problem"])
     said: dict[str, list[str]] = {}
     for (task, _), found in by_length.items():
         if there := [p for p in found if p]:
@@ -134,9 +144,10 @@ def _problems(jobs: Sequence[dict[str, Any]], rows: Sequence[Mapping[str, Any]])
     return said
 
 
-def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int) -> dict[str, Any]:
+def _build_one(
+    task: str, length: int, index: int, depth: float | None, tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int
+) -> dict[str, Any]:
     """Build one example as a row. Where it does not fit, `problem` says so and the prompt is empty."""
-    task, length, index, depth = job["task"], job["length"], job["index"], job["depth"]
     budget = BUDGETS[task]
     name = f"{task}-{length}-{index}" + (f"-{depth:g}" if depth is not None else "")
     row = {"task": task, "id": f"{name}-seed{seed}", "budget": budget, "problem": ""}
@@ -144,7 +155,7 @@ def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources:
     def tokens(draft: Draft) -> int:
         return len(encode_prompt(tokenizer, draft[0]))
 
-    builder = _builder(job, sources, f"{seed}-{name}", tokens)
+    builder = _builder(Job(task, length, index, depth), sources, f"{seed}-{name}", tokens)
     try:
         prompt, references, meta = fit(
             builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
@@ -161,12 +172,12 @@ class _Builder:
     largest: int | None = None
 
 
-def _builder(job: Mapping[str, Any], sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
-    task, length, index = job["task"], job["length"], job["index"]
+def _builder(job: Job, sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
+    task, length, index = job.task, job.length, job.index
     if task in NEEDLES:
         needles = NEEDLES[task]
         smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
-        return _Builder(partial(_needles, needles, sources.essays, job["depth"], seed), smallest)
+        return _Builder(partial(_needles, needles, sources.essays, job.depth, seed), smallest)
     if task == "vt":
         return _Builder(partial(_variables, seed, _worked_chain(seed, length, tokens)), VARIABLE_HOPS + 1)
     if task == "cwe":
@@ -200,9 +211,7 @@ def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int,
     high: int | None = None if largest is None else largest + 1
     step = max(1, smallest)
     while high is None or high - low > 1:
-        guess = low + step
-        if high is not None:
-            guess = min(max(guess, low + 1), high - 1)
+        guess = low + step if high is None else min(low + step, high - 1)
         draft = build(guess)
         used = tokens(draft)
         if used > limit:

@@ -1,16 +1,18 @@
 """Start processes for tests that need several: children of the test's own process, which have all libraries loaded already."""
 
 import os
+import runpy
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600  # after which children that have not ended are killed
 
 
@@ -48,6 +50,20 @@ def run_side_by_side(work: Callable[[], object], folder: Path, processes: int = 
     return "".join(log.read_text() for log in logs)
 
 
+def run_script(script: Path, flags: Sequence[str], log: Path) -> tuple[int, str]:
+    """Run a script as `python SCRIPT FLAGS` does, in a child; its exit code, and what it wrote to stdout and stderr."""
+
+    def work() -> None:
+        sys.argv = [str(script), *flags]
+        sys.path[:] = [str(script.parent), *(p for p in sys.path if Path(p).resolve() != ROOT)]  # pytest has put it there
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("benchmarks", "tests")]:
+            del sys.modules[name]
+        runpy.run_path(str(script), run_name="__main__")
+
+    status = os.waitpid(fork(work, log, {}), 0)[1]
+    return os.waitstatus_to_exitcode(status), log.read_text()
+
+
 def fork(work: Callable[[], object], log: Path, environment: dict[str, str]) -> int:
     """Begin `work` in a child, as if nothing had been done in this process; its id."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +80,10 @@ def fork(work: Callable[[], object], log: Path, environment: dict[str, str]) -> 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         code = int(work() or 0)  # type: ignore[call-overload]
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if code and not isinstance(stop.code, int):
+            sys.stderr.write(f"{stop.code}\n")
     except BaseException:
         traceback.print_exc()
     finally:

@@ -38,8 +38,7 @@ def test_inverse_cdf_follows_the_weights_and_never_draws_zero_weight():
     assert set(inverse_cdf(weights.expand(3, -1), edges).tolist()) <= {1, 3, 4}
 
 
-@pytest.mark.parametrize("selection", ["entropy", "uniform"])
-@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize(("selection", "tau"), [("entropy", 1.0), ("entropy", 0.5), ("uniform", 1.0)])
 def test_positions_follow_a_softmax_in_each_chunk(selection, tau):
     T, P, K = 43, 3, 5
     config = NSPConfig(positions_per_sequence=P, rollout_length=K, min_prefix=4, selection=selection, tau=tau)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.models.outputs import FastWeightModelOutput
+from refine_nsp.models.padding import by_rows
 from refine_nsp.models.state import FastWeightCache, StatesOfPass
 
 PADS_PER_TOKEN = 0.25  # at most, among documents that run together
@@ -131,17 +132,8 @@ def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list
     plans: list[_Wanted | None] = []
     for group in groups:
         row_of = {document: row for row, document in enumerate(group.tolist())}
-        by_row: list[list[int]] = [[] for _ in row_of]
-        places, slots = [], []
-        for slot, (document, token) in enumerate(zip(documents.tolist(), tokens.tolist(), strict=True)):
-            if document in row_of:
-                row = row_of[document]
-                places.append((row, len(by_row[row])))
-                slots.append(slot)
-                by_row[row].append(token)
-        width = max(map(len, by_row))
-        table = torch.tensor([row + [-1] * (width - len(row)) for row in by_row])
-        rows = torch.tensor([row * width + i for row, i in places])
+        slots = [slot for slot, document in enumerate(documents.tolist()) if document in row_of]
+        table, rows = by_rows([row_of[int(documents[slot])] for slot in slots], tokens[slots], len(group))
         plans.append(_Wanted(table, rows, torch.tensor(slots)) if slots else None)
     return plans
 

@@ -114,7 +114,7 @@ def with_nsp(cls: T) -> T:
 
 
 def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
-    """Make the method's settings of what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
+    """Make the method's settings of what was given of them; single fields win. RefineError where both `nsp` and `preset` are given."""
     if isinstance(rewards := flat.get("reward_funcs"), list | tuple) and len(rewards) == 1:
         flat = {**flat, "reward_funcs": rewards[0]}
     if nsp is not None:
@@ -139,8 +139,8 @@ class ReFINEConfig(TrainingArguments):
         max_length: tokens per sequence.
         steps_per_generation: optimizer steps that learn from one batch of rollouts. Above 1 the ratio to the policy that sampled
             them is clipped, and `schedule` cannot be `fused`.
-        context_scores: where a run needs them, computed in every step by the model as it is (`online`), or once beforehand by the model
-            it starts from, and kept with the data (`cached`): what a step costs then is what an NTP step costs.
+        context_scores: when they are computed: in every step, by the model as it is (`online`), or once beforehand, by the model that
+            the run starts from, and kept with the data (`cached`): a step then costs what an NTP step costs.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).

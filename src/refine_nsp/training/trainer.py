@@ -107,7 +107,7 @@ class ReFINETrainer(ResumingTrainer):
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
         super().__init__(model, args, **kwargs)
-        if self._is_sharded and args.objective == "refine":
+        if self._is_sharded and args.phase.samples:
             asked, args.nsp = args.nsp.schedule, with_schedule(args.nsp, Needs(shards=self.model))
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightModel
 from refine_nsp.models.branches import Branches
-from refine_nsp.models.document_marks import MARKS
+from refine_nsp.models.document_marks import split_marks
 from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightModelOutput, as_asked
@@ -92,8 +92,8 @@ class StatefulTrunk(PreTrainedModel):
         **kwargs: Any,
     ) -> FastWeightModelOutput | tuple[object, ...]:
         """Answer a call as `FastWeightModel.forward` does, with hidden states scaled by `head_factor`."""
-        marks = {name: kwargs.pop(name, None) for name in (*MARKS, "cache_position")}
-        refuse_unknown(FastWeightModel.forward, kwargs)
+        marks, others = split_marks(kwargs)
+        refuse_unknown(FastWeightModel.forward, others)
         if output_hidden_states:
             raise RefineError(
                 f"{self.label} gives its layers' hidden states only when asked without states; leave out lengths and such"

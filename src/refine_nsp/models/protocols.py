@@ -6,7 +6,7 @@ tokens from states and gives states. `CausalModel` is the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -137,12 +137,4 @@ class CausalModel(Protocol):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts as `transformers.GenerationMixin.generate` does."""
-        ...
-
-
-class RunsSteps(Protocol):
-    """Runs a training step as one forward call: a causal model, or a wrapper around one (DDP, FSDP, PEFT) that must see it so."""
-
-    def __call__(self, *, step: Callable[[CausalModel], Any]) -> Any:
-        """Return step(model) of the model inside."""
         ...

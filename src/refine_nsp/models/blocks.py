@@ -1,4 +1,4 @@
-"""Blocks, the layer loop and the language-model head that all fast-weight language models share.
+"""All fast-weight language models share these blocks, this layer loop and this language-model head.
 
 A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer. Padding is dealt with once, in `layout.py`: real tokens are moved to the left, rows
 carry their lengths, and outputs are moved back, so that no mixer ever sees a pad between real tokens and none writes to a state. Lengths,
@@ -91,7 +91,7 @@ class Mixer(StateMixer, Protocol):
 if TYPE_CHECKING:
 
     class FamilyConfig(PreTrainedConfig):
-        """The fields that blocks and head read of every family's configuration."""
+        """Declares the fields that blocks and head read of every family's configuration."""
 
         vocab_size: int
         hidden_size: int
@@ -125,7 +125,7 @@ class FastWeightBlock(GradientCheckpointingLayer):
 
 
 class HasInitialWeights(Protocol):
-    """A module that draws its own weights."""
+    """Draws its own weights at the start."""
 
     def init_weights_(self) -> None: ...
 
@@ -162,7 +162,7 @@ def refuse_unsupported(config: PreTrainedConfig, required: Mapping[str, tuple[ob
 
 
 class FastWeightModel(FastWeightPreTrainedModel):
-    """A trunk of embedding, blocks and final norm. A family names its `mixer_class`, whose instances are `Mixer`s."""
+    """Runs embedding, blocks and final norm. A family names its `mixer_class`, whose instances are `Mixer`s."""
 
     mixer_class: ClassVar[Callable[..., Mixer]]
     cuts_at_positions = False
@@ -179,17 +179,17 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     @property
     def label(self) -> str:
-        """What messages call the model."""
+        """Name the model in messages."""
         return f"{self.config.model_type} ({type(self).__name__})"
 
     @property
     def mixers(self) -> list[Mixer]:
-        """The mixer of each layer; where PEFT adapts a mixer's own parameters, the one inside its wrapper."""
+        """List the mixer of each layer; where PEFT adapts a mixer's own parameters, the one inside its wrapper."""
         return [_unwrapped(cast(FastWeightBlock, layer).attn) for layer in self.layers]
 
     @property
     def kernels(self) -> str:
-        """What computes the model, and why, in one line."""
+        """Say what computes the model, and why, in one line."""
         exceptions = sorted({mixer.without_kernels for mixer in self.mixers if mixer.without_kernels is not None})
         return "; ".join([str(chosen()), *(exceptions if chosen().name == "fla" else [])])
 
@@ -301,7 +301,7 @@ def _unwrapped(mixer: Mixer) -> Mixer:
 
 
 class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
-    """A trunk and its language-model head. `generate()` works as for any causal model, also batched with left padding."""
+    """Puts a language-model head on a trunk. `generate()` works as for any causal model, also batched with left padding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     trunk_class: ClassVar[type[FastWeightModel]]

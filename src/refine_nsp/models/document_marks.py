@@ -1,4 +1,4 @@
-"""Marks of the documents packed in one row, as transformers, flash-attention, Mamba-2 and flash-linear-attention give them.
+"""Read the marks of documents packed in one row, as transformers, flash-attention, Mamba-2 and flash-linear-attention give them.
 
 `position_ids` that begin again at 0, `cu_seq_lens_q` and `cu_seq_lens_k` (with `max_length_q`, `max_length_k`) or `cu_seqlens`, which count
 tokens from the first column of all rows, and `seq_idx`, a number for each document, all say where documents begin. Where several are given
@@ -45,7 +45,7 @@ def split_marks(keywords: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
 
 
 class _RealTokens:
-    """The n real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
+    """Lists the n real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
 
     def __init__(self, real: Tensor) -> None:
         self.n_rows, self.n_tokens = real.shape

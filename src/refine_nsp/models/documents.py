@@ -25,7 +25,7 @@ RunRows = Callable[[Tensor, Tensor, "Tensor | None"], FastWeightModelOutput]
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents in B rows of T columns, in their order. All tensors are on the host.
+    """Lists N documents in B rows of T columns, in their order. All tensors are on the host.
 
     A row without a real token has a document without tokens; these come last.
     """
@@ -120,7 +120,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The states wanted of a group's documents: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
+    """Plans the states wanted of a group's documents: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
 
     tokens: Tensor
     rows: Tensor
@@ -140,7 +140,7 @@ def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list
 
 @dataclass(frozen=True)
 class PackedStates:
-    """The states of a pass over packed rows, by the columns of the input, each of the document that stands there."""
+    """Gives the states of a pass over packed rows by input columns, each that of the document which stands there."""
 
     documents: Documents
     groups: list[Tensor]

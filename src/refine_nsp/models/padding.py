@@ -13,7 +13,7 @@ from refine_nsp.errors import RefineError
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a row's real tokens move to the left, and back; all tensors are on the host."""
+    """Moves a row's real tokens to the left, and outputs back; all tensors are on the host."""
 
     lengths: Tensor  # [B] long, real tokens of each row
     order: Tensor | None  # [B, T] long, the input column of each aligned slot; None: already aligned (right padding)

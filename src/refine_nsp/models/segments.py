@@ -27,7 +27,7 @@ from refine_nsp.processes import is_sharded
 
 @dataclass(frozen=True)
 class HandedOver:
-    """The states of B rows between two segments, in the parts that segments wrote.
+    """Holds the states of B rows between two segments, in the parts that segments wrote.
 
     Attributes:
         layers: each state by its name, in one tensor, or in several where every segment adds its own (keys and values of all tokens): a
@@ -99,7 +99,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class PassBySegments:
-    """The results of a pass in segments.
+    """Holds the results of a pass in segments.
 
     hidden: [B, T, D]. snapshots: states at the positions the pass was given, or None. before: states before each segment, which begins
     at `starts`.

@@ -1,4 +1,4 @@
-"""Any causal model of transformers as a model with states: linear-attention hybrids, Mamba-2 hybrids, and plain attention.
+"""Give states to any causal model of transformers: linear-attention hybrids, Mamba-2 hybrids, and plain attention.
 
 The model stays what it is, parameters, names, `generate`, `save_pretrained`, PEFT and Trainer included; its class is a subclass of its
 own that also answers the calls of this package (`lengths`, `snapshot_positions`, `output_states`, `branch`, `step`). What a layer keeps

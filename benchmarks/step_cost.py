@@ -31,7 +31,7 @@ def ntp_step(model: FastWeightForCausalLM, ids: torch.Tensor) -> None:
 
 
 def refine_step(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, N: int, selection: str) -> None:
-    config = NSPConfig(num_generations=N, schedule=schedule, reward="hybrid", selection=selection)
+    config = NSPConfig(num_generations=N, schedule=schedule, reward_funcs="hybrid", selection=selection)
     ReFINEStep(model, config)(ids, generator=torch.Generator().manual_seed(0)).loss.backward()
     model.zero_grad()
 
@@ -99,7 +99,7 @@ def measure(
 def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
     """Where the snapshot schedule's time goes (N=1): what its first pass adds is what it costs over `fused`."""
     model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
-    step = ReFINEStep(model, NSPConfig(schedule="snapshot", reward="hybrid", selection=selection))
+    step = ReFINEStep(model, NSPConfig(schedule="snapshot", reward_funcs="hybrid", selection=selection))
     batch = Batch.of(ids)
     rollouts = step.rollout(ids, generator=torch.Generator().manual_seed(0))
 

@@ -31,7 +31,7 @@ def is_code(*, completion_ids, language, **_):
 
 nsp = NSPConfig.preset(
     "context",
-    reward=[right_tokens_anywhere, "exact_match", is_code],  # callables and names, together
+    reward_funcs=[right_tokens_anywhere, "exact_match", is_code],  # callables and names, together
     reward_weights=[1.0, 0.5, 0.1],
 )
 model, tokenizer = refine_nsp.load("refine-nsp/tiny-gated-deltanet")

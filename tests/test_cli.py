@@ -472,7 +472,7 @@ def test_a_saved_configuration_has_what_was_set_and_gives_the_run_again(tmp_path
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert main(tiny(tmp_path, text, *saving, "--resume_from_checkpoint", "last")) == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    from_preset = {"reward_funcs" if name == "reward" else name for name in PRESETS["expected"]}
+    from_preset = set(PRESETS["expected"])
     flags = {w[2:] for w in tiny(tmp_path, text) if w.startswith("--")} | {
         "preset",
         "rollout_length",

@@ -216,7 +216,7 @@ def schedules_are_one_step(seed, variant, sizes, P, N, K, selection, scale, base
     """States handed over give the loss and the gradients of prefixes that are run again."""
     model, ids, lengths = model_and_rows(seed, variant, sizes)
     assert_schedules_agree(
-        model, ids, lengths, positions_per_sequence=P, num_generations=N, rollout_length=K, selection=selection, reward="hybrid",
+        model, ids, lengths, positions_per_sequence=P, num_generations=N, rollout_length=K, selection=selection, reward_funcs="hybrid",
         min_prefix=3, local_window=4, advantage_scale=scale, baseline=baseline,
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def pads_are_nothing(seed, variant, sizes, P, N, K, estimator, selection, schedu
     model, ids, lengths = model_and_rows(seed, variant, sizes)
     config = NSPConfig(
         estimator=estimator, selection=selection, schedule=schedule, positions_per_sequence=P, num_generations=N, rollout_length=K,
-        min_prefix=3, local_window=4, reward="hybrid" if estimator == "sampled" else "prefix_match",
+        min_prefix=3, local_window=4, reward_funcs="hybrid" if estimator == "sampled" else "prefix_match",
     )  # fmt: skip
     step = ReFINEStep(model, config)
     together = step(ids, lengths, generator=torch.Generator().manual_seed(seed))

@@ -73,7 +73,7 @@ class NSPConfig:
             With weights in shards, hybrids, and models by segments, always take `snapshot` (docs/scaling.md).
         segment_tokens: longer sequences are run in segments of so many tokens, through their states: activations of one segment at a
             time, the same loss and gradients, one more forward pass (docs/scaling.md). Default: in one piece.
-        reward: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or
+        reward_funcs: `cosine`, `exact_match`, `hybrid`, `prefix_match`, a dotted path or a callable (see `refine_nsp.nsp.rewards`), or
             several. Default: `cosine`, and for the closed form `prefix_match`, which has one.
         reward_weights: one weight per reward; None: all 1.
         selection: the score positions are drawn by: `entropy`, `context_kl`, `context_gain` or `none`; and the paper's spellings of a
@@ -109,7 +109,7 @@ class NSPConfig:
     token_weights: Literal["context", "context_gain", "selected"] = "context"
     schedule: Literal["auto", "fused", "snapshot", "reprefill"] = "auto"
     segment_tokens: int | None = None
-    reward: RewardSpec | list[RewardSpec] | None = None
+    reward_funcs: RewardSpec | list[RewardSpec] | None = None
     reward_weights: list[float] | None = None
     selection: Literal["entropy", "context_kl", "context_gain", "none", "uniform", "argmax", "argmin"] = "entropy"
     draw: Literal["sample", "greatest", "least"] | None = None
@@ -166,7 +166,7 @@ class NSPConfig:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
         if not self.rewards:
-            raise RefineError("reward is empty: name at least one")
+            raise RefineError("reward_funcs is empty: name at least one")
         if self.published:
             self._check_published()
         if not self.rolls_out:
@@ -222,9 +222,9 @@ class NSPConfig:
     @property
     def rewards(self) -> list[RewardSpec]:
         """The rewards as a list, the default resolved."""
-        if self.reward is None:
+        if self.reward_funcs is None:
             return ["cosine" if self.rolls_out else "prefix_match"]
-        return list(self.reward) if isinstance(self.reward, list | tuple) else [self.reward]
+        return list(self.reward_funcs) if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
 
     @property
     def reward_names(self) -> list[Any]:
@@ -321,12 +321,12 @@ def check_known(names: Iterable[str], known: Iterable[str]) -> None:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "mid_training": {"reward": "cosine", "lambda_rl": 0.2},
-    "post_training": {"reward": "hybrid", "lambda_rl": 0.2},
-    "test_time": {"reward": "exact_match", "lambda_rl": 0.4},
+    "mid_training": {"reward_funcs": "cosine", "lambda_rl": 0.2},
+    "post_training": {"reward_funcs": "hybrid", "lambda_rl": 0.2},
+    "test_time": {"reward_funcs": "exact_match", "lambda_rl": 0.4},
     # Positions whose continuation depends on far context, several rollouts each compared with one another.
     "context": {
-        "reward": "hybrid",
+        "reward_funcs": "hybrid",
         "lambda_rl": 1.0,
         "selection": "context_kl",
         "num_generations": 8,

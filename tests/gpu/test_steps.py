@@ -21,7 +21,7 @@ STEPS = {
     "snapshot": {"schedule": "snapshot", "num_generations": 2},
 }
 HYBRIDS = ["qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear"]  # models of transformers on flash-linear-attention's kernels
-SETTINGS = {"rollout_length": 3, "positions_per_sequence": 2, "min_prefix": 5, "reward": "hybrid"}
+SETTINGS = {"rollout_length": 3, "positions_per_sequence": 2, "min_prefix": 5, "reward_funcs": "hybrid"}
 
 
 def model_of(family, device, dtype):
@@ -33,7 +33,7 @@ def model_of(family, device, dtype):
 
 def step_of(model, name, length: int = 70):
     ids = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(1)).to(model.device)
-    config = NSPConfig(**(SETTINGS | STEPS[name] | ({"reward": "prefix_match"} if name == "closed form" else {})))
+    config = NSPConfig(**(SETTINGS | STEPS[name] | ({"reward_funcs": "prefix_match"} if name == "closed form" else {})))
     result = ReFINEStep(model, config)(ids, torch.tensor([length, length - 9]), torch.Generator().manual_seed(0))
     model.zero_grad()
     result.loss.backward()

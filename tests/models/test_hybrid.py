@@ -68,7 +68,7 @@ def test_all_schedules_give_the_same_loss_and_gradients(name, float64):
     model = stateful(name).train()
     assert isinstance(model.model.keeping, ByReference)
     assert_schedules_agree(
-        model, tokens(), LENGTHS, positions_per_sequence=2, num_generations=2, rollout_length=3, reward="hybrid", min_prefix=5,
+        model, tokens(), LENGTHS, positions_per_sequence=2, num_generations=2, rollout_length=3, reward_funcs="hybrid", min_prefix=5,
         baseline="leave_one_out",
     )  # fmt: skip
 

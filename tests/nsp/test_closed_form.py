@@ -76,7 +76,7 @@ def test_it_is_the_sampled_policy_gradient_over_all_rollouts():
     model = build("delta_net", vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1).train()
     x = torch.randint(0, V, (1, 12), generator=generator(2))
     settings = {"positions_per_sequence": 1, "rollout_length": K, "min_prefix": 1, "lambda_ntp": 0.0, "lambda_rl": 1.0}
-    sampled = ReFINEStep(model, NSPConfig(reward="prefix_match", num_generations=2, advantage_scale="none", baseline="leave_one_out",
+    sampled = ReFINEStep(model, NSPConfig(reward_funcs="prefix_match", num_generations=2, advantage_scale="none", baseline="leave_one_out",
                                           advantage_group="position", **settings))  # fmt: skip
     outcomes = list(itertools.product(range(V), repeat=K))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_the_mean_over_many_draws_approaches_it():
     x = torch.randint(0, 5, (1, 20), generator=generator(4))
     settings = {"positions_per_sequence": 1, "rollout_length": 2, "min_prefix": 1, "lambda_ntp": 0.0, "lambda_rl": 1.0}
     N = 20_000
-    sampled = ReFINEStep(model, NSPConfig(reward="prefix_match", num_generations=N, advantage_scale="none", baseline="leave_one_out",
+    sampled = ReFINEStep(model, NSPConfig(reward_funcs="prefix_match", num_generations=N, advantage_scale="none", baseline="leave_one_out",
                                           advantage_group="position", **settings))  # fmt: skip
     result = sampled(x, generator=generator(1))
     (2 * result.loss_policy).backward()
@@ -171,11 +171,11 @@ def test_nothing_to_weigh_is_next_token_prediction_and_counted(weights):
     ("settings", "words"),
     [
         (
-            {"reward": "cosine"},
+            {"reward_funcs": "cosine"},
             "no closed form of the reward cosine; prefix_match has one, and exact_match with rollout_length=1",
         ),
-        ({"reward": "exact_match"}, "no closed form of the reward exact_match"),
-        ({"reward": ["prefix_match", "cosine"]}, "no closed form of the reward prefix_match, cosine"),
+        ({"reward_funcs": "exact_match"}, "no closed form of the reward exact_match"),
+        ({"reward_funcs": ["prefix_match", "cosine"]}, "no closed form of the reward prefix_match, cosine"),
         ({"temperature": 0.7}, "temperature=0.7 belongs to rollouts"),
         ({"kl_coef": 0.1}, "kl_coef=0.1 belongs to rollouts"),
         ({"token_weights": "contxt"}, "did you mean 'context'"),
@@ -188,6 +188,6 @@ def test_nothing_to_weigh_is_next_token_prediction_and_counted(weights):
 def test_what_has_no_closed_form_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         NSPConfig(estimator="closed_form", **settings)
-    assert NSPConfig(estimator="closed_form", reward="exact_match", rollout_length=1).rewards == ["exact_match"]
+    assert NSPConfig(estimator="closed_form", reward_funcs="exact_match", rollout_length=1).rewards == ["exact_match"]
     with pytest.raises(ValueError, match="rolls nothing out"):
         ReFINEStep(build("delta_net"), NSPConfig(estimator="closed_form")).rollout(ids())

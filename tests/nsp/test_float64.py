@@ -29,7 +29,7 @@ STEPS = {
     "fused": {"schedule": "fused"},
     "snapshot, rewards together": {
         "schedule": "snapshot", "num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out",
-        "reward": ["hybrid", "prefix_match", edit_similarity], "selection": "context_kl", "kl_coef": 0.1, "entropy_coef": 0.1,
+        "reward_funcs": ["hybrid", "prefix_match", edit_similarity], "selection": "context_kl", "kl_coef": 0.1, "entropy_coef": 0.1,
     },
     "reprefill": {"schedule": "reprefill", "selection": "context_gain"},
     "by segments": {"segment_tokens": 40},
@@ -82,7 +82,7 @@ def test_nothing_of_a_hybrids_step_is_narrower(name):
 
 
 @pytest.mark.parametrize("settings", [
-    {"selection": "context_kl", "reward": "hybrid"}, {"estimator": "closed_form"},
+    {"selection": "context_kl", "reward_funcs": "hybrid"}, {"estimator": "closed_form"},
     {"estimator": "closed_form", "token_weights": "context_gain"},
 ])  # fmt: skip
 def test_scores_that_are_kept_are_float64(tmp_path, monkeypatch, settings):

@@ -131,7 +131,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:some sequences are too short")
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize(
-    "settings", [{"reward": "hybrid"}, {"num_generations": 2, "kl_coef": 0.1}, {"positions_per_sequence": 1}]
+    "settings", [{"reward_funcs": "hybrid"}, {"num_generations": 2, "kl_coef": 0.1}, {"positions_per_sequence": 1}]
 )
 def test_all_schedules_give_the_same_loss_and_gradients(family, settings):
     reference = build(family, seed=7)
@@ -143,7 +143,7 @@ def test_all_schedules_give_the_same_loss_and_gradients(family, settings):
 def test_by_segments_a_step_is_what_it_is_in_one_piece(family):
     model, found = build(family).train(), []
     for size in (None, 37):
-        step = ReFINEStep(model, NSPConfig(published=True, reward="hybrid", lambda_rl=1.0, segment_tokens=size))
+        step = ReFINEStep(model, NSPConfig(published=True, reward_funcs="hybrid", lambda_rl=1.0, segment_tokens=size))
         result = step(ids(), lengths=LENGTHS, generator=torch.Generator().manual_seed(0))
         result.loss.backward()
         found.append((result, gradients(model)))
@@ -155,7 +155,7 @@ def test_by_segments_a_step_is_what_it_is_in_one_piece(family):
 
 
 def test_positions_at_one_place_have_rollouts_of_their_own_and_are_one_group():
-    step = ReFINEStep(build("delta_net"), NSPConfig(published=True, reward="exact_match", rollout_length=2))
+    step = ReFINEStep(build("delta_net"), NSPConfig(published=True, reward_funcs="exact_match", rollout_length=2))
     record = step.rollout(ids()[1:2, :40], generator=torch.Generator().manual_seed(0))
     assert record.positions.tolist() == [[19] * 8] and record.num_positions == 8 and record.num_tokens == 16
     assert len({tuple(tokens) for tokens in record.tokens.view(8, 2).tolist()}) == 8

@@ -27,8 +27,8 @@ ESTIMATORS = {
     "closed form": dict(estimator="closed_form", rollout_length=3, local_window=16),
     "closed form, selected": dict(estimator="closed_form", rollout_length=3, token_weights="selected", min_prefix=5),
     "likelihood": dict(estimator="closed_form", order=math.inf, rollout_length=1, local_window=16),
-    "snapshot": dict(schedule="snapshot", num_generations=2, reward="hybrid", min_prefix=5, baseline="leave_one_out"),
-    "fused": dict(schedule="fused", num_generations=2, reward="hybrid", min_prefix=5, baseline="leave_one_out"),
+    "snapshot": dict(schedule="snapshot", num_generations=2, reward_funcs="hybrid", min_prefix=5, baseline="leave_one_out"),
+    "fused": dict(schedule="fused", num_generations=2, reward_funcs="hybrid", min_prefix=5, baseline="leave_one_out"),
 }
 
 

@@ -25,7 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("N", [1, 3])
 def test_all_schedules_give_the_same_loss_and_gradients(family, N):
     assert_schedules_agree(
-        build(family).train(), ids(), LENGTHS, build(family, seed=7), positions_per_sequence=3, num_generations=N, reward="hybrid",
+        build(family).train(), ids(), LENGTHS, build(family, seed=7), positions_per_sequence=3, num_generations=N, reward_funcs="hybrid",
         kl_coef=0.1, entropy_coef=0.01, min_prefix=5, baseline="leave_one_out" if N > 1 else "mean",
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_a_rollout_equal_to_the_truth_scores_exactly_1_1_2(family, dtype):
     truth = torch.stack([x[0, t + 1 : t + 6] for t in positions[0]])[None, :, None]
     for reward, value in (("cosine", 1.0), ("exact_match", 1.0), ("hybrid", 2.0)):
         for schedule in ("reprefill", "snapshot", "fused"):
-            step = ReFINEStep(model, NSPConfig(positions_per_sequence=4, reward=reward, schedule=schedule))
+            step = ReFINEStep(model, NSPConfig(positions_per_sequence=4, reward_funcs=reward, schedule=schedule))
             result = step.score(x, positions, truth)
             assert torch.equal(result.rewards, torch.full((1, 4, 1), value, dtype=result.rewards.dtype))
 
@@ -86,7 +86,7 @@ def test_a_batch_of_mixed_lengths_equals_its_sequences_one_by_one(family, schedu
 def test_off_by_one_facts():
     """entropy[t] and logits[t] are about token t+1; hidden[t+j] counts for rollout token j; t + K <= length - 1."""
     model, x = build("delta_net"), ids(1)
-    step = ReFINEStep(model, NSPConfig(positions_per_sequence=1, rollout_length=2, reward="cosine"))
+    step = ReFINEStep(model, NSPConfig(positions_per_sequence=1, rollout_length=2, reward_funcs="cosine"))
     with torch.no_grad():
         full = model(x)
     t = 40
@@ -111,7 +111,7 @@ def test_the_policy_gradient_is_unbiased(N):
     model = build("delta_net", vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1).train()
     x = torch.randint(0, V, (1, 12), generator=generator(2))
     config = NSPConfig(
-        positions_per_sequence=1, num_generations=N, rollout_length=K, min_prefix=1, reward="exact_match", lambda_ntp=0.0,
+        positions_per_sequence=1, num_generations=N, rollout_length=K, min_prefix=1, reward_funcs="exact_match", lambda_ntp=0.0,
         lambda_rl=1.0, advantage_scale="none", baseline="leave_one_out" if N > 1 else "mean", advantage_group="position",
     )  # fmt: skip
     step = ReFINEStep(model, config)
@@ -158,7 +158,7 @@ def _loss_with_advantage(step: ReFINEStep, x, t: int, rollout, advantage) -> tor
 
 def test_learning_again_from_one_rollout_batch_clips_the_ratio():
     model = build("delta_net").train()
-    step = ReFINEStep(model, NSPConfig(positions_per_sequence=4, lambda_ntp=0.0, reward="hybrid"))
+    step = ReFINEStep(model, NSPConfig(positions_per_sequence=4, lambda_ntp=0.0, reward_funcs="hybrid"))
     record = step.rollout(ids(), generator=generator())
     first = step.learn(ids(), record)
     assert first.metrics["clip_fraction"] == 0.0 and abs(first.metrics["approx_kl"]) < 1e-12
@@ -186,11 +186,11 @@ def test_short_sequences_get_fewer_positions_and_the_rest_of_the_batch_is_unharm
         (lambda: NSPConfig(positions_per_sequence=-1), "positions_per_sequence"),
         (lambda: NSPConfig(selection="entropie"), "did you mean 'entropy'"),
         (lambda: NSPConfig(tau=0.0), "tau must be positive"),
-        (lambda: NSPConfig(reward=["cosine", "exact_match"], reward_weights=[1.0]), "2 rewards but 1"),
+        (lambda: NSPConfig(reward_funcs=["cosine", "exact_match"], reward_weights=[1.0]), "2 rewards but 1"),
         (lambda: NSPConfig.preset("contxt"), "did you mean 'context'"),
         (lambda: NSPConfig.preset("context", lamda_rl=1.0), "did you mean 'lambda_rl'"),
-        (lambda: ReFINEStep(build("delta_net"), NSPConfig(reward="cosin")), "did you mean 'cosine'"),
-        (lambda: ReFINEStep(build("delta_net"), NSPConfig(reward="no.such.module")), "cannot import the reward"),
+        (lambda: ReFINEStep(build("delta_net"), NSPConfig(reward_funcs="cosin")), "did you mean 'cosine'"),
+        (lambda: ReFINEStep(build("delta_net"), NSPConfig(reward_funcs="no.such.module")), "cannot import the reward"),
         (lambda: ReFINEStep(build("delta_net"), NSPConfig(kl_coef=0.1)), "needs a reference_model"),
         (lambda: ReFINEStep(build("delta_net"))(ids(1, 5)), "at least K \\+ 1"),
     ],

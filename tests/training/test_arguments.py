@@ -30,7 +30,7 @@ def config(cls=ReFINEConfig, **settings):
     "reward", ["hybrid", rewarded, ALL_RIGHT, ["cosine", rewarded]], ids=["name", "function", "lambda", "two"]
 )
 def test_one_object_and_flat_keywords_are_the_same(cls, reward):
-    at_once = config(cls, nsp=NSPConfig.preset("context", rollout_length=3, reward=reward))
+    at_once = config(cls, nsp=NSPConfig.preset("context", rollout_length=3, reward_funcs=reward))
     flat = config(cls, preset="context", rollout_length=3, reward_funcs=reward)
     mixed = config(cls, nsp=NSPConfig.preset("context"), rollout_length=3, reward_funcs=reward)
     assert at_once.nsp == flat.nsp == mixed.nsp and at_once == flat
@@ -78,7 +78,7 @@ def test_pickled_arguments_name_the_reward(reward):
     again = pickle.loads(pickle.dumps(args))
     assert again.inner_steps == 2 and again.nsp.as_dict() == args.nsp.as_dict()
     assert again.nsp.rewards == ["hybrid" if reward == "hybrid" else f"{__name__}.{reward.__qualname__}"]
-    assert json.loads(args.to_json_string())["nsp"]["reward"] == again.nsp.rewards[0]
+    assert json.loads(args.to_json_string())["nsp"]["reward_funcs"] == again.nsp.rewards[0]
 
 
 def test_a_run_with_a_lambda_as_reward_saves_its_arguments(tmp_path):
@@ -113,12 +113,12 @@ def test_the_schedule_is_settled_by_how_long_rollouts_serve(tmp_path, settings, 
 def test_a_selection_by_its_published_name_can_be_set_on_a_config_that_has_another():
     assert config(nsp=NSPConfig(), selection="argmax").nsp.score == "entropy"
     assert replace(NSPConfig.preset("context"), selection="argmin").drawn == "least"
-    assert copy.copy(NSPConfig(reward=ALL_RIGHT)).rewards == [ALL_RIGHT]
+    assert copy.copy(NSPConfig(reward_funcs=ALL_RIGHT)).rewards == [ALL_RIGHT]
 
 
 def test_a_reward_that_is_a_partial_has_a_name_too():
     args = config(reward_funcs=functools.partial(rewarded))
-    assert json.loads(args.to_json_string())["nsp"]["reward"] == "functools.partial"
+    assert json.loads(args.to_json_string())["nsp"]["reward_funcs"] == "functools.partial"
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_streamed_data_and_a_reward_of_ones_own(tmp_path):
 
     args = ReFINEConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=2, max_length=160, logging_steps=1,
-        nsp=NSPConfig(reward=digits, num_generations=2, **SHORT), **QUIET,
+        nsp=NSPConfig(reward_funcs=digits, num_generations=2, **SHORT), **QUIET,
     )  # fmt: skip
     trainer = ReFINETrainer(
         model=model, args=args, train_dataset=IterableDataset.from_generator(documents), processing_class=tokenizer

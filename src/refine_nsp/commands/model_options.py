@@ -15,7 +15,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import adapters_of, load_adapter, load_model
-from refine_nsp.training.arguments import RENAMED, ReFINEConfig
+from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
@@ -131,7 +131,7 @@ def check_unused(ttt: TestTimeArguments, config: TestTimeConfig) -> None:
         (f.name, getattr(config, f.name), getattr(usual, f.name)) for f in fields(config) if f.name not in ("nsp", "objective")
     ]
     pairs += [(f.name, getattr(config.nsp, f.name), getattr(method, f.name)) for f in fields(method)]
-    changed = [f"ttt_{RENAMED.get(name, name)}={value!r}" for name, value, default in pairs if value != default]
+    changed = [f"ttt_{name}={value!r}" for name, value, default in pairs if value != default]
     changed += [f"ttt_batch_size={ttt.ttt_batch_size}"] if ttt.ttt_batch_size != TestTimeArguments().ttt_batch_size else []
     if changed:
         raise RefineError(f"{changed[0]} changes nothing without test-time training; add --ttt refine (or ntp), or leave it out")

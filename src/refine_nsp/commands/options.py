@@ -24,7 +24,6 @@ from transformers import HfArgumentParser
 from refine_nsp.commands import Parser, refuse
 from refine_nsp.config import PRESETS, NSPConfig, choices_of, preset_settings
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.training.arguments import RENAMED
 from refine_nsp.training.settings import as_meant
 
 # In the wheel, and in a checkout.
@@ -62,7 +61,6 @@ class Settings:
 
     Attributes:
         cls: the dataclass. prefix: before the names of its flags. skip: fields that are not flags.
-        renamed: flags of other names than their fields.
         preset: of an `NSPConfig`: the preset it starts from, or None; there is a flag `preset` then.
         nsp: of a dataclass with a field `nsp`: how that is shown, beside its own flags.
     """
@@ -70,7 +68,6 @@ class Settings:
     cls: Any
     prefix: str = ""
     skip: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
     preset: str | None = None
     nsp: Settings | None = None
 
@@ -86,9 +83,8 @@ class Settings:
 
     def flags(self) -> dict[str, dataclasses.Field]:
         """Fields by the name of their flag."""
-        given, usual = dict(self.renamed), RENAMED if self.has_preset else {}
         shown = [f for f in dataclasses.fields(self.cls) if f.init and f.name not in (*self.skip, "nsp")]
-        return {given.get(f.name, self.prefix + usual.get(f.name, f.name)): f for f in shown}
+        return {self.prefix + f.name: f for f in shown}
 
     def view(self) -> type:
         """The flags as a dataclass of their own, which HfArgumentParser can read."""
@@ -108,8 +104,8 @@ class Settings:
     def fill(self, values: dict[str, Any]) -> Any:
         """The dataclass from parsed flags."""
         given = {f.name: values[flag] for flag, f in self.flags().items()}
-        if self.has_preset and isinstance(given["reward"], list) and len(given["reward"]) == 1:
-            given["reward"] = given["reward"][0]
+        if self.has_preset and isinstance(given["reward_funcs"], list) and len(given["reward_funcs"]) == 1:
+            given["reward_funcs"] = given["reward_funcs"][0]
         if self.nsp is not None:
             given["nsp"] = self.nsp.fill(values)
         try:

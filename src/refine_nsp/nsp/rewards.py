@@ -57,7 +57,7 @@ def hybrid(**inputs: Any) -> Tensor:
 def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
     """1 - Levenshtein distance / K between rollout and truth, [R] in [0, 1]: forgives an insertion that shifts the rest.
 
-    The worked example of a user's reward: `reward="refine_nsp.nsp.rewards.edit_similarity"`.
+    The worked example of a user's reward: `reward_funcs="refine_nsp.nsp.rewards.edit_similarity"`.
     """
     R, K = completion_ids.shape
     steps = torch.arange(K + 1, device=completion_ids.device, dtype=_wide(hidden))

@@ -16,8 +16,7 @@ from refine_nsp.nsp.rewards import resolve_reward
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
 
-RENAMED = {"reward": "reward_funcs"}  # TRL's name, as keyword and flag
-NSP_KEYWORDS = {RENAMED.get(f.name, f.name): f.name for f in fields(NSPConfig)}
+NSP_KEYWORDS = tuple(f.name for f in fields(NSPConfig))
 T = TypeVar("T", bound=type[Any])
 
 
@@ -32,7 +31,7 @@ def with_nsp(cls: T) -> T:
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, nsp: NSPConfig | None = None, preset: str | None = None, **kwargs: Any) -> None:
-        flat = {name: kwargs.pop(keyword) for keyword, name in NSP_KEYWORDS.items() if keyword in kwargs}
+        flat = {name: kwargs.pop(name) for name in NSP_KEYWORDS if name in kwargs}
         check_known(kwargs, ["preset", *NSP_KEYWORDS, *(f.name for f in fields(cls) if f.init)])
         generated(self, *args, nsp=nsp_of(nsp, preset, flat, made.default_preset), **kwargs)
 
@@ -42,8 +41,8 @@ def with_nsp(cls: T) -> T:
 
 def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
     """The method's settings from what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
-    if isinstance(reward := flat.get("reward"), list | tuple) and len(reward) == 1:
-        flat = {**flat, "reward": reward[0]}
+    if isinstance(rewards := flat.get("reward_funcs"), list | tuple) and len(rewards) == 1:
+        flat = {**flat, "reward_funcs": rewards[0]}
     if nsp is not None:
         if preset is not None:
             raise RefineError(f"got both nsp and preset={preset!r}; use nsp=NSPConfig.preset({preset!r}, ...)")
@@ -55,8 +54,8 @@ def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], defa
 @with_nsp
 @dataclass
 class ReFINEConfig(TrainingArguments):
-    """`TrainingArguments`, what follows, and the method's settings: `nsp=NSPConfig(...)`, or `preset=` and `NSPConfig`'s fields as keywords
-    (its `reward` is called `reward_funcs` here, as in TRL).
+    """Extend `TrainingArguments` by a few settings of ours and by the method's, given as `nsp=NSPConfig(...)`, or as `preset=` and fields of
+    `NSPConfig` among the keywords.
 
     Attributes:
         objective: `refine`, or `ntp`: the same run with the cross-entropy alone.

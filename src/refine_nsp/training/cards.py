@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_nsp.environment import environment
-from refine_nsp.training.arguments import RENAMED, ReFINEConfig
+from refine_nsp.training.arguments import ReFINEConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def write_run_card(folder: Path, args: ReFINEConfig, model: Any, origin: Origin,
     if folder.resolve() != out.resolve():
         run = replace(run, name=f"{run.name}, {folder.name}", config="")
     adapters = getattr(model, "peft_config", {})
-    method = {RENAMED.get(k, k): v for k, v in args.nsp.as_dict().items()} | {"reward_funcs": args.nsp.reward_names}
+    method = {**args.nsp.as_dict(), "reward_funcs": args.nsp.reward_names}
     lora = {"use_peft": bool(adapters), "lora_r": next((getattr(a, "r", None) for a in adapters.values()), None)}
     tags = [model.config.model_type, str(args.objective)]
     write_card(folder, run, origin.base, origin.data, {**origin.settings, **vars(args), **method, **lora}, tags, plotted)

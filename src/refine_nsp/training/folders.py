@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
-from refine_nsp.training.arguments import RENAMED, ReFINEConfig
+from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.checkpoints import PLAIN_FILES, checkpoints_of, step_of
 
 SETTINGS_FILE = "settings.json"
@@ -55,7 +55,7 @@ def settings_of(args: ReFINEConfig, model: str, data: Any) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in sorted({*MATTER, *own})}
     settings["max_steps"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     if args.objective == "refine":
-        settings |= {RENAMED.get(k, k): v for k, v in args.nsp.as_dict().items() if k not in MAY_DIFFER}
+        settings |= {k: v for k, v in args.nsp.as_dict().items() if k not in MAY_DIFFER}
     settings |= {"model": model, "training_data": data_of(data)}
     return dict(json.loads(json.dumps(settings, default=str)))
 

@@ -33,7 +33,7 @@ def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardS
     for reward in rewards:
         resolve_reward(reward)
     args = copy.copy(args)
-    args.nsp = replace(args.nsp, reward=rewards[0] if len(rewards) == 1 else rewards)
+    args.nsp = replace(args.nsp, reward_funcs=rewards[0] if len(rewards) == 1 else rewards)
     return args
 
 

@@ -1,0 +1,154 @@
+"""Every setting is declared once, by `setting(...)`: its default, and what help, model cards, resumed runs and error messages need to know.
+
+    @dataclass(frozen=True)
+    class Drawing:
+        draw: str = setting("sample", card=True)
+        tau: float = setting(1.0, read_by=Reader("draw='sample'", lambda s: s.draw == "sample"))
+
+        def __post_init__(self):
+            check_read(self)
+
+`Drawing(draw="greatest", tau=2.0)` is then refused: a setting that nothing would read cannot be given, so none can seem to have an effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from refine_nsp.errors import RefineError
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads a setting, as a condition on the object that holds it. `a & b` reads where both do.
+
+    Attributes:
+        words: the condition as an error message names it, such as "estimator='sampled'".
+        reads: takes the settings object, says whether the condition holds.
+    """
+
+    words: str
+    reads: Callable[[Any], bool]
+    _and: tuple[Reader, ...] = ()
+
+    def __and__(self, other: Reader) -> Reader:
+        return Reader(self.words, self.reads, (*self._and, other))
+
+    def __call__(self, settings: object) -> bool:
+        return not self.missing(settings)
+
+    def missing(self, settings: object) -> list[str]:
+        """List the conditions that do not hold, in words; an empty list means that the setting is read."""
+        own = [] if self.reads(settings) else [self.words]
+        return own + [words for other in self._and for words in other.missing(settings)]
+
+
+ALWAYS = Reader("any settings", lambda settings: True)
+
+
+class Notes(Mapping[str, Any]):
+    """The metadata of a field: `common`, `card`, `resume`, `read_by`, `also` and `help` (see `setting`).
+
+    Iterating gives `help` alone: transformers' HfArgumentParser hands `dict(field.metadata)` to argparse, which knows none of the others.
+    """
+
+    def __init__(self, **known: Any) -> None:
+        self._known = known
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in ("help",) if name in self._known])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known
+
+
+def notes(
+    *,
+    read_by: Reader = ALWAYS,
+    also: str = "",
+    common: bool = False,
+    card: bool = False,
+    resume: bool = False,
+    help: str | None = None,
+) -> Notes:
+    """Make a field's metadata; the arguments are those of `setting`."""
+    known = {"read_by": read_by, "also": also, "common": common, "card": card, "resume": resume}
+    return Notes(**known, **({} if help is None else {"help": help}))
+
+
+def setting(default: Any = MISSING, *, default_factory: Any = MISSING, **told: Any) -> Any:
+    """Declare a dataclass field with what is to be known of it.
+
+    Args:
+        default, default_factory: as `dataclasses.field` takes them.
+        read_by: the condition under which the setting has an effect.
+        also: who reads it wherever that condition fails, such as "validation"; then it may be given there too.
+        common: shown by `--help`; the others only by `--help_all`.
+        card: told by model cards.
+        resume: the weights after a step depend on it, so a resumed run is compared by it.
+        help: what the command line says of it, where the dataclass' docstring does not.
+    """
+    given = {} if default is MISSING else {"default": default}
+    given |= {} if default_factory is MISSING else {"default_factory": default_factory}
+    return field(**given, metadata=notes(**told))
+
+
+class UnreadError(RefineError):
+    """Settings that nothing would read. names: which."""
+
+    def __init__(self, message: str, names: Collection[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+def is_known(f: Field[Any]) -> bool:
+    """Whether a field was declared by `setting`."""
+    return "read_by" in f.metadata
+
+
+def told(cls: Any, key: str) -> tuple[str, ...]:
+    """List a dataclass' fields, in their order, whose metadata has `key` ("common", "card" or "resume")."""
+    return tuple(f.name for f in fields(cls) if is_known(f) and f.metadata[key])
+
+
+def default_of(f: Field[Any]) -> Any:
+    """Return the value that a field has unless another is given; MISSING where it must be given."""
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def live(settings: Any) -> frozenset[str]:
+    """Name the fields that these settings read. Fields not declared by `setting` count as read."""
+    return frozenset(f.name for f in fields(settings) if not is_known(f) or f.metadata["read_by"](settings))
+
+
+def unread(settings: Any) -> dict[str, tuple[str, ...]]:
+    """Find the fields that differ from their default although nothing reads them: for each, the conditions that do not hold."""
+    found = {}
+    for f in fields(settings):
+        if is_known(f) and not f.metadata["also"] and getattr(settings, f.name) != default_of(f):
+            found[f.name] = tuple(f.metadata["read_by"].missing(settings))
+    return {name: missing for name, missing in found.items() if missing}
+
+
+def check_read(settings: Any, prefix: str = "") -> None:
+    """Refuse settings that nothing reads; their default is accepted everywhere.
+
+    Args:
+        prefix: put before the names in the message, as flags have it.
+
+    Raises:
+        UnreadError: names each of them, what would read it, and the way out.
+    """
+    if not (found := unread(settings)):
+        return
+    said = [f"{prefix}{name}={getattr(settings, name)!r} (needs {' and '.join(missing)})" for name, missing in found.items()]
+    them = "it" if len(said) == 1 else "them"
+    raise UnreadError(f"nothing reads {', '.join(said)}; leave {them} out, or set what reads {them}", tuple(found))

@@ -234,10 +234,9 @@ def _spelled_out(line: CommandLine, argv: Sequence[str]) -> list[str]:
     bare = {s for flag in line.flags.values() if flag.kinds[0] == "bool" and flag.bare for s in spellings(flag.name)}
     truths = {"true", "false", "yes", "no", "on", "off", "1", "0", "t", "f", "y", "n", "none", "null"}
     takes_words = any(flag.positional for flag in line.flags.values())
-    following = [*argv[1:], ""]
     return [
-        f"{word}=true" if takes_words and word in bare and after.lower() not in truths else word
-        for word, after in zip(argv, following, strict=True)
+        f"{word}=true" if takes_words and word in bare and [*argv, ""][i + 1].lower() not in truths else word
+        for i, word in enumerate(argv)
     ]
 
 
@@ -396,13 +395,13 @@ def _explain(flag: Flag, value: Value) -> list[str]:
         known = [kind.removeprefix("list of ") for kind in flag.kinds]
         kind = next((KINDS[k] for k in known if k in KINDS), "VALUE")
     head = f"  {_usage(flag)}" if flag.required else f"  --{flag.name} {kind}{' ...' if flag.repeated else ''}"
-    return _paragraph(f"  {flag.name} (in a file)" if flag.in_files else head, text)
+    return _paragraph(f"  {flag.name} (in a file)" if flag.in_files else head, text.strip())
 
 
 def _paragraph(head: str, text: str, margin: int = MARGIN) -> list[str]:
     """Return a head in the margin, or above the text where it is too long for that."""
     lines = textwrap.wrap(text, WIDTH - margin) or [""]
-    first = [(head.ljust(margin) + lines.pop(0)).rstrip()] if len(head) < margin else [head]
+    first = [(head.ljust(margin) + lines.pop(0)).rstrip()] if len(head) < margin - 1 else [head]
     return first + [" " * margin + line for line in lines]
 
 

@@ -1,0 +1,221 @@
+"""Declare a command by dataclasses, describe it for the table that command lines are read by, and fill the dataclasses of a call.
+
+    COMMAND = Command("Count the words of a file.", (Settings(CountArguments),), positional=("file",))
+
+    def run(call: Call, arguments: CountArguments) -> None: ...
+
+Every setting is declared once, in its dataclass: type, default and (by `refine_nsp.fields.setting`) whether `--help` shows it. After a
+change run `python -m refine_nsp.commands.table`.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from refine_nsp.commands.parser import Call, command_line, parse, preset_choices
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.fields import ALWAYS, default_of
+from refine_nsp.values import Value, accepted
+
+# Settings of transformers' Trainer that --help shows, since their own words leave something out.
+TRAINER = {
+    "output_dir": "folder of the run: checkpoints, the final model, its card, its report.",
+    "max_steps": "optimizer steps; -1: num_train_epochs decides.",
+    "num_train_epochs": "passes over the data, where max_steps is not given.",
+    "per_device_train_batch_size": "sequences that go through the model together, on each device.",
+    "gradient_accumulation_steps": "an optimizer step adds up the gradients of this many batches.",
+    "learning_rate": "of the optimizer (paper, Table 2).",
+    "eval_strategy": "validate never (no), every eval_steps (steps), or after every epoch (epoch).",
+    "eval_steps": "optimizer steps between validations; below 1: a share of all steps. Default: logging_steps.",
+    "logging_steps": "optimizer steps between lines of the log.",
+    "save_steps": "optimizer steps between checkpoints; below 1: a share of all steps.",
+    "save_strategy": "keep checkpoints every save_steps (steps), after every epoch (epoch), with every best validation (best), or never.",
+    "resume_from_checkpoint": "`last` continues from the newest whole checkpoint in output_dir; or name a checkpoint's folder.",
+    "bf16": "compute matrix products in bfloat16; weights and optimizer state keep their precision.",
+    "gradient_checkpointing": "keep no activations of blocks, and compute them again going backward: less memory, more time.",
+    "report_to": "where figures go in addition to metrics.jsonl: none, tensorboard, trackio, wandb, or several.",
+    "use_cpu": "train on the CPU, even where there is a GPU.",
+    "seed": "seed of all randomness of training.",
+}  # fmt: skip
+# Text that names a file or folder although its type does not say so.
+FILES = set(
+    "config data dataset_name documents essays file hotpotqa longbench model output output_dir prompts squad short_context "
+    "validation_dataset".split()
+)
+FILE_ENDINGS = ("_file", "_path")
+PRESET_HELP = "settings to start from: the paper's by phase, or ours (start with `likelihood`)."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A dataclass as a command shows it.
+
+    Attributes:
+        cls: the dataclass. group: the heading of its flags in help.
+        prefix: stands before the names of its flags. skip: fields that are not flags.
+        preset: the preset that an `NSPConfig` starts from, or None; a flag `preset` names another.
+        nsp: how the field `nsp` of the dataclass is shown, where it has one.
+        make: builds it from plain values; by default the dataclass itself.
+    """
+
+    cls: Any
+    group: str = "flags"
+    prefix: str = ""
+    skip: tuple[str, ...] = ()
+    preset: str | None = None
+    nsp: Settings | None = None
+    make: Callable[..., Any] | None = None
+
+    @property
+    def is_method(self) -> bool:
+        """Whether these are the method's own settings, which have presets."""
+        return self.cls is NSPConfig
+
+    @property
+    def parts(self) -> list[Settings]:
+        """These settings, and those of their field `nsp`."""
+        return [self, self.nsp] if self.nsp is not None else [self]
+
+    def flags(self) -> dict[str, Field[Any]]:
+        """Return the fields by the names of their flags."""
+        shown = [f for f in fields(self.cls) if f.init and f.name not in (*self.skip, "nsp")]
+        return {self.prefix + f.name: f for f in shown}
+
+    def rows(self, positional: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the table's row of every flag (`parser.Flag`)."""
+        hints, docs = get_type_hints(self.cls), described(self.cls)
+        # Where no field says whether it is common, all are.
+        marked = any(f.metadata.get("common") for f in self.flags().values())
+        rows = {}
+        if self.is_method:
+            rows[f"{self.prefix}preset"] = _row(
+                kinds=["choice", "none"], choices=preset_choices(), default=self.preset, help=PRESET_HELP, group=self.group,
+                common=True,
+            )  # fmt: skip
+        for flag, f in self.flags().items():
+            accepts, foreign = accepted(hints[f.name]), _is_foreign(self.cls, f.name)
+            choices = accepts.choices or tuple(f.metadata.get("choices") or ())
+            kinds = ["choice" if choices and kind == "text" else kind for kind in accepts.kinds]
+            reader = f.metadata.get("read_by") or ALWAYS
+            conditions = [part.words for part in (reader, *reader._and) if part is not ALWAYS]
+            in_files = {*kinds} <= {"mapping", "other", "list of mapping", "list of other", "none"}
+            default = default_of(f)
+            of_trainer = foreign or any(_is_foreign(base, f.name) for base in self.cls.__mro__)
+            rows[flag] = _row(
+                kinds=kinds, choices=choices, default=None if default is MISSING or in_files else _plain(default),
+                required=default is MISSING, group=self.group,
+                help=docs.get(f.name) or (of_trainer and TRAINER.get(f.name)) or " ".join(f.metadata.get("help", "").split()),
+                read_by=" and ".join(conditions),
+                common=bool(f.metadata.get("common", of_trainer and f.name in TRAINER)) or not (marked or of_trainer),
+                positional=f.name in positional, bare=kinds[0] == "bool" or "const" in dict(f.metadata),
+                file="path" in " ".join(kinds) or f.name in FILES or f.name.endswith(FILE_ENDINGS),
+                code="code" in kinds, in_files=in_files, foreign=foreign,
+            )  # fmt: skip
+        return rows
+
+    def fill(self, given: dict[str, Any]) -> Any:
+        """Return the dataclass with the values that were given by flags, files and presets; its own defaults serve for the others."""
+        hints = get_type_hints(self.cls)
+        values = {f.name: _typed(given[flag], hints[f.name]) for flag, f in self.flags().items() if flag in given}
+        if self.nsp is not None:
+            values["nsp"] = self.nsp.fill(given)
+        try:
+            return (self.make or self.cls)(**values)
+        except RefineError:
+            raise
+        except Exception as error:  # transformers refuses its Trainer's settings in its own words
+            raise RefineError(f"these settings do not go together: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True)
+class Command:
+    """What can be given to a command.
+
+    Attributes:
+        summary: one sentence, for the list of commands.
+        settings: dataclasses; `run` gets each, filled, after the call itself.
+        description: what its help adds to the summary.
+        positional: fields that words without a flag fill, in this order.
+        exclusive: names of flags of which one may be given, and whether one must be.
+        fixed: values that take the place of defaults. dry_run: `run` looks at `call.dry_run`.
+    """
+
+    summary: str
+    settings: tuple[Settings, ...] = ()
+    description: str = ""
+    positional: tuple[str, ...] = ()
+    exclusive: tuple[tuple[tuple[str, ...], bool], ...] = ()
+    fixed: dict[str, Value] = field(default_factory=dict)
+    dry_run: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """Return the command's row of the table (`parser.CommandLine`)."""
+        parts = [part for settings in self.settings for part in settings.parts]
+        rows = {flag: row for part in parts for flag, row in part.rows(self.positional).items()}
+        for flag, value in self.fixed.items():
+            rows[flag]["default"] = value
+        first = {name: rows.pop(name) for name in self.positional}
+        return {
+            "summary": self.summary,
+            "description": f"{self.summary} {self.description}".strip(),
+            "methods": [(part.prefix, part.preset) for part in parts if part.is_method],
+            "exclusive": self.exclusive,
+            "fixed": self.fixed,
+            "dry_run": self.dry_run,
+            "flags": first | rows,
+        }
+
+    def fill(self, call: Call) -> tuple[Any, ...]:
+        """Return the filled dataclasses of a call."""
+        return tuple(settings.fill(call.given) for settings in self.settings)
+
+    def call(self, argv: Sequence[str], name: str = "COMMAND") -> tuple[Call, tuple[Any, ...]]:
+        """Read a command line by the declaration itself, without the table; returns the call and the filled dataclasses."""
+        call = parse(command_line(name, self.row()), argv)
+        return call, self.fill(call)
+
+
+def described(cls: type) -> dict[str, str]:
+    """Return the descriptions in the `Attributes:` part of a dataclass' docstring and of those it extends, by field."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = (base.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
+        for block in re.split(r"\n {8}(?=\w)", text):
+            names, _, rest = block.strip().partition(": ")
+            docs |= {name: " ".join(rest.split()) for name in re.split(r",\s*", names) if name.isidentifier()}
+    return docs
+
+
+def _is_foreign(cls: type, name: str) -> bool:
+    """Return whether a field was last declared by transformers."""
+    declaring = next((base for base in cls.__mro__ if name in inspect.get_annotations(base)), cls)
+    return declaring.__module__.startswith("transformers.")
+
+
+def _row(**told: Any) -> dict[str, Any]:
+    """Leave out of a row what is usual."""
+    return {name: value for name, value in told.items() if value or (name == "default" and value is not None)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as JSON has it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Return a plain value as its field has it: paths are text until here."""
+    kinds = accepted(hint).kinds
+    if "path" in kinds and value is not None:
+        return Path(value)
+    return [Path(item) for item in value] if "list of path" in kinds else value

@@ -25,9 +25,10 @@ from _timing import alternate
 from refine_nsp.config import NSPConfig
 from refine_nsp.environment import devices, environment
 from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
-from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops.kernels import by_operation, chosen
 from refine_nsp.report.tables import Cell, Table
 

@@ -15,9 +15,10 @@ import torch
 from _timing import alternate, model_of, ratio
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.passes import next_token_loss, run
+from refine_nsp.nsp.forward import run
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 
 SCHEDULES = ("fused", "snapshot", "reprefill")
 CLOSED_FORM = ("closed form", "closed form, cached scores")
@@ -101,7 +102,7 @@ def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
     model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
     step = ReFINEStep(model, NSPConfig(schedule="snapshot", reward_funcs="hybrid", selection=selection))
     batch = Batch.of(ids)
-    rollouts = step.rollout(ids, generator=torch.Generator().manual_seed(0))
+    rollouts = step.sample(ids, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def trunk() -> None:
@@ -119,7 +120,7 @@ def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
         "NTP step": lambda: ntp_step(model, ids),
         "first pass: layers": trunk,
         "first pass: layers, head and statistics": first_pass,
-        "first pass and rollouts": lambda: step.rollout(ids, generator=torch.Generator().manual_seed(0)),
+        "first pass and rollouts": lambda: step.sample(ids, generator=torch.Generator().manual_seed(0)),
         "gradient pass with the policy loss": learn,
     }
     seconds = alternate(candidates, rounds)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from _timing import alternate, delta_net_12m, matmul_peak
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.passes import next_token_loss
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
 
 

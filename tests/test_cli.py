@@ -182,9 +182,10 @@ def test_the_commit_is_that_of_the_package_and_not_of_where_one_is(tmp_path, mon
 
 
 def test_the_method_has_the_same_settings_for_training_test_time_and_inspect():
-    from refine_nsp.commands.inspect import InspectArguments
     from refine_nsp.commands.model_options import TEST_TIME
     from refine_nsp.commands.options import Options, Settings
+
+    from refine_nsp.commands.inspect import InspectArguments
     from refine_nsp.config import NSPConfig
 
     flags = [
@@ -205,6 +206,7 @@ def test_the_method_has_the_same_settings_for_training_test_time_and_inspect():
 
 def test_flags_can_take_back_what_a_preset_or_file_sets(tmp_path):
     from refine_nsp.commands.options import Options, Settings
+
     from refine_nsp.config import NSPConfig
 
     config = tmp_path / "c.yaml"

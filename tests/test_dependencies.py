@@ -1,10 +1,12 @@
-"""What `make quickstart` installs is enough: nothing that a command of the README runs is imported from an extra, lm-eval excepted."""
+"""What `make quickstart` installs is enough: no command of the README or of docs/recipes.md imports an extra, lm-eval excepted."""
 
 import ast
 import re
 import shlex
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Optional by nature: lm-eval's own tasks, kernels for GPUs, and a format of compression.
@@ -38,8 +40,9 @@ def test_everything_that_is_imported_belongs_to_the_core():
                 assert DISTRIBUTIONS.get(name, name) in core(), f"{where} imports {name}, which a plain install does not have"
 
 
-def test_no_command_of_the_readme_asks_for_lm_eval():
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_no_command_of_the_readme_or_the_recipes_asks_for_lm_eval(page):
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.S | re.M)
     words = [word for block in blocks for line in block.splitlines() for word in shlex.split(line, comments=True)]
     assert "evaluate" in words and not [word for word in words if word.startswith("lm_eval")]
 

@@ -45,7 +45,7 @@ def midtrain(folder: Path, capsys) -> object:
 
 
 def posttrain(folder: Path, capsys) -> object:
-    """A reference answer is drawn, and the inner update rolls out."""
+    """A reference answer is drawn, and the inner update samples rollouts."""
     rows = [{"prompt": f"The key of door {i} is {i}{i}. " * 8, "answers": [str(i), f"{i}{i}"]} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["posttrain", "--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(folder / "run"), "--max_steps", "2",

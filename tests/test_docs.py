@@ -35,7 +35,7 @@ SKIPPED = {
     "trackio": "a server, of another package",
 }
 MODEL = "refine-nsp/tiny-delta-net"  # where a page says MODEL
-# Sizes for a test, behind the flags that the README gives.
+# Sizes for a test, behind the flags that docs/recipes.md gives.
 SMALL = {
     "midtrain": "--max_steps 2 --max_length 256 --eval_strategy no --use_cpu",
     "posttrain": "--max_steps 2 --max_length 512 --ruler_length 512 --ruler_samples 8 --use_cpu",
@@ -112,7 +112,7 @@ def parsed(command: str, words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_readmes_phases_run_one_after_another(tmp_path, monkeypatch):
+def test_the_phases_run_one_after_another(tmp_path, monkeypatch):
     """The block of commands as it is written, only smaller."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
@@ -170,6 +170,12 @@ def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     warnings.filterwarnings("error", message=".*cannot be handed over exactly")
     exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
+def test_the_readme_is_short():
+    """A stranger reads it to its end; costs, tables and details have pages of their own."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 1100
 
 
 def test_files_named_in_the_readme_exist():

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.selection import count_positions, select_positions
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops import linear_cross_entropy as ops
 from refine_nsp.ops.delta_rule import delta_rule, naive_delta_rule
 from refine_nsp.ops.lact import Tokens, lact, naive_lact

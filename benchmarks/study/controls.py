@@ -8,7 +8,7 @@ from torch import Tensor
 from refine_nsp import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import next_tokens
+from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.phases import MicroBatch, NextToken

@@ -1,6 +1,7 @@
-"""Draws docs/pictures/pull.svg (from the formulas) and docs/pictures/weights.svg (from the shipped DeltaNet, on a text it has not seen):
+"""Draw the pictures of the pages that no run writes. Run `python docs/site/pictures.py` from the root of the repository.
 
-python docs/site/pictures.py
+`idea.svg` shows the method on one sentence, `pull.svg` is computed from the formulas, and `weights.svg` from the shipped DeltaNet on a text
+that it has not seen.
 """
 
 from pathlib import Path
@@ -14,7 +15,54 @@ from refine_nsp import NSPConfig, ReFINEStep
 from refine_nsp.tiny.quickstart import Settings, prepare
 
 PICTURES = Path(__file__).resolve().parents[1] / "pictures"
-NAMED = 6  # tokens that are written beside their weight
+NAMED = 6  # so many tokens are written next to their weight
+FAR, NEAR, MUTED = "#1f77b4", "#dddddd", "#666666"  # a token that needs far context, one that does not, notes
+
+
+def idea() -> Figure:
+    """Show both estimators on one sentence: rollouts from a handed-over state, and a weight for every token."""
+    words = ["The", "bridge", "dates", "from", "1832", "…", "It", "has", "stood", "since", "1832", "."]
+    position, rollouts = 9, [("1832", ".", "1"), ("then", "we", "0"), ("1950", ",", "0")]
+    heights = [
+        0.05,
+        0.05,
+        0.05,
+        0.05,
+        0.05,
+        0.05,
+        0.15,
+        0.1,
+        0.2,
+        0.1,
+        1.0,
+        0.1,
+    ]  # drawn by hand: a picture of the idea, no measurement
+    fig, (top, low) = plt.subplots(2, 1, figsize=(8.4, 4.3), height_ratios=(1.45, 1), constrained_layout=True)
+    for axis in (top, low):
+        axis.set_xlim(-0.6, len(words) + 1.6)
+        axis.axis("off")
+        for i, word in enumerate(words):
+            shade = "#dbe9f6" if axis is top and i <= position else "white"
+            axis.text(i, 0, word, ha="center", va="center", fontsize=10, bbox={"boxstyle": "round", "fc": shade, "ec": "#999999"})
+    top.set_ylim(-2.7, 0.6)
+    top.set_title("By rollouts (the paper): continue from a position, reward what agrees with the text", fontsize=10, loc="left")
+    top.text(4.5, -0.75, "prefix, run once; its state is handed to every rollout", ha="center", fontsize=9, color=MUTED)
+    top.text(len(words) + 0.4, 0, "the text", ha="center", va="center", fontsize=9, color=MUTED)
+    for n, (*sampled, reward) in enumerate(rollouts):
+        y = -1.15 - 0.62 * n
+        top.annotate(
+            "", (position + 0.55, y), (position, -0.35), arrowprops={"arrowstyle": "->", "color": MUTED, "linewidth": 0.8}
+        )
+        for j, word in enumerate(sampled):
+            look = {"boxstyle": "round", "fc": "white", "ec": FAR if reward == "1" else "#999999"}
+            top.text(position + 1 + j, y, word, ha="center", va="center", fontsize=10, bbox=look)
+        top.text(len(words) + 0.4, y, f"reward {reward}", ha="center", va="center", fontsize=9, color=MUTED)
+    low.set_ylim(-0.45, 2.1)
+    title = "In closed form: no rollouts; a token counts by how much far context changes its prediction"
+    low.set_title(title, fontsize=10, loc="left")
+    low.bar(range(len(words)), [1.4 * h for h in heights], 0.45, bottom=0.4, color=[FAR if h == 1 else NEAR for h in heights])
+    low.text(len(words) + 0.4, 0.7, "weight", ha="center", fontsize=9, color=MUTED)
+    return fig
 
 
 def pull() -> Figure:
@@ -53,5 +101,5 @@ def weights() -> Figure:
 
 
 if __name__ == "__main__":
-    for name, draw in {"pull": pull, "weights": weights}.items():
+    for name, draw in {"idea": idea, "pull": pull, "weights": weights}.items():
         draw().savefig(PICTURES / f"{name}.svg", metadata={"Date": None})

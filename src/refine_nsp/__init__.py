@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         load,
         with_states,
     )
-    from refine_nsp.nsp.step import ReFINEStep
+    from refine_nsp.nsp.module import ReFINEStep
     from refine_nsp.training import PostTrainer, PostTrainingConfig, ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrainer
 
 try:
@@ -59,7 +59,7 @@ _TRAINING = ("PostTrainer", "PostTrainingConfig", "ReFINEConfig", "ReFINETrainer
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "training" if name in _TRAINING else "nsp.step" if name == "ReFINEStep" else "models"
+    room = "training" if name in _TRAINING else "nsp.module" if name == "ReFINEStep" else "models"
     return getattr(importlib.import_module(f"refine_nsp.{room}"), name)
 
 

@@ -69,7 +69,12 @@ def saying_ours(show: Callable[..., None]) -> Callable[..., None]:
     """Return a `warnings.showwarning` that says our warnings in one line of one process, and leaves others to `show`."""
 
     def said(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
         if not issubclass(category, UserWarning) or not Path(filename).is_relative_to(Path(__file__).parent):
             show(message, category, filename, lineno, file, line)

@@ -55,7 +55,7 @@ def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
 
 @dataclass(frozen=True)
 class NSPConfig:
-    """Next-sequence prediction: where to roll out, how, what is rewarded, and how that becomes a loss.
+    """Next-sequence prediction: where rollouts are sampled, how, what is rewarded, and how that becomes a loss.
 
     Attributes:
         positions_per_sequence: P, chunks of a sequence and positions chosen, one a chunk (the paper's c).
@@ -169,7 +169,7 @@ class NSPConfig:
             raise RefineError("reward_funcs is empty: name at least one")
         if self.published:
             self._check_published()
-        if not self.rolls_out:
+        if not self.samples_rollouts:
             self._check_closed_form()
         elif self.order != 1:
             raise RefineError(
@@ -198,7 +198,7 @@ class NSPConfig:
 
     def _check_published(self) -> None:
         """RefineError for what the published code cannot do."""
-        if not self.rolls_out:
+        if not self.samples_rollouts:
             raise RefineError(f"published=True belongs to rollouts; estimator={self.estimator!r} is not in the published code")
         if self.smoothing == "none":
             raise RefineError("published=True smooths as the published code does; leave smoothing='none' out")
@@ -209,21 +209,21 @@ class NSPConfig:
             )
 
     @property
-    def rolls_out(self) -> bool:
+    def samples_rollouts(self) -> bool:
         """Whether rollouts are sampled."""
         return self.estimator == "sampled"
 
     @property
-    def rolls_out_first(self) -> bool:
+    def samples_first(self) -> bool:
         """Whether rollouts are sampled in a pass of their own, without gradients, before they are learned from."""
         by_itself = self.schedule == "auto" and self.segment_tokens is not None
-        return self.rolls_out and (by_itself or self.schedule in ("snapshot", "reprefill"))
+        return self.samples_rollouts and (by_itself or self.schedule in ("snapshot", "reprefill"))
 
     @property
     def rewards(self) -> list[RewardSpec]:
         """The rewards as a list, the default resolved."""
         if self.reward_funcs is None:
-            return ["cosine" if self.rolls_out else "prefix_match"]
+            return ["cosine" if self.samples_rollouts else "prefix_match"]
         return list(self.reward_funcs) if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
 
     @property

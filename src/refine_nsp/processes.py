@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Protocol, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -11,7 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from refine_nsp.ops.memory import part
 
-M = TypeVar("M", bound=nn.Module)
+
+class HasParameters(Protocol):
+    """A module, or what answers for one."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+M = TypeVar("M", bound=HasParameters)
 
 
 def process_state() -> PartialState:
@@ -19,7 +27,7 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: HasParameters) -> bool:
     """Whether its weights lie in parts with several processes (FSDP2; DeepSpeed ZeRO-3, which marks them): these must then make the same
     passes, since each gathers the weights."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
@@ -28,7 +36,8 @@ def is_sharded(model: nn.Module) -> bool:
 def to_device(model: M, device: torch.device | str | None = None) -> M:
     """The model moved to `device`, by default this process' own.
 
-    `PreTrainedModel.to` is wrapped so that type checkers lose its first argument; called on any `nn.Module` it is as it should be.
+    `PreTrainedModel.to` is wrapped so that type checkers lose its first argument; called on an `nn.Module` it is as it should be.
     """
     with part("loading"):
-        return model.to(process_state().device if device is None else device)
+        cast(nn.Module, model).to(process_state().device if device is None else device)
+    return model

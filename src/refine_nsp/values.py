@@ -56,6 +56,25 @@ class Accepted:
         wanted = {NoneType: ("none",), int: ("int", "number"), float: ("number",), dict: ("mapping",)}.get(type(value), ())
         return any(kind in self.kinds for kind in wanted)
 
+    def meant(self, name: str, value: Any) -> Any:
+        """Return a value as its setting wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML.
+
+        Raises:
+            RefineError: text that is no number or truth value, where one is expected.
+        """
+        if value is False and name.endswith("report_to"):
+            return "none"
+        if value is False and "bool" not in self.kinds and "no" in self.choices:
+            return "no"  # YAML makes False of a bare `no`
+        numbers = {"int", "number", "bool"} & {*self.kinds}
+        if isinstance(value, str) and numbers and not {"text", "choice", "path"} & {*self.kinds}:
+            return _from_text(name, value, self.kinds)
+        if isinstance(value, float) and "int" in numbers and "number" not in numbers:
+            if not value.is_integer():
+                raise RefineError(f"{name} is {value}; expected a whole number")
+            return int(value)
+        return _plain_values(value) if isinstance(value, dict) else value
+
 
 def accepted(hint: Any) -> Accepted:
     """Return what a field accepts, by its annotation."""
@@ -86,24 +105,9 @@ def accepted(hint: Any) -> Accepted:
     return Accepted(tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(choices)))
 
 
-def as_meant(name: str, value: Any, accepts: Accepted) -> Any:
-    """Return a value as its setting wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML.
-
-    Raises:
-        RefineError: text that is no number or truth value, where one is expected.
-    """
-    kinds = accepts.kinds
-    if value is False and name.endswith("report_to"):
-        return "none"
-    if value is False and "bool" not in kinds and "no" in accepts.choices:
-        return "no"  # YAML makes False of a bare `no`
-    if isinstance(value, str) and not {"text", "choice", "path"} & {*kinds} and {"int", "number", "bool"} & {*kinds}:
-        return _from_text(name, value, kinds)
-    if isinstance(value, float) and "int" in kinds and "number" not in kinds:
-        if not value.is_integer():
-            raise RefineError(f"{name} is {value}; expected a whole number")
-        return int(value)
-    return _plain_values(value) if isinstance(value, dict) else value
+def as_meant(name: str, value: Any, hint: Any) -> Any:
+    """Return a value as a field of this annotation wants it (see `Accepted.meant`)."""
+    return accepted(hint).meant(name, value)
 
 
 def _from_text(name: str, text: str, kinds: tuple[str, ...]) -> Value:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from tests.models.families import build
 

@@ -23,7 +23,7 @@ from refine_nsp.models.hybrid import with_states
 from refine_nsp.models.keeping import ByReference, ByTokens
 from refine_nsp.models.load import load_model
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from tests.models.transformers_models import COMMON, CONFIGS, NAMES, RECURRENT, Float64Stays, plain, skip_if_old, stateful
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 

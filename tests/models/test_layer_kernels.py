@@ -13,7 +13,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models import layer_kernels
 from refine_nsp.models.hybrid import with_states
 from refine_nsp.models.keeping import ByReference
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.ops import kernels
 from tests.models.transformers_models import RECURRENT, plain, skip_if_old
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.context import context_divergence
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, assert_same_gradients, generator, gradients, ids
 
@@ -190,4 +190,4 @@ def test_what_has_no_closed_form_is_refused(settings, words):
         NSPConfig(estimator="closed_form", **settings)
     assert NSPConfig(estimator="closed_form", reward_funcs="exact_match", rollout_length=1).rewards == ["exact_match"]
     with pytest.raises(ValueError, match="rolls nothing out"):
-        ReFINEStep(build("delta_net"), NSPConfig(estimator="closed_form")).rollout(ids())
+        ReFINEStep(build("delta_net"), NSPConfig(estimator="closed_form")).sample(ids())

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 from tests.device_rules import DeviceRules, Readings, host
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, generator, ids

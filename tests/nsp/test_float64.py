@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from refine_nsp.config import NSPConfig
 from refine_nsp.evaluation.likelihood import log_likelihoods
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.rewards import edit_similarity
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training.data import collate
 from refine_nsp.training.nested import answer_loss
 from refine_nsp.training.scores import wants_gain, with_context_scores

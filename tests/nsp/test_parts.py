@@ -9,7 +9,7 @@ from refine_nsp.nsp.context import context_divergence, local_hidden, next_sum
 from refine_nsp.nsp.objective import policy_loss
 from refine_nsp.nsp.records import Batch, inverse_cdf, uniforms
 from refine_nsp.nsp.rewards import compute_rewards, cosine, edit_similarity, exact_match, hybrid, prefix_match, resolve_reward
-from refine_nsp.nsp.rollout import sample_rollouts
+from refine_nsp.nsp.rollouts import sample_tokens
 from refine_nsp.nsp.selection import admissible, chunk_of_tokens, select_positions, smooth_entropy
 from tests.models.families import FAMILY_NAMES, build
 
@@ -119,7 +119,7 @@ def test_sampled_tokens_follow_the_tempered_distribution():
         first = (out.logits[0, -1] / 0.7).softmax(-1)
         rows = 4000
         u = draws(rows, 2, seed=3)
-        tokens, log_probs, _ = sample_rollouts(
+        tokens, log_probs, _ = sample_tokens(
             model, out.snapshots.expand(rows), out.last_hidden_state[:, -1].expand(rows, -1), u, 0.7
         )
         assert_follows(tokens[:, 0], first)
@@ -269,7 +269,7 @@ def test_clip_higher_kl_entropy_and_missing_positions():
 
 def test_every_name_has_its_function():
     from refine_nsp.config import PUBLISHED_SELECTIONS, choices_of
-    from refine_nsp.nsp.passes import PASSES
+    from refine_nsp.nsp.forward import PASSES
     from refine_nsp.nsp.selection import DRAWS, SCORES
     from refine_nsp.training.phases import PHASES
     from refine_nsp.training.test_time import TestTimeConfig

@@ -8,10 +8,10 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.advantage import compute_advantages
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.rollout import sample_rollouts
+from refine_nsp.nsp.rollouts import sample_tokens
 from refine_nsp.nsp.selection import admissible, count_positions, select_positions, smooth_entropy
-from refine_nsp.nsp.step import ReFINEStep
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
@@ -156,7 +156,7 @@ def test_by_segments_a_step_is_what_it_is_in_one_piece(family):
 
 def test_positions_at_one_place_have_rollouts_of_their_own_and_are_one_group():
     step = ReFINEStep(build("delta_net"), NSPConfig(published=True, reward_funcs="exact_match", rollout_length=2))
-    record = step.rollout(ids()[1:2, :40], generator=torch.Generator().manual_seed(0))
+    record = step.sample(ids()[1:2, :40], generator=torch.Generator().manual_seed(0))
     assert record.positions.tolist() == [[19] * 8] and record.num_positions == 8 and record.num_tokens == 16
     assert len({tuple(tokens) for tokens in record.tokens.view(8, 2).tolist()}) == 8
     torch.testing.assert_close(record.advantages.sum(), torch.zeros((), dtype=torch.float64))
@@ -168,7 +168,7 @@ def test_rollouts_do_not_end_and_their_log_probs_are_of_all_tokens():
     drawn = {}
     for published in (False, True):
         step = ReFINEStep(model, NSPConfig(published=published, num_generations=20))
-        drawn[published] = step.rollout(x, generator=torch.Generator().manual_seed(0))
+        drawn[published] = step.sample(x, generator=torch.Generator().manual_seed(0))
     assert (drawn[False].tokens == 2).any() and not (drawn[True].tokens == 2).any()
     record = drawn[True]
     t, rollout = int(record.positions[0, 3]), record.tokens[0, 3, 0]
@@ -184,7 +184,7 @@ def test_what_is_never_drawn_leaves_its_probability_to_the_others():
         p = out.logits[0, -1].softmax(-1)
     p[[0, 4]] = 0
     u = (torch.arange(4000, dtype=torch.float64) + 0.5)[:, None] / 4000
-    tokens, _, _ = sample_rollouts(
+    tokens, _, _ = sample_tokens(
         model, out.snapshots.expand(4000), out.last_hidden_state[:, -1].expand(4000, -1), u, 1.0, never=[0, 4]
     )
     counted = torch.bincount(tokens[:, 0], minlength=6).double() / 4000

@@ -11,8 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.segments import read_by_segments, segment_ends
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.ops import linear_cross_entropy
 from refine_nsp.training.phases import MicroBatch, NextToken
 from refine_nsp.training.simulation import counted

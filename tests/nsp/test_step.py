@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
@@ -34,7 +34,7 @@ def test_all_schedules_give_the_same_loss_and_gradients(family, N):
 def test_recorded_log_probs_and_hidden_states_equal_a_full_forward(family):
     model = build(family)
     step = ReFINEStep(model, NSPConfig(positions_per_sequence=2, num_generations=2, min_prefix=5, temperature=0.7))
-    record = step.rollout(ids(), lengths=LENGTHS, generator=generator())
+    record = step.sample(ids(), lengths=LENGTHS, generator=generator())
     K = 5
     with torch.no_grad():
         for b, p, n in itertools.product(range(3), range(2), range(2)):
@@ -146,7 +146,7 @@ def test_the_policy_gradient_is_unbiased(N):
 def _loss_with_advantage(step: ReFINEStep, x, t: int, rollout, advantage) -> torch.Tensor:
     from dataclasses import replace
 
-    record = step.rollout(x, generator=generator())
+    record = step.sample(x, generator=generator())
     tokens = torch.tensor(rollout)[None, None, None]
     scored = step.score(x, torch.tensor([[t]]), tokens)
     given = replace(
@@ -159,7 +159,7 @@ def _loss_with_advantage(step: ReFINEStep, x, t: int, rollout, advantage) -> tor
 def test_learning_again_from_one_rollout_batch_clips_the_ratio():
     model = build("delta_net").train()
     step = ReFINEStep(model, NSPConfig(positions_per_sequence=4, lambda_ntp=0.0, reward_funcs="hybrid"))
-    record = step.rollout(ids(), generator=generator())
+    record = step.sample(ids(), generator=generator())
     first = step.learn(ids(), record)
     assert first.metrics["clip_fraction"] == 0.0 and abs(first.metrics["approx_kl"]) < 1e-12
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)

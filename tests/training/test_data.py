@@ -163,7 +163,7 @@ def test_packed_documents_stay_rows_of_their_own():
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_packing_does_not_change_the_loss(family):
     from refine_nsp.config import NSPConfig
-    from refine_nsp.nsp.passes import run
+    from refine_nsp.nsp.forward import run
     from refine_nsp.nsp.records import Batch
 
     model = build(family)

@@ -36,8 +36,8 @@ def in_backward(monkeypatch):
 PLACES = {
     "In the weights, which asked for 20.00 GiB": (lambda m: m.setattr(Trainer, "_move_model_to_device", refused), ()),
     "In the forward pass": (lambda m: m.setattr(FastWeightModel, "forward", refused), ()),
-    "In the rollouts, which asked for 20.00 GiB": (lambda m: m.setattr("refine_nsp.nsp.rollout.sample_rollouts", refused), ()),
-    "In the head's logits": (lambda m: m.setattr("refine_nsp.nsp.passes.linear_cross_entropy", refused), ()),
+    "In the rollouts, which asked for 20.00 GiB": (lambda m: m.setattr("refine_nsp.nsp.rollouts.sample_tokens", refused), ()),
+    "In the head's logits": (lambda m: m.setattr("refine_nsp.nsp.next_token.linear_cross_entropy", refused), ()),
     "In the pass over local windows": (second_pass, ("--preset", "expected", "--local_window", "8")),
     "In the backward pass, which asked for 8.00 GiB": (in_backward, ()),
     "In the optimizer step": (lambda m: m.setattr(torch.optim.AdamW, "step", refused), ()),

@@ -12,9 +12,9 @@ from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_tokenizer
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
-from refine_nsp.nsp.step import ReFINEStep
 from refine_nsp.training import AnswerArguments, PostTrainer, PostTrainingConfig, answers, prepare_answers
 from refine_nsp.training.nested import answer_loss, deal
 from tests.models.families import build

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.training import phases
-from refine_nsp.training.phases import NextToken
+from refine_nsp.errors import RefineError
+from refine_nsp.training import ReFINETrainer, phases
+from refine_nsp.training.phases import NextSequence, NextToken
 from tests.training import test_nested
 from tests.training.test_trainer import assert_close, data, trainer, weights
 
@@ -86,3 +87,81 @@ def test_every_step_is_prepared_without_gradients_in_eval_mode(tmp_path):
     t.inner = watched(NextToken, inner)
     t.train()
     assert inner == [(2, False, False)] * 2 * 2
+
+
+class WeightedTargets(NextToken):
+    """Cross-entropy at weights that the dataset brings: row b's column `target_weights` has one per token, of its prediction."""
+
+    def count(self, batch):
+        return {"weight": float(sum(sum(row) for row in batch.sequences.columns["target_weights"]))}
+
+    def loss(self, model, batch):
+        rows = [torch.tensor(row, dtype=torch.float64) for row in batch.sequences.columns["target_weights"]]
+        weights = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        log_p = model(batch.input_ids, lengths=batch.lengths).logits[:, :-1].log_softmax(-1)
+        nll = -log_p.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        loss = (weights[:, :-1] * nll * batch.target_mask[:, :-1]).sum() / batch.totals["weight"]
+        return loss, {"loss_weighted": loss.detach()}
+
+
+def test_a_phase_reads_weights_of_the_data_and_is_given_an_optimizer_and_a_schedule(tmp_path):
+    rows = data(8)
+    rows = rows.add_column("target_weights", [[float(i % 5 == 0) for i in range(len(ids))] for ids in rows["input_ids"]])
+    falling = dict(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": 1e-3, "power": 1.0}, learning_rate=1e-2)
+
+    def run(folder, **settings):
+        settings = dict(save_strategy="steps", save_steps=2, train_dataset=rows, max_steps=4, **falling) | settings
+        t = trainer(folder, phase=WeightedTargets(CONFIG), **settings)
+        decayed = [p for p in t.model.parameters() if p.ndim > 1]
+        others = [p for p in t.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        return ReFINETrainer(
+            model=t.model, args=t.args, phase=t.phase, train_dataset=rows,
+            optimizers=(torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)), None),
+        )  # fmt: skip
+
+    big = run(tmp_path / "a", per_device_train_batch_size=8)
+    small = run(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    big.train()
+    small.train()
+    assert_close(weights(big), weights(small))
+    rates = [record["learning_rate"] for record in big.state.log_history if "learning_rate" in record]
+    assert rates == pytest.approx([1e-2, 7.75e-3, 5.5e-3, 3.25e-3])
+    assert [g["weight_decay"] for g in big.optimizer.param_groups] == [0.1, 0.0]
+    again = run(tmp_path / "a", per_device_train_batch_size=8)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(big).values(), weights(again).values(), strict=True))
+
+
+class EntropyAtATemperature(NextToken):
+    """A phase of one's own that uses a setting of the method's."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        return loss * self.config.tau, metrics
+
+
+def test_a_phase_of_ones_own_is_resumed_with_its_settings_compared(tmp_path):
+    def run(folder, tau, **settings):
+        phase = EntropyAtATemperature(NSPConfig(min_prefix=5, tau=tau))
+        saves = dict(save_strategy="steps", save_steps=1, objective="ntp")
+        return trainer(folder, phase=phase, min_prefix=5, tau=tau, **saves, **settings)
+
+    straight = run(tmp_path / "a", 0.5, max_steps=3)
+    straight.train()
+    run(tmp_path / "b", 0.5, max_steps=2).train()
+    with pytest.raises(RefineError, match=r"tau was 0\.5, now 0\.7"):
+        run(tmp_path / "b", 0.7, max_steps=3).train(resume_from_checkpoint=True)
+    again = run(tmp_path / "b", 0.5, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
+
+
+def test_a_phase_says_what_it_uses():
+    refine, context, plain = NextSequence(CONFIG), NextSequence(NSPConfig.preset("context")), NextToken(CONFIG)
+    assert plain.reads == {"lambda_ntp", "segment_tokens"} < refine.reads <= context.reads
+    assert "tau" in refine.reads and "tau" in documented()(CONFIG).reads
+    assert [p.samples for p in (refine, context, plain)] == [True, True, False]
+    assert [p.reads_scores for p in (refine, context, plain)] == [False, True, False]
+    assert [p.reads_once for p in (refine, plain)] == [False, True]
+    assert (refine.shortest, plain.shortest) == (CONFIG.shortest, 2)

@@ -5,7 +5,7 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.training.side_by_side import BatchLoRA
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, chosen_parameters, linear_layers
 from tests.models.families import build

@@ -51,4 +51,6 @@ def run(call: Call, arguments: CompareArguments) -> None:
             html.Section("Figures", tables[-1].html()),
         ]
         page = html.page("Comparison", f"{', '.join(names[1:])} against {names[0]}", sections)
-        write_atomically(arguments.output, page if arguments.output.suffix == ".html" else "\n".join(t.markdown() for t in tables))
+        write_atomically(
+            arguments.output, page if arguments.output.suffix == ".html" else "\n".join(t.markdown() for t in tables)
+        )

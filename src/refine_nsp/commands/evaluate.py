@@ -20,8 +20,8 @@ from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path
 from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks, digest
 from refine_nsp.fields import setting
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import process_state, to_device
 from refine_nsp.report.evaluation import results_table, write_evaluation
 from refine_nsp.report.tables import Cell, Table
@@ -94,7 +94,7 @@ def harness_names(arguments: EvaluationArguments) -> list[str]:
 
 
 def harness_results(
-    name: str, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments, out: Path
+    name: str, model: CausalModel, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments, out: Path
 ) -> list[TaskResult]:
     """Answer an lm-eval task (or each in a group) and keep its rows like our own; lm-eval's aggregates are kept in a file of their own."""
     aggregates = out / "lm_eval" / f"{name}.json"

@@ -15,9 +15,10 @@ from refine_nsp.commands.shared import DEFAULT_MODEL, read_text
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary, load, load_model
-from refine_nsp.nsp.step import ReFINEStep
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.picture import picture_page
 from refine_nsp.report.tables import Cell, Table
@@ -54,7 +55,7 @@ COMMAND = Command(
 
 def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     """Print the table of facts; with a file, write the page."""
-    if arguments.file is not None and not config.rolls_out:
+    if arguments.file is not None and not config.samples_rollouts:
         raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
     if call.dry_run:
         Console().print(str(config))
@@ -69,7 +70,7 @@ def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     ids = torch.tensor(encode_prompt(tokenizer, text)[: arguments.max_tokens])
     if len(ids) < config.shortest:
         raise RefineError(f"{arguments.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
-    record = ReFINEStep(model, config).rollout(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
+    record = ReFINEStep(model, config).sample(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
     facts = model_facts(model, ids)
     title = f"{arguments.file.name} as {arguments.model_name_or_path} reads it"
     path = write_atomically(arguments.output, picture_page(title, facts, tokenizer, ids, record, config))
@@ -78,10 +79,11 @@ def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     console.print(f"page: {path}")
 
 
-def model_facts(model: FastWeightForCausalLM, ids: Tensor) -> Table:
+def model_facts(model: CausalModel, ids: Tensor) -> Table:
     """Describe a model: its parameters, the size of its state after `ids` [T], and which kernels compute it."""
     with torch.no_grad():
-        cache = model.model(ids[None], use_cache=True).past_key_values
+        cache = FastWeightCache()
+        model.model(ids[None], past_key_values=cache, use_cache=True)
     parameters = sum(p.numel() for p in model.parameters())
     rows: list[list[Cell]] = [
         ["family", model.config.model_type],

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from refine_nsp.config import PRESETS, NSPConfig, check_choice, preset_settings
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.values import Accepted, Value, as_meant, word_reader
+from refine_nsp.values import Accepted, Value, word_reader
 
 TABLE = Path(__file__).with_name("table.json")
 # The first place is a wheel's, the second a checkout's.
@@ -294,7 +294,7 @@ def read_config(line: CommandLine, path: Path) -> dict[str, Any]:
         if key not in line.flags:
             raise RefineError(f"{path}: unknown key {key!r}{closest(key, line.flags)}")
         accepts = line.flags[key].accepts
-        data[key] = as_meant(f"{path}: {key}", data[key], accepts)
+        data[key] = accepts.meant(f"{path}: {key}", data[key])
         if not accepts.holds(data[key]):
             raise RefineError(f"{path}: {key} is {data[key]!r}, a {type(data[key]).__name__}; expected {accepts.words}")
     return data
@@ -354,7 +354,9 @@ def overview() -> str:
     ]  # fmt: skip
     for name, line in commands().items():
         lines += _paragraph(f"  {name}", line.summary, 14)
-    ending = "`refine-nsp COMMAND --help` explains a command, and `refine-nsp --version` names the release. --debug shows tracebacks."
+    ending = (
+        "`refine-nsp COMMAND --help` explains a command, and `refine-nsp --version` names the release. --debug shows tracebacks."
+    )
     return "\n".join([*lines, "", ending]) + "\n"
 
 

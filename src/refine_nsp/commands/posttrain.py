@@ -35,8 +35,8 @@ def run(call: Call, source: ModelArguments, data: AnswerArguments, args: PostTra
     with args.main_process_first(desc="tokenize") if data.dataset_name is not None else nullcontext():
         train, validation = prepare_answers(data, tokenizer, args.max_length)
     shortest = min(len(ids) for ids in train["prompt_ids"])
-    if args.objective == "refine" and shortest < args.nsp.shortest:
-        raise RefineError(f"the shortest prompt has {shortest} tokens; --objective refine needs {args.nsp.shortest}")
+    if shortest < (needed := args.phase.shortest):
+        raise RefineError(f"the shortest prompt has {shortest} tokens; --objective {args.objective} needs {needed}")
     if call.dry_run:
         Console().print(dry_run_table(plan(train, validation), call).rich())
         return

@@ -16,8 +16,8 @@ from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import setting
 from refine_nsp.models.adapters import new_adapters, peft
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import adapters_of, check_vocabulary, load, load_adapter, load_model, load_tokenizer
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.settings import check_machine
@@ -100,7 +100,7 @@ def with_adapters(model: nn.Module, arguments: ModelArguments, seed: int) -> nn.
     return cast(nn.Module, new_adapters(model, config, seed))
 
 
-def load_to_answer(name: str) -> tuple[FastWeightForCausalLM, PreTrainedTokenizerBase]:
+def load_to_answer(name: str) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer onto the device that answers. RefineError where they do not fit together."""
     model, tokenizer = load(name)
     check_vocabulary(model, tokenizer)
@@ -153,9 +153,7 @@ TEST_TIME = (
 )
 
 
-def test_time_trainer(
-    model: FastWeightForCausalLM, ttt: TestTimeArguments, config: TestTimeConfig
-) -> tuple[TestTimeTrainer | None, int]:
+def test_time_trainer(model: CausalModel, ttt: TestTimeArguments, config: TestTimeConfig) -> tuple[TestTimeTrainer | None, int]:
     """Return the trainer (None without --ttt), and how many prompts it takes together."""
     if ttt.ttt is None:
         return None, 1

@@ -74,9 +74,7 @@ class SettingsWriter(TrainerCallback):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Do so in the main process."""
         if state.is_world_process_zero:
             out = Path(str(args.output_dir))

@@ -13,8 +13,8 @@ from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, load_to_answer, read_text
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, nbytes
@@ -81,7 +81,7 @@ def run(call: Call, prompt: PromptArguments, ttt: TestTimeArguments, config: Tes
     Console().print(Table("Plain and adapted", ["", "answer", "seconds", "extra MiB"], rows, notes).rich())
 
 
-def answer(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[str, float]:
+def answer(model: CausalModel, tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[str, float]:
     """Return the greedy answer and the seconds it took."""
     start = time.perf_counter()
     hidden, cache = prefill(model, [request.ids])

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.continuation import greedy_match
-from refine_nsp.nsp.passes import run
+from refine_nsp.nsp.forward import run
+from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
@@ -39,7 +39,7 @@ FIGURES = ("loss", "entropy", "accuracy", "sampled_accuracy")
 
 @torch.no_grad()
 def score_document(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     ids: Sequence[int],
     window: int | None,
     bucket: int,
@@ -60,7 +60,6 @@ def score_document(
         for start in range(first, last - 1, BLOCK):
             end = min(start + BLOCK, last - 1)
             out = model.model(tokens[None, start:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
             figures = _token_figures(model, out.last_hidden_state[0], tokens[start + 1 : end + 1])
             positions = torch.arange(start + 1, end + 1)
             for at in range(max(start + 1, first + 1 + skip) // bucket * bucket, end + 1, bucket):
@@ -89,7 +88,7 @@ def _means(total: Tensor) -> dict[str, float]:
     return {name: float(x / total[-1]) for name, x in zip(FIGURES, total, strict=False)}
 
 
-def _token_figures(model: FastWeightForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
+def _token_figures(model: CausalModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """[T, 4] double on the CPU: nll, entropy, argmax right, p of the target."""
     _, stats = linear_cross_entropy(hidden, head_weight(model), targets, torch.ones(len(targets), device=hidden.device))
     columns = [stats.nll, stats.entropy, stats.argmax == targets, (-stats.nll).exp()]
@@ -97,7 +96,7 @@ def _token_figures(model: FastWeightForCausalLM, hidden: Tensor, targets: Tensor
 
 
 @torch.no_grad()
-def continuation_match(model: FastWeightForCausalLM, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
+def continuation_match(model: CausalModel, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
     """Share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions of one window."""
     forward = run(model, Batch.of(torch.as_tensor(list(ids), device=model.device)[None]), config, 1.0)
     u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))

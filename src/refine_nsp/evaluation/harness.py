@@ -32,9 +32,9 @@ from refine_nsp.evaluation.harness_settings import (
     with_bos,
 )
 from refine_nsp.evaluation.likelihood import log_likelihoods
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import process_state, to_device
 from refine_nsp.prompts.encoding import Pair, encode_pair, encode_prompt, encode_text, start_token
 from refine_nsp.prompts.examples import in_row
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, pretrained: str | None = None, model: FastWeightForCausalLM | None = None,
+        self, pretrained: str | None = None, model: CausalModel | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None, batch_tokens: int = 16384, max_length: int | None = None,
         dtype: torch.dtype | str | None = None, device: torch.device | str | None = None, add_bos_token: bool | None = None,
         prefix_token_id: int | None = None, think_end_token: str | int | None = None, enable_thinking: bool | None = None,
@@ -263,7 +263,7 @@ class HarnessModel(TemplateLM):
         stop = stop_sequences_criteria(self.tokenizer, settings.until, len(ids), 1)  # type: ignore[arg-type]
         pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
         try:
-            found = self.model.generate(  # type: ignore[operator]
+            found = self.model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=settings.budget, pad_token_id=pad,
                 stopping_criteria=stop, **settings.options,
             )  # fmt: skip
@@ -305,7 +305,7 @@ class HarnessModel(TemplateLM):
 
 def _load(
     pretrained: str, tokenizer: PreTrainedTokenizerBase | str | None, dtype: torch.dtype | str | None
-) -> tuple[FastWeightForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     if not isinstance(pretrained, str):
         raise RefineError(
             f"pretrained is a {type(pretrained).__name__}; give a model that is loaded already as model, with its tokenizer"
@@ -326,7 +326,7 @@ def _naming(request: Any) -> AbstractContextManager[None]:
 
 
 def run_harness(
-    model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, limit: int, batch_tokens: int, seed: int
+    model: CausalModel, tokenizer: PreTrainedTokenizerBase, name: str, limit: int, batch_tokens: int, seed: int
 ) -> dict[str, Any]:
     """One task of lm-eval: its results dictionary. RefineError when it cannot be loaded (offline, unknown name)."""
     wrapped = HarnessModel(model=model, tokenizer=tokenizer, batch_tokens=batch_tokens)

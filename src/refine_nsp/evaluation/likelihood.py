@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.prompts.encoding import Pair, encode_pair
 from refine_nsp.prompts.examples import as_text, in_row
 from refine_nsp.text.reading import read_documents
@@ -23,7 +23,7 @@ from refine_nsp.text.reading import read_documents
 
 @torch.no_grad()
 def log_likelihoods(
-    model: FastWeightForCausalLM, pairs: Sequence[Pair], batch_tokens: int, on_batch: Callable[[int], None] | None = None
+    model: CausalModel, pairs: Sequence[Pair], batch_tokens: int, on_batch: Callable[[int], None] | None = None
 ) -> list[tuple[float, bool]]:
     """(log p of the continuation, whether it is the greedy one) of each pair. Right-padded with lengths, so exact; logits only where
     they count.
@@ -188,7 +188,7 @@ def score_choices(example: ChoiceExample, likelihoods: Sequence[tuple[float, boo
 
 
 def choice_scores(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[ChoiceExample],
     batch_tokens: int,

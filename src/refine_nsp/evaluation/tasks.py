@@ -17,8 +17,8 @@ from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import likelihood, longbench
 from refine_nsp.evaluation.documents import continuation_match, score_document
 from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match, published_any_match
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import encode_prompt, encode_text, render, truncate_middle
 from refine_nsp.prompts.examples import Example, in_row, read_prompts
@@ -171,7 +171,7 @@ class Context:
     cost: what the latest prompt's adaptation cost (seconds, bytes), per prompt.
     """
 
-    model: FastWeightForCausalLM
+    model: CausalModel
     tokenizer: PreTrainedTokenizerBase
     batch_tokens: int
     adapter: Adapter | None = None

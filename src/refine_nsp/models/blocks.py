@@ -23,6 +23,7 @@ from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.marks import MARKS
 from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
 from refine_nsp.models.padding import Alignment, columns_to_tokens
+from refine_nsp.models.protocols import StateMixer, Trunk
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
 from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
@@ -59,18 +60,12 @@ class SwiGLUMLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class Mixer(Protocol):
-    """What mixes tokens in a block, and makes a family: an `nn.Module` of a config.
+class Mixer(StateMixer, Protocol):
+    """Mixes tokens in a block: an `nn.Module` of a config, which makes a family.
 
     Attributes:
-        fast_weight_names: its submodules and parameters that write to and read from the fast weights.
-        shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
-            again costs less than carrying a state on for every row.
-        without_kernels: what of it runs on PyTorch's operations although kernels are there, in words; or None.
+        without_kernels: which part runs on PyTorch's operations although kernels are there, in words; or None.
     """
-
-    fast_weight_names: tuple[str, ...]
-    shares_states: bool
 
     @property
     def without_kernels(self) -> str | None: ...
@@ -142,6 +137,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
     """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
 
     mixer_class: ClassVar[type[Any]]
+    cuts_at_positions = False
+    rereads_prefixes = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -151,6 +148,11 @@ class FastWeightModel(FastWeightPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        return f"{self.config.model_type} ({type(self).__name__})"
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -227,7 +229,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
         output_states: bool, output_hidden_states: bool,
     ) -> FastWeightModelOutput:  # fmt: skip
-        """As `edge.Trunk.run_rows`."""
+        """See `protocols.Trunk.run_rows`."""
         B, T = x.shape[:2]
         row_lengths = None if aligned is None else aligned.lengths
         reads_only = not (use_cache or output_states or output_hidden_states) and tokens is None and aligned is None
@@ -283,7 +285,7 @@ def _unwrapped(mixer: Any) -> Mixer:
 class Branches:
     """R = S*n rows that go on together from S states, a token at a time. Made by `FastWeightModel.branch`."""
 
-    def __init__(self, model: FastWeightModel, cache: FastWeightCache, n: int) -> None:
+    def __init__(self, model: Trunk, cache: FastWeightCache, n: int) -> None:
         self.model = model
         self.shared = all(mixer.shares_states for mixer in model.mixers)
         self.cache = cache if self.shared else cache.expand(n)

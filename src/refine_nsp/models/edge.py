@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.marks import find_documents
 from refine_nsp.models.outputs import FastWeightModelOutput, check_rows
 from refine_nsp.models.packing import run_documents
-from refine_nsp.models.padding import Alignment, alignment, snapshot_tokens
+from refine_nsp.models.padding import alignment, snapshot_tokens
+from refine_nsp.models.protocols import Trunk
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.processes import is_sharded
-
-
-class Trunk(Protocol):
-    """A model below its head."""
-
-    config: Any
-    training: bool
-
-    def run_rows(
-        self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
-        output_states: bool, output_hidden_states: bool,
-    ) -> FastWeightModelOutput:  # fmt: skip
-        """Run rows of one document each, x ids [B, T] or embeddings [B, T, D]; tokens [B, P]: where snapshots are taken, on the host."""
-        ...
 
 
 def read(
@@ -58,7 +45,7 @@ def read(
 
     positions = snapshot_tokens(snapshot_positions, None, B, T)
     # Processes that hold shards of a model run together, so none may run more passes than another.
-    together = is_sharded(trunk) if isinstance(trunk, nn.Module) else False
+    together = is_sharded(trunk)
     out, final = run_documents(run, x, documents, positions, use_cache, together)
     out.past_key_values = past
     if final is not None:

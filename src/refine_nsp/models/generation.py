@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 
 PREFILL_BLOCK = 1024  # tokens of a row per forward pass
@@ -62,7 +62,7 @@ class Request:
 
 @torch.no_grad()
 def prefill(
-    model: FastWeightForCausalLM, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None
+    model: CausalModel, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None
 ) -> tuple[Tensor, FastWeightCache]:
     """Read rows of tokens, of any lengths >= 1, on from `cache`: the hidden state after each row's last token [B, D], and the states."""
     device = model.device
@@ -77,14 +77,13 @@ def prefill(
         h = out.last_hidden_state
         ends = h[torch.arange(len(rows), device=device), (inside - 1).clamp(min=0)]
         last = ends if last is None else torch.where((inside > 0)[:, None], ends, last)
-        state = out.past_key_values
     assert last is not None
     return last, state
 
 
 @torch.no_grad()
 def decode(
-    model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
+    model: CausalModel, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
     keep_rows: bool = False,
 ) -> list[list[int]]:  # fmt: skip
     """Continue each row until an end token, what its request stops at, or its budget; returns the tokens without the end token.
@@ -109,8 +108,7 @@ def decode(
             cache, tokens, rows = cache.index(index), [tokens[j] for j in going], [rows[j] for j in going]
             going = list(range(len(rows)))
         step = torch.tensor(tokens, device=hidden.device)[:, None]
-        out = model.model(step, past_key_values=cache, use_cache=True)
-        hidden, cache = out.last_hidden_state[:, 0], out.past_key_values
+        hidden = model.model(step, past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
     return [o[:-1] if o and o[-1] in eos else o for o in outputs]
 
 
@@ -132,7 +130,7 @@ def probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
     return decoding.warpers()(no_tokens, logits).softmax(-1)
 
 
-def end_tokens(model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
+def end_tokens(model: CausalModel, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
     """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
     eos = model.generation_config.eos_token_id
     tokens = set(eos) if isinstance(eos, list) else {eos}
@@ -168,7 +166,7 @@ def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
 
 
 def answer_all(
-    model: FastWeightForCausalLM, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
+    model: CausalModel, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Iterator[list[tuple[Request, list[int]]]]:  # fmt: skip
     """Batches of (request, generated tokens without the end token), longest prompts first.

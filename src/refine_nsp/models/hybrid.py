@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from refine_nsp.errors import RefineError, first_line
@@ -63,16 +63,25 @@ class InputStates:
         return self.states.at(tokens)
 
 
-class StatefulTrunk:
+class StatefulTrunk(PreTrainedModel):
     """Mixed into a trunk (the model below the head). See `FastWeightModel.forward` for the calls it answers."""
 
-    config: Any
-    training: bool
+    layers: nn.ModuleList
     keeping: Keeping
     head_factor: float
     plainly: bool
     mixers: list[Any]
     kernel_names: list[str]  # of other packages, where they can run
+
+    @property
+    def cuts_at_positions(self) -> bool:
+        """See `protocols.Trunk`."""
+        return isinstance(self.keeping, ByReference)
+
+    @property
+    def rereads_prefixes(self) -> bool:
+        """See `protocols.Trunk`."""
+        return isinstance(self.keeping, ByTokens)
 
     @property
     def label(self) -> str:
@@ -117,7 +126,7 @@ class StatefulTrunk:
         self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
         output_states: bool, output_hidden_states: bool,
     ) -> FastWeightModelOutput:  # fmt: skip
-        """As `edge.Trunk.run_rows`."""
+        """See `protocols.Trunk.run_rows`."""
         B, T = x.shape[:2]
         before = None
         if past is not None and past.is_initialized:
@@ -192,12 +201,12 @@ class StatefulTrunk:
 
         def unwrapped(*given: Tensor) -> tuple[Tensor, ...]:
             for layer in layers:
-                layer.gradient_checkpointing = False
+                vars(layer)["gradient_checkpointing"] = False
             try:
                 return forward(*given)
             finally:
                 for layer in layers:
-                    layer.gradient_checkpointing = True
+                    vars(layer)["gradient_checkpointing"] = True
 
         return checkpoint(unwrapped, *tensors, use_reentrant=False) if torch.is_grad_enabled() else unwrapped(*tensors)
 
@@ -217,7 +226,8 @@ def trunk_class(plain: Any) -> Any:
         return self.read(**kwargs)
 
     forward.__signature__ = packed_signature(plain)  # type: ignore[attr-defined]
-    return type(plain.__name__, (StatefulTrunk, plain), _names(plain) | {"forward": forward})
+    members = {"forward": forward, "config_class": plain.config_class}  # PreTrainedModel derives another from `StatefulTrunk`
+    return type(plain.__name__, (StatefulTrunk, plain), _names(plain) | members)
 
 
 @functools.cache
@@ -388,13 +398,7 @@ def state_problem(trunk: Any) -> str | None:
             return "its layers do not go on from their recurrent state where several tokens follow"
     except torch.OutOfMemoryError:
         raise  # says nothing of the states
-    except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # as foreign code fails; the warning says how
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign code's; the warning says which
         return f"a pass with a cache fails: {type(error).__name__}: {first_line(error)}"
     return None if worst <= TOLERANCE[whole.dtype] else f"a pass that goes on from a state differs by {worst:.2g}"
 

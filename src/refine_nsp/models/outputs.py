@@ -6,19 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
 
 
 @dataclass
-class FastWeightModelOutput(BaseModelOutputWithPast):
+class FastWeightModelOutput(ModelOutput):
     """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `PrefixStates`.
 
     `document_starts`: [B, T] bool, on the host, true in the columns where packed documents begin; None where none are packed.
     """
 
+    last_hidden_state: Tensor
+    past_key_values: FastWeightCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     snapshots: FastWeightCache | None = None
     states: PrefixStates | None = None
     document_starts: Tensor | None = None

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import local_hidden
-from refine_nsp.nsp.passes import Pass, by_sequence, next_token_loss, next_tokens, run_hidden, target_weights
+from refine_nsp.nsp.forward import Forward, run_hidden
+from refine_nsp.nsp.next_token import by_sequence, next_token_loss, next_tokens, target_weights
 from refine_nsp.nsp.records import Batch, Draws, Learning, Metrics, StepResult, masked_mean
 from refine_nsp.nsp.selection import count_positions, select
 from refine_nsp.ops.linear_cross_entropy import SequenceTerm, linear_next_sequence
@@ -38,7 +39,7 @@ class Weighing:
 
 
 def refine_in_closed_form(
-    model: FastWeightForCausalLM,
+    model: CausalModel,
     batch: Batch,
     config: NSPConfig,
     draws: Draws,
@@ -47,16 +48,16 @@ def refine_in_closed_form(
     """Run, weigh, and learn: one pass over the sequences, and one over their local windows where scores are not known beforehand."""
     hidden = run_hidden(model, batch, config)
     weighing = weigh(model, batch, hidden, config, draws)
-    return learn_expected(model, batch, hidden, weighing, config, learning)
+    return learn_in_closed_form(model, batch, hidden, weighing, config, learning)
 
 
 @torch.no_grad()
-def weigh(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
+def weigh(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
     """w_t before it is normalised: 1 at selected positions, or the context score of every token."""
     if config.token_weights == "selected":
         detached = hidden.detach()
         loss, stats = next_token_loss(model, detached, batch)
-        positions = select(Pass(model, batch, detached, loss, stats, _no_states), config, draws.positions)
+        positions = select(Forward(model, batch, detached, loss, stats, _no_states), config, draws.positions)
         chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
         return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
     # All K tokens of the continuation must be there: t + K <= length - 1.
@@ -77,8 +78,8 @@ def _no_states(positions: Tensor) -> FastWeightCache:
 
 
 @part("logits")
-def learn_expected(
-    model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
+def learn_in_closed_form(
+    model: CausalModel, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
 ) -> StepResult:
     """lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t, by blocks of tokens."""
     given = learning.policy_normalizer

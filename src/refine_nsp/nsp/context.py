@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import block_tokens
 from refine_nsp.ops.memory import part
@@ -24,7 +24,7 @@ TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
 
 @torch.no_grad()
-def context_divergence(model: FastWeightForCausalLM, batch: Batch, hidden: Tensor, config: NSPConfig, gain: bool) -> Tensor:
+def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, gain: bool) -> Tensor:
     """d [B, T], float32 or better; those of the batch where it brings them.
 
     d[t] = KL(p(.|whole prefix) || p(.|last W tokens only)), or with `gain` max(0, log p(x_{t+1}|whole prefix) - log p(x_{t+1}|last W
@@ -57,7 +57,7 @@ def next_sum(d: Tensor, K: int) -> Tensor:
 
 @part("context")
 @torch.no_grad()
-def local_hidden(model: FastWeightForCausalLM, batch: Batch, W: int, span: int) -> Tensor:
+def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor:
     """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it; where a window would
     read pads only, zeros, or what a model in shards makes of them, whose processes must make the same passes."""
     B, T = batch.input_ids.shape

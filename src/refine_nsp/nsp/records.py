@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one each
@@ -97,7 +97,7 @@ class Prefixes:
 
 
 @dataclass(frozen=True)
-class Continuation:
+class Replayed:
     """Given rollouts under the current policy: log_probs, entropy [B, P, N, K] with gradient; hidden [R, K, D] without, or None."""
 
     log_probs: Tensor
@@ -152,7 +152,7 @@ class Rollouts(Judged):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of a step, with gradient, and the record of what was chosen, rolled out and scored, without.
+    """Losses of a step, with gradient, and the record of what was chosen, sampled and judged, without.
 
     Attributes:
         loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
@@ -190,7 +190,7 @@ class Learning:
 
     ntp_normalizer: Normalizer = None
     policy_normalizer: Normalizer = None
-    reference: FastWeightForCausalLM | None = None
+    reference: CausalModel | None = None
     sum_over: Callable[[Tensor], Tensor] | None = None
 
 
@@ -204,7 +204,7 @@ class Draws:
     @classmethod
     def of(cls, batch: Batch, config: NSPConfig, generator: Generators) -> Draws:
         """Those of a batch; nothing is drawn for rollouts that are not made."""
-        N = config.num_generations if config.rolls_out else 0
+        N = config.num_generations if config.samples_rollouts else 0
         return cls(*uniforms(len(batch.sizes), config.positions_per_sequence, N, config.rollout_length, generator))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Judged, Metrics, Sampled, gather_positions, masked_mean
 
 Reward = Callable[..., Tensor]
@@ -98,7 +98,7 @@ def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
 
 
 @torch.no_grad()
-def judge(forward: Pass, sampled: Sampled, config: NSPConfig) -> Judged:
+def judge(forward: Forward, sampled: Sampled, config: NSPConfig) -> Judged:
     """The rollouts with their rewards: each token and hidden state against the true continuation's."""
     B, P, N, K = sampled.tokens.shape
     batch, positions = forward.batch, sampled.positions

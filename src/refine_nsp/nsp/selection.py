@@ -1,4 +1,4 @@
-"""Where to roll out (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk.
+"""Where rollouts are sampled (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk.
 
 Two axes: a score (how interesting a token is) and a draw (how a position is taken from the scores of its chunk), each a table of
 functions by the names `NSPConfig` takes.
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.context import context_divergence, next_sum
-from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Batch, inverse_cdf
 
 
 @torch.no_grad()
-def select(forward: Pass, config: NSPConfig, u: Tensor) -> Tensor:
+def select(forward: Forward, config: NSPConfig, u: Tensor) -> Tensor:
     """Positions [B, P] long by the score and the draw of `config`, -1 where a chunk has no admissible token; u: [B, P] uniforms."""
     return select_positions(SCORES[config.score].of(forward, config), forward.batch, u, config)
 
@@ -35,21 +35,21 @@ class Score:
     """of: (pass, config) -> [B, T], higher is more interesting. rows_together: whether it runs rows that are not the batch's own, so
     that weights which differ by row (adapters side by side) cannot score."""
 
-    of: Callable[[Pass, NSPConfig], Tensor]
+    of: Callable[[Forward, NSPConfig], Tensor]
     rows_together: bool = False
 
 
-def entropy_score(forward: Pass, config: NSPConfig) -> Tensor:
+def entropy_score(forward: Forward, config: NSPConfig) -> Tensor:
     """Entropy of the next-token distribution, smoothed (section 3.1)."""
     return smooth_entropy(forward.entropy, forward.batch, config)
 
 
-def context_score(forward: Pass, config: NSPConfig, gain: bool) -> Tensor:
+def context_score(forward: Forward, config: NSPConfig, gain: bool) -> Tensor:
     """How much far context changes the prediction of the next K tokens: their KL, or what it gains for the true ones."""
     return next_sum(context_divergence(forward.model, forward.batch, forward.hidden, config, gain), config.rollout_length)
 
 
-def no_score(forward: Pass, config: NSPConfig) -> Tensor:
+def no_score(forward: Forward, config: NSPConfig) -> Tensor:
     """All tokens alike."""
     return torch.zeros_like(forward.entropy)
 

@@ -23,10 +23,6 @@ TOLD = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r",
     "seed",
 )  # fmt: skip
-METHOD = (
-    "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl", "positions_per_sequence",
-    "rollout_length", "num_generations",
-)  # fmt: skip
 OBJECTIVES = {
     "refine": "next-sequence prediction beside next-token prediction",
     "ntp": "next-token prediction alone",
@@ -72,9 +68,7 @@ def effective(settings: dict[str, Any]) -> dict[str, Any]:
     if not settings.get("use_peft"):
         without |= {"use_peft", "lora_r"}
     estimator, at_positions = settings.get("estimator"), settings.get("token_weights") == "selected"
-    if settings.get("objective") != "refine":
-        without |= set(METHOD)
-    elif estimator == "sampled":
+    if estimator == "sampled":
         without |= {"order", "token_weights"}
     else:
         without |= {"num_generations"} | (set() if at_positions else {"selection", "positions_per_sequence"})

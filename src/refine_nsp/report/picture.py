@@ -31,7 +31,7 @@ def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> Plot:
         axis.plot([t], [entropy[t]], "v", color=COLOURS[1], markersize=6)
     axis.set_xlabel("token")
     axis.set_ylabel("nats")
-    title = "Entropy of the next token. Dotted: chunks; triangles: chosen positions, shaded: the K tokens rolled out"
+    title = "Entropy of the next token. Dotted: chunks; triangles: chosen positions, shaded: the K tokens sampled there"
     return Plot(title, to_svg(fig))
 
 

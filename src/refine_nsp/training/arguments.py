@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.rewards import resolve_reward
+from refine_nsp.training.phases import PHASES, Phase
+from refine_nsp.training.scores import wants_gain
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
 
@@ -132,8 +134,13 @@ class ReFINEConfig(TrainingArguments):
             resolve_reward(reward)
         if self.nsp.schedule == "auto":
             self.nsp = replace(self.nsp, schedule=self._schedule())
-        if self.objective == "refine":
+        if "estimator" in self.phase.reads:
             self._check_method()
+
+    @property
+    def phase(self) -> Phase:
+        """Make the phase that the objective names, which says what of these settings it uses."""
+        return PHASES[self.objective](self.nsp)
 
     def _schedule(self) -> Literal["fused", "snapshot"]:
         """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else. By
@@ -144,7 +151,7 @@ class ReFINEConfig(TrainingArguments):
     @property
     def _compares_micro_batches(self) -> bool:
         """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
-        return self.nsp.rolls_out and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
+        return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
 
     def _check_method(self) -> None:
         """RefineError where the run's settings and the method's do not fit together."""
@@ -159,12 +166,14 @@ class ReFINEConfig(TrainingArguments):
                 f"advantage_scale='global' is one scale for the {self.gradient_accumulation_steps} micro-batches of a step, and "
                 "schedule='fused' learns from each before it knows the next; use schedule='snapshot'"
             )
-        if self.steps_per_generation > 1 and not nsp.rolls_out:
+        if self.steps_per_generation > 1 and not nsp.samples_rollouts:
             raise RefineError(
                 f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
                 "it at 1"
             )
-        if self.log_completions and not nsp.rolls_out:
+        if self.context_scores == "cached" and not self.phase.reads_scores:
+            wants_gain(nsp)  # says what would need them
+        if self.log_completions and not nsp.samples_rollouts:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ class Origin:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_run_card(folder: Path, args: ReFINEConfig, model: Any, origin: Origin, with_figures: bool, plotted: bool) -> None:
+def write_run_card(
+    folder: Path, args: ReFINEConfig, method: Mapping[str, Any], model: Any, origin: Origin, with_figures: bool, plotted: bool
+) -> None:
     """The card of `model`, saved in `folder`, the run's own or one inside. with_figures: tell what was logged so far. plotted: draw it."""
     from refine_nsp.report.card import write_card  # matplotlib, which nothing before needs
     from refine_nsp.report.runs import run_of
@@ -31,7 +33,9 @@ def write_run_card(folder: Path, args: ReFINEConfig, model: Any, origin: Origin,
     if folder.resolve() != out.resolve():
         run = replace(run, name=f"{run.name}, {folder.name}", config="")
     adapters = getattr(model, "peft_config", {})
-    method = {**args.nsp.as_dict(), "reward_funcs": args.nsp.reward_names}
+    told = {**method, **({"reward_funcs": args.nsp.reward_names} if "reward_funcs" in method else {})}
     lora = {"use_peft": bool(adapters), "lora_r": next((getattr(a, "r", None) for a in adapters.values()), None)}
+    unread = {f.name for f in fields(args.nsp)} | (set() if "estimator" in method else {"preset"})
+    others = {k: v for k, v in {**origin.settings, **vars(args), **lora}.items() if k not in unread}
     tags = [model.config.model_type, str(args.objective)]
-    write_card(folder, run, origin.base, origin.data, {**origin.settings, **vars(args), **method, **lora}, tags, plotted)
+    write_card(folder, run, origin.base, origin.data, others | told, tags, plotted)

@@ -251,8 +251,7 @@ def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[
     nsp, T = args.nsp, args.max_length
     sizes, corners = {"rows": args.per_device_train_batch_size}, {"rows": (1, 2)}
     # From where on blocks of tokens are full, and the next one is made before the last one is gone.
-    scored = nsp.score.startswith("context") if nsp.rolls_out or nsp.token_weights == "selected" else True
-    online = scored and args.objective == "refine" and args.context_scores == "online"
+    online = args.phase.reads_scores and args.context_scores == "online"
     full = max(2 * block_tokens(vocabulary, torch.device("cpu")), TOKENS_AT_ONCE["cpu"] if online else 0)
     if nsp.segment_tokens is None or nsp.segment_tokens >= T:
         least = max(TOKENS, full, nsp.shortest + nsp.positions_per_sequence)

@@ -49,13 +49,12 @@ WRITTEN = (
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
-def settings_of(args: ReFINEConfig, model: str, data: Any) -> dict[str, Any]:
-    """What a run's weights depend on, by the names of flags, as plain values."""
+def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data: Any) -> dict[str, Any]:
+    """List what a run's weights depend on, by the names of flags, as plain values; `method`: those of the phase."""
     own = {f.name for f in fields(args)} - {f.name for f in fields(TrainingArguments)} - set(MAY_DIFFER)
     settings = {name: getattr(args, name) for name in sorted({*MATTER, *own})}
     settings["max_steps"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    if args.objective == "refine":
-        settings |= {k: v for k, v in args.nsp.as_dict().items() if k not in MAY_DIFFER}
+    settings |= {k: v for k, v in method.items() if k not in MAY_DIFFER}
     settings |= {"model": model, "training_data": data_of(data)}
     return dict(json.loads(json.dumps(settings, default=str)))
 

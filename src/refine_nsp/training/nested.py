@@ -23,9 +23,10 @@ from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
-from refine_nsp.nsp.passes import next_tokens, run_hidden
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
@@ -69,6 +70,10 @@ class PostTrainingConfig(ReFINEConfig):
         if self.context_scores == "cached":
             raise RefineError("context_scores='cached' belongs to mid-training; prompts are scored online")
 
+    @property
+    def phase(self) -> Phase:
+        return Answers(self, None) if self.objective == "none" else super().phase
+
     def _schedule(self) -> Literal["fused", "snapshot"]:
         return "snapshot" if self.nsp.published and self.inner_steps > 1 else super()._schedule()
 
@@ -90,7 +95,21 @@ class AnswerBatch(MicroBatch):
 
 
 class Answers(Phase):
-    """SFT: the cross-entropy of answer tokens (EOS included)."""
+    """Learn answers by supervised fine-tuning: the cross-entropy of their tokens, EOS included."""
+
+    reads_once = True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"segment_tokens", "published"})
+
+    @property
+    def shortest(self) -> int:
+        return 1  # what a prompt needs, with an answer behind it
+
+    @property
+    def reads_scores(self) -> bool:
+        return False
 
     def __init__(self, args: PostTrainingConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__(args.nsp)
@@ -100,13 +119,13 @@ class Answers(Phase):
         assert isinstance(batch, AnswerBatch)
         return {"answers": sum(batch.answer_lengths)}
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         assert isinstance(batch, AnswerBatch)
         loss = answer_loss(model, batch.sequences, torch.tensor(batch.answer_lengths), batch.totals["answers"], self.config)
         return loss, {"loss_answer": loss.detach()}
 
     @torch.no_grad()
-    def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
         """Cross-entropy of the first answer, and matches of greedily generated ones."""
         sums = dict.fromkeys(("nll", "targets"), 0.0)
         prompts: list[Tensor] = []
@@ -121,9 +140,7 @@ class Answers(Phase):
             references += batch["references"]
         return {**sums, "matched": self._generated_matches(model, prompts, references), "examples": float(len(prompts))}
 
-    def _generated_matches(
-        self, model: FastWeightForCausalLM, prompts: Sequence[Tensor], references: Sequence[Sequence[str]]
-    ) -> float:
+    def _generated_matches(self, model: CausalModel, prompts: Sequence[Tensor], references: Sequence[Sequence[str]]) -> float:
         """Sum of scores of generated answers against any of their references."""
         if self.tokenizer is None:
             raise RefineError("validation reads answers as text: give the trainer its tokenizer as processing_class")
@@ -183,6 +200,10 @@ class PostTrainer(ReFINETrainer):
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
 
+    @property
+    def method(self) -> dict[str, Any]:
+        return self.phase.settings | (self.inner.settings if self.inner is not None else {})
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
@@ -227,9 +248,7 @@ def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.dev
     return Batch.of(*pad([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], device))
 
 
-def answer_loss(
-    model: FastWeightForCausalLM, batch: Batch, answer_lengths: Tensor, normalizer: float, config: NSPConfig
-) -> Tensor:
+def answer_loss(model: CausalModel, batch: Batch, answer_lengths: Tensor, normalizer: float, config: NSPConfig) -> Tensor:
     """Sum of cross-entropies of the last `answer_lengths` [B] tokens of each row / normalizer; answer_lengths on the host."""
     hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)

@@ -21,17 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.passes import next_token_loss, run_hidden
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
-from refine_nsp.nsp.selection import count_positions
-from refine_nsp.nsp.step import ReFINEStep, one_step
+from refine_nsp.nsp.selection import SCORES, count_positions
+from refine_nsp.nsp.step import one_step
+from refine_nsp.training.scores import context_score_of
 from refine_nsp.training.validation import validate
 
 Counts = dict[str, float]
@@ -92,17 +95,46 @@ class Phase:
         config: settings of the method. reference: frozen model of a KL term, or None.
         sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one. Set by
             the trainer.
+        reads_once: whether a step reads every sequence in one pass; in several, noise on embeddings would differ from one to the next.
     """
 
     sum_over: Callable[[Tensor], Tensor] | None = None
+    reads_once: ClassVar[bool] = False
 
-    def __init__(self, config: NSPConfig, reference: FastWeightForCausalLM | None = None) -> None:
+    def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
         self.config, self.reference = config, reference
+
+    # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
+        cards tell. A phase of your own may read all that its configuration holds; one that reads fewer says so here."""
+        return frozenset(self.config.as_dict())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the values of the fields that are read, by name, as plain values."""
+        return {name: value for name, value in self.config.as_dict().items() if name in self.reads}
 
     @property
     def shortest(self) -> int:
-        """Tokens a sequence needs."""
+        """Count the tokens that a sequence needs for a step to learn from it."""
         return 2
+
+    @property
+    def samples(self) -> bool:
+        """Tell whether rollouts are sampled."""
+        return False
+
+    @property
+    def reads_scores(self) -> bool:
+        """Tell whether context scores are read, which `context_scores: cached` can compute beforehand."""
+        return context_score_of(self.config) is not None
+
+    @property
+    def rows_apart(self) -> bool:
+        """Tell whether the loss of a sequence depends on that sequence alone, whatever stands beside it in the batch."""
+        return False
 
     @property
     def prepares_steps(self) -> bool:
@@ -121,12 +153,12 @@ class Phase:
         """The same for each sequence [B], where every one has weights, and so a loss, of its own."""
         return {"targets": (batch.sequences.lengths - 1).clamp(min=1).to(torch.float32)}
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log: `loss_*` are shares too, which are
         summed over the micro-batches; others are averaged."""
         raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
 
-    def validate(self, model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
         """Sums over validation batches, as collated; `summarise` makes figures of them once those of all processes are added."""
         return validate(model, batches, self.config, model.device)
 
@@ -144,31 +176,57 @@ class Phase:
 
 
 class NextToken(Phase):
-    """Next-token prediction: the cross-entropy alone."""
+    """Learn by next-token prediction: the cross-entropy alone."""
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    reads_once = True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        own = frozenset({"lambda_ntp", "segment_tokens"})
+        return own if type(self) is NextToken else super().reads  # a subclass may read anything
+
+    @property
+    def reads_scores(self) -> bool:
+        return type(self) is not NextToken and super().reads_scores
+
+    @property
+    def rows_apart(self) -> bool:
+        return True
+
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         hidden = run_hidden(model, batch.sequences, self.config)
         loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
         return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
 
 
 class NextSequence(Phase):
-    """ReFINE: the policy loss beside the cross-entropy."""
+    """Learn by ReFINE: the policy loss beside the cross-entropy."""
 
     @property
     def shortest(self) -> int:
         return self.config.shortest
 
     @property
+    def samples(self) -> bool:
+        return self.config.samples_rollouts
+
+    @property
+    def rows_apart(self) -> bool:
+        c = self.config
+        if not c.samples_rollouts and c.token_weights != "selected":
+            return False
+        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
+
+    @property
     def prepares_steps(self) -> bool:
-        return self.config.rolls_out_first
+        return self.config.samples_first
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
         """Rollouts for all batches by the current policy, unless each step makes its own."""
         if not self.prepares_steps or not batches:
             return
         step = ReFINEStep(model, self.config, self.reference)
-        made = step.rollouts([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
+        made = step.sample_all([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
         for batch, rollouts in zip(batches, made, strict=True):
             batch.rollouts = rollouts.without_hidden()
 
@@ -181,11 +239,11 @@ class NextSequence(Phase):
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
         c, lengths = self.config, batch.sequences.lengths
-        if not c.rolls_out and c.token_weights != "selected":
+        if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
-        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.rolls_out else 1)
+        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
-    def loss(self, model: FastWeightForCausalLM, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)
         # Rollouts that were made before have used their draws up.
         draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS

@@ -64,7 +64,7 @@ def for_shards(model: nn.Module, nsp: NSPConfig) -> NSPConfig:
     base: Any = without_adapters(model)
     trunk: Any = getattr(base, "model", None)
     cut = isinstance(trunk, StatefulTrunk) and isinstance(trunk.keeping, ByReference)
-    if not nsp.rolls_out or not (cut or nsp.segment_tokens):
+    if not nsp.samples_rollouts or not (cut or nsp.segment_tokens):
         return nsp
     if cut and nsp.segment_tokens:
         raise RefineError(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.passes import run_hidden
+from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
@@ -105,10 +105,16 @@ def model_key(model: nn.Module) -> str:
     return Hasher.hash({k: v for k, v in sorted(settings.items()) if k not in ("_name_or_path", "transformers_version")})
 
 
+def context_score_of(config: NSPConfig) -> str | None:
+    """Name the context score that positions or token weights are made of, `context_kl` or `context_gain`; None where they need none."""
+    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
+    return {"context": "context_kl", "context_kl": "context_kl", "context_gain": "context_gain"}.get(name)
+
+
 def wants_gain(config: NSPConfig) -> bool:
-    """Which context score a run uses: the gain, or the KL. RefineError when it uses none."""
-    name = config.score if config.rolls_out or config.token_weights == "selected" else config.token_weights
-    if name not in ("context", "context_kl", "context_gain"):
+    """Tell whether a run's context score is the gain, or else the KL. RefineError where it uses neither."""
+    name = context_score_of(config)
+    if name is None:
         raise RefineError(
             f"context_scores='cached' has nothing to keep: selection={config.selection!r} and token_weights={config.token_weights!r} of "
             f"estimator={config.estimator!r} use no context scores; leave it 'online'"
@@ -122,7 +128,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
 
-    def score(m: FastWeightForCausalLM) -> Tensor:
+    def score(m: CausalModel) -> Tensor:
         return context_divergence(m, batch, run_hidden(m, batch, config), config, gain)
 
     d = model(step=score).cpu()

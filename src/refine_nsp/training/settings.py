@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from refine_nsp.errors import RefineError, closest, first_line
-from refine_nsp.values import accepted, as_meant
+from refine_nsp.values import accepted
 
 _PREDICTIONS = "validation here sums figures up and keeps no predictions, labels or metrics of your own"
 # Settings that nothing here could read, and why; each is refused at any value but its default.
@@ -72,7 +72,7 @@ def take_as_meant(args: Any) -> None:
         accepts = accepted(hints[field.name])
         if isinstance(value, str) and "mapping" in accepts.kinds:
             value = _mapping(field.name, value)
-        setattr(args, field.name, as_meant(field.name, value, accepts))
+        setattr(args, field.name, accepts.meant(field.name, value))
     if args.report_to is None or args.report_to == [None]:
         args.report_to = "none"
     if args.warmup_steps and args.lr_scheduler_type == SchedulerType.CONSTANT:
@@ -134,9 +134,9 @@ def _check_noise(args: Any) -> None:
     """RefineError for noise on embeddings where a step reads a sequence more than once, and must read the same each time."""
     if args.neftune_noise_alpha is None:
         return
-    more = (
-        "objective='refine' samples and scores by one pass what it learns from in another" if args.objective == "refine" else None
-    )
+    more = None
+    if not args.phase.reads_once:
+        more = f"objective={args.objective!r} samples and scores by one pass what it learns from in another"
     more = f"segment_tokens={args.nsp.segment_tokens} runs segments again" if args.nsp.segment_tokens is not None else more
     if more is not None:
         raise RefineError(

@@ -10,16 +10,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig, Objective, check_choices
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.selection import SCORES
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.side_by_side import BatchLoRA
@@ -101,7 +100,7 @@ class TestTimeTrainer:
 
     __test__ = False
 
-    def __init__(self, model: FastWeightForCausalLM, config: TestTimeConfig | None = None) -> None:
+    def __init__(self, model: CausalModel, config: TestTimeConfig | None = None) -> None:
         self.model = model
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
@@ -146,12 +145,7 @@ class TestTimeTrainer:
 
     def side_by_side(self) -> bool:
         """Whether several prompts can each have weights of their own: their losses must not touch each other."""
-        c = self.config
-        if c.parameters != "lora" or c.objective == "ntp":
-            return c.parameters == "lora"
-        if not c.nsp.rolls_out and c.nsp.token_weights != "selected":
-            return False
-        return not SCORES[c.nsp.score].rows_together and (c.nsp.advantage_scale != "global" or not c.nsp.rolls_out)
+        return self.config.parameters == "lora" and self.phase.rows_apart
 
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
@@ -202,7 +196,7 @@ class TestTimeTrainer:
         """The optimizer steps. shared: one update for all rows, else each row's own (its loss and gradient norm are its alone)."""
         model, c = self.model, self.config
         # The published code takes its cross-entropy alone in one step on the whole batch.
-        dealt = c.nsp.published and shared and c.objective == "refine"
+        dealt = c.nsp.published and shared and self.phase.samples
         size = PUBLISHED_PROMPTS if dealt else len(rows)
         sequences = [self._batch(rows[start : start + size]) for start in range(0, len(rows), size)]
         generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]
@@ -246,7 +240,7 @@ class TestTimeTrainer:
         batches = [MicroBatch(s, g) for s, g in zip(sequences, generators, strict=True)]
         self.model.eval()
         with torch.no_grad():
-            self.phase.prepare(self.model, batches)
+            self.phase.prepare(cast(nn.Module, self.model), batches)
         for batch in batches:
             if shared:
                 batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
@@ -271,7 +265,7 @@ def as_rows(prompt: Any) -> list[Tensor]:
     return [r.long() for r in rows]
 
 
-def chosen_parameters(model: FastWeightForCausalLM, which: str) -> list[nn.Parameter]:
+def chosen_parameters(model: CausalModel, which: str) -> list[nn.Parameter]:
     """`all`, or those that write and read the fast weights, as each mixer names them."""
     if which == "all":
         return list(model.parameters())
@@ -283,7 +277,7 @@ def chosen_parameters(model: FastWeightForCausalLM, which: str) -> list[nn.Param
     return chosen
 
 
-def linear_layers(model: FastWeightForCausalLM) -> list[nn.Linear]:
+def linear_layers(model: CausalModel) -> list[nn.Linear]:
     """Linear layers of the blocks (not the head)."""
     return [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
 

@@ -30,8 +30,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import check_vocabulary
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
@@ -92,7 +92,7 @@ class ReFINETrainer(Trainer):
         self,
         model: nn.Module | str | Path | None = None,
         args: ReFINEConfig | None = None,
-        reference_model: FastWeightForCausalLM | None = None,
+        reference_model: CausalModel | None = None,
         phase: Phase | None = None,
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         peft_config: Any = None,
@@ -135,7 +135,7 @@ class ReFINETrainer(Trainer):
         if reference_model is not None:
             to_device(reference_model, args.device).eval()
         self.phase = self.shared(phase if phase is not None else self.make_phase())
-        if args.context_scores == "cached" and args.objective == "refine" and self.train_dataset is not None:
+        if args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
             self.train_dataset = self._with_context_scores(self.train_dataset)
         if isinstance(self.train_dataset, IterableDataset):
             # As far as steps and data loaders read ahead.
@@ -189,6 +189,11 @@ class ReFINETrainer(Trainer):
     def make_phase(self) -> Phase:
         """What `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """Return the settings of `NSPConfig` that this run's weights depend on, by name."""
+        return self.phase.settings
 
     def shared(self, phase: P) -> P:
         """A phase that knows how to add up over the processes of this run."""
@@ -494,7 +499,7 @@ class ReFINETrainer(Trainer):
     def _begin(self, checkpoint: Path | None) -> None:
         """Have this run's folder hold this run alone, and what waits in its checkpoint at hand."""
         folder, early = Path(str(self.args.output_dir)), [] if self._trained_before else self.state.log_history
-        self._settings, self._trained_before = settings_of(self.args, self._model_in_words, self.train_dataset), True
+        self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
         self._begun_at, self._pending = 0 if checkpoint is None else step_of(checkpoint), []
         if checkpoint is not None:
             check_dealing(checkpoint, self.dealing)
@@ -516,7 +521,7 @@ class ReFINETrainer(Trainer):
     def write_card(self, folder: Path, plotted: bool = True) -> None:
         """The model card of what is saved in a folder: how it came about, and what was logged so far."""
         model = self.accelerator.unwrap_model(self.model)
-        write_run_card(folder, self.args, model, self._origin, self._trained_before, plotted)
+        write_run_card(folder, self.args, self.method, model, self._origin, self._trained_before, plotted)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """That same card where Trainer would write its own over it: on a push to the hub."""

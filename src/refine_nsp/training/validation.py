@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.nsp.continuation import greedy_match
-from refine_nsp.nsp.passes import next_tokens, run
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.nsp.forward import run
+from refine_nsp.nsp.greedy import greedy_match
+from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
@@ -20,9 +21,7 @@ SEED = 0
 
 
 @torch.no_grad()
-def validate(
-    model: FastWeightForCausalLM, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device
-) -> dict[str, float]:
+def validate(model: CausalModel, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device) -> dict[str, float]:
     """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = replace(config, schedule="auto", selection="uniform", draw=None)

@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.segments import read_by_segments
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.records import Batch, Continuation, Normalizer, Prefixes, gather_positions
-from refine_nsp.ops.linear_cross_entropy import TokenStats, linear_cross_entropy, token_log_probs
+from refine_nsp.nsp.next_token import next_token_loss
+from refine_nsp.nsp.records import Batch, Normalizer, Prefixes, Replayed, gather_positions
+from refine_nsp.ops.linear_cross_entropy import TokenStats, token_log_probs
 from refine_nsp.ops.memory import part
 
 
 @dataclass(frozen=True)
-class Pass:
+class Forward:
     """One run over the sequences, with gradient where gradients are on.
 
     hidden: [B, T, D] after the final norm. loss_ntp: scalar. stats: per token, [B*T], no gradient. take: positions [B, P] -> states.
     """
 
-    model: FastWeightForCausalLM
+    model: CausalModel
     batch: Batch
     hidden: Tensor
     loss_ntp: Tensor
@@ -47,15 +47,15 @@ class Pass:
         """What rollouts from positions [B, P] go on from; differentiable where the pass is."""
         return Prefixes(positions, gather_positions(self.hidden, positions).flatten(0, 1), self.take(positions))
 
-    def continue_from(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Continuation:
+    def replay(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Replayed:
         """Log-probabilities of rollouts [B, P, N, K], with gradient into the prefixes. need_hidden: for rewards, the hidden states too."""
         raise TypeError(f"{type(self).__name__} does not say how prefixes go on")
 
 
-class HandedOver(Pass):
+class HandedOver(Forward):
     """The state at a prefix' last token is all its continuations need."""
 
-    def continue_from(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Continuation:
+    def replay(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Replayed:
         B, P, N, K = tokens.shape
         rows = tokens.reshape(-1, K)
         # The last token predicts nothing; only its hidden state can be asked for.
@@ -68,10 +68,10 @@ class HandedOver(Pass):
             after, predicting = None, first
         log_probs, entropy = token_log_probs(self.model.lm_head(predicting), rows, temperature)
         hidden = after.detach() if need_hidden and after is not None else None
-        return Continuation(log_probs.view(B, P, N, K), entropy.view(B, P, N, K), hidden)
+        return Replayed(log_probs.view(B, P, N, K), entropy.view(B, P, N, K), hidden)
 
 
-class Recomputed(Pass):
+class Recomputed(Forward):
     """Every prefix is run again, for its state and with its rollouts, as published: the reference, and the yardstick."""
 
     def states(self, positions: Tensor) -> Prefixes:
@@ -79,11 +79,11 @@ class Recomputed(Pass):
         for p in range(positions.shape[1]):
             lengths = positions[:, p] + 1
             width = max(1, int(lengths.max()))
-            out = self.model.model(self.batch.input_ids[:, :width], lengths=lengths, use_cache=True)
-            caches.append(out.past_key_values)
+            caches.append(FastWeightCache())
+            self.model.model(self.batch.input_ids[:, :width], lengths=lengths, past_key_values=caches[-1], use_cache=True)
         return Prefixes(positions, gather_positions(self.hidden, positions).flatten(0, 1), FastWeightCache.stack(caches))
 
-    def continue_from(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Continuation:
+    def replay(self, prefixes: Prefixes, tokens: Tensor, temperature: float, need_hidden: bool = False) -> Replayed:
         """One batch of B*N rows for each of the P positions."""
         N, K = tokens.shape[2:]
         log_probs, entropies, hidden = [], [], []
@@ -100,15 +100,15 @@ class Recomputed(Pass):
             entropies.append(entropy.view(-1, N, K))
             hidden.append(h[index, at].view(-1, N, K, h.shape[-1]))
         states = torch.stack(hidden, 1).flatten(0, 2).detach()
-        return Continuation(torch.stack(log_probs, 1), torch.stack(entropies, 1), states)
+        return Replayed(torch.stack(log_probs, 1), torch.stack(entropies, 1), states)
 
 
-PASSES: dict[str, type[Pass]] = {"auto": HandedOver, "fused": HandedOver, "snapshot": HandedOver, "reprefill": Recomputed}
+PASSES: dict[str, type[Forward]] = {"auto": HandedOver, "fused": HandedOver, "snapshot": HandedOver, "reprefill": Recomputed}
 
 
 def run(
-    model: FastWeightForCausalLM, batch: Batch, config: NSPConfig, normalizer: Normalizer = None, positions: Tensor | None = None
-) -> Pass:
+    model: CausalModel, batch: Batch, config: NSPConfig, normalizer: Normalizer = None, positions: Tensor | None = None
+) -> Forward:
     """Run the sequences; keep what states need, for `positions` only when those are known already."""
     kind = PASSES[config.schedule]
     recompute = kind is Recomputed
@@ -116,7 +116,7 @@ def run(
         with part("forward"):
             parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
         loss, stats = next_token_loss(model, parts.hidden, batch, normalizer)
-        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else lambda _: parts.snapshots)  # type: ignore[arg-type,return-value]
+        return kind(model, batch, parts.hidden, loss, stats, parts.at if positions is None else _always(parts.snapshots))
     with part("forward"):
         out = model.model(
             batch.input_ids,
@@ -126,12 +126,22 @@ def run(
             use_cache=False,
         )
     loss, stats = next_token_loss(model, out.last_hidden_state, batch, normalizer)
-    take = (lambda _: out.snapshots) if out.states is None else out.states.at
+    take = _always(out.snapshots) if out.states is None else out.states.at
     return kind(model, batch, out.last_hidden_state, loss, stats, take)
 
 
+def _always(snapshots: FastWeightCache | None) -> Callable[[Tensor], FastWeightCache]:
+    """Make a function of positions that returns the snapshots taken of them on the way."""
+
+    def take(_: Tensor) -> FastWeightCache:
+        assert snapshots is not None
+        return snapshots
+
+    return take
+
+
 @part("forward")
-def run_hidden(model: FastWeightForCausalLM, batch: Batch, config: NSPConfig) -> Tensor:
+def run_hidden(model: CausalModel, batch: Batch, config: NSPConfig) -> Tensor:
     """Final-norm output [B, T, D] of the sequences, where no states are asked for."""
     if (size := segment_size(batch, config)) is not None:
         return read_by_segments(model.model, batch.input_ids, batch.lengths, size).hidden
@@ -142,28 +152,3 @@ def segment_size(batch: Batch, config: NSPConfig) -> int | None:
     """Tokens of a segment, where sequences are longer than one."""
     size = config.segment_tokens
     return size if size is not None and batch.input_ids.shape[1] > size else None
-
-
-@part("logits")
-def next_token_loss(
-    model: FastWeightForCausalLM, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
-) -> tuple[Tensor, TokenStats]:
-    """Sum of cross-entropies over real targets / normalizer, and per-token statistics at every token [B*T]."""
-    weights = target_weights(batch, normalizer, hidden.dtype)
-    return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)
-
-
-def next_tokens(batch: Batch) -> Tensor:
-    """[B*T] long: the token after each, 0 after the last."""
-    return F.pad(batch.input_ids[:, 1:], (0, 1)).flatten()
-
-
-def target_weights(batch: Batch, normalizer: Normalizer, dtype: torch.dtype) -> Tensor:
-    """[B*T]: 1 / normalizer at real targets, 0 elsewhere, float32 or better; by default divided by their number."""
-    divisor = max(batch.num_targets, 1) if normalizer is None else by_sequence(normalizer)
-    return (batch.target_mask.to(torch.promote_types(dtype, torch.float32)) / divisor).flatten()
-
-
-def by_sequence(normalizer: float | Tensor) -> float | Tensor:
-    """A normalizer of each sequence [B] as [B, 1]; one for all as it is."""
-    return normalizer[:, None] if isinstance(normalizer, Tensor) and normalizer.ndim == 1 else normalizer

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import gather_positions
 from refine_nsp.nsp.rewards import cosine
 
 
-def greedy_match(forward: Pass, positions: Tensor, K: int) -> tuple[float, float, int]:
+def greedy_match(forward: Forward, positions: Tensor, K: int) -> tuple[float, float, int]:
     """Sums over K-token greedy continuations at positions [B, P] (-1: none): share of tokens equal, mean cosine; and how many."""
     model, batch, valid = forward.model, forward.batch, positions.flatten() >= 0
     prefixes = forward.states(positions)

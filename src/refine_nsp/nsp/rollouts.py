@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.generation import end_tokens
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.passes import Pass
+from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Prefixes, Sampled, inverse_cdf
 from refine_nsp.nsp.selection import count_positions
 
 
 @torch.no_grad()
-def sample(forward: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
+def sample(forward: Forward, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
     """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]; as published, none of them ends."""
     start = time.perf_counter()
-    tokens, log_probs, hidden = sample_rollouts(
+    tokens, log_probs, hidden = sample_tokens(
         forward.model,
         prefixes.cache.detach(),
         prefixes.hidden.detach(),
@@ -41,8 +41,8 @@ def sample(forward: Pass, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> S
 
 
 @torch.no_grad()
-def sample_rollouts(
-    model: FastWeightForCausalLM,
+def sample_tokens(
+    model: CausalModel,
     snapshots: FastWeightCache,
     hidden: Tensor,
     u: Tensor,

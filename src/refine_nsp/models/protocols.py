@@ -1,0 +1,156 @@
+"""What the method asks of a model: the calls that our three families answer, and transformers' own models once they keep states.
+
+Annotations elsewhere name these protocols, since a borrowed hybrid is no subclass of ours. `Trunk` is a model below its head; it runs
+tokens from states and gives states. `CausalModel` is the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from refine_nsp.models.outputs import FastWeightModelOutput
+from refine_nsp.models.padding import Alignment
+from refine_nsp.models.state import FastWeightCache
+
+
+class StateMixer(Protocol):
+    """The part of a layer that writes and reads its state.
+
+    Attributes:
+        fast_weight_names: the submodules and parameters that write to and read from the fast weights.
+        shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
+            again costs less than carrying a state on for every row.
+    """
+
+    fast_weight_names: tuple[str, ...]
+    shares_states: bool
+
+
+class BranchedRows(Protocol):
+    """R = S*n rows that continue together from S states, n neighbours from each."""
+
+    def advance(self, token: Tensor) -> Tensor:
+        """Consume a token a row, [R] long, and return the final-norm output after it [R, D]."""
+        ...
+
+
+class Trunk(Protocol):
+    """A model below its head."""
+
+    training: bool
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """What computes the model, and why, in one line."""
+        ...
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    @property
+    def mixers(self) -> Sequence[StateMixer]: ...
+
+    @property
+    def cuts_at_positions(self) -> bool:
+        """Whether a pass is cut where states are wanted, so that the positions decide how many passes there are."""
+        ...
+
+    @property
+    def rereads_prefixes(self) -> bool:
+        """Whether the state of a prefix is its tokens, which are read again with whatever follows."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: FastWeightCache | None = None,
+        use_cache: bool | None = None,
+        lengths: Tensor | None = None,
+        snapshot_positions: Tensor | None = None,
+        output_states: bool = False,
+        **kwargs: Any,
+    ) -> FastWeightModelOutput:
+        """Run T tokens from `past_key_values` (or from nothing); see `FastWeightModel.forward`."""
+        ...
+
+    def run_rows(
+        self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,
+        output_states: bool, output_hidden_states: bool,
+    ) -> FastWeightModelOutput:  # fmt: skip
+        """Run rows of one document each, x ids [B, T] or embeddings [B, T, D]; tokens [B, P]: where snapshots are taken, on the host."""
+        ...
+
+    def branch(self, cache: FastWeightCache, n: int) -> BranchedRows:
+        """Start n neighbouring rows from each state of `cache`, to continue token by token; the cache is only read."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class CausalModel(Protocol):
+    """A trunk and the head that makes logits [..., V] of its hidden states [..., D]: logits are `lm_head` times these and no more."""
+
+    training: bool
+
+    @property
+    def model(self) -> Trunk: ...
+
+    @property
+    def lm_head(self) -> nn.Module: ...
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def generation_config(self) -> GenerationConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return logits [B, T, V] and what `Trunk` returns, or with `step` whatever that callable makes of the model."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def train(self, mode: bool = True) -> CausalModel: ...
+
+    def eval(self) -> CausalModel: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> CausalModel: ...
+
+    def zero_grad(self) -> None: ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts as `transformers.GenerationMixin.generate` does."""
+        ...
+
+
+class RunsSteps(Protocol):
+    """A causal model, or a wrapper around one (DDP, FSDP, PEFT) that must see a whole training step as one forward call."""
+
+    def __call__(self, *, step: Callable[[CausalModel], Any]) -> Any:
+        """Return step(model) of the model inside."""
+        ...

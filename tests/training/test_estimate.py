@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from refine_nsp.commands.model_options import ModelArguments, with_adapters
 from transformers import KimiLinearConfig, NemotronHConfig, Qwen3_5TextConfig, Qwen3NextConfig
 
 from refine_nsp.cli import main
 from refine_nsp.commands.estimate import Patience, notes_of
+from refine_nsp.commands.shared import ModelArguments, with_adapters
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_config
 from refine_nsp.training import ReFINEConfig

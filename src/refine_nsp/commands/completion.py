@@ -58,9 +58,9 @@ def _add(command: argparse.ArgumentParser, flag: Flag) -> None:
     """Add a flag in one of its two spellings, and the word without a flag that may stand for it."""
     told: dict[str, Any] = {"help": _text(flag.help), "choices": flag.choices or None}
     several: dict[str, Any] = {"nargs": "+"} if flag.repeated else {}
+    optional: dict[str, Any] = {} if flag.required or flag.repeated else {"nargs": "?"}
     if flag.positional:
-        nargs = {} if flag.required or flag.repeated else {"nargs": "?"}
-        _complete_files(command.add_argument(flag.name, **told, **several, **nargs), flag.file)
+        _complete_files(command.add_argument(flag.name, **told, **several, **optional), flag.file)
     if not flag.in_files and not (flag.positional and flag.required):
         several = {"nargs": "?"} if flag.bare else several
         _complete_files(command.add_argument(f"--{flag.name}", **told, **several), flag.file)

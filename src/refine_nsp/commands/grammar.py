@@ -18,8 +18,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from refine_nsp.commands.parser import Call, command_line, parse, preset_choices
-from refine_nsp.config import NSPConfig
+from refine_nsp.commands.parser import Call, command_line, parse
+from refine_nsp.config import PRESETS, NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import ALWAYS, default_of
 from refine_nsp.values import Value, accepted
@@ -96,7 +96,7 @@ class Settings:
         rows = {}
         if self.is_method:
             rows[f"{self.prefix}preset"] = _row(
-                kinds=["choice", "none"], choices=preset_choices(), default=self.preset, help=PRESET_HELP, group=self.group,
+                kinds=["choice", "none"], choices=tuple(PRESETS), default=self.preset, help=PRESET_HELP, group=self.group,
                 common=True,
             )  # fmt: skip
         for flag, f in self.flags().items():

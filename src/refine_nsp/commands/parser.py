@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from refine_nsp.config import PRESETS, NSPConfig, check_choice, preset_settings
+from refine_nsp.config import NSPConfig, check_choice, preset_settings
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.values import Accepted, Value, word_reader
 
@@ -115,6 +115,16 @@ class CommandLine:
         return f"refine-nsp {self.name}"
 
     @property
+    def presets(self) -> list[str]:
+        """The flags that name presets."""
+        return [f"{prefix}preset" for prefix, _ in self.methods]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every setting's default."""
+        return {name: flag.default for name, flag in self.flags.items()}
+
+    @property
     def own(self) -> dict[str, str]:
         """Flags that are about the command line itself, and their descriptions."""
         shown = {"config FILE": "YAML with any of these as keys, or the package's recipes/NAME.yaml; flags win."}
@@ -150,14 +160,18 @@ class Call:
     @property
     def values(self) -> dict[str, Any]:
         """Every setting's value."""
-        return {name: flag.default for name, flag in self.line.flags.items()} | self.given
+        return self.line.defaults | self.given
+
+    def changed(self) -> dict[str, Any]:
+        """Return every setting that has another value than a command line without words would give it."""
+        usual = self.line.defaults | _preset_values(self.line, {})
+        return {name: value for name, value in self.values.items() if value != usual[name]}
 
     def resolved(self) -> dict[str, Any]:
         """Return every setting that differs from its default, with the preset or without: what `--config` needs for the same run, in a
         folder of its own, from its beginning."""
-        defaults = {name: flag.default for name, flag in self.line.flags.items()}
-        usual = defaults | {f"{prefix}preset": None for prefix, _ in self.line.methods}
-        preset = defaults | self.from_presets
+        usual = self.line.defaults | dict.fromkeys(self.line.presets)
+        preset = self.line.defaults | self.from_presets
         return {k: v for k, v in self.values.items() if (v != usual[k] or v != preset[k]) and k != NEW_RUN}
 
 
@@ -203,9 +217,8 @@ def parse(line: CommandLine, argv: Sequence[str]) -> Call:
     """
     words = _spelled_out(line, argv)
     asked = {*HELP} & {*words}
-    presets = [f"{prefix}preset" for prefix, _ in line.methods]
     # Help is given whatever else is wrong with the command line.
-    parser = line.parser(presets if asked else None)
+    parser = line.parser(line.presets if asked else None)
     for name in ("dry_run", "allow_code_in_config", "help", "help_all"):
         if name.startswith("help") or name in line.own:
             parser.add_argument(*spellings(name), *(["-h"] if name == "help" else []), dest=f"{name} ", action="store_true")
@@ -244,6 +257,8 @@ def _refuse_unknown(line: CommandLine, unknown: Sequence[str]) -> None:
     """RefineError for the first word that no flag takes, naming the nearest."""
     for word in unknown:
         name = word.lstrip("-").partition("=")[0]
+        if name in line.flags:
+            raise RefineError(f"{name} is given in a file of settings (--config), and has no flag")
         if word.startswith("-"):
             known = [*line.flags, *(own.split()[0] for own in line.own)]
             raise RefineError(f"unknown flag --{name}{closest(name, known)}; `{line.program} --help_all` lists all")
@@ -264,10 +279,9 @@ def _check(call: Call) -> None:
     """RefineError for what can be known to be wrong before a library is loaded."""
     for name, value in call.given.items():
         flag = call.line.flags[name]
-        if flag.choices and "preset" not in name and not flag.positional and not (flag.foreign and not _same_transformers()):
-            options = [*flag.choices, *([None] if "none" in flag.kinds else [])]
-            if not isinstance(value, bool):
-                check_choice(name, value, options)
+        known = name not in call.line.presets and isinstance(value, str) and (not flag.foreign or _same_transformers())
+        if flag.choices and known:
+            check_choice(name, value, flag.choices)
     for names, needed in call.line.exclusive:
         found = [name for name in names if call.given.get(name) is not None]
         if len(found) > 1 or (needed and not found):
@@ -405,8 +419,3 @@ def _paragraph(head: str, text: str, margin: int = MARGIN) -> list[str]:
     lines = textwrap.wrap(text, WIDTH - margin) or [""]
     first = [(head.ljust(margin) + lines.pop(0)).rstrip()] if len(head) < margin - 1 else [head]
     return first + [" " * margin + line for line in lines]
-
-
-def preset_choices() -> tuple[str, ...]:
-    """Return the names of the presets."""
-    return tuple(PRESETS)

@@ -164,6 +164,6 @@ def test_time_trainer(model: CausalModel, ttt: TestTimeArguments, config: TestTi
 
 def check_unused(call: Call) -> None:
     """RefineError for settings of test-time training without it."""
-    changed = [f"{name}={value!r}" for name, value in call.resolved().items() if name.startswith("ttt_")]
+    changed = [f"{name}={value!r}" for name, value in call.changed().items() if name.startswith("ttt_")]
     if changed and call.values["ttt"] is None:
         raise RefineError(f"{changed[0]} changes nothing without test-time training; add --ttt refine (or ntp), or leave it out")

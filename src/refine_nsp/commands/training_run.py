@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from datasets import Dataset, IterableDataset
@@ -29,7 +29,7 @@ from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.checkpoints import last_complete_checkpoint
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def train_and_save(
@@ -127,5 +127,5 @@ def save(trainer: ReFINETrainer, out: Path) -> None:
 
 def dry_run_table(rows: list[list[Cell]], call: Call) -> Table:
     """Return the table that a dry run shows: the rows, and every setting that differs from its default."""
-    rows = [*rows, *([f"config: {name}", str(value)] for name, value in sorted(call.resolved().items()))]
-    return Table("Dry run: nothing was trained or written", ["what", "value"], rows)
+    settings: list[list[Cell]] = [[f"config: {name}", str(value)] for name, value in sorted(call.resolved().items())]
+    return Table("Dry run: nothing was trained or written", ["what", "value"], [*rows, *settings])

@@ -26,7 +26,7 @@ def measure(length: int, segment: int) -> dict[str, float]:
     from refine_nsp import NSPConfig, load
     from refine_nsp.nsp.records import Batch
     from refine_nsp.training.phases import MicroBatch, NextToken
-    from refine_nsp.training.simulation import counted
+    from refine_nsp.estimate.counter import counted
 
     torch.set_num_threads(1)
     model = load("refine-nsp/tiny-delta-net")[0].train()

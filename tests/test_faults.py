@@ -24,7 +24,7 @@ from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.run import read_rows
 from refine_nsp.stopping import TERMINATED_CODE
-from refine_nsp.training.checkpoints import checkpoint_problem
+from refine_nsp.training.checkpoints import Checkpoint
 from tests.models.families import build
 from tests.test_cli import TEXT, tiny
 from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
@@ -74,7 +74,7 @@ def test_no_room_for_a_file(tmp_path, text, largest_file):
     code, said = limited(argv, largest_file)
     check_one_line(code, said)
     run = tmp_path / "run"
-    assert all(checkpoint_problem(folder) is None for folder in run.glob("checkpoint-*"))
+    assert all(Checkpoint(folder).problem() is None for folder in run.glob("checkpoint-*"))
     for file in run.glob("*.safetensors"):
         load_file(file)
 
@@ -114,7 +114,7 @@ def posttrain(tmp_path: Path) -> list[str]:
 def test_no_room_for_the_files_of_post_training(tmp_path, largest_file):
     check_one_line(*limited(posttrain(tmp_path), largest_file))
     for folder in (tmp_path / "run").glob("checkpoint-*"):
-        assert checkpoint_problem(folder) is None
+        assert Checkpoint(folder).problem() is None
     for file in (tmp_path / "run").glob("*.safetensors"):
         load_file(file)
 
@@ -168,7 +168,7 @@ def test_a_full_disk(tmp_path, text, monkeypatch, capfd, what, size):
         argv = tiny(disk if what == "run" else tmp_path, text, "--save_strategy", "steps", "--save_steps", "1")
         code = main(argv)
         check_one_line(code, capfd.readouterr().err)
-        assert all(checkpoint_problem(folder) is None for folder in (disk / "run").glob("checkpoint-*"))
+        assert all(Checkpoint(folder).problem() is None for folder in (disk / "run").glob("checkpoint-*"))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -388,4 +388,4 @@ def test_a_data_worker_that_dies(tmp_path, text, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert said.count("refine-nsp:") == 1 and "worker" in said and "Traceback" not in said and "--debug" not in said, said
     folders = list((tmp_path / "run").glob("checkpoint-*"))
-    assert folders and all(checkpoint_problem(folder) is None for folder in folders)
+    assert folders and all(Checkpoint(folder).problem() is None for folder in folders)

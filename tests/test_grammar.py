@@ -167,7 +167,7 @@ def test_help_shows_headings_readers_and_common_settings_first(capsys):
 
 
 def test_what_files_alone_hold_is_no_flag():
-    with pytest.raises(RefineError, match="phases is given in a file"):
-        from refine_nsp.commands.pretrain import COMMAND
+    from refine_nsp.commands.pretrain import COMMAND
 
+    with pytest.raises(RefineError, match="phases is given in a file"):
         COMMAND.call(["--phases", "1"])

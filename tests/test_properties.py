@@ -26,6 +26,7 @@ from refine_nsp.ops.lact import Tokens, lact, naive_lact
 from refine_nsp.ops.lact_update import Triple, UpdateRule
 from tests.models.families import ALL_VARIANTS, build
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
+from tests.settings import fitting
 
 FEW, MANY = 30, 500
 # The same cases on every machine: what fails once fails again.
@@ -217,14 +218,14 @@ def schedules_are_one_step(seed, variant, sizes, P, N, K, selection, scale, base
     model, ids, lengths = model_and_rows(seed, variant, sizes)
     assert_schedules_agree(
         model, ids, lengths, positions_per_sequence=P, num_generations=N, rollout_length=K, selection=selection, reward_funcs="hybrid",
-        min_prefix=3, local_window=4, advantage_scale=scale, baseline=baseline,
+        min_prefix=3, advantage_scale=scale, baseline=baseline, **({"local_window": 4} if selection.startswith("context") else {}),
     )  # fmt: skip
 
 
 def pads_are_nothing(seed, variant, sizes, P, N, K, estimator, selection, schedule) -> None:
     """A batch of several lengths is its sequences one by one, whatever stands at the pads."""
     model, ids, lengths = model_and_rows(seed, variant, sizes)
-    config = NSPConfig(
+    config = fitting(
         estimator=estimator, selection=selection, schedule=schedule, positions_per_sequence=P, num_generations=N, rollout_length=K,
         min_prefix=3, local_window=4, reward_funcs="hybrid" if estimator == "sampled" else "prefix_match",
     )  # fmt: skip

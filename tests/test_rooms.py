@@ -7,7 +7,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the ground up. Files beside the rooms stand on the floor of their name.
 FLOORS = [
     "errors", "fields", "values", "files", "stopping", "progress", "environment", "config", "ops", "processes", "text", "models", "nsp",
-    "prompts", "evaluation", "report", "training", "tiny", "commands", "cli",
+    "prompts", "evaluation", "report", "training", "estimate", "tiny", "commands", "cli",
 ]  # fmt: skip
 
 

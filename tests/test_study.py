@@ -213,7 +213,7 @@ def test_far_tokens_are_those_the_context_score_is_greatest_at(model, material):
 
 
 def test_long_ce_weighs_tokens_by_their_gain(model, material):
-    config = NSPConfig(local_window=32, local_span=4)
+    config = NSPConfig(selection="context_gain", local_window=32, local_span=4)
     rows = material.windows["report"][:2]
     batch = MicroBatch(Batch.of(rows), totals={"targets": rows.numel() - 2})
     loss, metrics = LongCE(config, gamma=5.0).loss(model, batch)

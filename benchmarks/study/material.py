@@ -16,17 +16,18 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.evaluation.tasks import EvaluationArguments, Task, build_tasks
+from refine_nsp.evaluation.arguments import EvaluationArguments
+from refine_nsp.evaluation.tasks import Task, build_tasks
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.families import FAMILIES
+from refine_nsp.tiny.facts import FactTokens, answer, draw_facts, question, scattered, statement
+from refine_nsp.tiny.families import WORDED
 from refine_nsp.tiny.measures import family_probes
-from refine_nsp.tiny.pretrain import Sources, encode_texts, training_batch
-from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
+from refine_nsp.tiny.pretrain_settings import PretrainPhase
 from refine_nsp.tiny.probes import ProbeSet
-from refine_nsp.tiny.recall import RecallTokens, answer, draw_facts, question, scattered, statement
+from refine_nsp.tiny.rows import Sources, encode_texts, step_rows
 
 from .settings import SHARES, Scale
 
@@ -65,7 +66,7 @@ class Material:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    tokens: RecallTokens
+    tokens: FactTokens
     sources: Sources
     writer: Writer
     held_out: list[int]
@@ -87,8 +88,8 @@ def prepare(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files) -> M
         texts = {"standard library": [p for text in measuring for p in text.split("\n\n") if len(p) > 200]}
     return Material(
         tokenizer,
-        RecallTokens.of(tokenizer),
-        Sources(stream, RecallTokens.of(tokenizer), Writer.of(tokenizer, training)),
+        FactTokens.of(tokenizer),
+        Sources(stream, Writer.of(tokenizer, training)),
         Writer.of(tokenizer, measuring),
         held_out.tolist(),
         windows,
@@ -139,34 +140,33 @@ def _pieces(ids: list[int]) -> list[list[int]]:
 
 def mid_rows(scale: Scale, material: Material, seed: int, steps: int) -> Dataset:
     """Rows of one seed, the same for all arms (more steps: the same rows first): half text, half generated documents."""
-    config = PretrainConfig(seed=ROWS_SEED + seed, tokens_per_step=scale.mid_rows * scale.mid_length)
     phase = PretrainPhase(steps, scale.mid_length, SHARES, dense=0.5, answer_weight=1.0)
-    rows = [row for step in range(steps) for row in training_batch(config, phase, step, material.sources)[0].tolist()]
+    made = (step_rows(ROWS_SEED + seed, step, scale.mid_rows, phase, material.sources)[0] for step in range(steps))
+    rows = [row for ids in made for row in ids.tolist()]
     return Dataset.from_list([{"input_ids": row} for row in rows])
 
 
 def probes(scale: Scale, material: Material, seed: int) -> dict[str, ProbeSet]:
     """Recall in every family, in wordings that are trained on and in held-out ones, by length."""
-    return family_probes(material.writer, list(FAMILIES), material.held_out, scale.probe_lengths, scale.probes, seed)
+    return family_probes(material.writer, list(WORDED), material.held_out, scale.probe_lengths, scale.probes, seed)
 
 
 def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, seed: int) -> list[Task]:
     """RULER's needles, and SQuAD's questions where they are at hand and their documents fit."""
 
-    def tasks(names: list[str], lengths: list[int]) -> list[Task]:
+    def tasks(names: list[str], lengths: list[int], **source: str | None) -> list[Task]:
         if not names or not lengths:
             return []
         return build_tasks(
             EvaluationArguments(
-                tasks=names, lengths=lengths, samples=scale.ruler_prompts, essays=files.essays, squad=files.squad,
-                seed=seed,
+                tasks=names, lengths=lengths, samples=scale.ruler_prompts, seed=seed, **source,
             ),
             tokenizer,
         )  # fmt: skip
 
     asked = ["qa_1"] if files.squad is not None else []
     lengths = list(scale.ruler_lengths)
-    return tasks(["niah"], lengths) + tasks(asked, [n for n in lengths if n >= QA_FROM])
+    return tasks(["niah"], lengths, essays=files.essays) + tasks(asked, [n for n in lengths if n >= QA_FROM], squad=files.squad)
 
 
 # --- questions on documents -------------------------------------------------------------------------------------------

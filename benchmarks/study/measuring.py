@@ -98,7 +98,7 @@ def best_text_temperature(model: FastWeightForCausalLM, windows: Tensor) -> floa
 def far_tokens(model: FastWeightForCausalLM, windows: Tensor, W: int) -> list[list[int]]:
     """For each window [T], the tokens t whose next token's prediction depends most on what lies beyond the last W: the greatest
     `FAR_SHARE` of all windows' context scores."""
-    config = NSPConfig(local_window=W, local_span=SPAN)
+    config = NSPConfig(selection="context_kl", local_window=W, local_span=SPAN)
     scores = []
     for row in windows:
         batch = Batch.of(row[None])

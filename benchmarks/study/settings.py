@@ -47,7 +47,7 @@ ARMS: dict[str, Arm] = {
     NTP: Arm({"objective": "ntp"}, {"learning_rate": (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)}),
     "paper": _arm((0.1, 0.2, 0.5), preset="mid_training"),
     "context, N 8": _scored((0.3, 1.0, 3.0), preset="context"),
-    "expected, selected positions": _arm((0.3, 1.0, 3.0), preset="expected", token_weights="selected"),
+    "expected, selected positions": _arm((0.3, 1.0, 3.0), preset="expected", token_weights="selected", local_span=2),
     "expected, K 1": _scored((2.0, 4.0, 8.0), preset="expected", rollout_length=1),
     EXPECTED: _scored((2.0, 4.0, 8.0), preset="expected", rollout_length=3),
     "expected, K 5": _scored((2.0, 4.0, 8.0), preset="expected", rollout_length=5),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.fields import Reader, SettingError, check_read, default_of, live, setting
 
 RewardSpec = str | Callable[..., Any]
 Objective = Literal["refine", "ntp"]  # what long text, or a prompt, is trained on: ReFINE, or the cross-entropy alone
@@ -21,9 +22,33 @@ MAX_ORDER = (
     1000  # every order is a term to add up; beyond a few dozen the objective is the log-probability in all but the rarest tokens
 )
 
-_AT_LEAST_ONE = ("positions_per_sequence", "rollout_length", "num_generations", "min_prefix", "local_window")
-_POSITIVE = ("tau", "temperature", "dual_clip")
-_NOT_NEGATIVE = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "lambda_rl", "lambda_ntp")
+# Names of settings, what must hold of their values, and how an error message says that.
+Ranges = Sequence[tuple[Sequence[str], Callable[[Any], bool], str]]
+RANGES: Ranges = (
+    (
+        ("positions_per_sequence", "rollout_length", "num_generations", "min_prefix", "local_window"),
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+    (("tau", "temperature", "dual_clip"), lambda x: x > 0, "must be positive"),
+    (
+        ("clip_low", "clip_high", "kl_coef", "entropy_coef", "lambda_rl", "lambda_ntp"),
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (("clip_low",), lambda x: x <= 1, "must be at most 1"),
+    (("local_span",), lambda x: x >= 2, "must be at least 2 (windows of two times local_window)"),
+    (("segment_tokens",), lambda x: x is None or x >= 2, "must be at least 2, or left out to run sequences in one piece"),
+    (("smoothing_window",), lambda x: x is None or (x >= 1 and x % 2 == 1), "must be odd and positive"),
+)
+
+
+def check_ranges(settings: object, ranges: Ranges) -> None:
+    """Refuse the first value that is out of its range."""
+    for names, holds, words in ranges:
+        for name in names:
+            if not holds(value := getattr(settings, name)):
+                raise RefineError(f"{name} {words}, got {value}")
 
 
 @lru_cache
@@ -51,6 +76,27 @@ def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
     if value not in options:
         names = [str(o) for o in options if o is not None]
         raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(value, names)}")
+
+
+# Who reads the settings below, beside each field. The words stand in error messages, as the setting that would have to be made.
+SAMPLED = Reader("estimator='sampled'", lambda c: c.estimator == "sampled")
+CLOSED_FORM = Reader("estimator='closed_form'", lambda c: c.estimator == "closed_form")
+SELECTS = Reader("estimator='sampled' or token_weights='selected'", lambda c: c.selects)
+BY_CHANCE = Reader("a selection by scores, with draw='sample'", lambda c: c.score != "none" and c.drawn == "sample")
+BY_ENTROPY = Reader("selection='entropy'", lambda c: c.score == "entropy")
+OURS = Reader("published=False", lambda c: not c.published)
+SMOOTHED = Reader("entropies that are smoothed, with published=True by draw='sample'", lambda c: c.smoothed != "none")
+CONTEXT_SCORES = Reader(
+    "context scores, by selection='context_kl' or token_weights='context'", lambda c: c.context_score is not None
+)
+IN_SEGMENTS = Reader(
+    "a schedule other than 'reprefill', which runs every prefix in one piece", lambda c: c.schedule != "reprefill"
+)
+# Where a pass learns from the rollouts that were sampled from itself, the ratio of the policies is 1 and nothing is clipped.
+BEFOREHAND = Reader(
+    "rollouts sampled beforehand (steps_per_generation above 1, or schedule='snapshot')", lambda c: c.schedule != "fused"
+)
+DUAL_CLIPS = Reader(BEFOREHAND.words, lambda c: c.schedule != "fused" or c.dual_clip < 1)
 
 
 @dataclass(frozen=True)
@@ -101,36 +147,40 @@ class NSPConfig:
         RefineError: a value out of range, naming it.
     """
 
-    positions_per_sequence: int = 8
-    rollout_length: int = 5
-    num_generations: int = 1
-    estimator: Literal["sampled", "closed_form"] = "sampled"
-    order: float = 1
-    token_weights: Literal["context", "context_gain", "selected"] = "context"
-    schedule: Literal["auto", "fused", "snapshot", "reprefill"] = "auto"
-    segment_tokens: int | None = None
-    reward_funcs: RewardSpec | list[RewardSpec] | None = None
-    reward_weights: list[float] | None = None
-    selection: Literal["entropy", "context_kl", "context_gain", "none", "uniform", "argmax", "argmin"] = "entropy"
-    draw: Literal["sample", "greatest", "least"] | None = None
-    tau: float = 1.0
-    smoothing: Literal["centred", "published", "none"] = "centred"
-    smoothing_window: int | None = None
-    published: bool = False
-    min_prefix: int = 20
-    local_window: int = 64
-    local_span: int = 2
-    temperature: float = 1.0
-    advantage_group: Literal["auto", "sequence", "position"] = "auto"
-    advantage_scale: Literal["std", "none", "global"] = "std"
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 3.0
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    lambda_rl: float = 0.2
-    lambda_ntp: float = 1.0
+    positions_per_sequence: int = setting(8, read_by=SELECTS, also="validation", common=True, card=True, resume=True)
+    rollout_length: int = setting(5, common=True, card=True, resume=True)
+    num_generations: int = setting(1, read_by=SAMPLED, common=True, card=True, resume=True)
+    estimator: Literal["sampled", "closed_form"] = setting("sampled", common=True, card=True, resume=True)
+    order: float = setting(1, read_by=CLOSED_FORM, common=True, card=True, resume=True)
+    token_weights: Literal["context", "context_gain", "selected"] = setting(
+        "context", read_by=CLOSED_FORM, common=True, card=True, resume=True
+    )
+    schedule: Literal["auto", "fused", "snapshot", "reprefill"] = setting("auto", read_by=SAMPLED, common=True)
+    segment_tokens: int | None = setting(None, read_by=IN_SEGMENTS)
+    reward_funcs: RewardSpec | list[RewardSpec] | None = setting(None, common=True, card=True, resume=True)
+    reward_weights: list[float] | None = setting(None, read_by=SAMPLED, resume=True)
+    selection: Literal["entropy", "context_kl", "context_gain", "none", "uniform", "argmax", "argmin"] = setting(
+        "entropy", read_by=SELECTS, common=True, card=True, resume=True
+    )
+    draw: Literal["sample", "greatest", "least"] | None = setting(None, read_by=SELECTS, resume=True)
+    tau: float = setting(1.0, read_by=SELECTS & BY_CHANCE, resume=True)
+    smoothing: Literal["centred", "published", "none"] = setting("centred", read_by=SELECTS & BY_ENTROPY & OURS, resume=True)
+    smoothing_window: int | None = setting(None, read_by=SELECTS & BY_ENTROPY & SMOOTHED, resume=True)
+    published: bool = setting(False, read_by=SAMPLED, card=True, resume=True)
+    min_prefix: int = setting(20, read_by=SELECTS, also="validation", resume=True)
+    local_window: int = setting(64, read_by=CONTEXT_SCORES, resume=True)
+    local_span: int = setting(2, read_by=CONTEXT_SCORES, resume=True)
+    temperature: float = setting(1.0, read_by=SAMPLED, resume=True)
+    advantage_group: Literal["auto", "sequence", "position"] = setting("auto", read_by=SAMPLED, resume=True)
+    advantage_scale: Literal["std", "none", "global"] = setting("std", read_by=SAMPLED, resume=True)
+    baseline: Literal["mean", "leave_one_out"] = setting("mean", read_by=SAMPLED, resume=True)
+    clip_low: float = setting(0.2, read_by=SAMPLED & BEFOREHAND, resume=True)
+    clip_high: float = setting(0.2, read_by=SAMPLED & BEFOREHAND, resume=True)
+    dual_clip: float = setting(3.0, read_by=SAMPLED & DUAL_CLIPS, resume=True)
+    kl_coef: float = setting(0.0, read_by=SAMPLED, resume=True)
+    entropy_coef: float = setting(0.0, read_by=SAMPLED, resume=True)
+    lambda_rl: float = setting(0.2, common=True, card=True, resume=True)
+    lambda_ntp: float = setting(1.0, resume=True)
 
     def __post_init__(self) -> None:
         if self.order == "inf":  # as files have it
@@ -142,42 +192,22 @@ class NSPConfig:
             raise RefineError(
                 f"selection={self.selection!r} draws the {self.drawn}, so it cannot go with draw={self.draw!r}; name a score"
             )
-        for name in _AT_LEAST_ONE:
-            if (value := getattr(self, name)) < 1:
-                raise RefineError(f"{name} must be at least 1, got {value}")
-        for name in _POSITIVE:
-            if not (value := getattr(self, name)) > 0:
-                raise RefineError(f"{name} must be positive, got {value}")
-        for name in _NOT_NEGATIVE:
-            if not (value := getattr(self, name)) >= 0:
-                raise RefineError(f"{name} must not be negative, got {value}")
-        if self.local_span < 2:
-            raise RefineError(f"local_span must be at least 2 (windows of two times local_window), got {self.local_span}")
-        if self.segment_tokens is not None and self.segment_tokens < 2:
-            raise RefineError(
-                f"segment_tokens must be at least 2, got {self.segment_tokens}; leave it out to run sequences in one piece"
-            )
-        if self.segment_tokens is not None and self.schedule == "reprefill":
-            raise RefineError("schedule='reprefill' runs every prefix in one piece; with segment_tokens use schedule='snapshot'")
-        if self.smoothing_window is not None and (self.smoothing_window < 1 or self.smoothing_window % 2 == 0):
-            raise RefineError(f"smoothing_window must be odd and positive, got {self.smoothing_window}")
-        if self.clip_low > 1:
-            raise RefineError(f"clip_low must be at most 1, got {self.clip_low}")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
-            raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
+        check_ranges(self, RANGES)
         if not self.rewards:
             raise RefineError("reward_funcs is empty: name at least one")
-        if self.published:
-            self._check_published()
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
+        check_read(self)
         if not self.samples_rollouts:
             self._check_closed_form()
-        elif self.order != 1:
+        if self.published and self.rollout_length > self.min_prefix:
             raise RefineError(
-                f"order={self.order} belongs to estimator='closed_form', and estimator='sampled' makes rollouts; leave it out"
+                f"published=True keeps min_prefix={self.min_prefix} tokens free at the end of a text, too few for "
+                f"rollout_length={self.rollout_length}; set rollout_length to at most {self.min_prefix}"
             )
 
     def _check_closed_form(self) -> None:
-        """RefineError for an order that is none, and for what only sampling can estimate."""
+        """Refuse an order that there is not, and rewards that have no closed form."""
         known = isinstance(self.order, int | float)
         if not known or not (self.order == math.inf or (1 <= self.order <= MAX_ORDER and self.order == int(self.order))):
             raise RefineError(
@@ -186,27 +216,32 @@ class NSPConfig:
         closed = {"prefix_match"} | ({"exact_match"} if self.rollout_length == 1 else set())
         if len(self.rewards) > 1 or self.rewards[0] not in closed:
             names = ", ".join(r if isinstance(r, str) else getattr(r, "__name__", type(r).__name__) for r in self.rewards)
-            raise RefineError(
+            raise SettingError(
                 f"estimator={self.estimator!r} has no closed form of the reward {names}; prefix_match has one, and exact_match with "
-                "rollout_length=1. Choose one of these, or estimator='sampled'"
+                "rollout_length=1. Choose one of these, or estimator='sampled'",
+                ["reward_funcs"],
             )
-        for name, value in (("temperature", 1.0), ("kl_coef", 0.0), ("entropy_coef", 0.0)):
-            if getattr(self, name) != value:
-                raise RefineError(
-                    f"{name}={getattr(self, name)} belongs to rollouts; with estimator={self.estimator!r} leave it at {value}"
-                )
 
-    def _check_published(self) -> None:
-        """RefineError for what the published code cannot do."""
-        if not self.samples_rollouts:
-            raise RefineError(f"published=True belongs to rollouts; estimator={self.estimator!r} is not in the published code")
-        if self.smoothing == "none":
-            raise RefineError("published=True smooths as the published code does; leave smoothing='none' out")
-        if self.rollout_length > self.min_prefix:
-            raise RefineError(
-                f"published=True keeps min_prefix={self.min_prefix} tokens free at the end of a text, too few for "
-                f"rollout_length={self.rollout_length}; set rollout_length to at most {self.min_prefix}"
-            )
+    @property
+    def live(self) -> frozenset[str]:
+        """The names of the fields that a step by these settings reads."""
+        return live(self)
+
+    @property
+    def selects(self) -> bool:
+        """Whether positions are chosen: for rollouts, or for the closed form by `token_weights="selected"`."""
+        return self.estimator == "sampled" or self.token_weights == "selected"
+
+    @property
+    def context_score(self) -> Literal["context_kl", "context_gain"] | None:
+        """The context score that positions are drawn by, or that tokens weigh by; None where neither needs one."""
+        name = self.score if self.selects else self.token_weights
+        return "context_gain" if name == "context_gain" else "context_kl" if name in ("context", "context_kl") else None
+
+    def at_random(self) -> NSPConfig:
+        """Return settings by which positions are drawn uniformly, where rollouts of these lengths could be: validation takes them."""
+        kept = ("positions_per_sequence", "rollout_length", "min_prefix", "published", "segment_tokens")
+        return NSPConfig(selection="uniform", **{name: getattr(self, name) for name in kept})
 
     @property
     def samples_rollouts(self) -> bool:
@@ -289,9 +324,16 @@ class NSPConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> NSPConfig:
         """Return a published preset (`mid_training`, `post_training`, `test_time`; paper, Table 2) or ours (`context`, `expected`,
-        `likelihood`), with other values for single fields."""
+        `likelihood`), with other values for single fields.
+
+        Raises:
+            RefineError: an unknown name, or a value that does not go with what the preset sets, and what would mend that.
+        """
         check_known(overrides, (f.name for f in fields(cls)))
-        return cls(**{**preset_settings(name), **overrides})
+        try:
+            return cls(**{**preset_settings(name), **overrides})
+        except SettingError as error:
+            raise SettingError(f"{error}{_way_out(name, overrides, error.names)}", error.names) from None
 
 
 def _plain(value: Any) -> Any:
@@ -303,6 +345,28 @@ def _plain(value: Any) -> Any:
         return value
     named = value if hasattr(value, "__qualname__") else type(value)  # a partial, or an object with __call__
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _way_out(name: str, given: Mapping[str, Any], refused: Sequence[str]) -> str:
+    """Say what helps where a preset has set what others given beside it leave without a reader; nothing where it has not."""
+    sets = preset_settings(name)
+    unwanted = [n for n in refused if n in sets and given.get(n, sets[n]) == sets[n]]
+    if not unwanted:
+        return ""
+    usual = {f.name: default_of(f) for f in fields(NSPConfig)}
+    chosen = {n: value for n, value in given.items() if n not in refused and value != sets.get(n, usual[n])}
+    fitting = [other for other in PRESETS if other != name and _goes(PRESETS[other] | chosen)]
+    another = f", or take another preset ({', '.join(fitting)})" if fitting else ""
+    back = ", ".join(f"{n}={usual[n]!r}" for n in unwanted)
+    return f". The preset {name} sets {', '.join(unwanted)}: give {back} as well{another}"
+
+
+def _goes(settings: Mapping[str, Any]) -> bool:
+    try:
+        NSPConfig(**settings)
+    except RefineError:
+        return False
+    return True
 
 
 def preset_settings(name: str) -> dict[str, Any]:

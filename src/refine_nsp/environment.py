@@ -1,4 +1,4 @@
-"""What a run was made with (versions, machine, seed, commit), and how its process keeps memory and waits."""
+"""Record what a run was made with (versions, machine, seed, commit), and set how its process keeps memory and waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 PACKAGES = (
     "refine-nsp", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "numpy", "scipy", "rouge",
@@ -20,25 +19,25 @@ GIB = 2**30
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def environment(seed: int | None = None) -> dict[str, Any]:
-    """Plain facts for environment.json. No paths, no host name."""
+def environment(seed: int | None = None) -> dict[str, object]:
+    """Collect plain facts for environment.json, without paths and without the host's name."""
     import torch
 
-    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
+    facts: dict[str, object] = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
     facts |= {name: installed(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
     facts |= {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "seed": seed}
     return facts | {"commit": commit_of(Path(__file__).resolve())}
 
 
 def commit_of(file: Path) -> str | None:
-    """The commit of the repository that a file is kept in; None where it is in none, whatever repository lies around it."""
+    """Return the commit of the repository that keeps a file; None where none does, even if the file lies within a repository."""
     at = ["git", "-C", str(file.parent)]
     try:
         kept = subprocess.run([*at, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=False)
@@ -49,7 +48,7 @@ def commit_of(file: Path) -> str | None:
 
 
 def devices() -> list[dict[str, str]]:
-    """The machine's processor, then its CUDA devices: their memory, and how they compute bfloat16."""
+    """Describe the machine's processor and its CUDA devices: their memory, and how they compute bfloat16."""
     import psutil
     import torch
 
@@ -73,34 +72,35 @@ def devices() -> list[dict[str, str]]:
     return found
 
 
-# mallopt's numbers for what these are called in glibc, and values: never give back, use the heap up to the largest size it allows.
-MALLOC_SETTINGS = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+# The numbers of glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD for mallopt, with values by which memory is never given back and
+# the heap serves allocations up to the largest size that glibc allows.
+MALLOC_SETTINGS = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory it frees, where the C library can be told so (glibc); whether it was.
+    """Let the process keep the memory it frees, where the C library (glibc) can be told so. Return whether it was told.
 
-    A training step allocates and frees the same tensors over and over. Given back to the system in between, each of their pages has to
-    be asked for, cleared and mapped again: a sixth of a step's time on a CPU.
+    A training step allocates and frees the same tensors over and over. If they are given back to the system in between, each of their pages
+    has to be asked for, cleared and mapped again, which takes a sixth of a step's time on a CPU.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    accepted = [mallopt(setting, value) for setting, value in MALLOC_SETTINGS.items()]  # every one of them, refused or not
+    accepted = [mallopt(setting, value) for setting, value in MALLOC_SETTINGS.items()]  # all are made, even if one is refused
     return all(accepted)
 
 
-SPINS = 1000  # some microseconds
+SPINS = 1000  # turns of waiting, some microseconds in all
 
 
 def wait_without_spinning() -> None:
-    """Let threads that wait for each other give up their cores soon (GNU's OpenMP, which reads this as torch loads it).
+    """Let threads that wait for each other give up their cores soon. GNU's OpenMP reads this setting when torch loads it.
 
-    By default they spin much longer. On idle cores that gains a little (docs/costs.md); where another program keeps one of them busy, the
-    one that runs burns the time that the one it waits for needs, and a step on two threads took ten times as long as on one.
-    Whoever set either variable has it.
+    By default they spin much longer. On idle cores that gains a little (docs/costs.md). Where another program keeps a core busy, the thread
+    that spins burns the time that the other one needs, and a step on two threads took ten times as long as on one. A user's own value of
+    either variable is kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

@@ -101,8 +101,8 @@ def setting(default: Any = MISSING, *, default_factory: Any = MISSING, **told: A
     return field(**given, metadata=notes(**told))
 
 
-class UnreadError(RefineError):
-    """Settings that nothing would read. names: which."""
+class SettingError(RefineError):
+    """Settings that do not go with the others. names: which."""
 
     def __init__(self, message: str, names: Collection[str]) -> None:
         super().__init__(message)
@@ -138,17 +138,17 @@ def unread(settings: Any) -> dict[str, tuple[str, ...]]:
     return {name: missing for name, missing in found.items() if missing}
 
 
-def check_read(settings: Any, prefix: str = "") -> None:
+def check_read(settings: Any) -> None:
     """Refuse settings that nothing reads; their default is accepted everywhere.
 
-    Args:
-        prefix: put before the names in the message, as flags have it.
-
     Raises:
-        UnreadError: names each of them, what would read it, and the way out.
+        SettingError: names each of them, what would read it, and the way out.
     """
     if not (found := unread(settings)):
         return
-    said = [f"{prefix}{name}={getattr(settings, name)!r} (needs {' and '.join(missing)})" for name, missing in found.items()]
-    them = "it" if len(said) == 1 else "them"
-    raise UnreadError(f"nothing reads {', '.join(said)}; leave {them} out, or set what reads {them}", tuple(found))
+    by_reader: dict[str, list[str]] = {}
+    for name, missing in found.items():
+        by_reader.setdefault(" and ".join(missing), []).append(f"{name}={getattr(settings, name)!r}")
+    said = [f"{', '.join(them)} ({'it needs' if len(them) == 1 else 'they need'} {needs})" for needs, them in by_reader.items()]
+    them = "it" if len(found) == 1 else "them"
+    raise SettingError(f"nothing reads {', '.join(said)}; leave {them} out, or set what reads {them}", tuple(found))

@@ -1,4 +1,4 @@
-"""Files that an interruption cannot spoil: written whole or not at all, or line by line."""
+"""Read and write files so that an interruption cannot spoil them: whole or not at all, or line by line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from refine_nsp.errors import RefineError, first_line
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write a text file under a temporary name, then rename: whole or not at all. RefineError where the path is a folder's."""
+    """Write a text file whole or not at all: under a temporary name, then rename it. Raises RefineError where the path is a folder."""
     return write_bytes_atomically(path, text.encode("utf-8"))
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name, then rename: whole or not at all. RefineError where the path is a folder's."""
+    """Write a file whole or not at all: under a temporary name, then rename it. Raises RefineError where the path is a folder."""
     if not path.name or path.is_dir():
         raise RefineError(f"{path} is a folder; name a file to write")
     make_folder(path.parent)
@@ -29,14 +29,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> Path:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError:  # no room, say: half a file is in nobody's way
+    except OSError:  # where the disk is full, half a file must not stay and take up room
         temporary.unlink(missing_ok=True)
         raise
     return path
 
 
 def make_folder(folder: Path) -> None:
-    """With those above it; RefineError where one of them is a file."""
+    """Make a folder and those above it. Raises RefineError where one of them is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -46,7 +46,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def expecting(what: str, where: object) -> Iterator[None]:
-    """RefineError where what is read inside is not `what`: damaged, of another program, or edited."""
+    """Raise RefineError where a file that is read inside does not hold `what`, because it is damaged, edited or of another program."""
     try:
         yield
     except RefineError:
@@ -58,7 +58,7 @@ def expecting(what: str, where: object) -> Iterator[None]:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON file that holds an object. RefineError, with `what` it should be, for another."""
+    """Read a JSON file that holds an object. Raises RefineError, which says `what` was expected, for any other file."""
     with expecting(what, path):
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -68,7 +68,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 @contextmanager
 def made_whole(temporary: Path, final: Path) -> Iterator[Path]:
-    """A file or folder under a temporary name, renamed when it is done; RefineError, and nothing left, where there is no room for it."""
+    """Give a temporary name for a file or folder and rename it at the end.
+
+    Where something fails, nothing is left of it. Raises RefineError where it cannot be written, as on a full disk.
+    """
     try:
         yield temporary
         if final.is_dir():
@@ -76,20 +79,20 @@ def made_whole(temporary: Path, final: Path) -> Iterator[Path]:
         os.replace(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):  # safetensors' own kind for a full disk
+        if isinstance(error, OSError | SafetensorError):  # safetensors raises its own kind for a full disk
             raise RefineError(f"could not write {final}: {first_line(error)}") from error
         raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a jsonl file, none if there is no file; a last line that an interruption cut off is left out.
+    """Read the records of a jsonl file, none if there is no file. A last line that an interruption cut off is left out.
 
     Raises:
-        RefineError: another line is not a record.
+        RefineError: any other line is not a record.
     """
     records = []
     with expecting("a JSON object on every line", path):
-        # By "\n" alone: text inside a record may hold Unicode's other line separators, which splitlines() takes too.
+        # Lines are split by "\n" alone: text in a record may hold Unicode's other line separators, at which splitlines() would split too.
         for line in _whole_lines(path).decode("utf-8").split("\n"):
             if line:
                 records.append(json.loads(line))
@@ -98,8 +101,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add records to a jsonl file, behind its last whole line."""
+def append_json_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Append records to a jsonl file behind its last whole line."""
     make_folder(path.parent)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     with path.open("a+b") as file:

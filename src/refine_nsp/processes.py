@@ -1,4 +1,4 @@
-"""Where a command runs: its device, and its place among other processes."""
+"""Find the device of this process and its place among other processes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ M = TypeVar("M", bound=HasParameters)
 
 
 def process_state() -> PartialState:
-    """Of this process: a CUDA device of its own where there is one, else the CPU; alone, or one of several under `accelerate launch`."""
+    """Return accelerate's state: the CUDA device of this process or the CPU, and its rank under `accelerate launch`."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def is_sharded(model: HasParameters) -> bool:
-    """Whether its weights lie in parts with several processes (FSDP2; DeepSpeed ZeRO-3, which marks them): these must then make the same
-    passes, since each gathers the weights."""
+    """Tell whether several processes hold a model's weights in parts (FSDP2, DeepSpeed ZeRO-3).
+
+    They must then make the same passes, since every pass gathers the weights from all of them.
+    """
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def to_device(model: M, device: torch.device | str | None = None) -> M:
-    """The model moved to `device`, by default this process' own.
+    """Move a model to `device`, by default this process' own.
 
-    `PreTrainedModel.to` is wrapped so that type checkers lose its first argument; called on an `nn.Module` it is as it should be.
+    `PreTrainedModel.to` is wrapped in a way that hides its arguments from type checkers; called on an `nn.Module` they see them.
     """
     with part("loading"):
         cast(nn.Module, model).to(process_state().device if device is None else device)

@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar with tokens per second and time left, or a plain line now and then where there is no terminal."""
+"""Show the progress of long work: a bar with tokens per second and time left, or a plain line now and then where there is no terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN_LINE_SECONDS = 30.0
 
 
 class StepProgress:
-    """Counts steps and tokens; `advance` is called once a step."""
+    """Count steps and tokens; `advance` is called once for each step."""
 
     def __init__(self, total: int, done: int, title: str) -> None:
         self.total, self.done, self.title = total, done, title
@@ -25,7 +25,7 @@ class StepProgress:
         self.task: TaskID | None = None
 
     def advance(self, tokens: int, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
-        """Count `steps` that processed `tokens`; `figures` are shown beside the bar."""
+        """Count `steps` that processed `tokens`, and show `figures` next to the bar."""
         self.done += steps
         self.tokens += tokens
         shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
@@ -46,7 +46,7 @@ class StepProgress:
 
 @contextmanager
 def step_progress(total: int, done: int = 0, title: str = "train", quiet: bool = False) -> Iterator[StepProgress]:
-    """A progress display for `total` steps of which `done` are behind us; `quiet`: lines now and then, no bar."""
+    """Display the progress of `total` steps, of which `done` are done already; with `quiet` by lines now and then, without a bar."""
     progress = StepProgress(total, done, title)
     console = Console(stderr=True)
     if quiet or not console.is_terminal:

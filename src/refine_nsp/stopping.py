@@ -1,38 +1,38 @@
-"""Being asked to stop: Ctrl-C, and SIGTERM, which a scheduler sends. What is under way is finished and saved first."""
+"""Stop when asked to, by Ctrl-C or by the SIGTERM that a scheduler sends, after the step under way is finished and saved."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
-TERMINATED_CODE = 128 + signal.SIGTERM  # as a shell counts it
+TERMINATED_CODE = 128 + signal.SIGTERM  # the exit code that a shell gives a process that SIGTERM ended
 TERMINATIONS: list[int] = []  # signals that `terminate` has handled
 
 
 class Terminated(SystemExit):
-    """SIGTERM asked for an end: the exit code is the one a process has that it ended."""
+    """End the process since SIGTERM asked for it, with the exit code that a shell gives such a process."""
 
     def __init__(self) -> None:
         super().__init__(TERMINATED_CODE)
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM while it watches, instead of breaking off; a second one breaks off at once.
+    """Note the first SIGINT or SIGTERM instead of breaking off; a second one breaks off at once.
 
     Attributes:
-        asked: the signal's number, None as long as there was none.
+        asked: the signal's number; None as long as there was none.
     """
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self.previous: dict[int, Any] = {}
+        self.previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> StopRequest:
         self.asked = None
         try:
             self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever is decides what signals mean
+        except ValueError:  # only the main thread may decide what signals do, and this is another thread
             self.previous = {}
         return self
 
@@ -48,7 +48,7 @@ class StopRequest:
         self.asked = number
 
     def end(self) -> None:
-        """Do what was asked for: KeyboardInterrupt or `Terminated`; nothing where nothing was."""
+        """Raise KeyboardInterrupt or `Terminated` as was asked for; do nothing where nothing was."""
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
         if self.asked == signal.SIGTERM:
@@ -56,8 +56,9 @@ class StopRequest:
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """A handler of SIGTERM that ends the process with its clean-up: temporary folders go, the terminal is left in order.
+    """Handle SIGTERM by ending the process with its clean-up: temporary folders go, and the terminal is left in order.
 
-    What is under way may make another error of it (a module that is being imported: ImportError); TERMINATIONS tells."""
+    Code that is under way may turn the exception into another error (an import into ImportError); TERMINATIONS still tells.
+    """
     TERMINATIONS.append(number)
     raise Terminated

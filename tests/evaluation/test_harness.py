@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import refine_nsp
 from refine_nsp.errors import RefineError
-from refine_nsp.models.hybrid import with_states
+from refine_nsp.models import with_states
 from tests.models.transformers_models import CONFIGS
 
 harness = pytest.importorskip("refine_nsp.evaluation.harness", reason="lm-eval is not installed")

@@ -8,8 +8,9 @@ from datasets import Dataset
 
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation import longbench
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.longbench import HUB_NAME, TASKS, read_longbench
-from refine_nsp.evaluation.tasks import EvaluationArguments, build_tasks
+from refine_nsp.evaluation.tasks import build_tasks
 
 ROWS = [
     {"_id": f"r{i}", "context": f"Rome is {i} years old.", "input": f"How old? ({i})", "answers": [f"{i} years"]}

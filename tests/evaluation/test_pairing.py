@@ -7,9 +7,10 @@ import pytest
 
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.pairing import differing_settings, pair_up
 from refine_nsp.evaluation.run import summarise
-from refine_nsp.evaluation.tasks import DocumentTask, EvaluationArguments, Row, build_tasks
+from refine_nsp.evaluation.tasks import DocumentTask, Row, build_tasks
 from refine_nsp.report.evaluation import compare_results, comparison_table, comparison_tables
 
 PROMPTS = [

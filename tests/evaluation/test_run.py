@@ -14,10 +14,11 @@ import refine_nsp
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation import documents, likelihood, longbench, tasks
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.documents import score_document, spans
 from refine_nsp.evaluation.likelihood import ChoiceExample, log_likelihoods, score_choices
 from refine_nsp.evaluation.run import evaluate, read_results, read_rows, rows_path, summarise
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, GenerationTask, Row, build_tasks
+from refine_nsp.evaluation.tasks import Context, GenerationTask, Row, build_tasks
 from refine_nsp.files import append_json_lines
 from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import encode_pair, start_token

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models.hybrid import with_states
+from refine_nsp.models import with_states
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.ops import kernels
 from refine_nsp.ops.window_attention import naive_window_attention, window_attention

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from tests.models.families import build
+from tests.settings import fitting
 
 FAMILIES = pytest.mark.parametrize("family", ["delta_net", "gated_deltanet", "lact_swiglu"])
 IDS = torch.arange(2 * 100).view(2, 100) * 7 % 64
@@ -60,7 +60,7 @@ STEPS = {
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["master weights", "bfloat16 weights"])
 def test_a_step_in_bfloat16_with_or_without_master_weights(family, name, weights):
     model = build(family, dtype=torch.float32).train()
-    config = NSPConfig(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, lambda_rl=0.1, **STEPS[name])
+    config = fitting(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, lambda_rl=0.1, **STEPS[name])
     exact = gradients(model, False)[1]
     exact_loss = ReFINEStep(model, config)(IDS, generator=torch.Generator().manual_seed(0)).loss_ntp.item()
     model.to(weights)

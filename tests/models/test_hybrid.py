@@ -17,10 +17,11 @@ from transformers import (
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.models import hybrid, keeping
+from refine_nsp.models import with_states
+from refine_nsp.models.borrowed import by_reference, check, classes
+from refine_nsp.models.borrowed.by_reference import ByReference
+from refine_nsp.models.borrowed.by_tokens import ByTokens
 from refine_nsp.models.generation import Decoding, Request, answer_all
-from refine_nsp.models.hybrid import with_states
-from refine_nsp.models.keeping import ByReference, ByTokens
 from refine_nsp.models.load import load_model
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.module import ReFINEStep
@@ -34,7 +35,7 @@ LENGTHS = torch.tensor([50, 31, 24])
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
-    monkeypatch.setattr(keeping, "SEGMENT_TOKENS", 16)
+    monkeypatch.setattr(by_reference, "KEPT_EVERY_TOKENS", 16)
 
 
 @pytest.fixture
@@ -60,13 +61,13 @@ def tokens(rows: int = 3, length: int = T, seed: int = 1) -> torch.Tensor:
     ],
 )
 def test_passes_in_shards_have_as_many_segments_whatever_the_positions(cuts, n, n_tokens, expected):
-    assert keeping.filled(cuts, n, n_tokens) == expected
+    assert by_reference.filled(cuts, n, n_tokens) == expected
 
 
 @pytest.mark.parametrize("name", [*(n for n in NAMES if n != "kimi_linear"), pytest.param("kimi_linear", marks=pytest.mark.slow)])
 def test_all_schedules_give_the_same_loss_and_gradients(name, float64):
     model = stateful(name).train()
-    assert isinstance(model.model.keeping, ByReference)
+    assert isinstance(model.model.state_method, ByReference)
     assert_schedules_agree(
         model, tokens(), LENGTHS, positions_per_sequence=2, num_generations=2, rollout_length=3, reward_funcs="hybrid", min_prefix=5,
         baseline="leave_one_out",
@@ -79,7 +80,7 @@ def test_snapshots_go_on_as_the_prefix_read_again_and_so_do_their_gradients(name
     Nemotron-H, whose own code limits time steps only in passes of several tokens)."""
     model, original = stateful(name), plain(name)
     ids, rollouts = tokens(2), tokens(8, 3, seed=2)
-    positions = torch.tensor([[-1, 0 if model.model.keeping.same_by_single_tokens else 1, 15, 16], [2, 30, 31, 49]])
+    positions = torch.tensor([[-1, 0 if model.model.state_method.same_by_single_tokens else 1, 15, 16], [2, 30, 31, 49]])
     before = model.model(ids, snapshot_positions=positions).snapshots
     after = model.model(ids, output_states=True).states.at(positions)
     weight = torch.randn(8, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -90,7 +91,7 @@ def test_snapshots_go_on_as_the_prefix_read_again_and_so_do_their_gradients(name
         cache, one_by_one = snapshots.copy(), []
         for j in range(3):
             one_by_one.append(model(rollouts[:, j : j + 1], past_key_values=cache, use_cache=True).logits)
-        if model.model.keeping.same_by_single_tokens:
+        if model.model.state_method.same_by_single_tokens:
             torch.testing.assert_close(torch.cat(one_by_one, 1), together, **TIGHT)
             together = (together + torch.cat(one_by_one, 1)) / 2
         (together * weight).sum().backward()
@@ -212,7 +213,7 @@ def test_a_folder_in_the_hub_s_layout_loads_and_is_saved_as_the_plain_model(name
     original.save_pretrained(tmp_path / "a", max_shard_size="20KB")
     assert (tmp_path / "a" / "model.safetensors.index.json").exists()
     model = load_model(tmp_path / "a")
-    assert isinstance(model.model.keeping, ByReference) and not model.training
+    assert isinstance(model.model.state_method, ByReference) and not model.training
     ids = tokens()
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
@@ -220,7 +221,7 @@ def test_a_folder_in_the_hub_s_layout_loads_and_is_saved_as_the_plain_model(name
         torch.testing.assert_close(head, original(ids).logits, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-    assert type(again) is type(original) and not hasattr(again, "keeping")
+    assert type(again) is type(original) and not hasattr(again, "state_method")
     assert again.state_dict().keys() == original.state_dict().keys()
     assert all(torch.equal(x, again.state_dict()[k]) for k, x in original.state_dict().items())
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in "ab"]
@@ -288,11 +289,11 @@ def test_any_random_model_keeps_its_states_by_reference(name):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(CONFIGS[name]())
         skip_if_old(model)
-        assert isinstance(with_states(model).model.keeping, ByReference), seed
+        assert isinstance(with_states(model).model.state_method, ByReference), seed
 
 
 def test_the_check_can_be_left_out(monkeypatch):
-    monkeypatch.setattr(hybrid, "check", None)
+    monkeypatch.setattr(classes, "check", None)
     with_states(plain("llama"), check_states=False)
 
 
@@ -308,7 +309,7 @@ def test_states_of_an_unknown_kind_are_read_again_and_that_is_said_once(float64)
     model = AutoModelForCausalLM.from_config(config).double()
     with pytest.warns(UserWarning, match="llama4_text.*chunked_attention.*reprefill.*estimator=closed_form") as said:
         with_states(model)
-    assert len(said) == 1 and isinstance(model.model.keeping, ByTokens)
+    assert len(said) == 1 and isinstance(model.model.state_method, ByTokens)
     _schedules_agree(model)
 
 
@@ -325,13 +326,13 @@ def test_states_that_do_not_pass_the_check_are_read_again(float64):
 
 def test_an_older_transformers_reads_recurrent_layers_again(float64, monkeypatch):
     """Its layers write into the states they are given; keys and values are as exact as ever."""
-    monkeypatch.setattr(hybrid, "OLD", True)
+    monkeypatch.setattr(check, "OLD", True)
     model = plain("qwen3_next")
     with pytest.warns(UserWarning, match="qwen3_next.*change states in place in transformers .*reprefill"):
         with_states(model)
-    assert isinstance(model.model.keeping, ByTokens)
+    assert isinstance(model.model.state_method, ByTokens)
     _schedules_agree(model)
-    assert isinstance(with_states(plain("llama")).model.keeping, ByReference)
+    assert isinstance(with_states(plain("llama")).model.state_method, ByReference)
 
 
 def _schedules_agree(model) -> None:

@@ -10,9 +10,9 @@ import torch
 from transformers.integrations import hub_kernels
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.models import layer_kernels
-from refine_nsp.models.hybrid import with_states
-from refine_nsp.models.keeping import ByReference
+from refine_nsp.models import with_states
+from refine_nsp.models.borrowed import layer_kernels
+from refine_nsp.models.borrowed.by_reference import ByReference
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.ops import kernels
 from tests.models.transformers_models import RECURRENT, plain, skip_if_old
@@ -82,7 +82,7 @@ def test_on_a_cpu_no_kernel_is_called(name, substituted):
     with pytest.raises(KernelCalled):
         model(torch.tensor([[1, 2, 3]]))  # transformers alone
     model = with_states(model)
-    assert isinstance(model.model.keeping, ByReference)
+    assert isinstance(model.model.state_method, ByReference)
     assert torch.equal(step(model), expected)
     assert ", on a CUDA device " in model.model.kernels and "(causal_conv1d)" in model.model.kernels
     assert ", on a CUDA device " not in without.model.kernels
@@ -107,7 +107,7 @@ def test_a_delta_rule_runs_on_its_kernel_where_that_runs_and_not_where_it_was_tu
     model, ids = with_states(substituted(name)), torch.tensor([[1, 2, 3]])
     monkeypatch.setenv(kernels.VARIABLE, "torch")
     as_on_a_device()
-    assert bool(model(ids).logits.isfinite().all()) and model.model.keeping is not None
+    assert bool(model(ids).logits.isfinite().all()) and model.model.state_method is not None
     monkeypatch.delenv(kernels.VARIABLE)
     as_on_a_device()
     with pytest.raises(KernelCalled, match=r"chunk_(gated_delta_rule|kda)"):

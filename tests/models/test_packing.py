@@ -8,7 +8,7 @@ from torch import Tensor
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models import FastWeightCache
-from refine_nsp.models.packing import Documents
+from refine_nsp.models.documents import Documents
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import RECURRENT, float64_throughout, plain, stateful
 

@@ -27,9 +27,9 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from refine_nsp.models import hybrid
-from refine_nsp.models.by_reference import RECURRENT_KINDS, kinds_of
-from refine_nsp.models.hybrid import with_states
+from refine_nsp.models import with_states
+from refine_nsp.models.borrowed import check
+from refine_nsp.models.borrowed.layer_cache import RECURRENT_KINDS, kinds_of
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=3)
@@ -118,5 +118,5 @@ def stateful(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> An
 
 def skip_if_old(model: Any) -> None:
     """Skip the test where this transformers is too old for the model's states by reference."""
-    if hybrid.OLD and set(kinds_of(model.config)[0]) & set(RECURRENT_KINDS):
-        pytest.skip(f"states of {type(model).__name__} by reference need transformers {hybrid.EXACT_SINCE}")
+    if check.OLD and set(kinds_of(model.config)[0]) & set(RECURRENT_KINDS):
+        pytest.skip(f"states of {type(model).__name__} by reference need transformers {check.EXACT_SINCE}")

@@ -11,6 +11,7 @@ from refine_nsp.nsp.records import Batch
 from tests.device_rules import DeviceRules, Readings, host
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, generator, ids
+from tests.settings import fitting
 
 STEPS = {
     "closed form": ({"estimator": "closed_form"}, 0),
@@ -31,7 +32,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_asks_the_device_for_its_positions_and_nothing_else(family, name):
     settings, waits = STEPS[name]
-    config = NSPConfig(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, **settings)
+    config = fitting(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, **settings)
     step = ReFINEStep(build(family, dtype=torch.float32).train(), config)
     with DeviceRules() as rules:
         result = step(ids(), host(LENGTHS.clone()), generator())

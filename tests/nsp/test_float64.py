@@ -17,12 +17,13 @@ from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.rewards import edit_similarity
 from refine_nsp.training.data import collate
+from refine_nsp.training.micro_batches import to_batch
 from refine_nsp.training.nested import answer_loss
 from refine_nsp.training.scores import wants_gain, with_context_scores
-from refine_nsp.training.trainer import to_batch
 from tests.models.families import FAMILY_NAMES, LACT_VARIANTS, build
 from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.test_step import LENGTHS, generator, ids
+from tests.settings import fitting
 from tests.training.test_trainer import data
 
 STEPS = {
@@ -61,7 +62,7 @@ def test_nothing_of_a_step_is_narrower(family, name):
     fields = LACT_VARIANTS["prenorm_muon"] if family == "lact with muon" else {}
     family = "lact_swiglu" if fields else family
     model, reference = build(family, **fields).train(), build(family, seed=7, **fields)
-    config = NSPConfig(positions_per_sequence=3, min_prefix=5, local_window=8, **STEPS[name])
+    config = fitting(positions_per_sequence=3, min_prefix=5, local_window=8, **STEPS[name])
     step = ReFINEStep(model, config, reference)
     with Narrow() as narrow:
         result = step(ids(), lengths=LENGTHS, generator=generator())
@@ -74,7 +75,7 @@ def test_nothing_of_a_step_is_narrower(family, name):
 def test_nothing_of_a_hybrids_step_is_narrower(name):
     """But for what transformers makes float32 whatever the weights are."""
     model = stateful("qwen3_next").train()
-    config = NSPConfig(positions_per_sequence=3, min_prefix=5, local_window=8, **STEPS[name])
+    config = fitting(positions_per_sequence=3, min_prefix=5, local_window=8, **STEPS[name])
     with float64_throughout(), Narrow() as narrow:
         ReFINEStep(model, config)(ids(), lengths=LENGTHS, generator=generator()).loss.backward()
     # transformers' rotary embedding makes positions float32, which holds such whole numbers exactly.

@@ -10,12 +10,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.estimate.counter import counted
 from refine_nsp.models.segments import read_by_segments, segment_ends
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops import linear_cross_entropy
 from refine_nsp.training.phases import MicroBatch, NextToken
-from refine_nsp.training.simulation import counted
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import float64_throughout, stateful
 from tests.nsp.schedules import assert_same_gradients, gradients

@@ -11,7 +11,8 @@ import pytest
 
 import refine_nsp
 from refine_nsp.errors import RefineError
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, build_tasks
+from refine_nsp.evaluation.arguments import EvaluationArguments
+from refine_nsp.evaluation.tasks import Context, build_tasks
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.prompts.examples import as_answers, read_prompts, read_row
 from refine_nsp.prompts.qa_sources import read_qa

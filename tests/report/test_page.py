@@ -136,13 +136,13 @@ def evaluation(folder: Path, seed: int) -> tuple[Path, list[TaskResult]]:
 def pretraining(folder: Path) -> Path:
     folder.mkdir()
     probes = {
-        f"{family}_{n}": {"greedy": 0.5, "tokens": 0.6, "log_p": -1.0}
+        f"eval_recall_{family}_{n}_{figure}": value
         for family in ("facts", "listing_held_out")
         for n in (256, 1024)
+        for figure, value in {"greedy": 0.5, "tokens": 0.6, "log_p": -1.0}.items()
     }
-    append_json_lines(
-        folder / "metrics.jsonl", [{"step": s, "loss": 3 / s, "eval_loss": 3.1 / s, "probes": probes} for s in (1, 2, 3)]
-    )
+    for s in (1, 2, 3):
+        append_json_lines(folder / "metrics.jsonl", [{"step": s, "loss_ntp": 3 / s}, {"step": s, "eval_loss": 3.1 / s, **probes}])
     return write_curves(folder)
 
 

@@ -15,12 +15,12 @@ from refine_nsp.prompts.ruler import Sources, build_ruler
 from refine_nsp.tiny import documents, families, words
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.families import FAMILIES
+from refine_nsp.tiny.families import WORDED
 from refine_nsp.tiny.measures import family_probes
-from refine_nsp.tiny.pretrain import encode_texts
+from refine_nsp.tiny.rows import encode_texts
 
 BOTH = pytest.mark.parametrize("held_out", [False, True])
-EVERY = pytest.mark.parametrize("family", FAMILIES)
+EVERY = pytest.mark.parametrize("family", WORDED)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def drafts(monkeypatch):
 
         return replace(family, make=make)
 
-    monkeypatch.setattr(documents, "FAMILIES", {name: spy(family) for name, family in FAMILIES.items()})
+    monkeypatch.setattr(documents, "WORDED", {name: spy(family) for name, family in WORDED.items()})
     return made
 
 
@@ -89,14 +89,14 @@ def test_rows_have_the_exact_length_and_mark_the_answers_and_only_them(writer, f
             assert any(before.endswith(b) and answer == a for b, a in expected)
             stated = before[: max(before.rfind(q.text) for q in asked if q.text in before)]
             assert all(value in stated for value in answer.split())
-    assert wordings == set(range(int(held_out), FAMILIES[family].wordings, 2))
+    assert wordings == set(range(int(held_out), WORDED[family].wordings, 2))
 
 
 @EVERY
 def test_answers_are_in_their_own_items_statements_and_questions_are_not_repeated(family):
     for seed in range(60):
         rng = random.Random(seed)
-        draft = FAMILIES[family].make(rng, seed % FAMILIES[family].wordings, 12)
+        draft = WORDED[family].make(rng, seed % WORDED[family].wordings, 12)
         questions = [q.text for item in draft.items for q in item.questions]
         assert len(set(questions)) == len(questions)
         for item in draft.items:
@@ -181,7 +181,7 @@ def test_held_out_wordings_are_in_no_training_document(tokenizer, family):
 
 @EVERY
 def test_wordings_come_in_pairs(family):
-    assert FAMILIES[family].wordings % 2 == 0 and FAMILIES[family].wordings >= 4
+    assert WORDED[family].wordings % 2 == 0 and WORDED[family].wordings >= 4
 
 
 # --- RULER's wording --------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_paragraphs_have_rulers_format(tokenizer):
     source = QASource([question], ["Ada Berg lives in Arden.", "Bela Lund lives in Selby."])
     prompt = build_ruler(["qa_1"], [400], 1, tokenizer, Sources(ESSAYS, {"qa_1": source}))["qa_1"][0].prompt
     for seed in range(100):
-        draft = FAMILIES["paragraphs"].make(random.Random(seed), 0, 8)
+        draft = WORDED["paragraphs"].make(random.Random(seed), 0, 8)
         if draft.foot:
             break
     asked = (
@@ -275,8 +275,8 @@ def test_values_are_like_rulers():
 
 
 def test_probes_of_every_family_have_the_exact_length_and_hold_the_answer(writer, filler, tokenizer):
-    sets = family_probes(writer, list(FAMILIES), filler, [200, 512], 12, seed=0)
-    assert set(sets) == {f"{f}{h}_{n}" for f in FAMILIES for h in ("", "_held_out") for n in (200, 512)}
+    sets = family_probes(writer, list(WORDED), filler, [200, 512], 12, seed=0)
+    assert set(sets) == {f"{f}{h}_{n}" for f in WORDED for h in ("", "_held_out") for n in (200, 512)}
     for probes in sets.values():
         for prompt, answer in zip(probes.prompts, probes.answers, strict=True):
             assert len(prompt) == probes.length and answer

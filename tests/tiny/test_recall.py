@@ -9,11 +9,11 @@ import refine_nsp
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny.corpus import HELD_OUT, standard_library
+from refine_nsp.tiny.facts import NAMES, VALUES, FactTokens, fact_document, fact_probe
 from refine_nsp.tiny.models import NEW_MODELS
-from refine_nsp.tiny.pretrain import encode_texts
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
-from refine_nsp.tiny.probes import make_probes, score_probes, score_text
-from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
+from refine_nsp.tiny.probes import ProbeSet, score_probes, score_text
+from refine_nsp.tiny.rows import encode_texts
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,26 @@ def filler(base):
     return encode_texts(base[1], standard_library(held_out=True)[:2]).tolist()
 
 
+def make_probes(tokenizer, filler, kinds, per_kind, seed):
+    """`per_kind` probes for each (length, facts)."""
+    tokens, sets = FactTokens.of(tokenizer), []
+    for length, facts in kinds:
+        rng = random.Random(f"{seed}-{length}-{facts}")
+        made = [fact_probe(rng, tokens, filler, length, facts) for _ in range(per_kind)]
+        sets.append(ProbeSet(length, [p for p, _ in made], [a for _, a in made]))
+    return sets
+
+
 def test_every_word_of_a_fact_is_one_token(base):
-    tokens = RecallTokens.of(base[1])
+    tokens = FactTokens.of(base[1])
     assert all(len(t) == 1 for t in [*tokens.names, *tokens.values, tokens.equals, tokens.end])
     assert len(set(NAMES)) == len(NAMES) and len(set(VALUES)) == len(VALUES)
 
 
 def test_masked_answers_were_stated_before(base, filler):
-    tokenizer, tokens = base[1], RecallTokens.of(base[1])
+    tokenizer, tokens = base[1], FactTokens.of(base[1])
     for seed in range(20):
-        ids, mask = recall_document(random.Random(seed), tokens, filler, 256, 0.8)
+        ids, mask = fact_document(random.Random(seed), tokens, filler, 256, 0.8)
         assert len(ids) == len(mask) == 256 and any(mask)
         first = mask.index(True)
         name = tokenizer.decode(ids[first - 2 : first])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refine_nsp.training.checkpoints import ROLLOUTS_FILE
+from refine_nsp.training.pending_rollouts import ROLLOUTS_FILE
 from tests.training.jobs import JOBS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import pytest
 
 from refine_nsp.cli import main
 from refine_nsp.stopping import TERMINATED_CODE
-from refine_nsp.training.checkpoints import checkpoint_problem, last_complete_checkpoint
+from refine_nsp.training.run_folder import RunFolder
 from tests.test_cli import TEXT, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,8 +61,8 @@ def check_the_end(folder: Path, launched: subprocess.Popen, processes: list[int]
     said = (folder / "log.txt").read_text()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one that a dead process left without its seal is passed over
-        last = last_complete_checkpoint(folder / "run")
-    assert last is not None and checkpoint_problem(Path(last)) is None, said[-3000:]
+        last = RunFolder(folder / "run").last_complete()
+    assert last is not None and last.problem() is None, said[-3000:]
     assert not (folder / "run" / "model.safetensors").exists()
     step = int(last.rpartition("-")[2])
     again = argv_of(folder)

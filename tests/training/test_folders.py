@@ -11,7 +11,7 @@ import torch
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.report.runs import read_run
-from refine_nsp.training.checkpoints import last_complete_checkpoint
+from refine_nsp.training.run_folder import RunFolder
 from tests.test_cli import TEXT, tiny
 from tests.training import test_nested
 from tests.training.test_trainer import assert_close, data, trainer, weights
@@ -112,7 +112,7 @@ def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
         "metrics.jsonl",
         "notes.txt",
     ]
-    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-2")
+    assert RunFolder(tmp_path).last_complete().path.name == "checkpoint-2"
     run, earlier = read_run(tmp_path), read_run(tmp_path / "earlier-1")
     assert run.curve("eval_loss") == ([0], [own["eval_loss"]]) and run.curve("loss")[0] == [1, 2]
     assert earlier.curve("eval_loss")[0] == [3] and earlier.curve("loss")[0] == [1, 2, 3]

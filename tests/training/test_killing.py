@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from refine_nsp import cli
 from refine_nsp.commands import midtrain
-from refine_nsp.training.checkpoints import last_complete_checkpoint
+from refine_nsp.training.run_folder import RunFolder
 from tests.training import test_nested, test_trainer
 
 STEPS = 5  # the last of them in the middle of an epoch
@@ -100,7 +100,7 @@ def train(folder: Path, seen: Seen, nested: bool = False, streamed: bool = False
     seen.watch(t)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resume = last_complete_checkpoint(folder) is not None
+        resume = RunFolder(folder).last_complete() is not None
         t.train(resume_from_checkpoint=resume)
     t.save_model(str(folder))
 

@@ -16,7 +16,8 @@ from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.training import AnswerArguments, PostTrainer, PostTrainingConfig, answers, prepare_answers
-from refine_nsp.training.nested import answer_loss, deal
+from refine_nsp.training.micro_batches import deal
+from refine_nsp.training.nested import answer_loss
 from tests.models.families import build
 
 NSP = {"min_prefix": 5, "positions_per_sequence": 2, "rollout_length": 3}

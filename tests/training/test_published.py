@@ -86,8 +86,8 @@ def test_test_time_by_the_cross_entropy_alone_is_one_step_and_other_choices_stan
 
 
 def test_evaluation_and_ttt_take_it_as_a_flag():
-    from refine_nsp.commands.shared import TEST_TIME, test_time_trainer
     from refine_nsp.commands.grammar import Command
+    from refine_nsp.commands.shared import TEST_TIME, test_time_trainer
 
     flags = ["--ttt", "refine", "--ttt_published", "true"]
     _, (given, test_time) = Command("", TEST_TIME).call(flags)

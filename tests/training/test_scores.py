@@ -136,7 +136,7 @@ def test_processes_begin_with_parts_of_their_own_and_leave_none_out(scored):
 def test_scores_are_made_under_the_autocast_of_the_run(tmp_path, monkeypatch):
     """As its first step would make them online; and not taken for those of a run without."""
     seen, original = [], scores.with_context_scores
-    monkeypatch.setattr("refine_nsp.training.trainer.with_context_scores", lambda *args: seen.append(args[4]) or original(*args))
+    monkeypatch.setattr("refine_nsp.training.scores.with_context_scores", lambda *args: seen.append(args[4]) or original(*args))
     kept = [
         trainer(
             tmp_path / str(bf16), dtype=torch.float32, bf16=bf16, context_scores="cached", selection="context_kl", local_window=8
@@ -147,7 +147,7 @@ def test_scores_are_made_under_the_autocast_of_the_run(tmp_path, monkeypatch):
 
 
 def test_processes_that_have_not_all_of_the_weights_do_not_score(tmp_path, monkeypatch):
-    monkeypatch.setattr("refine_nsp.training.trainer.is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr("refine_nsp.training.scores.is_fsdp_enabled", lambda: True)
     with pytest.raises(RefineError, match=r"fsdp_cpu_ram_efficient_loading .* turn them off, or use context_scores='online'"):
         trainer(tmp_path, context_scores="cached", selection="context_kl", local_window=8)
 

@@ -15,7 +15,7 @@ from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.training import PostTrainingConfig, ReFINEConfig
 from refine_nsp.training.phases import NextToken
-from refine_nsp.training.sampling import ByLength
+from refine_nsp.training.row_order import ByLength
 from tests.training import test_nested
 from tests.training.test_trainer import data, trainer, weights
 
@@ -51,8 +51,8 @@ APPLIED = {
     "activation_checkpointing_kwargs": HERE + "test_checkpointing_changes_nothing_and_runs_blocks_again",
     "gradient_checkpointing": HERE + "test_checkpointing_changes_nothing_and_runs_blocks_again",
     "gradient_checkpointing_kwargs": HERE + "test_checkpointing_changes_nothing_and_runs_blocks_again",
-    "torch_compile": "training/test_habits.py::test_training_under_torch_compile_is_the_same_run",
-    "torch_compile_backend": "training/test_habits.py::test_training_under_torch_compile_is_the_same_run",
+    "torch_compile": "training/test_other_libraries.py::test_training_under_torch_compile_is_the_same_run",
+    "torch_compile_backend": "training/test_other_libraries.py::test_training_under_torch_compile_is_the_same_run",
     "torch_compile_mode": HERE + "test_settings_reach_accelerate",
     "torch_empty_cache_steps": HERE + "test_the_cache_is_emptied_so_often",
     "use_cache": HERE + "test_use_cache_is_written_to_the_configuration",

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.training.checkpoints import check_shards, export_checkpoint
-from refine_nsp.training.problems import for_shards
+from refine_nsp.training.checkpoints import Checkpoint
+from refine_nsp.training.export import export_checkpoint
+from refine_nsp.training.run_checks import for_shards
 from tests.models.families import build
 from tests.training.jobs import JOBS
 from tests.training.test_distributed import CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
@@ -132,11 +133,11 @@ def test_a_run_goes_on_with_weights_as_they_were_saved(tmp_path, two):
     shards = two / "straight" / "checkpoint-1"
     with pytest.raises(RefineError, match=r"holds weights in shards, and this run holds them whole; .*refine-nsp export"):
         JOBS["midtrain"](tmp_path, **FOUR_STEPS, **batches(4, 1), resume=str(shards))
-    check_shards(shards, True)
+    Checkpoint(shards).check_shards(True)
     (tmp_path / "model.safetensors").touch()
-    check_shards(tmp_path, False)
+    Checkpoint(tmp_path).check_shards(False)
     with pytest.raises(RefineError, match="holds whole weights, and this run shares them out"):
-        check_shards(tmp_path, True)
+        Checkpoint(tmp_path).check_shards(True)
 
 
 def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):

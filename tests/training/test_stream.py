@@ -6,7 +6,7 @@ import pytest
 
 import refine_nsp
 from refine_nsp.training import DataArguments, prepare_data
-from refine_nsp.training.checkpoints import seal
+from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.stream import STREAM_FILE, Stream
 from tests.training.test_trainer import assert_close, trainer, weights
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_a_place_is_skipped_to(tmp_path, tokenizer):
     straight = trainer(tmp_path / "a", train_dataset=streamed(tmp_path, Counting(tokenizer)), **run)
     straight.train()
     (tmp_path / "a" / "checkpoint-2" / STREAM_FILE).unlink()
-    seal(tmp_path / "a" / "checkpoint-2")  # of a run that kept no places, and not one that lost a file
+    Checkpoint(tmp_path / "a" / "checkpoint-2").seal()  # of a run that kept no places, and not one that lost a file
     again = trainer(tmp_path / "b", train_dataset=streamed(tmp_path, Counting(tokenizer)), **run)
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert_close(weights(again), weights(straight), atol=1e-12)

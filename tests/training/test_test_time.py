@@ -6,19 +6,20 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.module import ReFINEStep
-from refine_nsp.training.side_by_side import BatchLoRA
+from refine_nsp.training.prompt_adapters import BatchLoRA
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, chosen_parameters, linear_layers
 from tests.models.families import build
 
 FAMILIES = ["delta_net", "gated_deltanet", "lact_swiglu"]
-SHORT = {"min_prefix": 4, "positions_per_sequence": 2, "rollout_length": 3, "local_window": 6}
+SHORT = {"min_prefix": 4, "positions_per_sequence": 2, "rollout_length": 3}
+LOCAL = {**SHORT, "local_window": 6}
 NSP = NSPConfig.preset("test_time", **SHORT)
 # What a prompt can be adapted by: settings of a TestTimeConfig.
 METHODS = {
     "ntp": {"objective": "ntp"},
     "refine": {},
-    "expected": {"nsp": NSPConfig.preset("expected", **SHORT)},
-    "closed form, selected": {"nsp": NSPConfig.preset("expected", token_weights="selected", **SHORT)},
+    "expected": {"nsp": NSPConfig.preset("expected", **LOCAL)},
+    "closed form, selected": {"nsp": NSPConfig.preset("expected", token_weights="selected", local_span=2, **SHORT)},
 }
 
 
@@ -130,7 +131,7 @@ def test_prompts_side_by_side_are_prompts_alone(family, method):
 
 def test_what_scores_rows_together_takes_prompts_one_by_one():
     """Local windows are rows of their own, which adapters of the prompts' rows do not fit."""
-    for nsp in (METHODS["expected"]["nsp"], NSPConfig.preset("context", **SHORT)):
+    for nsp in (METHODS["expected"]["nsp"], NSPConfig.preset("context", **LOCAL)):
         ttt = TestTimeTrainer(build("delta_net").eval(), config(parameters="lora", nsp=nsp))
         assert not ttt.side_by_side()
         with pytest.raises(RefineError, match="give them one by one"), ttt.adapt([prompt(60, 1), prompt(47, 2)]):
@@ -139,7 +140,7 @@ def test_what_scores_rows_together_takes_prompts_one_by_one():
 
 def test_adapting_by_the_closed_form_raises_the_expected_reward():
     model, ids = build("delta_net").eval(), prompt(120)
-    nsp = NSPConfig.preset("expected", lambda_ntp=0.0, **SHORT)
+    nsp = NSPConfig.preset("expected", lambda_ntp=0.0, **LOCAL)
 
     def reward() -> float:
         return float(ReFINEStep(model, nsp)(ids[None]).metrics["expected_reward"])

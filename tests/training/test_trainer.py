@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from refine_nsp.errors import RefineError
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
-from refine_nsp.training.checkpoints import last_complete_checkpoint
+from refine_nsp.training.run_folder import RunFolder
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import stateful
 
@@ -126,7 +126,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, conten
     trainer(tmp_path / "b", max_steps=4, save_strategy="steps", save_steps=2).train()
     (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").write_text(content)
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete .*; the one before it is taken"):
-        assert last_complete_checkpoint(tmp_path / "b").endswith("checkpoint-2")
+        assert RunFolder(tmp_path / "b").last_complete().path.name == "checkpoint-2"
     again = trainer(tmp_path / "b", max_steps=4)
     with pytest.warns(UserWarning, match="checkpoint-4 is not complete"):
         again.train(resume_from_checkpoint=True)
@@ -158,7 +158,7 @@ def test_any_damage_to_the_newest_checkpoint_is_noticed(tmp_path, sealed_run, na
         changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         file.write_bytes({"cut off": content[:middle], "emptied": b"", "one byte changed": changed}[harm])
     with pytest.warns(UserWarning, match=f"checkpoint-4 is not complete .{name}.*; the one before it is taken"):
-        assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+        assert RunFolder(tmp_path / "run").last_complete().path.name == "checkpoint-2"
     if harm == "cut off" and name == SEALED[0]:
         with pytest.raises(RefineError, match=f"cannot resume from .*checkpoint-4: {name} has .* bytes"):
             trainer(tmp_path / "run", max_steps=4).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
@@ -170,18 +170,18 @@ def test_a_seal_that_is_cut_off_and_folders_of_other_names(tmp_path, sealed_run)
     seal.write_text(seal.read_text()[:40])
     (tmp_path / "run" / "checkpoint-best").mkdir()
     with pytest.warns(UserWarning, match="sealed.json is empty or cut off"):
-        assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+        assert RunFolder(tmp_path / "run").last_complete().path.name == "checkpoint-2"
     seal.unlink()
     with pytest.warns(UserWarning, match="no sealed.json, which is written last"):
-        assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+        assert RunFolder(tmp_path / "run").last_complete().path.name == "checkpoint-2"
     (tmp_path / "run" / "checkpoint-4" / "dealing.json").unlink()  # as other programs write checkpoints
-    assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-4")
+    assert RunFolder(tmp_path / "run").last_complete().path.name == "checkpoint-4"
     for name in ("optimizer.pt", "model.safetensors", "rng_state.pth"):
         file = tmp_path / "run" / "checkpoint-4" / name
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
         with pytest.warns(UserWarning, match=f"checkpoint-4 is not complete .{name} cannot be read"):
-            assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+            assert RunFolder(tmp_path / "run").last_complete().path.name == "checkpoint-2"
         file.write_bytes(content)
 
 
@@ -380,7 +380,7 @@ def test_ctrl_c_and_sigterm_save_a_checkpoint_and_stop(tmp_path, number, ends):
         t.train()
     assert signal.getsignal(number) is before
     assert number == signal.SIGINT or stop.value.code == 143
-    assert last_complete_checkpoint(tmp_path / "a").endswith("checkpoint-3")
+    assert RunFolder(tmp_path / "a").last_complete().path.name == "checkpoint-3"
     again = trainer(tmp_path / "a", max_steps=5)
     again.train(resume_from_checkpoint=True)
     straight = trainer(tmp_path / "b", max_steps=5)

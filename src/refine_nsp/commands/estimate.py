@@ -1,4 +1,4 @@
-"""`refine-nsp estimate MODEL`: count what a mid-training needs on a device, before anything is loaded or bought."""
+"""`refine-nsp estimate MODEL` tells what a mid-training needs on a device, before anything is loaded or bought."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedConfig
 
 from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import MODEL, ModelArguments, with_adapters
 from refine_nsp.config import NSPConfig
+from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.load import load_config
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig
-from refine_nsp.training.estimate import Estimate, device_named, dtype_of, estimate
 
 
 @dataclass
 class EstimateArguments:
-    """The place and the length of the run.
+    """Say where the training would run, and how long.
 
     Attributes:
         device: b200, h200, h100, a100, mi300x, l40s or rtx4090.
@@ -56,7 +56,7 @@ COMMAND = Command(
 
 
 def run(call: Call, model_args: ModelArguments, where: EstimateArguments, args: ReFINEConfig) -> None:
-    """Count, and print the table; a warning where it does not fit."""
+    """Count, and print the table, with a warning where the training does not fit."""
     device = device_named(where.device)
     if call.dry_run:
         Console().print(str(call.resolved()))
@@ -76,7 +76,7 @@ def run(call: Call, model_args: ModelArguments, where: EstimateArguments, args: 
 
 
 class Patience:
-    """Hands on a line now and then, once a few seconds have passed."""
+    """Hand a line on now and then, once a few seconds have passed."""
 
     def __init__(self, tell: Callable[[str], None], every_seconds: float = 4.0) -> None:
         self.tell, self.every, self.last = tell, every_seconds, monotonic()
@@ -88,27 +88,25 @@ class Patience:
 
 
 def remedy(found: Estimate, where: EstimateArguments, args: ReFINEConfig) -> str:
-    """What would make the largest part smaller."""
+    """Say what would make the largest part smaller."""
     if found.weights + found.gradients + found.optimizer > found.activations:
-        return (
-            "use_peft, an optim with a smaller state, or sharded over more devices"
-            if not where.sharded
-            else "use more devices, or use_peft"
-        )
+        if where.sharded:
+            return "use more devices, or use_peft"
+        return "use_peft, an optim with a smaller state, or sharded over more devices"
     if args.per_device_train_batch_size > 1:
         return "lower per_device_train_batch_size and raise gradient_accumulation_steps"
     return "set gradient_checkpointing, or segment_tokens for long sequences"
 
 
-def notes_of(config: Any, args: ReFINEConfig, asked: str | None, dtype: torch.dtype) -> list[str]:
-    """What the figures assume of the weights and of what computes them."""
+def notes_of(config: PreTrainedConfig, args: ReFINEConfig, asked: str | None, dtype: torch.dtype) -> list[str]:
+    """Say what the figures assume of the weights and of what computes them."""
     text = config.get_text_config(decoder=True)
-    why = (
-        "dtype" if asked not in (None, "auto")
-        else "autocast keeps them so" if args.weights_dtype(asked) is not None
-        else "the configuration's" if config.dtype or text.dtype
-        else "assumed: the configuration names no dtype"
-    )  # fmt: skip
+    if asked not in (None, "auto"):
+        why = "dtype"
+    elif args.weights_dtype(asked) is not None:
+        why = "autocast keeps them so"
+    else:
+        why = "the configuration's" if config.dtype or text.dtype else "assumed: the configuration names no dtype"
     notes = [f"weights in {str(dtype).removeprefix('torch.')} ({why})"]
     if text.model_type not in FAMILIES:
         notes.append("layers are counted on transformers' PyTorch code; kernels for recurrent ones, where installed, keep less")
@@ -116,39 +114,41 @@ def notes_of(config: Any, args: ReFINEConfig, asked: str | None, dtype: torch.dt
 
 
 def table(found: Estimate, where: EstimateArguments, notes: Sequence[str] = ()) -> Table:
-    """Bytes by part, then time."""
-    device = device_named(where.device)
-    known = found.uncounted is None
-    parts = [
-        ("weights", found.weights), ("gradients" if not known else "gradients kept between micro-batches", found.gradients),
-        ("optimizer state", found.optimizer),
-    ]  # fmt: skip
-    if known:
-        parts += [
-            ("activations and gradients at their peak", found.activations),
-            ("  of these beyond next-token prediction's", found.activations - found.ntp_activations),
-        ]
-    parts += [("in all, on each device" if known else "in all without activations", found.total)]
-    parts += [(f"memory of {where.device}", device.bytes)]
-    rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in parts]
+    """Lay the estimate out: bytes by part, then time."""
+    rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in memory_rows(found, where).items()]
     rows.append(["tokens a step, on all devices", f"{found.tokens:,}"])
-    notes = list(notes)
+    if found.uncounted is None:
+        rows += time_rows(found, where)
+        rate = f"{where.utilisation:.0%} of {device_named(where.device).flops / 1e12:,.0f} bfloat16 TFLOP/s"
+        counted = f"counted on PyTorch's operations; time assumes {rate}, and nothing for exchange between devices"
+        notes = [*notes, counted]
+    title = f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}"
+    return Table(title, ["what", "how much"], rows, list(notes))
+
+
+def memory_rows(found: Estimate, where: EstimateArguments) -> dict[str, float]:
+    """Name the bytes of each part, on one device."""
+    known = found.uncounted is None
+    parts = {
+        "weights": found.weights,
+        "gradients kept between micro-batches" if known else "gradients": found.gradients,
+        "optimizer state": found.optimizer,
+    }
     if known:
-        seconds = found.flops / (device.flops * where.utilisation)
-        rows += [
-            ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
-            ["seconds a step", f"{seconds:.2f}"],
-            ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
-            [
-                f"hours for {where.total_tokens / 1e6:,.0f} M tokens",
-                f"{where.total_tokens / found.tokens * seconds / 3600:.2f}",
-            ],
-        ]
-        rate = f"{where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s"
-        notes.append(f"counted on PyTorch's operations; time assumes {rate}, and nothing for exchange between devices")
-    return Table(
-        f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}",
-        ["what", "how much"],
-        rows,
-        notes,
-    )
+        parts["activations and gradients at their peak"] = found.activations
+        parts["  of these beyond next-token prediction's"] = found.activations - found.ntp_activations
+    parts["in all, on each device" if known else "in all without activations"] = found.total
+    parts[f"memory of {where.device}"] = device_named(where.device).bytes
+    return parts
+
+
+def time_rows(found: Estimate, where: EstimateArguments) -> list[list[Cell]]:
+    """Say what a step and the whole run take at the assumed share of the device's peak."""
+    seconds = found.flops / (device_named(where.device).flops * where.utilisation)
+    hours = where.total_tokens / found.tokens * seconds / 3600
+    return [
+        ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
+        ["seconds a step", f"{seconds:.2f}"],
+        ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
+        [f"hours for {where.total_tokens / 1e6:,.0f} M tokens", f"{hours:.2f}"],
+    ]

@@ -16,8 +16,9 @@ from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, check_unused, test_time_trainer
 from refine_nsp.environment import environment
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
-from refine_nsp.evaluation.tasks import Context, EvaluationArguments, Row, Task, build_tasks, digest
+from refine_nsp.evaluation.tasks import Context, Row, Task, build_tasks, digest
 from refine_nsp.fields import setting
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load_model, load_tokenizer
@@ -43,8 +44,8 @@ class RunArguments:
     """
 
     model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
-    tokenizer_name: str | None = None
-    dtype: str | None = None
+    tokenizer_name: str | None = setting(None)
+    dtype: str | None = setting(None)
     output_dir: str = setting("runs/evaluation", common=True)
 
 

@@ -13,37 +13,17 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from refine_nsp.commands.parser import Call, command_line, parse
+from refine_nsp.commands.parser import Call, command_line, method_of, parse
 from refine_nsp.config import PRESETS, NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import ALWAYS, default_of
 from refine_nsp.values import Value, accepted
 
-# Settings of transformers' Trainer that --help shows, since their own words leave something out.
-TRAINER = {
-    "output_dir": "folder of the run: checkpoints, the final model, its card, its report.",
-    "max_steps": "optimizer steps; -1: num_train_epochs decides.",
-    "num_train_epochs": "passes over the data, where max_steps is not given.",
-    "per_device_train_batch_size": "sequences that go through the model together, on each device.",
-    "gradient_accumulation_steps": "an optimizer step adds up the gradients of this many batches.",
-    "learning_rate": "of the optimizer (paper, Table 2).",
-    "eval_strategy": "validate never (no), every eval_steps (steps), or after every epoch (epoch).",
-    "eval_steps": "optimizer steps between validations; below 1: a share of all steps. Default: logging_steps.",
-    "logging_steps": "optimizer steps between lines of the log.",
-    "save_steps": "optimizer steps between checkpoints; below 1: a share of all steps.",
-    "save_strategy": "keep checkpoints every save_steps (steps), after every epoch (epoch), with every best validation (best), or never.",
-    "resume_from_checkpoint": "`last` continues from the newest whole checkpoint in output_dir; or name a checkpoint's folder.",
-    "bf16": "compute matrix products in bfloat16; weights and optimizer state keep their precision.",
-    "gradient_checkpointing": "keep no activations of blocks, and compute them again going backward: less memory, more time.",
-    "report_to": "where figures go in addition to metrics.jsonl: none, tensorboard, trackio, wandb, or several.",
-    "use_cpu": "train on the CPU, even where there is a GPU.",
-    "seed": "seed of all randomness of training.",
-}  # fmt: skip
 # Text that names a file or folder although its type does not say so.
 FILES = set(
     "config data dataset_name documents essays file hotpotqa longbench model output output_dir prompts squad short_context "
@@ -62,7 +42,6 @@ class Settings:
         prefix: stands before the names of its flags. skip: fields that are not flags.
         preset: the preset that an `NSPConfig` starts from, or None; a flag `preset` names another.
         nsp: how the field `nsp` of the dataclass is shown, where it has one.
-        make: builds it from plain values; by default the dataclass itself.
     """
 
     cls: Any
@@ -71,7 +50,6 @@ class Settings:
     skip: tuple[str, ...] = ()
     preset: str | None = None
     nsp: Settings | None = None
-    make: Callable[..., Any] | None = None
 
     @property
     def is_method(self) -> bool:
@@ -107,13 +85,12 @@ class Settings:
             conditions = [part.words for part in (reader, *reader._and) if part is not ALWAYS]
             in_files = {*kinds} <= {"mapping", "other", "list of mapping", "list of other", "none"}
             default = default_of(f)
-            of_trainer = foreign or any(_is_foreign(base, f.name) for base in self.cls.__mro__)
             rows[flag] = _row(
                 kinds=kinds, choices=choices, default=None if default is MISSING or in_files else _plain(default),
                 required=default is MISSING, group=self.group,
-                help=docs.get(f.name) or (of_trainer and TRAINER.get(f.name)) or " ".join(f.metadata.get("help", "").split()),
+                help=docs.get(f.name, ""),
                 read_by=" and ".join(conditions),
-                common=bool(f.metadata.get("common", of_trainer and f.name in TRAINER)) or not (marked or of_trainer),
+                common=bool(f.metadata.get("common")) or not marked,
                 positional=f.name in positional, bare=kinds[0] == "bool" or "const" in dict(f.metadata),
                 file="path" in " ".join(kinds) or f.name in FILES or f.name.endswith(FILE_ENDINGS),
                 code="code" in kinds, in_files=in_files, foreign=foreign,
@@ -122,12 +99,14 @@ class Settings:
 
     def fill(self, given: dict[str, Any]) -> Any:
         """Return the dataclass with the values that were given by flags, files and presets; its own defaults serve for the others."""
+        if self.is_method:
+            return method_of(given, self.prefix)
         hints = get_type_hints(self.cls)
         values = {f.name: _typed(given[flag], hints[f.name]) for flag, f in self.flags().items() if flag in given}
         if self.nsp is not None:
             values["nsp"] = self.nsp.fill(given)
         try:
-            return (self.make or self.cls)(**values)
+            return self.cls(**values)
         except RefineError:
             raise
         except Exception as error:  # transformers refuses its Trainer's settings in its own words
@@ -183,9 +162,11 @@ class Command:
 
 
 def described(cls: type) -> dict[str, str]:
-    """Return the descriptions in the `Attributes:` part of a dataclass' docstring and of those it extends, by field."""
+    """Return what a dataclass and those it extends say of their fields: in metadata, and in the `Attributes:` of docstrings."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
+        own = fields(base) if is_dataclass(base) else ()
+        docs |= {f.name: " ".join(f.metadata["help"].split()) for f in own if f.metadata.get("help")}
         text = (base.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
         for block in re.split(r"\n {8}(?=\w)", text):
             names, _, rest = block.strip().partition(": ")

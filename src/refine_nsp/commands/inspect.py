@@ -14,6 +14,7 @@ from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, read_text
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import check_vocabulary, load, load_model
 from refine_nsp.models.protocols import CausalModel
@@ -24,6 +25,8 @@ from refine_nsp.report.picture import picture_page
 from refine_nsp.report.tables import Cell, Table
 
 TOKENS = 256  # the state is measured after so many, of no text in particular, where there is no file
+
+WITH_TEXT = Reader("a text to look at, by file", lambda a: a.file is not None)
 
 
 @dataclass
@@ -38,11 +41,14 @@ class InspectArguments:
         seed: of positions and rollouts.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    file: Path | None = None
-    output: Path = Path("inspect.html")
-    max_tokens: int = 2048
-    seed: int = 0
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    file: Path | None = setting(None, common=True)
+    output: Path = setting(Path("inspect.html"), read_by=WITH_TEXT, common=True)
+    max_tokens: int = setting(2048, read_by=WITH_TEXT, common=True)
+    seed: int = setting(0, read_by=WITH_TEXT, common=True)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
 
 COMMAND = Command(

@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -288,8 +288,14 @@ def _check(call: Call) -> None:
             flags = " or ".join(f"--{name}" for name in names)
             raise RefineError(f"give {flags} (one of them)" if needed else f"give {flags}, not both")
     for prefix, _ in call.line.methods:
-        own = {name.removeprefix(prefix): value for name, value in call.given.items() if name.startswith(prefix)}
-        NSPConfig(**{name: own[name] for name in NSPConfig.__dataclass_fields__ if name in own})
+        method_of(call.given, prefix)
+
+
+def method_of(given: Mapping[str, Any], prefix: str) -> NSPConfig:
+    """Return the method's settings among what was given. RefineError where they refuse it, with what the preset has to do with it."""
+    values = {f.name: given[prefix + f.name] for f in fields(NSPConfig) if prefix + f.name in given}
+    preset = given.get(f"{prefix}preset")
+    return NSPConfig(**values) if preset is None else NSPConfig.preset(preset, **values)
 
 
 def _same_transformers() -> bool:

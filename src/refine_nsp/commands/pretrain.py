@@ -1,47 +1,46 @@
-"""`refine-nsp pretrain`: make a tiny base model."""
+"""`refine-nsp pretrain`: make a tiny base model from the text every Python installation has."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from rich.console import Console
 
 from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.parser import Call
-from refine_nsp.fields import setting
+from refine_nsp.commands.training_run import SettingsWriter, check_reporting, in_one_line, resume_from
+from refine_nsp.report.tables import Cell, Table
 from refine_nsp.tiny.pretrain import pretrain
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
-
-def read_config(**settings: object) -> PretrainConfig:
-    """Build the settings from plain values, as a file has them."""
-    return PretrainConfig.read(settings)
-
-
-@dataclass
-class RunArguments:
-    """How far to go, and from where.
-
-    Attributes:
-        stop_after: measure and save the model after so many steps; run again to continue.
-        restart: start anew although output_dir has a checkpoint.
-    """
-
-    stop_after: int | None = setting(None, common=True)
-    restart: bool = setting(False, common=True)
+# Settings that a pretraining has no use for: it learns by its own phase, from rows that it makes itself.
+UNUSED = (
+    "objective", "steps_per_generation", "context_scores", "log_completions", "num_completions_to_print", "num_train_epochs",
+    "train_sampling_strategy", "length_column_name",
+)  # fmt: skip
 
 
 COMMAND = Command(
-    "Make a tiny base model from the text that every Python installation has.",
-    (Settings(PretrainConfig, "the base", make=read_config), Settings(RunArguments, "this run")),
+    "Make a tiny base model from the text every Python installation has, and from generated documents.",
+    (Settings(PretrainConfig, "base and training", skip=UNUSED),),
+    description="The shipped bases' settings are recipes/pretrain_*.yaml.",
     dry_run=True,
 )
 
 
-def run(call: Call, config: PretrainConfig, arguments: RunArguments) -> None:
-    """Pretrain, or continue a run that was stopped, and say where the model is."""
+def run(call: Call, args: PretrainConfig) -> None:
+    """Pretrain (or resume), and say where the model is."""
+    check_reporting(args)
     if call.dry_run:
-        Console().print(config, f"\n{config.total_steps} steps, {config.total_steps * config.tokens_per_step:,} tokens")
+        Console().print(plan(args).rich())
         return
-    out = pretrain(config, resume=not arguments.restart, stop_after=arguments.stop_after)
-    Console(stderr=True).print(f"model: {out}")
+    with in_one_line():
+        out = pretrain(args, resume_from(args) or False, [SettingsWriter(call.resolved())])
+    Console(stderr=True).print(f"model: {out}   curves: {out / 'curves.html'}")
+
+
+def plan(args: PretrainConfig) -> Table:
+    """Make the table that a dry run shows."""
+    tokens = args.max_length * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows: list[list[Cell]] = [["optimizer steps", f"{args.max_steps:,}"], ["training tokens", f"{args.max_steps * tokens:,}"]]
+    rows += [[f"phase {i}", str(phase)] for i, phase in enumerate(args.phases, 1)]
+    rows += [[name, str(getattr(args, name))] for name in ("model_type", "start_from", "learning_rate", "seed", "output_dir")]
+    return Table("Dry run: nothing was trained or written", ["what", "value"], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -14,7 +14,7 @@ from refine_nsp.commands.grammar import Settings
 from refine_nsp.commands.parser import Call
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
-from refine_nsp.fields import setting
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.load import adapters_of, check_vocabulary, load, load_adapter, load_model, load_tokenizer
 from refine_nsp.models.protocols import CausalModel
@@ -24,6 +24,9 @@ from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 
 DEFAULT_MODEL = "refine-nsp/tiny-delta-net"
+
+ADAPTERS = Reader("use_peft", lambda a: a.use_peft)
+ADAPTING = Reader("test-time training, by ttt=refine or ntp", lambda a: a.ttt is not None)
 
 
 @dataclass
@@ -40,22 +43,18 @@ class ModelArguments:
     """
 
     model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
-    tokenizer_name: str | None = None
-    dtype: str | None = None
+    tokenizer_name: str | None = setting(None)
+    dtype: str | None = setting(None)
     use_peft: bool = setting(False, common=True)
-    lora_r: int = 16
-    lora_alpha: int = 32
-    lora_target_modules: list[str] | None = None
+    lora_r: int = setting(16, read_by=ADAPTERS)
+    lora_alpha: int = setting(32, read_by=ADAPTERS)
+    lora_target_modules: list[str] | None = setting(None, read_by=ADAPTERS)
 
     def __post_init__(self) -> None:
+        check_read(self)
         for name in ("lora_r", "lora_alpha"):
             if (value := getattr(self, name)) < 1:
                 raise RefineError(f"{name} must be at least 1, got {value}")
-        for field in fields(self) if not self.use_peft else ():
-            if field.name.startswith("lora_") and (value := getattr(self, field.name)) != field.default:
-                raise RefineError(
-                    f"{field.name}={value!r} is for adapters, and this run trains all weights; add --use_peft, or leave it out"
-                )
 
     @property
     def tokenizer(self) -> str:
@@ -132,11 +131,12 @@ class TestTimeArguments:
 
     __test__ = False
 
-    ttt: Literal["refine", "ntp"] | None = None
-    ttt_batch_size: int = 8
+    ttt: Literal["refine", "ntp"] | None = setting(None, common=True)
+    ttt_batch_size: int = setting(8, read_by=ADAPTING)
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_read(self)
         if self.ttt_batch_size < 1:
             raise RefineError(f"ttt_batch_size must be at least 1, got {self.ttt_batch_size}")
 

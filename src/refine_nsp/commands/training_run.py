@@ -27,7 +27,7 @@ from refine_nsp.models.load import load_model
 from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
-from refine_nsp.training.checkpoints import last_complete_checkpoint
+from refine_nsp.training.run_folder import RunFolder
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -110,10 +110,10 @@ def resume_from(args: ReFINEConfig) -> str | None:
     given = args.resume_from_checkpoint
     if given not in ("True", "true", "last"):
         return given
-    last = last_complete_checkpoint(Path(str(args.output_dir)))
+    last = RunFolder(Path(str(args.output_dir))).last_complete()
     if last is None:
         warnings.warn(f"{args.output_dir} has no checkpoint to resume from: the run begins anew", stacklevel=2)
-    return last
+    return None if last is None else str(last)
 
 
 def save(trainer: ReFINETrainer, out: Path) -> None:

@@ -13,6 +13,7 @@ from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, load_to_answer, read_text
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import setting
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.prompts.encoding import encode_prompt
@@ -31,10 +32,10 @@ class PromptArguments:
         max_new_tokens: tokens to generate, greedily.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    prompt: str | None = None
-    prompt_file: Path | None = None
-    max_new_tokens: int = 32
+    model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
+    prompt: str | None = setting(None, common=True)
+    prompt_file: Path | None = setting(None, common=True)
+    max_new_tokens: int = setting(32, common=True)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -1,7 +1,7 @@
-"""Next-token figures on documents (the paper's Booksum figure), and how well K greedy tokens match the text (the NSP measure).
+"""Measure next-token figures on documents (the paper's Booksum figure), and how well K greedy tokens match the text (the NSP measure).
 
-`sampled accuracy` is what one token sampled at every position would score on average, the mean p of the true token: the paper's
-figure draws that sample, which rewards a sharper distribution, so it stands beside the argmax accuracy.
+`sampled_accuracy` is the mean probability of the true token: what one token sampled at every position would score on average. The paper's
+figure draws that sample, which rewards a sharper distribution, so the argmax accuracy is given next to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """Means over the targets of a document (nats; accuracies 0..1), and the same by bucket: first position -> figures."""
+    """Hold means over the targets of a document (nats; accuracies 0..1), and the same for each bucket, by its first position."""
 
     figures: dict[str, float]
     targets: int
@@ -45,13 +45,14 @@ def score_document(
     bucket: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> DocumentScore:
-    """Figures of one document.
+    """Score one document.
 
     Args:
         ids: its tokens, at least 2.
-        window: None: from its first token to its last, the state carried from block to block; else windows of so many tokens, each
-            from a fresh state, whose first half is context only (but in the first window), so every token is scored once.
-        bucket: positions are grouped by so many tokens.
+        window: None: the document is read from its first token to its last, the state carried from block to block. A number: it is read in
+            windows of so many tokens, each from a fresh state. The first half of each window but the first is context only, so that every
+            token is scored once.
+        bucket: how many tokens are grouped into one bucket.
     """
     sums: dict[int, Tensor] = {}
     tokens = torch.as_tensor(list(ids), device=model.device)
@@ -74,7 +75,7 @@ def score_document(
 
 
 def spans(length: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first, last, skip): run tokens first..last, score the targets after the first `skip` of them."""
+    """Cut a document into (first, last, skip): run tokens first..last, and score the targets after the first `skip` of them."""
     if window is None or window >= length:
         return [(0, length, 0)]
     windows, half = [(0, window, 0)], window // 2
@@ -89,7 +90,7 @@ def _means(total: Tensor) -> dict[str, float]:
 
 
 def _token_figures(model: CausalModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """[T, 4] double on the CPU: nll, entropy, argmax right, p of the target."""
+    """Return [T, 4] double on the CPU: the loss of each target, the entropy, whether the argmax is right, and the target's probability."""
     _, stats = linear_cross_entropy(hidden, head_weight(model), targets, torch.ones(len(targets), device=hidden.device))
     columns = [stats.nll, stats.entropy, stats.argmax == targets, (-stats.nll).exp()]
     return torch.stack([c.double().cpu() for c in columns], -1)
@@ -97,7 +98,7 @@ def _token_figures(model: CausalModel, hidden: Tensor, targets: Tensor) -> Tenso
 
 @torch.no_grad()
 def continuation_match(model: CausalModel, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
-    """Share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions of one window."""
+    """Measure the share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions."""
     forward = run(model, Batch.of(torch.as_tensor(list(ids), device=model.device)[None]), config, 1.0)
     u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))
     entropy = smooth_entropy(forward.entropy, forward.batch, config)
@@ -111,5 +112,5 @@ def continuation_match(model: CausalModel, ids: Sequence[int], config: NSPConfig
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), inf where that overflows."""
+    """Return exp(loss), or inf where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,7 +1,7 @@
-"""A model for lm-eval: `lm_eval --model refine-nsp` runs every task of it, batched exactly under padding.
+"""Give lm-eval a model that runs all its tasks: `lm_eval --model refine-nsp`. Padding in a batch changes no result.
 
-`python -m refine_nsp.evaluation.harness ARGS` is `lm_eval ARGS` with this model registered; `refine-nsp evaluate --tasks lm_eval:NAME`
-runs single tasks beside others. Settings mean what they mean to lm-eval's own `HFLM`, with these differences: states make prompts of any
+`python -m refine_nsp.evaluation.harness ARGS` is `lm_eval ARGS` with this model registered; `refine-nsp evaluate --tasks lm_eval:NAME` runs
+single tasks together with others. Settings mean what they mean to lm-eval's own `HFLM`, with these differences: states make prompts of any
 length fit, so nothing is truncated unless `max_length` says so; a prompt has one BOS and no EOS whatever the tokenizer and the template
 add; a sampled answer does not depend on the batch that it is in; an argument that has no meaning here is refused.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import torch
@@ -41,6 +41,7 @@ from refine_nsp.prompts.examples import in_row
 
 try:
     from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import postprocess_generated_text
@@ -48,6 +49,12 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 except ImportError as missing:
     raise RefineError("tasks of lm-eval need lm-eval 0.4.12 or newer: pip install -U 'refine-nsp[eval]' lm-eval") from missing
+
+
+T = TypeVar("T")
+Scored = tuple[
+    tuple[str, str] | None, list[int], list[int]
+]  # the texts of a pair, tokens of its context, tokens of its continuation
 
 
 @register_model("refine-nsp")
@@ -59,17 +66,17 @@ class HarnessModel(TemplateLM):
         tokenizer: a tokenizer, or the name of another than the model's.
         batch_tokens: tokens per batch, which bounds the memory (lm-eval's own batch_size is not used).
         max_length: keep only so many tokens of a prompt's end (and answer), as HFLM does; None: all.
-        dtype: of the weights; None and `auto`: the one that the model's configuration names.
+        dtype: the type of the weights; None and `auto`: the one that the model's configuration names.
         device: where to run; one that this machine does not have is replaced, with a warning. None: CUDA where there is one, else the
             CPU (a given `model` stays where it is). Under `accelerate launch`, each process has its own.
         add_bos_token: whether texts begin with BOS; None: as the tokenizer has it.
-        prefix_token_id: what stands before an empty context, and before a text whose perplexity is measured; None: BOS, else EOS.
+        prefix_token_id: the token before an empty context, and before a text whose perplexity is measured; None: BOS, else EOS.
         think_end_token: an answer begins after the last such token (text or id).
         enable_thinking, chat_template_args: what the chat template is given.
-        batch_size, max_batch_size: lm-eval always gives them; not used.
+        batch_size, max_batch_size: lm-eval always gives these; they are not used.
 
     Raises:
-        RefineError: an argument that is not known, or is HFLM's and has no meaning here.
+        RefineError: an argument is unknown, or is HFLM's and has no meaning here.
     """
 
     def __init__(
@@ -131,15 +138,14 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: object
     ) -> list[int]:
-        """Token ids: without special tokens if told so, else as a prompt has them (one BOS, no EOS); at most the last
-        `left_truncate_len`."""
+        """Encode a text without special tokens if told so, else as a prompt (one BOS, no EOS); keep the last `left_truncate_len` tokens."""
         ids = encode_text(self.tokenizer, string) if add_special_tokens is False else encode_prompt(self.tokenizer, string)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of tokens."""
+        """Decode tokens to text."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def _encode_pair(self, context: str, continuation: str) -> Pair:
@@ -153,31 +159,30 @@ class HarnessModel(TemplateLM):
         return before, ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one string, by the tokenizer's template; without the generation prompt the last message is left open.
+        """Write a conversation as text by the tokenizer's template; without the generation prompt the last message is left open.
 
         Raises:
-            RefineError: no template, or messages that it refuses, also without a system message.
+            RefineError: there is no template, or it refuses the messages, even without a system message.
         """
         how: dict[str, Any] = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
+            "add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt, **self.chat_template_args,
+        }  # fmt: skip
         try:
             try:
-                return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how, **self.chat_template_args))
+                return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
             except jinja2.TemplateError:
                 if all(m["role"] != "system" for m in chat_history):
                     raise
                 warning_once(logger, "the chat template does not take these messages: the system's are left out")
                 without = [m for m in chat_history if m["role"] != "system"]
-                return str(self.tokenizer.apply_chat_template(without, tokenize=False, **how, **self.chat_template_args))
+                return str(self.tokenizer.apply_chat_template(without, tokenize=False, **how))
         except (jinja2.TemplateError, ValueError) as error:
             raise RefineError(f"the tokenizer's chat template does not take these messages: {first_line(error)}") from error
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p of the continuation, whether it is the greedy one) of each pair of texts."""
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-probability of the continuation of each pair of texts, and whether it is the greedy one."""
         if self.enable_thinking:
             raise RefineError("enable_thinking=True is for tasks that generate; these score given continuations")
         pairs = []
@@ -187,7 +192,9 @@ class HarnessModel(TemplateLM):
                 pairs.append((request.args, self._cut(context, len(continuation) - 1), continuation))
         return self._loglikelihood_tokens(pairs)
 
-    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[Scored], disable_tqdm: bool = False, **kwargs: object
+    ) -> list[tuple[float, bool]]:
         pairs = [(self._cut(context, len(continuation) - 1), continuation) for _, context, continuation in requests]
         answers = log_likelihoods(self.model, pairs, self.batch_tokens)
         for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -196,7 +203,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _cut(self, ids: list[int], others: int) -> list[int]:
-        """The last tokens that leave room for `others` that are fed to the model too (of a continuation, all but its last)."""
+        """Keep the last tokens that leave room for `others` more that the model reads (all of a continuation but its last token)."""
         if self.max_length is None or len(ids) + others <= self.max_length:
             return ids
         if (room := self.max_length - others) < 1:
@@ -206,9 +213,12 @@ class HarnessModel(TemplateLM):
         warning_once(logger, f"contexts are cut from the left to fit max_length={self.max_length}")
         return ids[-room:]
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text after the prefix token: the state is carried from its first token to its last, or, with `max_length`,
-        in windows of so many tokens as HFLM's. The tokenizer adds nothing, so that BOS is not itself predicted."""
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of each whole text after the prefix token.
+
+        The state is carried from a text's first token to its last; with `max_length` the text is read in windows of so many tokens, as
+        HFLM does. The tokenizer adds nothing, so that BOS is not itself predicted.
+        """
         log_p = []
         for request in requests:
             ids = encode_text(self.tokenizer, request.args[0])
@@ -226,10 +236,10 @@ class HarnessModel(TemplateLM):
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, each request by its own settings; an answer that never stops ends at its budget."""
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate an answer to each request by its own settings, up to a stop string or to the end of its budget."""
         asked, prompts = [], []
-        seed = int(torch.randint(2**31, ()))  # of torch's own generator, which lm-eval seeds
+        seed = int(torch.randint(2**31, ()))  # lm-eval seeds torch's own generator
         for request in requests:
             with _naming(request):
                 settings = read_settings(request.args[1], self.model.generation_config, self._eos_text(), seed)
@@ -242,7 +252,9 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 
-    def _answers(self, requests: list[Any], asked: list[Settings], prompts: list[list[int]]) -> Iterator[tuple[int, list[int]]]:
+    def _answers(
+        self, requests: list[Instance], asked: list[Settings], prompts: list[list[int]]
+    ) -> Iterator[tuple[int, list[int]]]:
         by_decoding: dict[Decoding, list[Request]] = {}
         for i, (settings, ids) in enumerate(zip(asked, prompts, strict=True)):
             if settings.decoding is not None:
@@ -258,7 +270,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _by_transformers(self, ids: list[int], settings: Settings) -> list[int]:
-        """An answer by `generate`, which knows beams, penalties and all other settings."""
+        """Generate an answer by transformers' `generate`, which knows beams, penalties and all other settings."""
         prompt = torch.tensor([ids], device=self.model.device)
         stop = stop_sequences_criteria(self.tokenizer, settings.until, len(ids), 1)  # type: ignore[arg-type]
         pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
@@ -272,7 +284,7 @@ class HarnessModel(TemplateLM):
         return found[0, len(ids) :].tolist()
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
-        """The answer: after what was thought, up to a stop string."""
+        """Decode an answer: the text behind the model's thoughts, up to a stop string."""
         end = self.think_end_token
         if not isinstance(end, int):
             return postprocess_generated_text(self.tok_decode(tokens), until, end)
@@ -287,14 +299,14 @@ class HarnessModel(TemplateLM):
     # --- several processes --------------------------------------------------------------------------------------------
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, one behind the other."""
+        """Concatenate the tensors of all processes."""
         return gather(tensor) if self.world_size > 1 else tensor  # type: ignore[no-any-return]
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The objects of all processes on process `dst`, None on the others."""
+    def gather_object(self, obj: T, dst: int = 0) -> list[T] | None:
+        """Collect the objects of all processes on process `dst`; return None on the others."""
         if self.world_size == 1:
             return [obj]
-        found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        found = [obj] * self.world_size if self.rank == dst else None
         torch.distributed.gather_object(obj, found, dst)
         return found
 
@@ -317,8 +329,8 @@ def _load(
     return model, tokenizer
 
 
-def _naming(request: Any) -> AbstractContextManager[None]:
-    """Say in a RefineError which document of which task it is about."""
+def _naming(request: Instance) -> AbstractContextManager[None]:
+    """Add the task and the document to a RefineError that is raised inside."""
     return in_row(f"{request.task_name}, document {request.doc_id}" if request.task_name else f"request {request.idx}")
 
 
@@ -328,14 +340,14 @@ def _naming(request: Any) -> AbstractContextManager[None]:
 def run_harness(
     model: CausalModel, tokenizer: PreTrainedTokenizerBase, name: str, limit: int, batch_tokens: int, seed: int
 ) -> dict[str, Any]:
-    """One task of lm-eval: its results dictionary. RefineError when it cannot be loaded (offline, unknown name)."""
+    """Run one task of lm-eval and return its results. Raises RefineError when it cannot be loaded (offline, unknown name)."""
     wrapped = HarnessModel(model=model, tokenizer=tokenizer, batch_tokens=batch_tokens)
     try:
         results = simple_evaluate(
             wrapped, tasks=[name], limit=limit or None, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             log_samples=True, bootstrap_iters=1000,
         )  # fmt: skip
-    except Exception as error:  # lm-eval wraps network, missing names and data sets in many kinds
+    except Exception as error:  # lm-eval raises many kinds: the network, missing names, data sets
         raise RefineError(f"lm-eval could not run {name!r}: {first_line(error)}") from error
     return dict(results)
 

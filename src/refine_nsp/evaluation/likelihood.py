@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, and the short-context tasks scored by them, with lm-eval's prompts and rules.
+"""Compute log-likelihoods of continuations, and score the short-context tasks by them, with lm-eval's prompts and rules.
 
-ARC and PIQA: `Question: ...\\nAnswer:` and each choice; `acc` takes the likeliest, `acc_norm` the likeliest per character. WinoGrande:
-each choice is put into the blank and the rest of the sentence is scored. LAMBADA: the last word must be the greedy continuation.
+ARC and PIQA score each choice behind `Question: ...\\nAnswer:`; `acc` takes the likeliest choice, `acc_norm` the likeliest per character.
+WinoGrande puts each choice into the blank and scores the rest of the sentence. In LAMBADA the last word must be the greedy continuation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -25,11 +24,12 @@ from refine_nsp.text.reading import read_documents
 def log_likelihoods(
     model: CausalModel, pairs: Sequence[Pair], batch_tokens: int, on_batch: Callable[[int], None] | None = None
 ) -> list[tuple[float, bool]]:
-    """(log p of the continuation, whether it is the greedy one) of each pair. Right-padded with lengths, so exact; logits only where
-    they count.
+    """Return the log-probability of each pair's continuation, and whether it is the greedy one.
+
+    Rows are padded on the right and have lengths, so that batching changes nothing. Logits are computed only where they count.
 
     Raises:
-        RefineError: a pair without context or continuation.
+        RefineError: a pair has no context or no continuation.
     """
     for i, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
@@ -62,7 +62,14 @@ def log_likelihoods(
 
 @dataclass(frozen=True)
 class ChoiceExample:
-    """pairs: (context, continuation) for each choice, the right one at `label`; choices: their text, for acc_norm; where: file and row."""
+    """Hold one example of a short-context task.
+
+    Attributes:
+        pairs: (context, continuation) for each choice.
+        choices: the text of each choice, by whose length `acc_norm` divides.
+        label: the index of the right choice.
+        where: the file and the row, for errors.
+    """
 
     id: str
     pairs: list[tuple[str, str]]
@@ -74,12 +81,12 @@ class ChoiceExample:
 Parts = tuple[list[tuple[str, str]], list[str], int]  # pairs, choices, label
 
 
-def _question(row: Mapping[str, Any]) -> Parts:
+def _question(row: Mapping[str, object]) -> Parts:
     question, choices = _text(row, "question"), _choices(row)
     return [(f"Question: {question}\nAnswer:", f" {c}") for c in choices], choices, _label(row, choices)
 
 
-def _blank(row: Mapping[str, Any]) -> Parts:
+def _blank(row: Mapping[str, object]) -> Parts:
     before, blank, after = _text(row, "sentence").partition("_")
     if not blank:
         raise RefineError("no blank `_` in the sentence")
@@ -87,28 +94,28 @@ def _blank(row: Mapping[str, Any]) -> Parts:
     return [(before + c, f" {after.strip()}") for c in choices], choices, _label(row, choices)
 
 
-def _last_word(row: Mapping[str, Any]) -> Parts:
+def _last_word(row: Mapping[str, object]) -> Parts:
     return [(_text(row, "context"), _text(row, "target"))], [_text(row, "target")], 0
 
 
-TASKS: dict[str, tuple[Callable[[Mapping[str, Any]], Parts], tuple[str, ...]]] = {
+TASKS: dict[str, tuple[Callable[[Mapping[str, object]], Parts], tuple[str, ...]]] = {
     "piqa": (_question, ("question", "choices", "label")),
     "arc_easy": (_question, ("question", "choices", "label")),
     "arc_challenge": (_question, ("question", "choices", "label")),
     "winogrande": (_blank, ("sentence", "choices", "label")),
     "lambada_openai": (_last_word, ("context", "target")),
 }
-HUB_COLUMNS = ("goal", "text")  # what the hub's PIQA and LAMBADA call a question and a whole text
-BESIDE = ("id", "label", "answerKey", "sol1", "sol2", "option1", "option2", "answer")
+HUB_COLUMNS = ("goal", "text")  # the hub's PIQA and LAMBADA call a question and a whole text so
+FURTHER = ("id", "label", "answerKey", "sol1", "sol2", "option1", "option2", "answer")  # other columns that are read
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise RefineError(f"{name} is {row[name]!r:.60}; expected text")
-    return row[name]
+def _text(row: Mapping[str, object], name: str) -> str:
+    if not isinstance(value := row[name], str) or not value.strip():
+        raise RefineError(f"{name} is {value!r:.60}; expected text")
+    return value
 
 
-def _choices(row: Mapping[str, Any]) -> list[str]:
+def _choices(row: Mapping[str, object]) -> list[str]:
     if not isinstance(row["choices"], list | tuple) or len(row["choices"]) < 2:
         raise RefineError(f"choices is {row['choices']!r:.60}; expected a list of two or more texts")
     choices = [as_text(c) for c in row["choices"]]
@@ -117,16 +124,16 @@ def _choices(row: Mapping[str, Any]) -> list[str]:
     return choices
 
 
-def _label(row: Mapping[str, Any], choices: Sequence[str]) -> int:
+def _label(row: Mapping[str, object], choices: Sequence[str]) -> int:
     if isinstance(row["label"], bool) or not str(row["label"]).lstrip("-").isdecimal():
         raise RefineError(f"label is {row['label']!r:.60}; expected the number of a choice, counted from 0")
-    if not 0 <= (label := int(row["label"])) < len(choices):
+    if not 0 <= (label := int(str(row["label"]))) < len(choices):
         raise RefineError(f"label {label} is not one of {len(choices)} choices (counted from 0)")
     return label
 
 
-def as_ours(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in the layout of `TASKS`, from the one that the hub's ARC, PIQA, WinoGrande and LAMBADA have."""
+def as_ours(row: Mapping[str, object]) -> dict[str, object]:
+    """Convert a row of the hub's ARC, PIQA, WinoGrande or LAMBADA to the layout of `TASKS`."""
     row = {name: value for name, value in row.items() if value is not None}
     if isinstance(choices := row.get("choices"), Mapping):  # ARC
         row["choices"] = choices.get("text")
@@ -140,7 +147,7 @@ def as_ours(row: Mapping[str, Any]) -> dict[str, Any]:
     if {"option1", "option2", "answer"} <= row.keys():
         if str(row["answer"]) not in ("1", "2"):
             raise RefineError(f"answer is {row['answer']!r}; expected 1 or 2")
-        row = {"choices": [row["option1"], row["option2"]], "label": int(row["answer"]) - 1, **row}
+        row = {"choices": [row["option1"], row["option2"]], "label": int(str(row["answer"])) - 1, **row}
     if isinstance(text := row.get("text"), str) and not {"context", "target", "sentence", "question"} & row.keys():
         before, _, last = text.rpartition(" ")
         row |= {"context": before, "target": f" {last}"}
@@ -148,10 +155,10 @@ def as_ours(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_choices(name: str, folder: str) -> list[ChoiceExample]:
-    """Rows of `folder/NAME.jsonl` (or .parquet, or a file named outright), in our layout or the hub's.
+    """Read the rows of `folder/NAME.jsonl` (or .parquet, or of a file that is named itself), in our layout or the hub's.
 
     Raises:
-        RefineError: a missing file or column, or a row that is not what it should be, by its number.
+        RefineError: a file or column is missing, or a row, named by its number, is malformed.
     """
     make, columns = TASKS[name]
     path = Path(folder)
@@ -160,7 +167,7 @@ def read_choices(name: str, folder: str) -> list[ChoiceExample]:
         raise RefineError(f"{folder} has no file {name}.jsonl or {name}.parquet")
     examples: dict[str, ChoiceExample] = {}
     rows = read_documents(
-        str(files[0]), (columns[0], *HUB_COLUMNS), split="test", also=(*columns, *HUB_COLUMNS, *BESIDE), as_found=True
+        str(files[0]), (columns[0], *HUB_COLUMNS), split="test", also=(*columns, *HUB_COLUMNS, *FURTHER), as_found=True
     )
     for i, given in enumerate(rows):
         where = f"{files[0]}, row {i}"
@@ -176,7 +183,7 @@ def read_choices(name: str, folder: str) -> list[ChoiceExample]:
 
 
 def score_choices(example: ChoiceExample, likelihoods: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """lm-eval's figures of one example, 0..1 (for a single continuation: log p and whether it is greedy)."""
+    """Compute lm-eval's figures of one example, 0..1. A single continuation has its log-probability and whether it is greedy."""
     if len(likelihoods) == 1:
         return {"acc": float(likelihoods[0][1]), "log_p": likelihoods[0][0]}
     log_p = [x for x, _ in likelihoods]
@@ -194,7 +201,7 @@ def choice_scores(
     batch_tokens: int,
     on_tokens: Callable[[int], None],
 ) -> Iterator[tuple[ChoiceExample, dict[str, float], list[tuple[float, bool]]]]:
-    """Scores of examples, some at a time."""
+    """Yield each example with its scores and the likelihoods of its choices, 64 examples at a time."""
     for start in range(0, len(examples), 64):
         part = examples[start : start + 64]
         pairs = []

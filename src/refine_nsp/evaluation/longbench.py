@@ -1,8 +1,7 @@
-"""LongBench (Bai et al., 2023, arXiv 2308.14508): English and code tasks, with the benchmark's prompts, budgets and metrics.
+"""Read and score the English and code tasks of LongBench (Bai et al., 2023, arXiv 2308.14508), with its prompts, budgets and metrics.
 
-Rows come from local parquet or jsonl files or from a data set of the hub: with prompts that are ready, with the benchmark's own columns
-(context, input, answers), or with its prompts in pieces (context, question, answer_prefix, answers). The score of LongBench is the mean
-over tasks.
+Rows come from local parquet or jsonl files or from a data set of the hub. They hold ready prompts, the benchmark's own columns (context,
+input, answers), or its prompts in pieces (context, question, answer_prefix, answers). The score of LongBench is the mean over tasks.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from datasets import load_dataset
 
@@ -41,7 +39,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
 _MULTI_DOCUMENT = f"{_PASSAGES}\n\nThe following are given passages.\n{{context}}\n\n{_PASSAGES}\n\nQuestion: {{input}}\nAnswer:"
-# "asconcisely" is the benchmark's.
+# The benchmark itself writes "asconcisely".
 _STORY = "as you can, using a single phrase if possible. Do not provide any explanation.\n\n"
 _ARTICLE = (
     "as concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered based on the "
@@ -52,7 +50,13 @@ _ARTICLE = (
 
 @dataclass(frozen=True)
 class LongBenchTask:
-    """prompt: with {context} and {input}. budget: tokens. first_line: only the first line is scored (few-shot tasks go on)."""
+    """Define a task.
+
+    Attributes:
+        prompt: a template with {context} and {input}.
+        budget: tokens of an answer.
+        first_line: whether only the first line is scored, since models continue few-shot prompts with further examples.
+    """
 
     prompt: str
     budget: int
@@ -114,7 +118,7 @@ TASKS = {
         "Please complete the code given below. \n{context}{input}Next line of code:\n", 64, code_similarity, "similarity"
     ),
 }  # fmt: skip
-# The paper's table leaves out the two long summaries.
+# The paper's table leaves out the two tasks of long summaries.
 PAPER_TASKS = tuple(t for t in TASKS if t not in ("gov_report", "multi_news"))
 
 
@@ -126,7 +130,7 @@ def read_longbench(tasks: Sequence[str], source: str | None = None) -> dict[str,
             data set of the hub that has a configuration for each task; default: `HUB_NAME`.
 
     Raises:
-        RefineError: an unknown task, no file for it or several, missing columns, empty answers, or an unreachable hub.
+        RefineError: a task is unknown, has no file or several, lacks columns or answers, or the hub is out of reach.
     """
     examples = {}
     for name in tasks:
@@ -137,7 +141,7 @@ def read_longbench(tasks: Sequence[str], source: str | None = None) -> dict[str,
     return examples
 
 
-def _rows(name: str, source: str) -> Iterable[Mapping[str, Any]]:
+def _rows(name: str, source: str) -> Iterable[Mapping[str, object]]:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return [row for file in _files_of(name, folder) for row in read_documents(str(file), ("prompt", "context"), split="test")]
@@ -148,22 +152,22 @@ def _rows(name: str, source: str) -> Iterable[Mapping[str, Any]]:
     return _from_hub(name, source)
 
 
-def _from_hub(name: str, source: str) -> Iterable[Mapping[str, Any]]:
+def _from_hub(name: str, source: str) -> Iterable[Mapping[str, object]]:
     try:
         try:
             return load_dataset(source, name, split="test")
-        except RuntimeError as error:  # a script, which is never run: its rows are in Parquet on a branch of their own
+        except RuntimeError as error:  # a script is never run; the hub keeps its rows in Parquet on a branch of their own
             if "script" not in str(error):
                 raise
             return load_dataset(source, name, split="test", revision=CONVERTED)
-    except Exception as error:  # network, or no such name, configuration or branch
+    except Exception as error:  # the network, and a missing name, configuration or branch, each raise their own kind
         raise RefineError(
             f"the hub did not give LongBench's {name} from {source} ({first_line(error)}); name a folder of its files with --longbench"
         ) from error
 
 
 def _files_of(name: str, folder: Path) -> list[Path]:
-    """The file of a task, or all its shards."""
+    """Find the file of a task, or all its shards."""
     inside = sorted(p for p in (folder / name).rglob("*") if p.suffix in ENDINGS)
     places = [p for p in (folder, folder / "data") if p.is_dir()]
     beside = sorted(p for place in places for p in place.iterdir() if p.suffix in ENDINGS)
@@ -180,19 +184,19 @@ def _files_of(name: str, folder: Path) -> list[Path]:
 
 
 def _belongs(stem: str, name: str) -> bool:
-    """Whether a file is a task's: hotpotqa_16384 is hotpotqa's, but hotpotqa_e (its even-length variant) is not."""
+    """Tell whether a file is a task's: hotpotqa_16384 is hotpotqa's, but hotpotqa_e (its even-length variant) is not."""
     rest = stem.removeprefix(name)
     return stem.startswith(name) and not rest[:1].isalnum() and not re.match(r"_e(?![^\W_])", rest)
 
 
-def _example(name: str, index: int, row: Mapping[str, Any]) -> Example:
+def _example(name: str, index: int, row: Mapping[str, object]) -> Example:
     where, key = f"{name}, row {index}", row.get("_id", row.get("id", index))
     answers = as_answers(row.get("answers", row.get("answer")), where)
     return Example(f"{name}-{key}", _prompt(name, row, where), answers, TASKS[name].budget, {"index": index})
 
 
-def _prompt(name: str, row: Mapping[str, Any], where: str) -> str:
-    """The benchmark's prompt, from whichever columns hold it or its parts."""
+def _prompt(name: str, row: Mapping[str, object], where: str) -> str:
+    """Build the benchmark's prompt from whichever columns hold it or its parts."""
     if row.get("prompt"):
         return str(row["prompt"])
     template, context = TASKS[name].prompt, row.get("context")
@@ -201,13 +205,13 @@ def _prompt(name: str, row: Mapping[str, Any], where: str) -> str:
         raise RefineError(f"{where}: expected a column `prompt`, or `context` and `input` (or `question`), got {', '.join(row)}")
     if not str(context).startswith(template.partition("{context}")[0]):
         return template.format(context=context, input=asked)
-    # The instructions are there already, and the answer's beginning stands apart, unless the question ends with it.
+    # The context brings the instructions. The answer's beginning stands in a column of its own, unless the question ends with it.
     text, begun = f"{context}{asked or ''}", str(row.get("answer_prefix") or "")
     return text if text.rstrip().endswith(begun.strip()) else text + begun
 
 
 def score(name: str, output: str, references: Sequence[str]) -> float:
-    """The benchmark's score of one output, 0..1."""
+    """Score one output as the benchmark does, 0..1."""
     task = TASKS[name]
     text = output.lstrip("\n").split("\n")[0] if task.first_line else output
     return task.metric(text, references)

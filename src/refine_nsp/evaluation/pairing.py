@@ -1,21 +1,21 @@
-"""Pair the answers of two evaluations: to the same questions only, and with a word on where their settings differ."""
+"""Pair the answers that two evaluations gave to the same questions, and say where their settings differ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.run import TaskResult
-from refine_nsp.evaluation.tasks import EvaluationArguments, Row
+from refine_nsp.evaluation.tasks import Row
 
-Settings = Mapping[str, Any]  # those that differ from their defaults, by name
+Settings = Mapping[str, object]  # those that differ from their defaults, by name
 
 
 @dataclass(frozen=True)
 class TaskPairs:
-    """A task's answers in two evaluations, example by example, and the figures that both have."""
+    """Hold a task's answers in two evaluations, example by example, and the figures that both have."""
 
     name: str
     rows: list[tuple[Row, Row]]
@@ -25,10 +25,10 @@ class TaskPairs:
 def pair_up(
     a: Sequence[TaskResult], b: Sequence[TaskResult], settings_a: Settings | None = None, settings_b: Settings | None = None
 ) -> tuple[list[TaskPairs], list[str]]:
-    """Pair what two evaluations have in common; the pairs of each task, and what is to be said of them, sentences.
+    """Pair what two evaluations have in common. Return the pairs of each task, and sentences to print under a comparison.
 
     Raises:
-        RefineError: no task in common, a task without a shared example, or answers to different questions under one id.
+        RefineError: they share no task, a task has no shared example, or one id stands for different questions.
     """
     others, notes = {r.name: r for r in b}, []
     shared = [r for r in a if r.name in others]
@@ -59,7 +59,7 @@ def pair_up(
 
 
 def differing_settings(a: Settings, b: Settings) -> list[str]:
-    """Name each setting that differs, with both values; the sum of the weights goes without saying."""
+    """Name each setting that differs, with both values, except the checksum of the weights, which differs by design."""
     known = asdict(EvaluationArguments())
 
     def shown(settings: Settings, name: str) -> str:

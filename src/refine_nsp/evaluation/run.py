@@ -1,6 +1,6 @@
-"""Run tasks on a model: rows to disk as they come, resumable by example, then estimates with their uncertainty.
+"""Run tasks on a model: write each row to disk as it comes, so that a run can be resumed by example, then estimate the figures.
 
-A run folder holds `settings.json`, `examples/TASK.jsonl` (one line an example) and `results.json`. Under `accelerate launch` every
+A run's folder holds `settings.json`, `examples/TASK.jsonl` (a line for each example) and `results.json`. Under `accelerate launch` every
 process answers its share and writes a file of its own.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
@@ -25,12 +24,18 @@ from refine_nsp.ops.memory import part
 from refine_nsp.processes import process_state
 from refine_nsp.progress import step_progress
 
+# Whatever part of an answer finds no memory, these are the settings that an evaluation has for it.
+REMEDIES = {"evaluation": "lower batch_tokens or lengths"}
+
 
 @dataclass(frozen=True)
 class TaskResult:
-    """rows: all examples, in the task's order. estimates: by figure, main one first, as fractions of 1 (or nats).
+    """Hold what a task gave.
 
-    notes: sentences that belong under a table of the task (what was left out).
+    Attributes:
+        rows: all examples, in the task's order.
+        estimates: an estimate for each figure, the main one first, as fractions of 1 (or nats).
+        notes: sentences that belong under a table of the task, such as what was left out.
     """
 
     name: str
@@ -40,12 +45,12 @@ class TaskResult:
 
 
 def evaluate(
-    tasks: Sequence[Task], context: Context, out: Path, settings: dict[str, Any], quiet: bool = False
+    tasks: Sequence[Task], context: Context, out: Path, settings: dict[str, object], quiet: bool = False
 ) -> list[TaskResult]:
-    """Answer what is not answered yet, then summarise.
+    """Answer the examples that have no answer yet, then summarise all.
 
     Args:
-        settings: what the answers depend on; a folder with other settings is refused, so that no answers of two kinds are mixed.
+        settings: what the answers depend on. A folder with other settings is refused, so that no answers of two kinds are mixed.
 
     Raises:
         RefineError: the folder belongs to another evaluation.
@@ -70,8 +75,8 @@ def evaluate(
     return results
 
 
-def claim_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or check that they are those of the run to be resumed."""
+def claim_folder(out: Path, settings: dict[str, object]) -> None:
+    """Write the settings into a new folder, or check that they are those of the run that is resumed in it."""
     path, wanted = out / "settings.json", json.loads(json.dumps(settings))
     if not path.exists():
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
@@ -84,7 +89,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
 
 
 def missing_ids(task: Task, out: Path) -> list[str]:
-    """The examples without a row, in the task's order. RefineError where a row there answers another question of that id."""
+    """List the examples without a row, in the task's order. Raises RefineError where a row answers another question of that id."""
     known, asked = read_rows(out, task.name), task.questions()
     if other := next((i for i, row in known.items() if i not in asked or row.question not in ("", asked[i])), None):
         raise RefineError(
@@ -95,7 +100,7 @@ def missing_ids(task: Task, out: Path) -> list[str]:
 
 
 def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Path, state: PartialState, quiet: bool) -> None:
-    """Rows of this process' share of the missing examples, appended as they come."""
+    """Answer this process' share of the missing examples, and append each row to its file as it comes."""
     mine = missing[state.process_index :: state.num_processes]
     if not mine:
         return
@@ -107,7 +112,7 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
         tokens += n
 
     context.on_tokens, asked = count, task.questions()
-    with step_progress(len(mine), 0, task.name, quiet) as progress, part("evaluation"):
+    with step_progress(len(mine), 0, task.name, quiet) as progress, part("evaluation", REMEDIES):
         for row in task.rows(mine, context):
             append_json_lines(path, [asdict(replace(row, question=asked[row.id]))])
             progress.advance(tokens)
@@ -115,12 +120,12 @@ def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Pa
 
 
 def rows_path(out: Path, task: str, rank: int | None) -> Path:
-    safe = re.sub(r"[^\w.+=-]", "_", task)  # a file's name, in this folder and no other
+    safe = re.sub(r"[^\w.+=-]", "_", task)  # a task's name must not lead out of this folder
     return out / "examples" / (f"{safe}.jsonl" if rank is None else f"{safe}.rank{rank}.jsonl")
 
 
 def read_rows(out: Path, task: str) -> dict[str, Row]:
-    """All rows of a task by id, of every process."""
+    """Read all rows of a task, of every process, by id."""
     first = rows_path(out, task, None)
     files = [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]
     rows: dict[str, Row] = {}
@@ -142,7 +147,7 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
 
 
 def check_row(row: Row) -> None:
-    """TypeError for an answer that no table could show."""
+    """Raise TypeError for an answer that no table could show."""
     places = [row.meta[name] for name in ("length", "depth") if name in row.meta]
     buckets = [value for bucket in row.meta.get("buckets", {}).values() for value in bucket.values()]
     if not isinstance(row.output, str) or not all(isinstance(r, str) for r in (row.question, *row.references)):
@@ -154,7 +159,7 @@ def check_row(row: Row) -> None:
 
 
 def summarise(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> TaskResult:
-    """Mean, standard error and interval of every figure."""
+    """Estimate the mean of every figure, with its standard error and interval."""
     figures = list(rows[0].scores) if rows else []
     if odd := next((r for r in rows if set(r.scores) != set(figures)), None):
         raise RefineError(f"{name}: the answer {odd.id!r} has the figures {', '.join(odd.scores)}, others {', '.join(figures)}")
@@ -163,14 +168,14 @@ def summarise(name: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Task
     return TaskResult(name, list(rows), found, list(notes))
 
 
-def as_json(result: TaskResult) -> dict[str, Any]:
-    """What results.json keeps; null, which JSON has, stands for nan, which it has not."""
+def as_json(result: TaskResult) -> dict[str, object]:
+    """Convert a result to what results.json keeps; null stands for nan, which JSON does not have."""
     estimates = {f: {k: v if isfinite(v) else None for k, v in asdict(e).items()} for f, e in result.estimates.items()}
     return {"name": result.name, "n": len(result.rows), "estimates": estimates, "notes": result.notes}
 
 
 def read_results(out: Path) -> list[TaskResult]:
-    """A finished evaluation. RefineError when the folder holds none."""
+    """Read a finished evaluation. Raises RefineError when the folder holds none."""
     path = out / "results.json"
     if not path.exists():
         raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
@@ -180,16 +185,7 @@ def read_results(out: Path) -> list[TaskResult]:
     return [summarise(name, list(read_rows(out, name).values()), said) for name, said in notes.items()]
 
 
-def read_settings(out: Path) -> dict[str, Any] | None:
-    """The settings of an evaluation that differ from their defaults; None where the folder keeps none."""
+def read_settings(out: Path) -> dict[str, object] | None:
+    """Read the settings of an evaluation that differ from their defaults; None where the folder keeps none."""
     path = out / "settings.json"
     return read_json(path, "the settings of an evaluation") if path.exists() else None
-
-
-def grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:
-    """Rows by a value of their meta, in order; rows without it are left out."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        if key in row.meta:
-            groups.setdefault(row.meta[key], []).append(row)
-    return dict(sorted(groups.items()))

@@ -1,9 +1,9 @@
-"""Means with their uncertainty, and paired comparisons, made for few examples as well as for many.
+"""Estimate means with their uncertainty, and compare runs in pairs, for few examples as well as for many.
 
-An interval of 5 or 10 examples has to cover the truth as often as it says, so none is a percentile of resampled means (which cover it
-in .82 and .89 of cases there, normal data): shares that are right or wrong take Clopper and Pearson's interval, everything else
-Student's t. Where examples count differently (documents by their tokens), the mean is a ratio of sums; its standard error is the
-jackknife's, and its degrees of freedom those of as many equal examples as would be as uncertain (Kish's effective number).
+An interval of 5 or 10 examples has to cover the truth as often as it says. So none is a percentile of resampled means, which cover it in
+.82 and .89 of cases there (normal data): shares of right and wrong take Clopper and Pearson's interval, everything else Student's t. Where
+examples count differently (documents by their tokens), the mean is a ratio of sums. Its standard error is the jackknife's, and its degrees
+of freedom are those of as many equal examples as would be as uncertain (Kish's effective number).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from refine_nsp.errors import RefineError
 Bounds = tuple[float, float]
 Array = NDArray[np.float64]
 
-ALPHA = 0.05  # of every interval here: two-sided, 95 %
+ALPHA = 0.05  # every interval of this module is two-sided, at 95 %
 UNBOUNDED = (-math.inf, math.inf)
-EXACT_PAIRS = 16  # so many pairs or fewer: every assignment of signs is counted instead of sampled
-# Figures that are shares of 1, and those in nats; of any other (of lm-eval's tasks) the values tell.
+EXACT_PAIRS = 16  # up to so many pairs, every assignment of signs is counted instead of sampled
+# Figures that are shares of 1, and figures in nats. Bounds of any other figure (those of lm-eval's tasks) are read from its values.
 SHARES = frozenset(
     "any_match fraction_match exact_match f1 rouge_l similarity accuracy sampled_accuracy acc acc_norm match_random "
     "match_high_entropy".split()
@@ -33,7 +33,7 @@ NATS = frozenset(("loss", "entropy", "log_p"))
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n examples with its standard error (0 with one example) and its 95 % interval, nan where so few do not tell it."""
+    """Hold a mean over n examples, its standard error (0 with one example), and its 95 % interval (nan where so few do not tell it)."""
 
     mean: float
     stderr: float
@@ -43,7 +43,7 @@ class Estimate:
 
 
 def bounds_of(figure: str) -> Bounds | None:
-    """Return what a figure's values can be, by its name; None where the name does not say."""
+    """Return the least and the greatest value that a figure can have, by its name; None where the name does not say."""
     return (0.0, 1.0) if figure in SHARES else UNBOUNDED if figure in NATS else None
 
 
@@ -58,11 +58,11 @@ def estimate(values: Sequence[float], weights: Sequence[float] | None = None, bo
     """Estimate a mean from examples, weighted where they count differently (the tokens of a document).
 
     Args:
-        bounds: the least and the greatest value that is possible, which cut the interval; default: 0 and 1 where all values are
-            between them, and the interval is not cut.
+        bounds: the least and the greatest possible value, by which the interval is cut. By default it is not cut, and values that all lie
+            between 0 and 1 are taken for shares.
 
     Raises:
-        RefineError: no value, or weights that are not one positive number for each value.
+        RefineError: there is no value, or weights are not one positive number for each value.
     """
     x, w = _checked(values, weights)
     n, mean = len(x), float(w @ x / w.sum())
@@ -89,7 +89,7 @@ def _checked(values: Sequence[float], weights: Sequence[float] | None) -> tuple[
 
 
 def _jackknife(x: Array, w: Array, mean: float) -> float:
-    """Standard error of a weighted mean; with equal weights that is the standard deviation / sqrt(n)."""
+    """Compute the standard error of a weighted mean; with equal weights it is the standard deviation / sqrt(n)."""
     n = len(x)
     if n == 1:
         return 0.0
@@ -119,7 +119,7 @@ def _interval_without_spread(value: float, n: float, bounds: Bounds) -> tuple[fl
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of a few differences (one a seed) and half the width of its 95 % t-interval, nan with one."""
+    """Return the mean of a few differences (one for each seed) and half the width of its 95 % t-interval, nan with one difference."""
     x, _ = _checked(differences, None)
     n = len(x)
     half = t_quantile(n - 1) * float(x.std(ddof=1)) / n**0.5 if n > 1 else math.nan
@@ -128,7 +128,11 @@ def t_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """b - a over the same n examples: mean, 95 % interval, two-sided p of the sign-flip test, examples in which b is higher or lower."""
+    """Hold b - a over the same n examples, with its 95 % interval and the two-sided p of the sign-flip test.
+
+    Attributes:
+        won, lost: the number of examples in which b is higher, and lower.
+    """
 
     difference: float
     low: float
@@ -152,7 +156,7 @@ def compare_pairs(
         bounds: the least and the greatest value of one run's figure, so that its differences are bounded too.
 
     Raises:
-        RefineError: no pair, or runs or weights of different lengths.
+        RefineError: there is no pair, or the runs or weights are of different lengths.
     """
     if len(a) != len(b):
         raise RefineError(f"pairs need as many values in both runs, got {len(a)} and {len(b)}")
@@ -165,9 +169,9 @@ def compare_pairs(
 
 
 def _sign_flip_p(moved: Array, seed: int, flips: int) -> float:
-    """Share of the assignments of signs whose sum is as far from 0 as the observed one."""
+    """Return the share of the assignments of signs whose sum is as far from 0 as the observed one."""
     n = len(moved)
-    bar = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()  # sums that are equal but for rounding count
+    bar = abs(moved.sum()) - 1e-9 * np.abs(moved).sum()  # sums that differ from the observed one by rounding alone count too
     if n <= EXACT_PAIRS:
         signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
         return float((np.abs(signs @ moved) >= bar).mean())

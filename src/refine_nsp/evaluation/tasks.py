@@ -1,4 +1,4 @@
-"""What can be evaluated, by name, from which sources; each task yields one row per example."""
+"""Build the tasks of an evaluation by name from their sources. Each task yields one row for each example."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError, closest
+from refine_nsp.errors import RefineError
 from refine_nsp.evaluation import likelihood, longbench
+from refine_nsp.evaluation.arguments import GROUPS, EvaluationArguments
 from refine_nsp.evaluation.documents import continuation_match, score_document
 from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match, published_any_match
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
@@ -25,30 +26,20 @@ from refine_nsp.prompts.examples import Example, in_row, read_prompts
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 
-GROUPS = {
-    "ruler": ruler.TASKS,
-    "niah": tuple(ruler.NEEDLES),
-    "longbench": longbench.PAPER_TASKS,
-    "longbench_14": tuple(longbench.TASKS),
-    "short_context": tuple(likelihood.TASKS),
-    "documents": ("ntp", "continuation"),
-}
-NAMES = (*ruler.TASKS, *longbench.TASKS, *likelihood.TASKS, *GROUPS["documents"], "prompts")
-PROTOCOLS = ("standard", "published")
 PUBLISHED_BUDGET = 32
 PUBLISHED_DECODING = Decoding(greedy=False, temperature=1.0, top_k=50)
 Scores = dict[str, float]
 
 
 class AdaptationCost(Protocol):
-    """Of prompts adapted to together, in all."""
+    """Say what it cost to adapt to a batch of prompts, all of them together."""
 
     seconds: float
     extra_bytes: int
 
 
 class Adapter(Protocol):
-    """Test-time training: a context in which the model is adapted to prompts (each a list of tokens); `last` is what that cost."""
+    """Adapt a model to prompts (each a list of tokens) inside a context, by test-time training; `last` is what that cost."""
 
     @property
     def last(self) -> AdaptationCost | None: ...
@@ -56,99 +47,14 @@ class Adapter(Protocol):
     def adapt(self, prompt: Sequence[Sequence[int]]) -> AbstractContextManager[object]: ...
 
 
-@dataclass
-class EvaluationArguments:
-    """What to evaluate on, and how.
-
-    Attributes:
-        tasks: names or groups (`ruler`, `niah`, `longbench`, `longbench_14`, `short_context`, `documents`, `prompts`), or
-            `lm_eval:NAME` for any task of lm-eval.
-        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (prompts without BOS, sampled at
-            temperature 1 among the 50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
-        lengths: RULER: prompt and answer together, in tokens.
-        samples: RULER: examples per task and length.
-        depths: RULER: fixed depths (0..1) of the needle asked for, each with `samples` examples; default: random.
-        essays: RULER: haystack text (file, folder, hub name); default: Python's reference documentation.
-        squad, hotpotqa: RULER qa_1 and qa_2: questions on documents (json as published, jsonl, parquet, hub name).
-        longbench: LongBench's rows: a folder of its files, or a data set of the hub.
-        prompts: a file of ready-made prompts and answers.
-        prompts_metric: `any_match`, `fraction_match`, `f1` or `exact_match`, the main figure of ready-made prompts.
-        prompts_budget: tokens to generate where the file does not say.
-        documents: text for `ntp` and `continuation` (file, folder, glob, hub name).
-        text_column: its column.
-        document_tokens: tokens taken from each document (0: all).
-        window: `ntp`: windows of so many tokens, half of each only read (0: the whole document, state carried on).
-        bucket: `ntp`: figures by position, in so many tokens.
-        short_context: folder with piqa.jsonl, arc_easy.jsonl, ...
-        limit: at most so many examples per task (0: all).
-        max_prompt_tokens: longer prompts lose their middle, by the published protocol their end (0: no limit).
-        batch_tokens: prompt tokens per batch: bounds the memory.
-        seed: of generated prompts and of sampling.
-        num_proc: processes that build RULER prompts.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    protocol: str = "standard"
-    lengths: list[int] = field(default_factory=lambda: [4096])
-    samples: int = 100
-    depths: list[float] | None = None
-    essays: str | None = None
-    squad: str | None = None
-    hotpotqa: str | None = None
-    longbench: str | None = longbench.HUB_NAME
-    prompts: str | None = None
-    prompts_metric: str = "any_match"
-    prompts_budget: int = 32
-    documents: str | None = None
-    text_column: str = "text"
-    document_tokens: int = 0
-    window: int = 0
-    bucket: int = 1024
-    short_context: str | None = None
-    limit: int = 0
-    max_prompt_tokens: int = 0
-    batch_tokens: int = 16384
-    seed: int = 42
-    num_proc: int = 1
-
-    def check(self) -> None:
-        """RefineError for a value that cannot be meant."""
-        if not self.tasks:
-            raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
-        if self.protocol not in PROTOCOLS:
-            raise RefineError(
-                f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}"
-            )
-        if self.prompts_metric not in MATCHES:
-            raise RefineError(f"prompts_metric={self.prompts_metric!r} is not one of {', '.join(MATCHES)}")
-        for name in ("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"):
-            if getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("limit", "max_prompt_tokens", "document_tokens", "window"):
-            if getattr(self, name) < 0:
-                raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
-
-        if self.window == 1:
-            raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
-
-    def names(self) -> list[str]:
-        """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
-        names: dict[str, None] = {}
-        for name in self.tasks:
-            if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
-                raise RefineError(
-                    f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
-                )
-            names |= dict.fromkeys(GROUPS.get(name, (name,)))
-        return list(names)
-
-
 @dataclass(frozen=True)
 class Row:
-    """One example's outcome.
+    """Hold the outcome of one example.
 
-    scores: main figure first. weight: what it counts in a mean (targets of a document). question: the digest of what was asked, by
-    which two runs are compared; empty in folders of earlier releases.
+    Attributes:
+        scores: figures by name, the main one first.
+        weight: how much the example counts in a mean (the targets of a document).
+        question: the digest of what was asked, by which two runs are compared; empty in folders of earlier releases.
     """
 
     id: str
@@ -161,14 +67,19 @@ class Row:
 
 
 def digest(*asked: object) -> str:
-    """Short hash of what is asked (a prompt with its references, a text with how much of it): equal for equal questions."""
+    """Hash what is asked, such as a prompt with its references, or a text with how much of it counts. Equal questions have equal hashes."""
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False, default=str).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 @dataclass
 class Context:
-    """What a task works with. adapter: test-time training before each answer, `adapt_together` prompts at a time; on_tokens: progress;
-    cost: what the latest prompt's adaptation cost (seconds, bytes), per prompt.
+    """Hold what a task works with.
+
+    Attributes:
+        batch_tokens: tokens of a batch, which bound the memory.
+        adapter: test-time training before each answer, `adapt_together` prompts at a time; None: no adaptation.
+        on_tokens: called with the number of tokens that were run, to show progress.
+        cost: what adapting to each prompt of the latest batch cost, in seconds and bytes.
     """
 
     model: CausalModel
@@ -181,7 +92,7 @@ class Context:
 
 
 class Task(Protocol):
-    """A name, what is to be said of the task, the ids of all its examples with what they ask, and rows for some of the ids."""
+    """Know the ids of all examples and what they ask, and yield rows for some of the ids; `notes` belong under the task's table."""
 
     name: str
     notes: list[str]
@@ -198,9 +109,11 @@ class Task(Protocol):
 
 @dataclass
 class GenerationTask:
-    """Prompts to be answered; `score` gives the figures of one answer.
+    """Let the model answer prompts, and score each answer.
 
-    add_bos, cut: how prompts become tokens; the paper's code gives them without special tokens and cuts long ones on the right.
+    Attributes:
+        score: the figures of one answer, given its references.
+        add_bos, cut: how prompts become tokens; the paper's code gives them no special tokens and cuts long ones on the right.
     """
 
     name: str
@@ -213,14 +126,14 @@ class GenerationTask:
     notes: list[str] = field(default_factory=list)
 
     def questions(self) -> dict[str, str]:
-        """The digest of each prompt with its references, by id."""
+        """Return the digest of each prompt with its references, by id."""
         return {e.id: digest(e.prompt, e.template, e.references) for e in self.examples}
 
     def ids(self) -> list[str]:
         return [e.id for e in self.examples]
 
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
-        """Answer and score; with `context.adapter` each prompt from the weights adapted to it."""
+        """Answer prompts and score the answers. With `context.adapter` each prompt is answered by the weights adapted to it."""
         place = {e.id: i for i, e in enumerate(self.examples)}
         requests = [self._request(place[i], context.tokenizer) for i in wanted]
         eos = end_tokens(context.model, context.tokenizer)
@@ -240,7 +153,7 @@ class GenerationTask:
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             rows = [r.ids for r in batch]
-            shortest = min(batch, key=lambda r: len(r.ids))  # that one, if any, has no position to adapt at
+            shortest = min(batch, key=lambda r: len(r.ids))  # an error about a prompt that is too short is about this one
             with in_row(self._where(shortest.key)), context.adapter.adapt(rows):
                 clock = time.perf_counter()
                 hidden, cache = prefill(context.model, rows)
@@ -257,7 +170,7 @@ class GenerationTask:
             yield list(zip(batch, tokens, strict=True))
 
     def _where(self, key: int) -> str:
-        """What an error calls an example."""
+        """Name an example as errors do."""
         e = self.examples[key]
         return e.where or f"{self.name}, example {e.id}"
 
@@ -294,7 +207,7 @@ def _published_qa(output: str, references: Sequence[str]) -> Scores:
 
 
 def truncate_right(ids: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` tokens, the first ones: how the paper's code cuts a prompt, its question with it."""
+    """Keep the first `limit` tokens, as the paper's code does, which cuts off a long prompt's question."""
     return list(ids[:limit])
 
 
@@ -313,14 +226,14 @@ def _longbench_scores(name: str, published: bool) -> Callable[[str, Sequence[str
 
 @dataclass
 class ChoiceTask:
-    """Short contexts, scored by the likelihood of each choice."""
+    """Score short contexts by the likelihood of each choice."""
 
     name: str
     examples: list[likelihood.ChoiceExample]
     notes: list[str] = field(default_factory=list)
 
     def questions(self) -> dict[str, str]:
-        """The digest of each example's texts and its right choice, by id."""
+        """Return the digest of each example's texts and its right choice, by id."""
         return {e.id: digest(e.pairs, e.label) for e in self.examples}
 
     def ids(self) -> list[str]:
@@ -336,7 +249,7 @@ class ChoiceTask:
 
 @dataclass
 class DocumentTask:
-    """`ntp` or `continuation` on documents."""
+    """Measure documents: next-token figures (`ntp`), or K greedy tokens against the text (`continuation`)."""
 
     name: str
     texts: list[str]
@@ -344,7 +257,7 @@ class DocumentTask:
     notes: list[str] = field(default_factory=list)
 
     def questions(self) -> dict[str, str]:
-        """The digest of each text and of what is taken of it, by id."""
+        """Return the digest of each text and of how much of it counts, by id."""
         a = self.arguments
         taken = (a.document_tokens,) if self.name == "ntp" else (a.document_tokens, a.window, a.seed)
         return {key: digest(text, *taken) for key, text in zip(self.ids(), self.texts, strict=True)}
@@ -378,7 +291,11 @@ class DocumentTask:
 
 
 def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
-    """The tasks asked for, with their examples. RefineError for anything missing or malformed, before any model runs."""
+    """Build the tasks that are asked for, with their examples.
+
+    Raises:
+        RefineError: something is missing or malformed. It is raised before any model runs.
+    """
     arguments.check()
     names = arguments.names()
     a, published = arguments, arguments.protocol == "published"
@@ -388,7 +305,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
         examples = examples[: a.limit or None]
         for e in examples:
             if not isinstance(e.prompt, str):
-                with in_row(e.where):  # a conversation that the template does not take is found before any is answered
+                with in_row(e.where):  # a conversation that the template refuses is found before any prompt is answered
                     render(tokenizer, e.prompt, **e.template)
         tasks[name] = GenerationTask(name, examples, score, max_prompt_tokens=a.max_prompt_tokens)
         if as_paper:
@@ -403,7 +320,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
         left_out: dict[str, list[str]] = {}
         built = ruler.build_ruler(wanted, a.lengths, a.samples, tokenizer, sources, a.seed, a.depths, a.num_proc, left_out)
         for name, examples in built.items():
-            as_paper = published and name in ruler.QA_TASKS  # the paper's code has no needle tasks
+            as_paper = published and name in ruler.QA_TASKS  # the paper's code has no rules for needle tasks
             qa_score = _published_qa if as_paper else _qa_scores
             generation(name, examples, qa_score if name in ruler.QA_TASKS else _ruler_scores, as_paper)
             tasks[name].notes.extend(left_out.get(name, []))
@@ -425,12 +342,15 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
     if documents:
         if a.documents is None:
             raise RefineError(f"{documents[0]} needs text: --documents")
-        rows = read_documents(a.documents, (a.text_column,), split="test", also=(), as_found=True)
-        texts = list(rows[a.text_column])[: a.limit or None]
-        if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
-            raise RefineError(
-                f"{a.documents}, row {odd}: {a.text_column} is {str(texts[odd])[:60]!r}; expected text in every row"
-            )
+        texts = _read_texts(a.documents, a.text_column, a.limit)
         for name in documents:
             tasks[name] = DocumentTask(name, texts, a)
     return list(tasks.values())
+
+
+def _read_texts(documents: str, column: str, limit: int) -> list[str]:
+    """Read the text of each document, of at most `limit` where that is not 0."""
+    texts = list(read_documents(documents, (column,), split="test", also=(), as_found=True)[column])[: limit or None]
+    if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
+        raise RefineError(f"{documents}, row {odd}: {column} is {str(texts[odd])[:60]!r}; expected text in every row")
+    return texts

@@ -1,7 +1,7 @@
-"""Scores of an answer against its references, each in 0..1, as RULER and LongBench define them.
+"""Score an answer against its references, each score in 0..1, as RULER and LongBench define them.
 
-RULER: a reference counts when it stands in the output, in any case; over several references the mean (`fraction_match`) or the best
-(`any_match`). LongBench: bag-of-words F1, ROUGE-L, class names, and edit similarity of a line of code; the best over references.
+RULER counts a reference that stands in the output, in upper or lower case, and takes the mean over references (`fraction_match`) or the
+best (`any_match`). LongBench takes the best over references of bag-of-words F1, ROUGE-L, class names, or the similarity of a line of code.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ TREC_CLASSES = (
 ).split(";")
 
 
-# With Python's limit of 1,000 calls upstream's script counts a sentence of up to 990 words; so does this.
+# With Python's limit of 1,000 nested calls upstream's script scores sentences of up to 990 words, and so does this module.
 ROUGE_CALLS = 999
 
 # --- RULER ------------------------------------------------------------------------------------------------------------
 
 
 def fraction_match(output: str, references: Sequence[str]) -> float:
-    """Share of the references that stand in the output."""
+    """Return the share of the references that stand in the output."""
     return sum(r.lower() in output.lower() for r in references) / len(references)
 
 
 def any_match(output: str, references: Sequence[str]) -> float:
-    """1 when any reference stands in the output."""
+    """Return 1 when any reference stands in the output, else 0."""
     return float(any(r.lower() in output.lower() for r in references))
 
 
@@ -64,13 +64,13 @@ def split_references(references: Sequence[str]) -> list[str]:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus white space."""
+    """Return a text in lower case, without punctuation, articles and surplus white space."""
     text = "".join(c for c in text.lower() if c not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def qa_f1(output: str, references: Sequence[str]) -> float:
-    """Best F1 between the words of the output and those of a reference."""
+    """Return the best F1 between the words of the output and those of a reference."""
     return max((_f1(normalize_answer(output).split(), normalize_answer(r).split()) for r in references), default=0.0)
 
 
@@ -83,19 +83,19 @@ def _f1(output: list[str], reference: list[str]) -> float:
 
 
 def exact_match(output: str, references: Sequence[str]) -> float:
-    """1 when the normalised output is a normalised reference."""
+    """Return 1 when the normalised output equals a normalised reference, else 0."""
     return float(any(normalize_answer(output) == normalize_answer(r) for r in references))
 
 
 def rouge_l(output: str, references: Sequence[str]) -> float:
-    """Best ROUGE-L F of the `rouge` package; 0 where it finds nothing to compare (empty output)."""
+    """Return the best ROUGE-L F of the `rouge` package; 0 where it finds nothing to compare, as with an empty output."""
     return max((_rouge_pair(output, r) for r in references), default=0.0)
 
 
 def _rouge_pair(output: str, reference: str) -> float:
     limit = sys.getrecursionlimit()
-    # The package takes a call for each word, and upstream counts a pair that is too long for that as 0. Whether it is must not depend on
-    # how deep in other calls a text is scored, so it is measured from here.
+    # The package nests a call for each word, and upstream scores a pair that is too long for that as 0. Whether a pair is too long must
+    # not depend on how deep in other calls it is scored, so the limit is counted from here.
     sys.setrecursionlimit(_depth() + ROUGE_CALLS)
     try:
         return float(_rouge().get_scores([output], [reference])[0]["rouge-l"]["f"])
@@ -119,14 +119,14 @@ def _rouge() -> Rouge:
 
 
 def classification(output: str, references: Sequence[str], classes: Sequence[str] = TREC_CLASSES) -> float:
-    """Best 1 / (class names in the output) over references that are among them."""
+    """Return the best 1 / (class names in the output) over references that are among them."""
     return max((_classification_pair(output, r, classes) for r in references), default=0.0)
 
 
 def _classification_pair(output: str, reference: str, classes: Sequence[str]) -> float:
     named = [c for c in classes if c in output]
-    # Names that are part of the reference's name do not count against it. Upstream removes while it iterates, which skips the name
-    # after each removed one; scores are comparable only if that is kept.
+    # Names that are part of the reference's name do not count against it. Upstream removes them while it iterates, which skips the name
+    # after each removed one. That is kept, so that scores can be compared.
     i = 0
     while i < len(named):
         if named[i] in reference and named[i] != reference:
@@ -136,7 +136,7 @@ def _classification_pair(output: str, reference: str, classes: Sequence[str]) ->
 
 
 def code_similarity(output: str, references: Sequence[str]) -> float:
-    """Best edit similarity between a reference and the output's first line that is code, not comment or markup."""
+    """Return the best similarity between a reference and the output's first line that is code, not a comment or markup."""
     return best_similarity(first_code_line(output) or "", references)
 
 
@@ -147,10 +147,10 @@ def first_code_line(output: str) -> str | None:
 
 
 def best_similarity(text: str, references: Sequence[str]) -> float:
-    """Best similarity of a text to a reference, in whole percent, as fuzzywuzzy's `ratio` gives it without python-Levenshtein.
+    """Return the best similarity of a text to a reference, in whole percent, as fuzzywuzzy's `ratio` gives it without python-Levenshtein.
 
-    That is difflib's ratio of matching characters, which is not an edit distance, and which leaves out frequent characters of a reference
-    of 200 characters and more. Two empty texts are equal.
+    It is difflib's ratio of matching characters, which is not an edit distance, and which leaves out frequent characters of a reference of
+    200 characters and more. Two empty texts are equal.
     """
     return max((_similarity(text, r) for r in references), default=0.0)
 

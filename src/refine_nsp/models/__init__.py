@@ -1,9 +1,9 @@
 """Fast-weight language models as transformers models; importing this package registers them with the Auto classes."""
 
+from refine_nsp.models.borrowed.classes import with_states
 from refine_nsp.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.gated_delta_net import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, GatedDeltaNetModel
-from refine_nsp.models.hybrid import with_states
 from refine_nsp.models.lact import LaCTConfig, LaCTForCausalLM, LaCTModel
 from refine_nsp.models.load import load
 from refine_nsp.models.state import FastWeightCache, LayerState, PrefixStates

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.models.names import without_wrappers
+from refine_nsp.models.weight_names import without_wrappers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAME_BASE = (True, False, "gaussian", "orthogonal")  # init_lora_weights after which the base is still itself

@@ -18,13 +18,13 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.edge import one_input, read
+from refine_nsp.models.document_marks import MARKS
 from refine_nsp.models.keywords import refuse_unknown
-from refine_nsp.models.marks import MARKS
+from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
 from refine_nsp.models.padding import Alignment, columns_to_tokens
-from refine_nsp.models.protocols import StateMixer, Trunk
-from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
+from refine_nsp.models.protocols import CausalModel, StateMixer, Trunk
+from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, TracedStates
 from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
 from refine_nsp.ops.swiglu import swiglu
@@ -205,7 +205,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             snapshot_positions: [B, P] long, input column of the last token of each prefix (-1: before the first).
             output_states: also return `states`, from which snapshots can be taken after the outputs are known.
             position_ids, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, cu_seqlens, seq_idx: where documents that are
-                packed in one row begin, each from a fresh state (`models/marks.py`).
+                packed in one row begin, each from a fresh state (`models/document_marks.py`).
             cache_position: may count the columns, which these models know.
 
         Raises:
@@ -219,7 +219,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
         }  # fmt: skip
         if past_key_values is not None and not isinstance(past_key_values, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past_key_values).__name__}")
-        out = read(
+        out = run_in_rows(
             self, one_input(input_ids, inputs_embeds), marks, attention_mask, lengths, past_key_values, use_cache, snapshot_positions,
             output_states, output_hidden_states,
         )  # fmt: skip
@@ -256,7 +256,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             past_key_values=self._advance(past, kept.finals, offsets + final[:, 0] + 1, T) if use_cache else past,
             hidden_states=tuple(hidden) if output_hidden_states else None,
             snapshots=kept.snapshots_after(offsets),
-            states=PrefixStates(kept.traces, offsets, columns_to_tokens(aligned, T)) if output_states else None,
+            states=PrefixStates(TracedStates(kept.traces, offsets), columns_to_tokens(aligned, T)) if output_states else None,
         )
 
     def branch(self, cache: FastWeightCache, n: int) -> Branches:
@@ -274,7 +274,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
     @staticmethod
     def _advance(past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int) -> FastWeightCache:
         cache = past if past is not None else FastWeightCache()
-        cache._become(FastWeightCache(layers, lengths, cache.columns + n_columns))
+        cache.advance(layers, lengths, n_columns)
         return cache
 
 
@@ -330,7 +330,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         return self.model
 
     def forward(
-        self,
+        self: CausalModel,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -342,7 +342,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         lengths: Tensor | None = None,
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
-        step: Callable[[FastWeightForCausalLM], Any] | None = None,
+        step: Callable[[CausalModel], Any] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,

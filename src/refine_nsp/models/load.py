@@ -23,9 +23,10 @@ from transformers.utils import logging
 from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.adapters import Adapter, attach, find_adapter, merged
+from refine_nsp.models.borrowed.check import check
+from refine_nsp.models.borrowed.classes import class_for
 from refine_nsp.models.families import FAMILIES, register
-from refine_nsp.models.hybrid import check, class_for
-from refine_nsp.models.names import renaming, some
+from refine_nsp.models.weight_names import renaming, some
 from refine_nsp.ops.memory import part
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

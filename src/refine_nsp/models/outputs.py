@@ -10,12 +10,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates
+from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, StatesOfPass
 
 
 @dataclass
 class FastWeightModelOutput(ModelOutput):
-    """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `PrefixStates`.
+    """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `StatesOfPass`.
 
     `document_starts`: [B, T] bool, on the host, true in the columns where packed documents begin; None where none are packed.
     """
@@ -25,7 +25,7 @@ class FastWeightModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: None = None
     snapshots: FastWeightCache | None = None
-    states: PrefixStates | None = None
+    states: StatesOfPass | None = None
     document_starts: Tensor | None = None
 
 
@@ -35,7 +35,7 @@ class FastWeightCausalLMOutput(CausalLMOutputWithPast):
 
     last_hidden_state: Tensor | None = None
     snapshots: FastWeightCache | None = None
-    states: PrefixStates | None = None
+    states: StatesOfPass | None = None
 
 
 def as_asked(output: Any, return_dict: bool | None, config: Any) -> Any:

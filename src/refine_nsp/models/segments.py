@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.hybrid import StatefulTrunk
-from refine_nsp.models.keeping import ByTokens, in_order
+from refine_nsp.models.protocols import Trunk
 from refine_nsp.models.state import NEWEST_LAST, FastWeightCache
 from refine_nsp.processes import is_sharded
 
@@ -61,7 +59,7 @@ class Handed:
 class Segments:
     """Sequences [B, T] long of a trunk, real tokens on the left; lengths: [B] long, on the host."""
 
-    trunk: Any
+    trunk: Trunk
     input_ids: Tensor
     lengths: Tensor
 
@@ -75,17 +73,19 @@ class Segments:
         def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, Handed | None]:
             past = None if before is None else before.cache()
             out = self.trunk(ids, lengths=lengths, past_key_values=past, use_cache=hands_over, snapshot_positions=relative)
-            left = _written(out.past_key_values, before) if hands_over else None
-            return out.last_hidden_state, None if rows is None else out.snapshots.index(rows), left
+            left = _written(out.past_key_values, before) if hands_over and out.past_key_values is not None else None
+            return out.last_hidden_state, None if rows is None or out.snapshots is None else out.snapshots.index(rows), left
 
         # Its activations are computed again in the backward pass.
         hidden, snapshots, left = checkpoint(forward, ids, use_reentrant=False) if torch.is_grad_enabled() else forward(ids)
         return hidden, snapshots, None if left is None else left.behind(before)
 
     def _lengths(self, start: int, end: int) -> Tensor | None:
-        """Real tokens of each row in a segment. Behind a row's last nobody asks for a state; transformers' layers, which would need masks
-        to leave pads out, may therefore read them."""
-        return None if isinstance(self.trunk, StatefulTrunk) else (self.lengths - start).clamp(0, end - start)
+        """Return the real tokens of each row in a segment, or None to read pads too.
+
+        Nobody asks for a state behind a row's last token, so a trunk that would cut its pass at each row's length may read pads.
+        """
+        return None if self.trunk.cuts_at_positions else (self.lengths - start).clamp(0, end - start)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class PassBySegments:
             assert taken is not None
             parts.append(taken)
             order.append(slots)
-        return in_order(parts, order)
+        return FastWeightCache.in_order(parts, order)
 
 
 def read_by_segments(
-    trunk: Any, input_ids: Tensor, lengths: Tensor, size: int, positions: Tensor | None = None
+    trunk: Trunk, input_ids: Tensor, lengths: Tensor, size: int, positions: Tensor | None = None
 ) -> PassBySegments:
     """Run a trunk over [B, T] ids in segments of about `size` tokens (two or more).
 
@@ -137,7 +137,7 @@ def read_by_segments(
     Raises:
         RefineError: a model whose states are tokens: it would read all before a segment with it.
     """
-    if isinstance(trunk, StatefulTrunk) and isinstance(trunk.keeping, ByTokens):
+    if trunk.rereads_prefixes:
         raise RefineError(
             f"segment_tokens={size}: {trunk.label} cannot go on from a state, which segments do; leave segment_tokens out (to save memory: "
             "gradient_checkpointing)"
@@ -158,7 +158,7 @@ def read_by_segments(
         if taken is not None:
             parts.append(taken)
             order.append(slots)
-    snapshots = in_order(parts, order) if parts else None
+    snapshots = FastWeightCache.in_order(parts, order) if parts else None
     return PassBySegments(segments, torch.cat(hidden, 1), snapshots, [0, *ends[:-1]], before[:-1])
 
 

@@ -82,6 +82,11 @@ class FastWeightCache(Cache):
         ]
         return cls(layers, torch.cat([c._lengths() for c in caches]), max(c.columns for c in caches))
 
+    @classmethod
+    def in_order(cls, parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
+        """Join states that were taken in parts; slots: for each part the rows its states become, long, on the host."""
+        return parts[0] if len(parts) == 1 else cls.concatenate(parts).index(torch.cat(list(slots)).argsort())
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all states of all rows."""
@@ -91,6 +96,10 @@ class FastWeightCache(Cache):
         if self.lengths is None:
             raise ValueError("the cache is empty: run a forward pass with it first")
         return self.lengths
+
+    def advance(self, layers: list[LayerState], lengths: Tensor | None, n_columns: int) -> None:
+        """Replace the states by those after another `n_columns` input columns."""
+        self._become(FastWeightCache(layers, lengths, self.columns + n_columns))
 
     def _become(self, other: FastWeightCache) -> None:
         self.layers, self.lengths, self.columns = other.layers, other.lengths, other.columns
@@ -172,6 +181,13 @@ def _all_rows(parts: Sequence[Tensor], at_start: bool) -> Tensor:
     return torch.cat([F.pad(x, p) if any(p) else x for x, p in zip(parts, padding, strict=True)])
 
 
+def consumed_tokens(past: FastWeightCache | None, n_rows: int) -> Tensor:
+    """Count the tokens that each of `n_rows` rows has consumed before a pass, [B] long; several rows may continue from one of `past`."""
+    if past is None or past.lengths is None:
+        return torch.zeros(n_rows, dtype=torch.long)
+    return past.lengths.repeat_interleave(n_rows // past.batch_size)
+
+
 def rows_of_their_own(state: LayerState, offsets: Tensor, branches: int) -> tuple[LayerState, Tensor]:
     """Each of the S rows of a state and its offset `branches` times, neighbours together."""
     if branches == 1:
@@ -206,25 +222,44 @@ def _last_of_all(x: Tensor, history: Tensor | None, count: int, position: int) -
     return torch.cat([before, own], 1)
 
 
-@dataclass(frozen=True)
-class PrefixStates:
-    """All states of one forward pass, by reference: pick positions after having seen its outputs (the fused schedule).
+class StatesOfPass(Protocol):
+    """The states of a pass, to be picked at positions that are chosen after its outputs are known.
 
-    Holds each layer's intermediate results until it is dropped, so take the snapshots and let go of it.
+    It holds intermediate results until it is dropped, so take the snapshots and let go of it.
     """
 
-    traces: list[LayerTrace]
-    offsets: Tensor  # [B] long, on the host: real tokens consumed before this pass
+    def at(self, positions: Tensor) -> FastWeightCache:
+        """Take the states after the tokens at `positions` [B, P] long (-1: before the first) as B*P rows, row b*P + p.
+
+        They are differentiable with respect to everything the pass computed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PrefixStates:
+    """The states of a pass by input columns, which callers count in; `by_token` counts each row's real tokens."""
+
+    by_token: StatesOfPass
     columns_to_tokens: Tensor | None  # [B, T] long, on the host: index among the row's real tokens of each column; None: identity
 
     def at(self, positions: Tensor) -> FastWeightCache:
-        """Snapshot after the token in input column `positions` [B, P] long (-1: before the first), as B*P rows.
-
-        Differentiable with respect to everything the pass computed. Rows are row-major: row b*P + p.
-        """
+        """Take the states after the tokens in input columns `positions`; see `StatesOfPass.at`."""
         tokens = positions = positions.cpu()  # where a device chose them, the one thing a step asks it for
         if self.columns_to_tokens is not None:
             tokens = self.columns_to_tokens.gather(1, positions.clamp(min=0)).where(positions >= 0, positions)
-        lengths = (self.offsets[:, None] + tokens + 1).reshape(-1)
+        return self.by_token.at(tokens)
+
+
+@dataclass(frozen=True)
+class TracedStates:
+    """The states of a pass through our own layers, rebuilt from their traces."""
+
+    traces: list[LayerTrace]
+    offsets: Tensor  # [B] long, on the host: real tokens consumed before this pass
+
+    def at(self, positions: Tensor) -> FastWeightCache:
+        """Rebuild the states after the real tokens numbered `positions`; see `StatesOfPass.at`."""
+        lengths = (self.offsets[:, None] + positions + 1).reshape(-1)
         columns = int(lengths.max()) if lengths.numel() else 0
-        return FastWeightCache([trace.at(tokens) for trace in self.traces], lengths, columns)
+        return FastWeightCache([trace.at(positions) for trace in self.traces], lengths, columns)

@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.kernels import delta_rule_runs
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
@@ -240,11 +241,17 @@ def _minus_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(zero, *_flat(a, b), beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
 
 
+class _DeltaContext(Context):
+    has_initial: bool
+
+
 class _ChunkedDeltaRule(torch.autograd.Function):
     """q, k, v [n, B, HV, C, D], beta and g [n, B, HV, C], S0 -> o [n, B, HV, C, Dv], starts [n+1, B, HV, Dk, Dv], u."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None) -> Any:
+    def forward(
+        ctx: _DeltaContext, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None
+    ) -> tuple[Tensor, ...]:
         n, B, HV, _, Dk = q.shape
         Dv, scale = v.shape[-1], Dk**-0.5
         decay, b = _decay(g), beta[..., None]
@@ -276,7 +283,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Any:
+    def backward(ctx: _DeltaContext, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Gradients:
         q, k, v, beta, X, w, u, starts, P, A, *decays = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         decay, b, S = _Decay(*decays), beta[..., None], starts[:-1]

@@ -16,7 +16,6 @@ b [B, T, HV] is the running sum of g inside chunks of C = 64 tokens, n their num
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -30,6 +29,8 @@ from fla.ops.utils import chunk_local_cumsum
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from refine_nsp.ops.autograd import Context, Gradients
 
 C = 64  # tokens per chunk, the only size for which all their kernels are fused
 
@@ -67,9 +68,15 @@ def in_chunks(u: Tensor) -> Tensor:
     return u.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
 
 
+class _KernelContext(Context):
+    dtype_of_g: torch.dtype | None
+
+
 class _KernelDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None) -> Any:
+    def forward(
+        ctx: _KernelContext, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None
+    ) -> tuple[Tensor, ...]:
         b = None if g is None else chunk_local_cumsum(g, chunk_size=C, scale=1 / math.log(2))
         # The plain rule too goes by the kernels of the gated one, which take no decay as well.
         w, xv, X = chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=b, beta=beta, chunk_size=C)
@@ -85,7 +92,9 @@ class _KernelDeltaRule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dstarts: Tensor | None, du: Tensor | None, dfinal: Tensor | None) -> Any:
+    def backward(
+        ctx: _KernelContext, do: Tensor | None, dstarts: Tensor | None, du: Tensor | None, dfinal: Tensor | None
+    ) -> Gradients:
         q, k, v, beta, b, X, S0 = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         do = torch.zeros_like(v) if do is None else do.contiguous()

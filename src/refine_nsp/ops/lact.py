@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, state: State) -> Tokens:
         """The open tokens of a state."""
-        return cls(*(state.get(f"open_{name}") for name in cls._fields))  # type: ignore[arg-type]
+        return cls(state["open_k"], state["open_v"], state["open_lr"], state.get("open_momentum"))
 
 
 @dataclass(frozen=True)

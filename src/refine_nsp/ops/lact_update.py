@@ -9,13 +9,14 @@ dtype of keys and values, as in the original.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.precision import without_autocast
 
 NORM_EPSILON = 1e-5
@@ -169,18 +170,18 @@ def naive_update(
     state: FastState, norms: Pair, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, rule: UpdateRule
 ) -> FastState:
     """`update`."""
-    before = [None if pair is None else pair.parts() for pair in state]
+    mains = (state.weights if state.main is None else state.main).parts()
+    momenta = None if state.momentum is None else state.momentum.parts()
     rates, lengths, dtype = lr.chunk(3, -1), norms.parts(), rule.muon_dtype(k.dtype)
     w0, w1, w2 = (w.to(k.dtype) for w in state.weights.parts())
     hidden, dgate, dup = naive_hidden_terms(k @ w0.mT, k @ w2.mT, v @ w1)
     steps = [dgate.mT @ (k * rates[0]).to(k.dtype), v.mT @ (hidden * rates[1]).to(v.dtype), dup.mT @ (k * rates[2]).to(k.dtype)]
     after: list[list[Tensor]] = [[], [], []]
     for i, step in enumerate(steps):
-        if momentum is not None and before[2] is not None:
-            step = step + before[2][i] * momentum.mean(-2, keepdim=True)
+        if momentum is not None and momenta is not None:
+            step = step + momenta[i] * momentum.mean(-2, keepdim=True)
             after[2].append(step)
-        start = (before[1] or before[0])[i]  # type: ignore[index]
-        after[1].append(start + (step if dtype is None else newton_schulz(step, dtype)))
+        after[1].append(mains[i] + (step if dtype is None else newton_schulz(step, dtype)))
         after[0].append(naive_with_row_norms(after[1][-1], lengths[i]))
     pairs = [Pair.of(Triple(*parts)) if parts else None for parts in after]
     assert pairs[0] is not None
@@ -225,7 +226,7 @@ def with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         gate, up = x.chunk(2, -2)
         return F.silu(gate).mul_(up)
@@ -233,7 +234,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Context, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return _gradient_of_gated(x, F.silu(x.chunk(2, -2)[0]), dy)
 
@@ -250,7 +251,7 @@ def _gradient_of_gated(x: Tensor, active: Tensor, dy: Tensor) -> Tensor:
 
 class _HiddenTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dhidden: Tensor, lr: Tensor) -> Any:
+    def forward(ctx: Context, x: Tensor, dhidden: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, dhidden, lr)
         gate, up = x.chunk(2, -2)
         active = F.silu(gate)
@@ -262,7 +263,7 @@ class _HiddenTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, of_hidden: Tensor, of_dx: Tensor) -> Any:
+    def backward(ctx: Context, of_hidden: Tensor, of_dx: Tensor) -> Gradients:
         x, h, lr = ctx.saved_tensors
         gate, up = x.chunk(2, -2)
         sigma = torch.sigmoid(gate)
@@ -302,9 +303,13 @@ def _rates(lr: Tensor) -> Tensor:
     return lr[..., ::2, :].unsqueeze(-2)
 
 
+class _RowNormsContext(Context):
+    shape: torch.Size
+
+
 class _WithRowNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, n: Tensor) -> Tensor:
+    def forward(ctx: _RowNormsContext, w: Tensor, n: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         factor = (norm + NORM_EPSILON).reciprocal_()
         scale = n * factor
@@ -315,7 +320,7 @@ class _WithRowNorms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: _RowNormsContext, dy: Tensor) -> Gradients:
         w, norm, factor, scale = ctx.saved_tensors
         dn = (dy * w).sum(-1, keepdim=True).mul_(factor)
         # A row of zeros has no direction to follow; its dn is 0 already.

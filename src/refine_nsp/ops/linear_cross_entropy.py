@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 BLOCK_LOGITS = 2**22  # logits held at once: 16 MB in float32
@@ -174,7 +174,7 @@ class _Outputs:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Any:
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, ...]:
         out = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
         token_weights = token_weights.to(out.wide)
         for s in _blocks(hidden.shape[0], weight):
@@ -188,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> Any:
+    def backward(ctx: Context, dloss: Tensor, *_: Tensor | None) -> Gradients:
         dhidden, dweight = ctx.saved_tensors
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in (dhidden, dweight)]
         return scaled[0], scaled[1], None, None
@@ -319,16 +319,16 @@ def linear_next_sequence(
 
 
 @without_autocast
-def _run_sequence(*args: Any) -> tuple[Tensor, ...]:
+def _run_sequence(*args: object) -> tuple[Tensor, ...]:
     return _LinearNextSequence.apply(*args)
 
 
 class _LinearNextSequence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor, token_weights: Tensor, local: Tensor | None,
+        ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor, token_weights: Tensor, local: Tensor | None,
         settings: tuple[int, float, bool, float, float],
-    ) -> Any:  # fmt: skip
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         K, order, gain, ntp_scale, policy_scale = settings
         n, out = hidden.shape[0], _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
         target_weights, token_weights = target_weights.to(out.wide), token_weights.to(out.wide)
@@ -357,14 +357,14 @@ class _LinearNextSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Any) -> Any:
+    def backward(ctx: Context, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Tensor | None) -> Gradients:
         hidden, weight, targets, target_weights, coefficients, *gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]
         if dntp is not None or dpolicy is not None:
             again = _Outputs(hidden, weight, *ctx.needs_input_grad[:2])
             parts = [x * d for x, d in ((target_weights, dntp), (coefficients, dpolicy)) if d is not None]
             for s in _blocks(len(hidden), weight):
-                again.add_gradient(s, _Block(hidden[s], weight, targets[s], again.wide), slice(None), sum(parts)[s])
+                again.add_gradient(s, _Block(hidden[s], weight, targets[s], again.wide), slice(None), sum(parts[1:], parts[0])[s])
             scaled = [b if a is None else a if b is None else a + b for a, b in zip(scaled, again.gradients(), strict=True)]
         return (*scaled, None, None, None, None, None)
 

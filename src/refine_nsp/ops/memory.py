@@ -1,85 +1,93 @@
-"""Running out of memory, said in one line: which part of a step asked for too much, and which settings make it ask for less."""
+"""Say in one line that memory ran out: which part of a step asked for too much, and which settings make it ask for less.
+
+Parts are named where they run. What helps is known to whoever runs the whole and gives it settings, so callers further up may add
+remedies of their own; here, only the method's settings are named (`config.py`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from refine_nsp.errors import RefineError
 
-# What a part of a step is called in the line, and what makes it smaller.
+# The words for each part of a step, and what makes it smaller whoever runs it.
 PARTS = {
     "loading": ("the weights", "load them in bfloat16 (dtype), or over several devices (recipes/accelerate)"),
-    "forward": (
-        "the forward pass",
-        "set gradient_checkpointing or segment_tokens, or lower per_device_train_batch_size or max_length",
-    ),
-    "context": (
-        "the pass over local windows",
-        "lower per_device_train_batch_size or local_window, or keep the scores with the data: context_scores=cached",
-    ),
-    "logits": ("the head's logits and losses", "lower per_device_train_batch_size or max_length"),
-    "rollouts": ("the rollouts", "lower num_generations, positions_per_sequence or per_device_train_batch_size"),
-    "backward": (
-        "the backward pass",
-        "set gradient_checkpointing or segment_tokens, or lower per_device_train_batch_size, num_generations or max_length",
-    ),
-    "optimizer": (
-        "the optimizer step",
-        "set use_peft or an optim with a smaller state (adafactor), or share the state out (recipes/accelerate, FSDP)",
-    ),
-    "validation": ("the validation", "lower per_device_eval_batch_size or max_length"),
-    "evaluation": ("the evaluation", "lower batch_tokens or lengths"),
+    "forward": ("the forward pass", "set segment_tokens, or give it fewer or shorter sequences"),
+    "context": ("the pass over local windows", "lower local_window, or give it fewer sequences"),
+    "logits": ("the head's logits and losses", "give it fewer or shorter sequences"),
+    "rollouts": ("the rollouts", "lower num_generations or positions_per_sequence, or give it fewer sequences"),
+    "backward": ("the backward pass", "set segment_tokens, lower num_generations, or give it fewer or shorter sequences"),
+    "optimizer": ("the optimizer step", "train fewer weights (adapters), or choose an optimizer with a smaller state"),
+    "validation": ("the validation", "give it fewer or shorter sequences"),
+    "evaluation": ("the evaluation", "give it fewer or shorter sequences"),
 }
-LEARNING_NOTHING = ("validation", "evaluation")  # what lowers a training step's memory would be no help there
-inside: list[str] = []  # parts that are under way, the innermost last
+inside: list[str] = []  # names of the parts that are under way, the innermost last
 MESSAGES = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 
 
 class OutOfMemory(RefineError, torch.OutOfMemoryError):
-    """One line, and still what callers who try smaller batches look for (accelerate reads the first sentence)."""
+    """Memory ran out in one part of a step.
+
+    It is a `torch.OutOfMemoryError` too, whose first sentence callers who try smaller batches look for (accelerate does).
+
+    Attributes:
+        part: one of `PARTS`. reported: the allocator's own message.
+    """
+
+    part: str
+    reported: str
+
+    @classmethod
+    def of(cls, part: str, reported: str, remedy: str) -> OutOfMemory:
+        """Make the error whose message is one line: the first sentence, the part, how much it asked for, the remedy."""
+        error = cls(f"{_first_sentence(reported)}. In {PARTS[part][0]}{_asked_for(reported)}: {remedy}")
+        error.part, error.reported = part, reported
+        return error
 
 
 @contextmanager
-def part(name: str) -> Iterator[None]:
-    """Of a step, one of `PARTS`: memory that runs out inside is an `OutOfMemory` that names it. Parts nest; the innermost is named."""
+def part(name: str, remedies: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Name the part of a step that runs inside: memory that runs out there becomes an `OutOfMemory` that names it.
+
+    Parts nest, and the innermost is named. The outermost `remedies` decide what is advised: a caller who gives some is also named in the
+    place of an inner part that these leave out, since the usual advice for that part would not help there (a validation keeps nothing for
+    a backward pass).
+
+    Args:
+        name: one of `PARTS`. remedies: what makes a part smaller, by its name; with one for `name` itself.
+    """
     inside.append(name)
     try:
         yield
     except OutOfMemory as inner:
-        if name not in LEARNING_NOTHING:
+        if remedies is None:
             raise
-        raise OutOfMemory(_line(name, str(inner.__cause__))) from inner.__cause__
+        named = inner.part if inner.part in remedies else name
+        raise OutOfMemory.of(named, inner.reported, remedies[named]) from inner.__cause__
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(known in str(error) for known in MESSAGES):
             raise
-        raise OutOfMemory(_line(name, str(error))) from error
+        raise OutOfMemory.of(name, str(error), (remedies or {}).get(name, PARTS[name][1])) from error
     finally:
         inside.pop()
 
 
-def _line(name: str, text: str) -> str:
-    what, remedy = PARTS[name]
-    return f"{_first_sentence(text)}. In {what}{_asked_for(text)}: {remedy}"
-
-
-def _first_sentence(text: str) -> str:
-    known = next((m for m in MESSAGES if m in text), MESSAGES[0])
-    device = next((d for d in ("CUDA", "HIP", "XPU", "MPS backend") if f"{d} {known}" in text), None)
+def _first_sentence(reported: str) -> str:
+    known = next((m for m in MESSAGES if m in reported), MESSAGES[0])
+    device = next((d for d in ("CUDA", "HIP", "XPU", "MPS backend") if f"{d} {known}" in reported), None)
     return known if device is None else f"{device} {known}"
 
 
-def _asked_for(text: str) -> str:
-    """How much, where the message says so."""
-    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)", text)
+def _asked_for(reported: str) -> str:
+    """Say how much was asked for, where the allocator's message tells it."""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)", reported)
     if found is None:
         return ""
     number, unit = found.groups()
-    return (
-        f", which asked for {float(number) / 2**30:.2f} GiB more"
-        if unit == "bytes"
-        else f", which asked for {number} {unit} more"
-    )
+    amount = f"{float(number) / 2**30:.2f} GiB" if unit == "bytes" else f"{number} {unit}"
+    return f", which asked for {amount} more"

@@ -5,13 +5,12 @@ Statistics are in float32 or better; results come back in the input's dtype.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.kernels import norm_runs
 from refine_nsp.ops.precision import without_autocast
 
@@ -59,11 +58,15 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     return rms_norm(x, weight, eps).to(gate.dtype) * F.silu(gate)
 
 
+class _NormContext(Context):
+    divisor: int
+
+
 class _ScaledNorm(torch.autograd.Function):
     """x * (sum(x^2) / divisor + eps)^-1/2 * weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
+    def forward(ctx: _NormContext, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         xw = x.to(wide)
         # vector_norm reads x once; a mean of squares would write and read another tensor of its size.
@@ -78,7 +81,7 @@ class _ScaledNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: _NormContext, dy: Tensor) -> Gradients:
         x, weight, inverse = ctx.saved_tensors
         wide = inverse.dtype
         D = x.shape[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def without_autocast(function: F) -> F:
     """
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> object:
         # None: a backward pass none of whose outputs has a gradient.
         device = next((a.device.type for a in args if isinstance(a, Tensor)), None)
         # Entering the context costs as much as a small op, so only where it changes something.
@@ -29,7 +29,7 @@ def without_autocast(function: F) -> F:
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
-    return wrapped  # type: ignore[return-value]
+    return cast(F, wrapped)
 
 
 @torch.no_grad()

@@ -5,13 +5,12 @@ A framework convolution wants [B, D, T] and pays two transposes; W is 4. Here W 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.kernels import fused
 from refine_nsp.ops.precision import without_autocast
 
@@ -47,7 +46,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 
 class _ShortConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None) -> Tensor:
         z = _convolve(x, weight, bias, history)
         ctx.save_for_backward(x, weight, bias, history, z if silu else None)
         return F.silu(z) if silu else z
@@ -55,7 +54,7 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         x, weight, bias, history, z = ctx.saved_tensors
         T, W = x.shape[1], weight.shape[1]
         dz = dy if z is None else torch.ops.aten.silu_backward(dy, z)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.kernels import fused
 from refine_nsp.ops.precision import without_autocast
 
@@ -29,14 +28,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         gate, up = ctx.saved_tensors
         # silu once more, since keeping it from the forward would be a third tensor of the MLP's width for every layer. In place on fresh
         # results, and torch's own kernel for the derivative: memory passes are what this costs.

@@ -1,1 +1,1 @@
-"""Prompts with answers, for training and for evaluation: examples, question sources, RULER's generators, encoding."""
+"""This room makes prompts with answers, for training and for evaluation, and turns them into tokens."""

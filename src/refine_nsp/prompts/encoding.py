@@ -1,8 +1,8 @@
-"""The one place that makes tokens of prompts, contexts, answers and continuations, for training, test time, generation and evaluation.
+"""Make tokens of prompts, contexts, answers and continuations: training, test time, generation and evaluation all do it here.
 
-A prompt begins with what the tokenizer puts before a text (BOS, where it has one) exactly once, whether the tokenizer writes it or a chat
-template has, and nothing follows it: the EOS or separator that some tokenizers append would end a prompt before its answer. An answer is
-whole and has exactly one EOS behind it. Documents are no prompts: they keep all special tokens of their tokenizer.
+A prompt begins exactly once with what the tokenizer puts before a text (BOS, where it has one), whether the tokenizer or a chat template
+writes it. Nothing follows a prompt: the EOS or separator that some tokenizers append would end it before its answer. An answer is whole and
+ends with exactly one EOS. Documents are not prompts: they keep all special tokens of their tokenizer.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError, first_line
 
 Pair = tuple[list[int], list[int]]  # context ids (at least one), continuation ids (at least one)
-Messages = Sequence[
-    Mapping[str, Any]
-]  # a conversation: role, content (text, or parts that are text), and what a template may read
+Message = Mapping[str, Any]  # role, content (text, or parts that are text), and whatever else a template may read
+Messages = Sequence[Message]
 Prompt = str | Messages
 
-PROBE = "a"  # a text of which only its neighbours are of interest
-PLACEHOLDER = "<answer>"  # stands in a conversation where the answer will, to see what the template writes around it
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
+PROBE = "a"  # a text that is encoded only to see which tokens appear around it
+PLACEHOLDER = "<answer>"  # it takes the answer's place in a conversation, to see what the template writes around an answer
+ROLES = {"human": "user", "gpt": "assistant"}  # the roles of ShareGPT's conversations
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text alone, without special tokens around them."""
+    """Encode a text alone, without special tokens around it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text: BOS for most, [CLS] for some, often none."""
+    """Return the special tokens that the tokenizer puts before a text: BOS for most, [CLS] for some, often none."""
     whole, plain = list(tokenizer(PROBE)["input_ids"]), encode_text(tokenizer, PROBE)
     for at in range(len(whole) - len(plain) + 1):
         if whole[at : at + len(plain)] == plain:
@@ -46,12 +45,12 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: Any) -> list[int]:
-    """Tokens of what a model is to continue: a text, or a conversation by the tokenizer's chat template.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: object) -> list[int]:
+    """Encode what a model is to continue: a text, or a conversation by the tokenizer's chat template.
 
     Args:
         prompt: a text as it is, which may have been written by a chat template already; or messages (see `render`).
-        template: what the chat template is given besides (`tools`, `enable_thinking`, ...).
+        template: what the chat template is given in addition (`tools`, `enable_thinking`, ...).
 
     Raises:
         RefineError: messages that are none, or that the template refuses; a tokenizer without a template.
@@ -62,9 +61,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Pair:
-    """Tokens of the context, and those that `context + continuation` adds, trailing spaces of the context moved over (as in lm-eval).
+    """Encode a context, and the tokens that `context + continuation` adds to it. Trailing spaces move to the continuation, as in lm-eval.
 
-    A continuation that merges into the context's last token would have none: it is encoded by itself.
+    A continuation that merges into the context's last token would have no token of its own, so it is encoded by itself.
 
     Raises:
         RefineError: a continuation without any token; an empty context, and a tokenizer without BOS and EOS.
@@ -82,14 +81,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return before, ids
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str | Mapping[str, Any], **template: Any) -> Pair:
-    """Tokens of the prompt as `encode_prompt` makes them, and of the whole answer behind it, with exactly one EOS at its end.
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str | Message, **template: object) -> Pair:
+    """Encode a prompt as `encode_prompt` does, and the whole answer behind it, with exactly one EOS at its end.
 
-    White space at the prompt's end that merges with the answer is the answer's. Behind a conversation, the answer is the assistant's turn
-    with what the chat template writes around it: the end of a turn, then EOS if that is another token.
+    White space at the prompt's end that merges with the answer belongs to the answer. Behind a conversation, the answer is the assistant's
+    turn with what the chat template writes around it: the end of a turn, then EOS if that is another token.
 
     Args:
-        answer: a text, just as it follows the prompt's; or, behind messages, the assistant's message too.
+        answer: a text exactly as it follows the prompt's text, or the assistant's message behind messages.
         template: see `encode_prompt`.
 
     Raises:
@@ -113,7 +112,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: st
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, text: str, answer: str) -> Pair:
-    """Tokens of a text and of the answer in its place behind it; by itself, where it merges with more than white space."""
+    """Encode a text and the answer that follows it. An answer that merges with more than white space is encoded by itself."""
     before, both = encode_prompt(tokenizer, text), encode_prompt(tokenizer, text + answer)
     if both[: len(before)] != before and text != text.rstrip():
         bare = encode_prompt(tokenizer, text.rstrip())
@@ -126,7 +125,11 @@ def _behind(tokenizer: PreTrainedTokenizerBase, text: str, answer: str) -> Pair:
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before an empty context: BOS, EOS, or what the tokenizer begins texts with. RefineError when it has none of them."""
+    """Choose the token that stands before an empty context: BOS, EOS, or the one the tokenizer begins texts with.
+
+    Raises:
+        RefineError: the tokenizer has none of them.
+    """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *leading_tokens(tokenizer)):
         if token is not None:
             return int(token)
@@ -136,8 +139,8 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def as_messages(value: Any) -> list[dict[str, Any]]:
-    """A conversation as chat templates take it: content as text, keys without a value left out (columns of files fill them with None).
+def as_messages(value: object) -> list[dict[str, Any]]:
+    """Convert a conversation to what chat templates take: content as text, and no key without a value (files' columns fill in None).
 
     Args:
         value: messages of `role` and `content`, or ShareGPT's `from` and `value`. Content may be a list of parts, if all are text.
@@ -150,7 +153,7 @@ def as_messages(value: Any) -> list[dict[str, Any]]:
     return [_message(message, i) for i, message in enumerate(value)]
 
 
-def _message(message: Any, place: int) -> dict[str, Any]:
+def _message(message: object, place: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RefineError(f"message {place} is {_shown(message)}; expected a mapping of role and content")
     known = _filled(message)
@@ -164,7 +167,7 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     return {"role": role, "content": _content(content, place), **known}
 
 
-def _content(content: Any, place: int) -> str:
+def _content(content: object, place: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
@@ -177,23 +180,23 @@ def _content(content: Any, place: int) -> str:
 
 
 def _filled(value: Any) -> Any:
-    """The value without keys that hold None, which a file's columns give to every row when one row has them."""
+    """Drop keys that hold None: a file's columns give them to every row when one row has them."""
     if isinstance(value, Mapping):
         return {key: _filled(v) for key, v in value.items() if v is not None}
     return [_filled(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{value!r:.60} ({type(value).__name__})"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -> str:
-    """The text of a conversation by the tokenizer's chat template.
+def render(tokenizer: PreTrainedTokenizerBase, messages: object, **template: object) -> str:
+    """Write a conversation as text by the tokenizer's chat template.
 
-    Behind a user's turn the assistant's is begun; an assistant's turn at the end is left open, to be continued (as TRL and lm-eval do).
+    After a user's turn the assistant's turn is begun. An assistant's turn at the end is left open, to be continued, as TRL and lm-eval do.
 
     Raises:
-        RefineError: no template, messages that are none, or that the template refuses.
+        RefineError: there is no template, these are no messages, or the template refuses them.
     """
     known = as_messages(messages)
     if not tokenizer.chat_template:
@@ -204,20 +207,22 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -
     return _apply(tokenizer, known, template, add_generation_prompt=not left_open, continue_final_message=left_open)
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, Any], **how: Any) -> str:
-    options = {key: _filled(value) for key, value in template.items() if value is not None}
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, object], **how: bool
+) -> str:
+    options: dict[str, Any] = {**{key: _filled(value) for key, value in template.items() if value is not None}, **how}
     try:
-        if isinstance(options.get("tools"), str):  # as TRL takes them from a column
-            options["tools"] = json.loads(options["tools"])
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **how))
-    except Exception as error:  # jinja's kinds, and whatever a template's own code raises
+        if isinstance(tools := options.get("tools"), str):  # TRL also takes tools as JSON in a column
+            options["tools"] = json.loads(tools)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template's code may raise anything, besides jinja's own kinds
         raise RefineError(f"the tokenizer's chat template does not take these messages: {first_line(error)}") from error
 
 
 def _turn(
-    tokenizer: PreTrainedTokenizerBase, text: str, prompt: Messages, answer: str | Mapping[str, Any], template: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt: Messages, answer: str | Message, template: Mapping[str, object]
 ) -> str:
-    """What follows the text of a prompt: the answer, and what the template writes around it in the assistant's turn."""
+    """Write what follows the text of a prompt: the answer, and what the template writes around it in the assistant's turn."""
     known = as_messages(prompt)
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else as_messages([answer])[0]
     words = message.get("content", "")
@@ -238,10 +243,10 @@ def _turn(
 
 
 def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
-    """At most `limit` tokens: the first half and the last, as LongBench cuts prompts; the end keeps at least `tail` tokens.
+    """Cut a prompt to `limit` tokens by taking out its middle, as LongBench does; the end keeps at least `tail` tokens.
 
     Raises:
-        RefineError: `tail` alone is longer.
+        RefineError: `tail` alone is longer than `limit`.
     """
     if len(ids) <= limit:
         return list(ids)
@@ -252,8 +257,8 @@ def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
 
 
 def content_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of what a tokenizer does, by which tokens are kept in a cache. (Pickled, it differs once it has been used.)"""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # those written in Python have none
+    """Digest what a tokenizer does, as the key by which its tokens are cached. (A pickled tokenizer differs once it has been used.)"""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
     files = (
         [] if backend is not None else [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.init_kwargs.items()))]
     )

@@ -1,4 +1,4 @@
-"""The haystack of RULER's needles: the user's essays, or English prose that is on every machine."""
+"""Read the haystack of RULER's needles: the user's essays, or English prose that every machine has."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from refine_nsp.text.reading import read_documents
 
 
 def essay_words(name: str | None, text_column: str = "text") -> list[str]:
-    """Words of the user's essays (a text, jsonl or parquet file, folder or hub name), or of Python's own reference documentation.
+    """Read the words of the user's essays (a text, jsonl or parquet file, folder or hub name), or of Python's reference documentation.
 
-    That default, the language reference which `help()` shows, is on every machine, English prose, and no part of the training text of
-    the shipped base.
+    The default is the language reference that `help()` shows: every machine has it, it is English prose, and no shipped base was trained
+    on it.
     """
     if name is None:
         from pydoc_data.topics import topics

@@ -1,4 +1,4 @@
-"""Prompts with answers as files hold them, one record for RULER, LongBench and a user's own: a row is a prompt and what answers it."""
+"""Read prompts with answers from a user's files, and hold them in one record that RULER and LongBench share."""
 
 from __future__ import annotations
 
@@ -8,66 +8,69 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import expecting
-from refine_nsp.prompts.encoding import Prompt, as_messages
+from refine_nsp.prompts.encoding import Message, Prompt, as_messages
 from refine_nsp.text.reading import read_documents
 
 PROMPT_COLUMNS = ("prompt", "input", "messages", "conversations", "question")
 ANSWER_COLUMNS = ("answers", "answer", "outputs", "output", "completion")
-CONVERSATIONS = ("messages", "conversations")  # their last turn may be the answer
-PARTS = ("input", "question")  # what may be a prompt, or a part of one
-OTHER_PARTS = ("instruction", "context", "passage", "choices", "options")  # beside which it is a part
-BESIDE = (*ANSWER_COLUMNS, *OTHER_PARTS, "chat_template_kwargs", "tools")
+CONVERSATIONS = ("messages", "conversations")  # columns whose last turn may be the answer
+PARTS = ("input", "question")  # columns that hold a prompt, or only a part of one where a column of OTHER_PARTS is there too
+OTHER_PARTS = ("instruction", "context", "passage", "choices", "options")
+FURTHER = (*ANSWER_COLUMNS, *OTHER_PARTS, "chat_template_kwargs", "tools")  # other columns that are read of a file of prompts
 NAMING = ("id", "_id", "index", "task", "max_gen_tokens", "max_seq_length", "prompt_length")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its references (any is right, or all are asked for: the task's metric decides).
+    """Hold a prompt with its references; the task's metric decides whether any is right or all are asked for.
 
-    budget: tokens that may be generated. meta: what a table or a plot may group by (length, depth, ...). template: what a chat template is
-    given besides messages. where: the file and row, for errors.
+    Attributes:
+        id: a name by which results are resumed and compared.
+        budget: how many tokens may be generated.
+        meta: what a table or a plot may group by (length, depth, ...).
+        template: what a chat template is given in addition to messages.
+        where: the file and the row, for errors.
     """
 
     id: str
     prompt: Prompt
     references: list[str]
     budget: int
-    meta: dict[str, Any] = field(default_factory=dict)
-    template: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, object] = field(default_factory=dict)
+    template: dict[str, object] = field(default_factory=dict)
     where: str = ""
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A row of a file of prompts.
+    """Hold one row of a file of prompts.
 
     Attributes:
         prompt: a text, or messages.
-        answers: of which any is right, as text or as the assistant's message.
-        verbatim: whether the answer follows the prompt just as it is, without a space put between.
-        template: what a chat template is given besides messages.
+        answers: texts or the assistant's messages, of which any is right.
+        verbatim: whether the answer follows the prompt just as it is, without a space put between them.
+        template: what a chat template is given in addition to messages.
     """
 
     prompt: Prompt
-    answers: list[str | Mapping[str, Any]]
+    answers: list[str | Message]
     verbatim: bool
-    template: dict[str, Any]
+    template: dict[str, object]
 
     @property
     def references(self) -> list[str]:
-        """The answers' text."""
+        """Return the text of each answer."""
         return [a if isinstance(a, str) else str(a["content"]) for a in self.answers]
 
 
 @contextmanager
 def in_row(where: str) -> Iterator[None]:
-    """Say in a RefineError which file and row it is about."""
+    """Add the file and the row to a RefineError that is raised inside."""
     try:
         yield
     except RefineError as error:
@@ -78,14 +81,14 @@ def in_row(where: str) -> Iterator[None]:
 
 
 def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[str, list[Example]]:
-    """Ready-made prompts from a file, by the `task` column (or the file's name).
+    """Read ready-made prompts from a file, by task: the `task` column, or the file's name.
 
-    Columns: those of `read_row`; optional id or index, task, max_gen_tokens, max_seq_length.
+    The columns are those of `read_row`; id or index, task, max_gen_tokens and max_seq_length may be there too.
 
     Raises:
-        RefineError: no prompt or answer column, an empty prompt, a row without answers.
+        RefineError: there is no prompt or answer column, a prompt is empty, or a row has no answer.
     """
-    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *BESIDE, *NAMING), as_found=True)
+    data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *FURTHER, *NAMING), as_found=True)
     check_columns(name, data.column_names)
     examples: dict[str, list[Example]] = {}
     for i, row in enumerate(data):
@@ -106,7 +109,7 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
 
 
 def check_columns(name: str, there: Sequence[str]) -> None:
-    """RefineError unless a file's columns can hold prompts and answers."""
+    """Raise RefineError unless a file's columns can hold prompts and answers."""
     whole = any(c in there for c in PROMPT_COLUMNS if c not in PARTS)
     if not whole and (other := [c for c in OTHER_PARTS if c in there]):
         part = next(c for c in PARTS if c in there)
@@ -118,16 +121,16 @@ def check_columns(name: str, there: Sequence[str]) -> None:
         raise RefineError(f"{name} has no answers: expected a column {', '.join(ANSWER_COLUMNS)}, got {list(there)}")
 
 
-def read_row(row: Mapping[str, Any], where: str) -> PromptRow:
-    """A row's prompt and answers.
+def read_row(row: Mapping[str, object], where: str) -> PromptRow:
+    """Read the prompt and the answers of a row.
 
-    The prompt: `prompt` (or `input`, or `question`), a text or messages; or `messages` (`conversations`), whose last turn is the answer if
-    it is the assistant's. The answers: one or a list, of which any is right, in `answers`, `answer`, `outputs` or `output`; or
-    `completion`, as TRL has it: a text that follows as it is, or the assistant's message. `tools` and `chat_template_kwargs` are the chat
-    template's.
+    The prompt is in `prompt`, `input` or `question`, as a text or messages; or in `messages` or `conversations`, whose last turn is the
+    answer if it is the assistant's. The answers are in `answers`, `answer`, `outputs` or `output`, one or a list of which any is right; or
+    in `completion`, as TRL has it: a text that follows as it is, or the assistant's message. `tools` and `chat_template_kwargs` are given
+    to the chat template.
 
     Raises:
-        RefineError: no or an empty prompt, no answer, or what is neither text nor messages, with `where` it is.
+        RefineError: there is no prompt or an empty one, no answer, or something that is neither text nor messages; it names `where`.
     """
     with in_row(where):
         template = _template(row)
@@ -144,8 +147,8 @@ def read_row(row: Mapping[str, Any], where: str) -> PromptRow:
         return PromptRow(_asked(prompt), [*as_answers(None if named is None else row[named], where)], False, template)
 
 
-def _conversation(column: str, value: Any, named: str | None) -> tuple[Prompt, list[Mapping[str, Any]]]:
-    """A conversation, without the assistant's turn at its end, if that is the answer, and the answer then."""
+def _conversation(column: str, value: object, named: str | None) -> tuple[Prompt, list[Message]]:
+    """Part a conversation from the assistant's turn at its end where that turn is the answer."""
     messages = as_messages(list(value) if isinstance(value, np.ndarray) else value)
     last = messages[-1]
     if last["role"] != "assistant":
@@ -160,16 +163,16 @@ def _conversation(column: str, value: Any, named: str | None) -> tuple[Prompt, l
     return messages[:-1], [_answered(last)]
 
 
-def _prompt_column(row: Mapping[str, Any], answered: bool) -> str | None:
-    """Where the prompt stands; a conversation counts first where nothing else answers the prompt."""
+def _prompt_column(row: Mapping[str, object], answered: bool) -> str | None:
+    """Find the column of the prompt. A conversation counts first where no column answers the prompt."""
     given = [c for c in PROMPT_COLUMNS if not _missing(row.get(c))]
     if not answered and (conversations := [c for c in given if c in CONVERSATIONS]):
         return conversations[0]
     return given[0] if given else None
 
 
-def read_prompt(value: Any) -> Prompt:
-    """A prompt as it is, if it is text, or as messages. RefineError for another type."""
+def read_prompt(value: object) -> Prompt:
+    """Return a prompt that is text as it is, and any other as messages. Raises RefineError for another type."""
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list | tuple | np.ndarray):
@@ -184,7 +187,7 @@ def _asked(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def _answered(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def _answered(message: Message) -> Message:
     if message["role"] != "assistant":
         raise RefineError(f"the answer is a turn of {message['role']}; expected the assistant's")
     if not str(message.get("content", "")).strip():
@@ -192,7 +195,7 @@ def _answered(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return message
 
 
-def _completion(value: Any, prompt: Prompt) -> str | Mapping[str, Any]:
+def _completion(value: object, prompt: Prompt) -> str | Message:
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(prompt, str) or not isinstance(value, list | tuple | np.ndarray):
@@ -203,7 +206,7 @@ def _completion(value: Any, prompt: Prompt) -> str | Mapping[str, Any]:
     return _answered(messages[0])
 
 
-def _template(row: Mapping[str, Any]) -> dict[str, Any]:
+def _template(row: Mapping[str, object]) -> dict[str, object]:
     options = row.get("chat_template_kwargs")
     if options is not None and not isinstance(options, Mapping):
         raise RefineError(f"chat_template_kwargs is {options!r:.60}; expected a mapping")
@@ -211,25 +214,25 @@ def _template(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in (options or {}).items() if v is not None}, **({"tools": tools} if not _missing(tools) else {})}
 
 
-def _missing(value: Any) -> bool:
+def _missing(value: object) -> bool:
     return value is None or (isinstance(value, str | list | tuple | Mapping | np.ndarray) and len(value) == 0)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def as_answers(value: Any, where: str) -> list[str]:
-    """A text, a number, a list of them, or SQuAD's {"text": [...]} as a list without repeats; RefineError when nothing is in it."""
+def as_answers(value: object, where: str) -> list[str]:
+    """List a text, a number, several of them, or SQuAD's {"text": [...]}, without repeats. Raises RefineError where nothing is in it."""
     if not (kept := answers_in(value, where)):
         raise RefineError(f"{where}: no answer; every example needs at least one that is not empty")
     return kept
 
 
-def answers_in(value: Any, where: str) -> list[str]:
-    """Answers as `as_answers` reads them, none where there are none: nothing, an empty list, SQuAD's {"text": []}.
+def answers_in(value: object, where: str) -> list[str]:
+    """List answers as `as_answers` does, but return an empty list where there are none: None, an empty list, SQuAD's {"text": []}.
 
     Raises:
-        RefineError: what is neither text nor a number, with `where` it is.
+        RefineError: an answer is neither text nor a number; it names `where`.
     """
     if isinstance(value, Mapping):
         if "text" in value:
@@ -245,7 +248,7 @@ def answers_in(value: Any, where: str) -> list[str]:
     return list(dict.fromkeys(t for t in texts if t.strip()))
 
 
-def _answer_text(value: Any, whole: Any, where: str) -> str:
+def _answer_text(value: object, whole: object, where: str) -> str:
     if value is None:
         return ""
     try:
@@ -254,17 +257,17 @@ def _answer_text(value: Any, whole: Any, where: str) -> str:
         raise _not_an_answer(whole, where) from None
 
 
-def _not_an_answer(value: Any, where: str) -> RefineError:
+def _not_an_answer(value: object, where: str) -> RefineError:
     return RefineError(
         f"{where}: the answer is {str(value)[:60]!r}; expected text or a number, or a list of them of which any is right"
     )
 
 
-def as_text(value: Any) -> str:
-    """A text as it is, or a number as text (2.0 as 2: a column with one fraction in it turns all its numbers into fractions).
+def as_text(value: object) -> str:
+    """Return a text as it is, or a number as text: 2.0 as 2, since a column with one fraction in it turns all its numbers into fractions.
 
     Raises:
-        RefineError: anything else, truth values among it.
+        RefineError: the value is anything else, a truth value for example.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -273,14 +276,14 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, numbers.Number):
         raise RefineError(f"got {value!r:.60}, a {type(value).__name__}; expected text or a number")
     if isinstance(value, float):
-        if math.isnan(value):  # how some libraries write that there is none
+        if math.isnan(value):  # some libraries write a missing value like this
             return ""
         return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
     return str(value)
 
 
 def check_unique(task: str, examples: Sequence[Example]) -> None:
-    """RefineError when two examples share an id: results are resumed and compared by it."""
+    """Raise RefineError when two examples share an id, by which results are resumed and compared."""
     seen: set[str] = set()
     for e in examples:
         if e.id in seen:

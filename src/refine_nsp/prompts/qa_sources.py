@@ -1,4 +1,4 @@
-"""Questions on documents: SQuAD and HotpotQA as published (json), as rows (jsonl, parquet), or from the hub."""
+"""Read questions on documents: SQuAD and HotpotQA as published (json), as rows (jsonl, parquet), or from the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from refine_nsp.text.reading import read_documents
 
 @dataclass(frozen=True)
 class Question:
-    """documents: indices of those that answer it. same_article: others of the same article, the hardest to tell apart."""
+    """Hold a question with its answers.
+
+    Attributes:
+        documents: indices of the documents that answer it.
+        same_article: indices of other documents of the same article, which are the hardest to tell apart.
+    """
 
     id: str
     text: str
@@ -28,13 +33,21 @@ class Question:
 
 @dataclass(frozen=True)
 class QASource:
-    """questions, and the documents they point to (no repeats)."""
+    """Hold questions, and the documents they point to, each once."""
 
     questions: list[Question]
     documents: list[str]
 
 
-BESIDE = (*ANSWER_COLUMNS, "is_impossible", "context", "paragraphs", "title", "id", "_id")  # columns of rows, besides `question`
+FURTHER = (
+    *ANSWER_COLUMNS,
+    "is_impossible",
+    "context",
+    "paragraphs",
+    "title",
+    "id",
+    "_id",
+)  # columns that are read next to `question`
 Raw = tuple[str, str, list[str], list[str], str]  # id, question, answers (none where it has none), documents, article
 
 
@@ -45,7 +58,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
     HotpotQA's `context` (titles and sentences). Questions without an answer (SQuAD 2.0) are left out, with a warning that counts them.
 
     Raises:
-        RefineError: a file that is none of these, or without a question that has an answer.
+        RefineError: the file is none of these, or no question in it has an answer.
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
@@ -54,7 +67,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
         except (ValueError, RecursionError) as error:
             raise RefineError(f"{path} is not valid JSON: {error}") from error
     else:
-        loaded = read_documents(name, ("question",), split=split, also=BESIDE, as_found=True)
+        loaded = read_documents(name, ("question",), split=split, also=FURTHER, as_found=True)
     with expecting("SQuAD's or HotpotQA's own layout, or rows of question, answers and context", name):
         there = list(_squad(loaded["data"]) if isinstance(loaded, Mapping) and "data" in loaded else _rows(loaded, name))
         raw = [question for question in there if question is not None]
@@ -81,7 +94,7 @@ def read_qa(name: str, split: str = "validation") -> QASource:
 
 
 def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw | None]:
-    """SQuAD's own files, 1.1 and 2.0; None for each question without an answer."""
+    """Yield the questions of SQuAD's own files, 1.1 and 2.0, and None for each question without an answer."""
     for article in articles:
         for paragraph in article["paragraphs"]:
             for q in paragraph["qas"]:
@@ -92,22 +105,22 @@ def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw | None]:
 
 
 def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw | None]:
-    """Rows of questions; None for each without an answer."""
+    """Yield the questions of rows, and None for each question without an answer."""
     for i, row in enumerate(rows):
         where = f"{name}, row {i}"
         if "question" not in row:
             raise RefineError(f"{where}: no question; it has {', '.join(row)}")
         if answers := _answers(row, where):
             documents = _documents_of(row, where)
-            # One paragraph a question, as in SQuAD: others with the same title are its neighbours.
+            # A question with one paragraph is SQuAD's: paragraphs with the same title are its neighbours.
             article = str(row.get("title") or "") if len(documents) == 1 else ""
             yield str(row.get("id", row.get("_id", i))), row["question"], answers, documents, article
         else:
             yield None
 
 
-def _answers(row: Mapping[str, Any], where: str) -> list[str]:
-    """A question's answers, none where the data say that it has none. RefineError for blanks, or no word about answers at all."""
+def _answers(row: Mapping[str, object], where: str) -> list[str]:
+    """List a question's answers; none where the data say that it has none. Raises RefineError for blanks, or without any such column."""
     names = [name for name in ANSWER_COLUMNS if name in row]
     if row.get("is_impossible"):
         return []
@@ -124,8 +137,8 @@ def _documents_of(row: Mapping[str, Any], where: str) -> list[str]:
     context = row.get("context")
     if isinstance(context, str) and context.strip():
         return [context]
-    if isinstance(context, Mapping):  # the hub's HotpotQA
+    if isinstance(context, Mapping):  # HotpotQA on the hub
         return [f"{t}\n{''.join(s)}" for t, s in zip(context["title"], context["sentences"], strict=True)]
-    if isinstance(context, list) and context:  # HotpotQA's own file
+    if isinstance(context, list) and context:  # HotpotQA as published
         return [f"{title}\n{''.join(sentences)}" for title, sentences in context]
     raise RefineError(f"{where}: no document; expected a column `context` or `paragraphs`, got {', '.join(row)}")

@@ -1,9 +1,9 @@
-"""RULER (Hsieh et al., 2024, arXiv 2404.06654): its 13 tasks, generated to the published definitions for any tokenizer and length.
+"""Generate the 13 tasks of RULER (Hsieh et al., 2024, arXiv 2404.06654) for any tokenizer and length.
 
-Prompts, answer prefixes, budgets and metrics are the benchmark's (NVIDIA/RULER, `synthetic.yaml`). Each example is filled by itself
-with as many whole units of its haystack as fit (words of essays, sentences, needles, list words, documents), so that prompt and
-budget together reach the length without passing it; the benchmark searches one size for all. Every example has its own seed, so
-any number of processes builds the same set.
+Prompts, answer prefixes, budgets and metrics are the benchmark's (NVIDIA/RULER, `synthetic.yaml`). Each example is filled by itself with as
+many whole units of its haystack as fit (words of essays, sentences, needles, list words, documents), so that prompt and budget together
+reach the length without passing it; the benchmark searches one size for all examples. Every example has its own seed, so any number of
+processes builds the same set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import string
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import lru_cache, partial
 from importlib import resources
 from itertools import pairwise
@@ -32,12 +32,12 @@ from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
 
 Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
-Build = Callable[[int], Draft]  # with so many units of haystack; the same draws for every size
+Build = Callable[[int], Draft]  # makes a draft with so many units of haystack, from the same draws for every size
 
 
 @dataclass(frozen=True)
 class Needles:
-    """One of the needle tasks: what the haystack is, what keys and values are, and how many."""
+    """Define a needle task: what its haystack, keys and values are, and how many needles there are."""
 
     haystack: str
     keys: str = "words"
@@ -60,13 +60,23 @@ NEEDLES = {
 BUDGETS = {**dict.fromkeys(NEEDLES, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 TASKS = tuple(BUDGETS)
 QA_TASKS = {"qa_1": "squad", "qa_2": "hotpotqa"}
-SHORT_LENGTH = 4096  # below it cwe uses fewer repeats, as the benchmark does
+SHORT_LENGTH = 4096  # tokens below which cwe repeats its words less often, as the benchmark does
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
 
 @dataclass(frozen=True)
+class Job:
+    """Name one example to build; `depth` is where the needle that is asked for stands, None at random."""
+
+    task: str
+    length: int
+    index: int
+    depth: float | None
+
+
+@dataclass(frozen=True)
 class Sources:
-    """Texts the tasks draw from. essays: words of the haystack. qa: by task, for qa_1 and qa_2."""
+    """Hold the texts that tasks draw from: `essays`, the words of the haystack, and `qa`, the questions of qa_1 and qa_2 by task."""
 
     essays: Sequence[str]
     qa: dict[str, QASource] = field(default_factory=dict)
@@ -76,36 +86,36 @@ def build_ruler(
     tasks: Sequence[str], lengths: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase, sources: Sources,
     seed: int = 42, depths: Sequence[float] | None = None, num_proc: int | None = None, left_out: dict[str, list[str]] | None = None,
 ) -> dict[str, list[Example]]:  # fmt: skip
-    """Build `samples` examples of every task and length (and depth, for needle tasks, when `depths` are given: shares 0..1).
+    """Build `samples` examples of every task and length, and of every depth (shares 0..1) of needle tasks where `depths` are given.
 
-    What does not fit into a length is left out with a warning: a task's length, or single examples of it.
+    A length that a task or some of its examples do not fit into is left out with a warning.
 
     Args:
-        lengths: prompt and generation budget together, in tokens of `tokenizer` (BOS counted, where it has one).
+        lengths: prompt and generation budget together, in tokens of `tokenizer` (with BOS, where it has one).
         num_proc: processes that build them; the result does not depend on it.
-        left_out: filled with what is left out, sentences by task.
+        left_out: a dict that is filled with sentences on what is left out, by task.
 
     Raises:
-        RefineError: an unknown task, no source for a QA task, lengths that cannot hold any task, a depth outside 0..1.
+        RefineError: a task is unknown or has no questions, no task fits into the lengths, or a depth lies outside 0..1.
     """
-    jobs: list[dict[str, Any]] = []
+    jobs: list[Job] = []
     for task in tasks:
         if task not in BUDGETS:
             raise RefineError(f"no RULER task {task!r}{closest(task, TASKS)}; there are {', '.join(TASKS)}")
         if task in QA_TASKS and task not in sources.qa:
             raise RefineError(f"{task} needs {QA_TASKS[task]} questions: name a file or hub dataset with --{QA_TASKS[task]}")
         where = depths if depths and task in NEEDLES else [None]
-        jobs += [{"task": task, "length": n, "index": i, "depth": d} for n in lengths for d in where for i in range(samples)]
+        jobs += [Job(task, n, i, d) for n in lengths for d in where for i in range(samples)]
     if depths and not all(0 <= d <= 1 for d in depths):
         raise RefineError(f"depths must be between 0 and 1, got {list(depths)}")
     one = partial(_build_one, tokenizer=tokenizer, sources=sources, seed=seed)
     if num_proc is None or num_proc <= 1 or len(jobs) < 2:
         from rich.progress import track
 
-        rows = [one(job) for job in track(jobs, "RULER prompts", transient=True)]
+        rows = [one(*astuple(job)) for job in track(jobs, "RULER prompts", transient=True)]
     else:
-        table = {key: [job[key] for job in jobs] for key in jobs[0]}
-        rows = list(Dataset.from_dict(table).map(one, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
+        table = Dataset.from_list([asdict(job) for job in jobs])
+        rows = list(table.map(one, input_columns=table.column_names, num_proc=min(num_proc, len(jobs)), desc="RULER prompts"))
     examples: dict[str, list[Example]] = {task: [] for task in tasks}
     for row in rows:
         if not row["problem"]:
@@ -121,11 +131,11 @@ def build_ruler(
     return examples
 
 
-def _problems(jobs: Sequence[dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Say by task, once for a length, what does not fit."""
+def _problems(jobs: Sequence[Job], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Say by task, in a sentence for each length, what does not fit."""
     by_length: dict[tuple[str, int], list[str]] = {}
     for job, row in zip(jobs, rows, strict=True):
-        by_length.setdefault((job["task"], job["length"]), []).append(row["problem"])
+        by_length.setdefault((job.task, job.length), []).append(row["problem"])
     said: dict[str, list[str]] = {}
     for (task, _), found in by_length.items():
         if there := [p for p in found if p]:
@@ -134,9 +144,10 @@ def _problems(jobs: Sequence[dict[str, Any]], rows: Sequence[Mapping[str, Any]])
     return said
 
 
-def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int) -> dict[str, Any]:
-    """Build one example; where it does not fit, `problem` says so and there is no prompt."""
-    task, length, index, depth = job["task"], job["length"], job["index"], job["depth"]
+def _build_one(
+    task: str, length: int, index: int, depth: float | None, tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int
+) -> dict[str, Any]:
+    """Build one example as a row. Where it does not fit, `problem` says so and the prompt is empty."""
     budget = BUDGETS[task]
     name = f"{task}-{length}-{index}" + (f"-{depth:g}" if depth is not None else "")
     row = {"task": task, "id": f"{name}-seed{seed}", "budget": budget, "problem": ""}
@@ -144,7 +155,7 @@ def _build_one(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources:
     def tokens(draft: Draft) -> int:
         return len(encode_prompt(tokenizer, draft[0]))
 
-    builder = _builder(job, sources, f"{seed}-{name}", tokens)
+    builder = _builder(Job(task, length, index, depth), sources, f"{seed}-{name}", tokens)
     try:
         prompt, references, meta = fit(
             builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
@@ -161,12 +172,12 @@ class _Builder:
     largest: int | None = None
 
 
-def _builder(job: Mapping[str, Any], sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
-    task, length, index = job["task"], job["length"], job["index"]
+def _builder(job: Job, sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
+    task, length, index = job.task, job.length, job.index
     if task in NEEDLES:
         needles = NEEDLES[task]
         smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
-        return _Builder(partial(_needles, needles, sources.essays, job["depth"], seed), smallest)
+        return _Builder(partial(_needles, needles, sources.essays, job.depth, seed), smallest)
     if task == "vt":
         return _Builder(partial(_variables, seed, _worked_chain(seed, length, tokens)), VARIABLE_HOPS + 1)
     if task == "cwe":
@@ -185,7 +196,7 @@ class DoesNotFitError(RefineError):
 
 
 def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int, largest: int | None, what: str) -> Draft:
-    """The draft with the most units whose tokens stay within `limit`.
+    """Find the draft with the most units whose tokens stay within `limit`.
 
     Raises:
         DoesNotFitError: not even `smallest` units fit.
@@ -200,16 +211,14 @@ def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int,
     high: int | None = None if largest is None else largest + 1
     step = max(1, smallest)
     while high is None or high - low > 1:
-        guess = low + step
-        if high is not None:
-            guess = min(max(guess, low + 1), high - 1)
+        guess = low + step if high is None else min(low + step, high - 1)
         draft = build(guess)
         used = tokens(draft)
         if used > limit:
             high = guess
             step = max(1, (high - low) // 2)
         else:
-            # Where the limit would be reached at the rate of the last stretch; haystacks are nearly linear in tokens.
+            # Haystacks are nearly linear in tokens, so the next guess is where the rate of the last stretch reaches the limit.
             rate = max((used - low_tokens) / (guess - low), 1e-3)
             low, low_tokens, best = guess, used, draft
             step = max(1, int((limit - used) / rate))
@@ -239,7 +248,7 @@ def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: st
         for v in row
     ]
     rng.shuffle(sentences)
-    # Depths of the needles: all at random, or those asked for at `depth`.
+    # All needles stand at random depths, except that those asked for stand at `depth` where one is given.
     at = [depth if depth is not None and wanted else rng.random() for wanted, _ in sentences]
     order = sorted(range(len(sentences)), key=lambda i: at[i])
     placed = [(at[i], sentences[i][1]) for i in order]
@@ -253,7 +262,7 @@ def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: st
 
 
 def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, str]], rng: random.Random, units: int) -> str:
-    """The text with its needles, `placed` by depth: `units` words of essays, sentences of noise, or other needles."""
+    """Write `units` words of essays, sentences of noise or other needles, with the needles of `placed` at their depths."""
     if task.haystack == "essay":
         words = [essays[i % len(essays)] for i in range(units)]
         pieces, glue = re.split(r"(?<=[.!?]) ", " ".join(words)), " "
@@ -275,7 +284,7 @@ def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, st
 
 
 def _noise_lines(sentences: list[str], slots: dict[int, list[str]]) -> str:
-    """Noise comes in lines of its five sentences; a needle stands on a line of its own, between lines."""
+    """Join noise to lines of its five sentences, and put each needle on a line of its own between them."""
     lines: list[str] = []
     for start in range(0, len(sentences) + 1, len(NOISE)):
         for i in range(start, start + len(NOISE)):
@@ -303,7 +312,7 @@ def _distinct(rng: random.Random, kind: str, count: int) -> list[str]:
 
 @lru_cache(maxsize=1)
 def word_lists() -> tuple[list[str], list[str], list[str]]:
-    """Nouns, adjectives and verbs of the `wonderwords` package, which the benchmark draws its keys from."""
+    """Read the nouns, adjectives and verbs of the `wonderwords` package, from which the benchmark draws its keys."""
     folder = resources.files("wonderwords.assets")
     files = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
     nouns, adjectives, verbs = (
@@ -320,7 +329,7 @@ VARIABLE_PROMPT = (
     "that are assigned the value {value} in the text above. Answer: According to the chain(s) of variable assignment in the text "
     "above, {count} variables are assigned the value {value}, they are: "
 )
-EXAMPLE_TOKENS = 500  # at most, of the worked example, as in the benchmark
+EXAMPLE_TOKENS = 500  # the worked example takes at most so many, as in the benchmark
 
 
 def _variables(seed: str, example: str, lines: int) -> Draft:
@@ -329,9 +338,9 @@ def _variables(seed: str, example: str, lines: int) -> Draft:
 
 
 def _worked_chain(seed: str, length: int, tokens: Callable[[Draft], int]) -> str:
-    """Return the worked example and its answer: as much noise as 500 tokens hold, answer not counted.
+    """Write the worked example, with as much noise as 500 tokens hold, and its answer, which is not counted.
 
-    In prompts of less than 2,000 tokens, which the benchmark does not fill, the example is cut to keep its share.
+    In prompts of fewer than 2,000 tokens, which the benchmark does not make, the example is cut to keep its share.
     """
 
     def build(lines: int) -> Draft:
@@ -346,9 +355,10 @@ def _worked_chain(seed: str, length: int, tokens: Callable[[Draft], int]) -> str
 
 
 def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str = " ") -> tuple[str, list[str]]:
-    """Write a chain of variables into so many lines of noise and ask for it; the text, and the variables.
+    """Write a chain of variables into `lines` lines of noise and ask for it. Return the text, and the variables.
 
-    hop_end: what ends every statement but the first; the space is the benchmark's.
+    Args:
+        hop_end: what ends every statement but the first; the space is the benchmark's.
     """
     names: dict[str, None] = {}
     while len(names) < VARIABLE_HOPS + 1:
@@ -382,10 +392,10 @@ def _common_words(seed: str, length: int, words: int) -> Draft:
 
 
 def _word_list(rng: random.Random, words: int, repeats: int, other_repeats: int) -> tuple[str, list[str]]:
-    """A numbered list in which ten words stand `repeats` times and the others `other_repeats` times; and the ten."""
+    """Write a numbered list in which ten words stand `repeats` times and the others `other_repeats` times. Return it and the ten words."""
     nouns, adjectives, verbs = word_lists()
     known = sorted({*nouns, *adjectives, *verbs})
-    # Past the word list (beyond some 100 k tokens) adjective-noun pairs go on; the benchmark has a second list there.
+    # Beyond the word list (some 100 k tokens) adjective-noun pairs are added; the benchmark has a second list there.
     chosen = rng.sample(known, min(words, len(known)))
     more: dict[str, None] = {}
     while len(chosen) + len(more) < words:
@@ -405,7 +415,7 @@ ZETA_2 = math.pi**2 / 6
 
 
 def _frequent_words(seed: str, max_tokens: int, count: int) -> Draft:
-    """Word of rank k stands count * k^-2 / zeta(2) times; the most frequent is noise."""
+    """Write a text in which the word of rank k stands count * k^-2 / zeta(2) times; the most frequent one is noise."""
     rng = random.Random(seed)
     vocabulary: dict[str, None] = {}
     while len(vocabulary) < max(5, max_tokens // 50):
@@ -426,7 +436,7 @@ QA_PROMPT = (
 
 
 def _documents(source: QASource, question: Question, seed: str, count: int) -> Draft:
-    """The question's own documents first, then others of the same article, then any; shuffled."""
+    """Choose the question's own documents first, then others of the same article, then any; and ask the question behind them, shuffled."""
     rng = random.Random(seed)
     own, near = list(question.documents), list(question.same_article)
     rng.shuffle(near)

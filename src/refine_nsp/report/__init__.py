@@ -1,1 +1,1 @@
-"""Reports: tables, plots, one self-contained HTML page a run."""
+"""This room makes tables, plots, model cards, and one self-contained HTML page for each run."""

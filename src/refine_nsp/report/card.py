@@ -16,13 +16,6 @@ from refine_nsp.report.tables import Cell, Table
 
 MARK = "<!-- written by refine-nsp; take this line out and it will not be written again -->"
 CURVE_FILE = "curves.svg"
-# Of a run's settings, what says how a model came about; the rest is in config.yaml beside it.
-TOLD = (
-    "objective", "preset", "published", "estimator", "order", "token_weights", "selection", "reward_funcs", "lambda_rl",
-    "positions_per_sequence", "rollout_length", "num_generations", "max_length", "max_steps", "num_train_epochs",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "bf16", "use_peft", "lora_r",
-    "seed",
-)  # fmt: skip
 OBJECTIVES = {
     "refine": "next-sequence prediction beside next-token prediction",
     "ntp": "next-token prediction alone",
@@ -51,7 +44,7 @@ def write_card(
     Args:
         run: how the model came about. base: the model it was trained from, "" where that has no name.
         data: what on; of folders and files on this machine the last part is named.
-        settings: of the run, by the names of flags. tags: of the hub. plotted: False leaves the curves out.
+        settings: those to tell, by the names of flags. tags: of the hub. plotted: False leaves the curves out.
     """
     path = folder / "README.md"
     if path.exists() and not is_ours(path):
@@ -59,20 +52,7 @@ def write_card(
     if plotted and (svg := curves(run)) is not None:
         write_atomically(folder / CURVE_FILE, svg)
     has_curves = plotted and svg is not None
-    return write_atomically(path, card(run, base, data, effective(settings), tags, has_curves))
-
-
-def effective(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that had an effect."""
-    without = {"num_train_epochs" if (settings.get("max_steps") or 0) > 0 else "max_steps"}
-    if not settings.get("use_peft"):
-        without |= {"use_peft", "lora_r"}
-    estimator, at_positions = settings.get("estimator"), settings.get("token_weights") == "selected"
-    if estimator == "sampled":
-        without |= {"order", "token_weights"}
-    else:
-        without |= {"num_generations"} | (set() if at_positions else {"selection", "positions_per_sequence"})
-    return {name: value for name, value in settings.items() if name not in without and value is not False}
+    return write_atomically(path, card(run, base, data, settings, tags, has_curves))
 
 
 def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str], has_curves: bool) -> str:
@@ -84,7 +64,7 @@ def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tag
     head |= {"tags": sorted({"refine-nsp", "fast-weights", "long-context", *tags})}
     if "/" in base and not Path(base).exists():
         head["base_model"] = base
-    told: list[list[Cell]] = [[name, text_of(settings[name])] for name in TOLD if settings.get(name) is not None]
+    told: list[list[Cell]] = [[name, text_of(value)] for name, value in settings.items()]
     versions = ", ".join(
         f"{name} {text_of(run.environment[name])}"
         for name in ("refine-nsp", "torch", "transformers")

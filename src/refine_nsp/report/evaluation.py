@@ -1,4 +1,4 @@
-"""Tables, plots and pages of evaluations, and of two compared."""
+"""Make the tables, plots and pages of evaluations and of their comparisons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import mean
 from refine_nsp.evaluation import longbench
 from refine_nsp.evaluation.documents import perplexity
 from refine_nsp.evaluation.pairing import Settings, TaskPairs, pair_up
-from refine_nsp.evaluation.run import TaskResult, grouped
+from refine_nsp.evaluation.run import TaskResult
 from refine_nsp.evaluation.statistics import SHARES, Comparison, Estimate, bounds_of, compare_pairs, estimate
 from refine_nsp.evaluation.tasks import Row
 from refine_nsp.files import write_atomically
@@ -20,22 +20,22 @@ from refine_nsp.report.tables import Cell, Table
 
 SHOWN_EXAMPLES = 5
 DEPTH_BINS = 5
-UNKNOWN = "unknown"  # the interval of a mean of which too few examples say nothing
+UNKNOWN = "unknown"  # shown as the interval of a mean of which too few examples tell nothing
 
 
 def show_number(x: float, figure: str, sign: str = "") -> str:
-    """A figure as text, in percent where it is a share."""
+    """Write a figure as text, in percent where it is a share."""
     return f"{100 * x:{sign}.1f}" if figure in SHARES else f"{x:{sign}.4f}"
 
 
 def show_estimate(e: Estimate, figure: str) -> str:
-    """mean +- standard error, in percent where it is a share; of one example the mean alone."""
+    """Write the mean ± its standard error, in percent where it is a share; with one example the mean alone."""
     error = f" ± {show_number(e.stderr, figure)}" if e.n > 1 else ""
     return f"{show_number(e.mean, figure)}{error}"
 
 
 def results_table(results: Sequence[TaskResult]) -> Table:
-    """Every figure of every task; the main one of a task stands first."""
+    """List every figure of every task, the main one of a task first."""
     rows: list[list[Cell]] = []
     for r in results:
         for figure, e in r.estimates.items():
@@ -54,7 +54,7 @@ def results_table(results: Sequence[TaskResult]) -> Table:
 
 
 def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
-    """Of test-time training, per prompt, beside plain generation; nothing without it."""
+    """Say what test-time training cost for each prompt, next to plain generation; return nothing where there was none."""
     rows = [row.meta for r in results for row in r.rows if "adapt_seconds" in row.meta]
     if not rows:
         return []
@@ -66,14 +66,14 @@ def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
 
 
 def interval(low: float, high: float, figure: str, sign: str = "") -> str:
-    """Both ends of an interval as text, or that it is unknown."""
+    """Write both ends of an interval as text, or that it is unknown."""
     if isnan(low) or isnan(high):
         return UNKNOWN
     return f"{show_number(low, figure, sign)} to {show_number(high, figure, sign)}"
 
 
 def means(results: Sequence[TaskResult]) -> list[str]:
-    """Task-wise means of the benchmarks, where all of a benchmark's tasks are there."""
+    """Compute the task-wise mean of each benchmark of which all tasks are there."""
     by_name = {r.name: next(iter(r.estimates.values())).mean for r in results if r.estimates}
     notes = []
     for title, names in (
@@ -88,15 +88,25 @@ def means(results: Sequence[TaskResult]) -> list[str]:
 
 
 def by_length_table(results: Sequence[TaskResult]) -> Table | None:
-    """RULER's main figures by length; None when nothing has lengths."""
-    lengths = sorted({n for r in results for n in grouped(r.rows, "length")})
+    """Tabulate RULER's main figures by length; None when no task has lengths."""
+    by_length = {r.name: rows_by_length(r.rows) for r in results}
+    lengths = sorted({n for groups in by_length.values() for n in groups})
     if not lengths:
         return None
     rows: list[list[Cell]] = []
-    for r in (r for r in results if grouped(r.rows, "length")):
-        cells = [main_estimate(r, grouped(r.rows, "length").get(n, [])) for n in lengths]
+    for r in (r for r in results if by_length[r.name]):
+        cells = [main_estimate(r, by_length[r.name].get(n, [])) for n in lengths]
         rows.append([r.name, *(show_estimate(e, next(iter(r.estimates))) if e else "" for e in cells)])
     return Table("By length", ["task", *(f"{n:,} tokens" for n in lengths)], rows)
+
+
+def rows_by_length(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Group rows by the length of their task. Rows without one are left out."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        if "length" in row.meta:
+            groups.setdefault(row.meta["length"], []).append(row)
+    return groups
 
 
 def main_estimate(result: TaskResult, rows: Sequence[Row]) -> Estimate | None:
@@ -105,7 +115,7 @@ def main_estimate(result: TaskResult, rows: Sequence[Row]) -> Estimate | None:
 
 
 def needle_map(results: Sequence[TaskResult]) -> plots.Plot | None:
-    """Heat map of the needle tasks' main figure over length and depth; None without needle tasks."""
+    """Draw a heat map of the needle tasks' main figure over length and depth; None without needle tasks."""
     rows = [row for r in results if r.name in ruler.NEEDLES for row in r.rows if "depth" in row.meta and "length" in row.meta]
     if not rows:
         return None
@@ -122,7 +132,7 @@ def needle_map(results: Sequence[TaskResult]) -> plots.Plot | None:
 
 
 def bucket_plots(results: Sequence[TaskResult]) -> list[plots.Plot]:
-    """Next-token figures along the documents, one plot a figure; as in the means, every target counts the same."""
+    """Plot each next-token figure along the documents; as in the means, every target counts the same."""
     drawn = []
     for r in (r for r in results if r.name == "ntp"):
         for figure in r.estimates:
@@ -139,7 +149,7 @@ def bucket_plots(results: Sequence[TaskResult]) -> list[plots.Plot]:
 
 
 def bucket_targets(row: Row) -> list[tuple[int, int, dict[str, float]]]:
-    """A document's buckets: first position, how many targets are in it, their figures. Token 0 is no target."""
+    """List a document's buckets: the first position, the number of targets in it, their figures. Token 0 is not a target."""
     found = sorted(((int(at), figures) for at, figures in row.meta["buckets"].items()), key=lambda bucket: bucket[0])
     ends = [*(at for at, _ in found[1:]), int(row.weight) + 1]
     return [(at, max(1, end - max(at, 1)), figures) for (at, figures), end in zip(found, ends, strict=True)]
@@ -154,7 +164,7 @@ def examples_table(result: TaskResult) -> Table:
 
 
 def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, environment: str) -> Path:
-    """results.md and report.html of a run; returns the page's path."""
+    """Write results.md and report.html of a run, and return the page's path."""
     tables = [t for t in (results_table(results), by_length_table(results)) if t is not None]
     write_atomically(out / "results.md", "\n".join(t.markdown() for t in tables))
     sections = [html.Section("Results", "".join(t.html() for t in tables))]
@@ -176,7 +186,7 @@ def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, en
 def compare_results(
     a: Sequence[TaskResult], b: Sequence[TaskResult], settings_a: Settings | None = None, settings_b: Settings | None = None
 ) -> list[tuple[str, str, Comparison]]:
-    """(task, figure, comparison) for every figure both have, over the examples both have. RefineError as `pair_up`."""
+    """Compare every figure that both runs have over the examples that both have. Raises RefineError as `pair_up` does."""
     return [c for task in pair_up(a, b, settings_a, settings_b)[0] for c in compare_task(task)]
 
 
@@ -192,7 +202,7 @@ def compare_task(task: TaskPairs) -> list[tuple[str, str, Comparison]]:
 def comparison_table(
     comparisons: Sequence[tuple[str, str, Comparison]], names: tuple[str, str], said: Sequence[str] = ()
 ) -> Table:
-    """Differences with their uncertainty; `said`: of the pairs, under the table."""
+    """Tabulate differences with their uncertainty; the sentences `said` go under the table."""
     rows: list[list[Cell]] = []
     for task, figure, c in comparisons:
         bounds = interval(c.low, c.high, figure, "+")
@@ -210,7 +220,7 @@ def comparison_table(
 
 
 def figures_table(runs: Sequence[Sequence[TaskResult]], names: Sequence[str]) -> Table:
-    """Every figure of every task, one column a run; nothing where a run has not got it."""
+    """List every figure of every task with a column for each run; a cell is empty where a run lacks the figure."""
     found = [{(r.name, figure): e for r in results for figure, e in r.estimates.items()} for results in runs]
     rows: list[list[Cell]] = []
     for task, figure in dict.fromkeys(key for run in found for key in run):
@@ -221,7 +231,7 @@ def figures_table(runs: Sequence[Sequence[TaskResult]], names: Sequence[str]) ->
 def comparison_tables(
     runs: Sequence[Sequence[TaskResult]], names: Sequence[str], settings: Sequence[Settings | None] | None = None
 ) -> list[Table]:
-    """Each run against the first, then the figures of all. RefineError as `pair_up`."""
+    """Compare each run with the first, then list the figures of all. Raises RefineError as `pair_up` does."""
     kept = settings or [{} for _ in runs]
     tables = []
     for run, name, theirs in zip(runs[1:], names[1:], kept[1:], strict=True):

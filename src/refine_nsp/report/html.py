@@ -1,4 +1,4 @@
-"""One self-contained page: everything inline, readable in light and dark, nothing fetched."""
+"""Make one self-contained page: everything is inline, it reads well in light and dark, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 from refine_nsp.report.plots import Plot, variables
 
-PAGE_VARIABLES = (  # in the light and in the dark; text has a contrast of 4.5 and more on paper and on soft
+PAGE_VARIABLES = (  # for light and for dark pages; text has a contrast of at least 4.5 on --paper and on --soft
     "--paper:#ffffff;--line:#d9dde2;--soft:#f4f6f8;--dim:#5c6670;--link:#0067a3;",
     "--paper:#15181c;--line:#343a41;--soft:#1e2329;--dim:#9aa5b1;--link:#56b4e9;",
 )
@@ -53,30 +53,30 @@ details { margin:.5rem 0; } summary { cursor:pointer; color:var(--link); }
 )
 
 
-# Whatever a run's files hold, the browser runs nothing and fetches nothing.
+# With this policy the browser runs nothing and fetches nothing, whatever a run's files hold.
 POLICY = """<meta http-equiv='Content-Security-Policy' content="default-src 'none'; style-src 'unsafe-inline'">"""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and ready HTML under it."""
+    """Hold a heading and the HTML under it."""
 
     title: str
     html: str
 
 
 def plots(*drawn: Plot) -> str:
-    """Plots side by side where there is room."""
+    """Lay out plots side by side where there is room."""
     return f"<div class='plots'>{''.join(plot.html() for plot in drawn)}</div>"
 
 
 def preformatted(title: str, text: str) -> str:
-    """Long text, folded away."""
+    """Fold long text away under its title."""
     return f"<details><summary>{escape(title)}</summary><pre tabindex='0'>{escape(text)}</pre></details>"
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """A whole HTML document."""
+    """Write a whole HTML document."""
     body = "".join(f"<h2>{escape(s.title)}</h2>{s.html}" for s in sections)
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"

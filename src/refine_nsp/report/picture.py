@@ -1,4 +1,4 @@
-"""A text explained: entropy along it, chunks, chosen positions, rollouts against the truth, rewards."""
+"""Show a text as ReFINE sees it: entropy along it, chunks, chosen positions, rollouts next to the truth, and rewards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refine_nsp.report.tables import Cell, Table
 
 
 def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> Plot:
-    """Entropy of the first sequence along its tokens, with chunk borders and chosen positions."""
+    """Plot the entropy of the first sequence along its tokens, with chunk borders and chosen positions."""
     import torch
 
     entropy = record.entropy[0, :length].tolist()
@@ -36,7 +36,7 @@ def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> Plot:
 
 
 def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts, config: NSPConfig) -> str:
-    """The text, each token shaded by the entropy it was predicted with; chosen positions marked."""
+    """Write the text with each token shaded by the entropy it was predicted with, and chosen positions marked."""
     entropy = record.entropy[0]
     top = float(entropy[: len(ids)].max().clamp(min=1e-6))
     chosen = {int(t) for t in record.positions[0] if t >= 0}
@@ -51,7 +51,7 @@ def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollo
 
 
 def rollout_table(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts) -> Table:
-    """Truth and rollouts at each position, with reward and advantage."""
+    """List the truth and the rollouts at each position, with reward and advantage."""
     rows: list[list[Cell]] = []
     N, K = record.tokens.shape[2:]
     for p, t in enumerate(record.positions[0].tolist()):
@@ -67,7 +67,7 @@ def rollout_table(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollo
 def picture_page(
     title: str, facts: Table, tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts, config: NSPConfig
 ) -> str:
-    """The whole page for the first sequence of `record`."""
+    """Write the whole page for the first sequence of `record`."""
     legend = "Shade: entropy with which the token was predicted. Underlined: a chosen position (the last token of a prefix)."
     return html.page(
         title,

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: text as text, colours as CSS variables, so that a page shows them in the light and in the dark.
+"""Draw plots as inline SVG, with text as text and colours as CSS variables, so that a page can show them in light and in dark.
 
 The title and the legend stand outside the drawing, where they wrap and can cover nothing.
 """
@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# Of a colour its CSS variable, and what it is in the light and in the dark: all at least 3 to 1 against the page. The lines' hues are
-# Okabe and Ito's, which colour-blind readers can tell apart, darker in the light and lighter in the dark.
+# Each colour has a CSS variable, a value for light pages and one for dark pages, all with a contrast of at least 3 to 1. The lines' hues
+# are Okabe and Ito's, which colour-blind readers can tell apart, darkened for light pages and lightened for dark ones.
 INKS = {"ink": ("#1c1f23", "#e6e9ec"), "grid": ("#c9ced4", "#3a4148")}
 LINES = {
     "line-0": ("#0072b2", "#56b4e9"), "line-1": ("#d55e00", "#ff8c42"), "line-2": ("#008f68", "#2bc79a"),
@@ -29,17 +29,18 @@ LINES = {
 }  # fmt: skip
 PALETTE = INKS | LINES
 COLOURS = tuple(light for light, _ in LINES.values())
-# Seven colours and four dashes: each run differs from the one before in both, and 28 in one of them; then markers tell on.
+# There are seven colours and four dashes. Each run differs from the one before it in both, and 28 runs differ in one of them; further runs
+# differ in their markers.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.2, 1.6), (6, 1.6, 1.2, 1.6))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-FEW_POINTS = 12  # a curve of fewer shows where they are
+FEW_POINTS = 12  # a curve of fewer points shows a marker at each
 POINTS_TO_PIXELS = 4 / 3
-SMALLEST_SCALE = 0.8  # a drawing is not shrunk further on a narrow screen; it scrolls in its box
+SMALLEST_SCALE = 0.8  # on a narrow screen a drawing is shrunk no further, but scrolls in its box
 
 matplotlib.rcParams.update({
-    "text.parse_math": False,  # names of runs are text, whatever is in them
+    "text.parse_math": False,  # names of runs are plain text, dollar signs included
     "svg.fonttype": "none",
-    "svg.hashsalt": "refine-nsp",  # the same drawing is the same text
+    "svg.hashsalt": "refine-nsp",  # the same drawing gives the same file
     "font.size": 8.5, "text.color": INKS["ink"][0], "axes.labelcolor": INKS["ink"][0], "xtick.color": INKS["ink"][0],
     "ytick.color": INKS["ink"][0], "axes.edgecolor": INKS["ink"][0], "grid.color": INKS["grid"][0],
     "axes.titlesize": 8.5, "axes.labelsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
@@ -49,14 +50,19 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Plot:
-    """drawing: an <svg> element. legend: name and the style of its line, for each line drawn."""
+    """Hold a drawing with its title and legend.
+
+    Attributes:
+        drawing: an <svg> element.
+        legend: the name and the style of each line.
+    """
 
     title: str
     drawing: str
     legend: tuple[tuple[str, Style], ...] = ()
 
     def html(self) -> str:
-        """A <figure> for a page whose style has the variables of PALETTE."""
+        """Write a <figure> for a page whose style sheet has the variables of PALETTE."""
         keys = "".join(f"<li>{style.sample()}{escape(name)}</li>" for name, style in self.legend)
         legend = f"<ul class='legend'>{keys}</ul>" if keys else ""
         label = escape(self.title, quote=True)
@@ -65,7 +71,7 @@ class Plot:
         return f"<figure class='plot'><figcaption>{escape(self.title)}</figcaption>{box}{legend}</figure>"
 
     def svg(self) -> str:
-        """A file of its own: on white, with its title above and its legend below."""
+        """Write a file of its own: on white, with its title above and its legend below."""
         width, height = (float(x) for x in re.findall(r'viewBox="0 0 (\S+) ([^"]+)"', self.drawing)[0])
         tag, rest = self.drawing.split(">", 1)
         tag = re.sub(r' (?:width|height)="[^"]*"', "", tag).replace("<svg", f'<svg y="20" width="{width}" height="{height}"')
@@ -81,12 +87,12 @@ class Plot:
             f'<rect width="100%" height="100%" fill="#ffffff"/><text x="10" y="13" font-size="10">{escape(self.title)}</text>'
             f"{inner}{''.join(lines)}</svg>\n"
         )
-        return re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", text)  # not every viewer of files knows variables
+        return re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", text)  # not every viewer knows CSS variables
 
 
 @dataclass(frozen=True)
 class Style:
-    """How the i-th of several lines is drawn, on every plot of a page alike."""
+    """Say how the i-th of several lines is drawn, alike on every plot of a page."""
 
     colour: str
     dashes: tuple[float, ...]
@@ -99,7 +105,7 @@ class Style:
 
     @lru_cache(maxsize=256)  # noqa: B019  a handful of values, kept for good
     def sample(self) -> str:
-        """A short piece of the line, as SVG."""
+        """Draw a short piece of the line as SVG."""
         fig = plt.figure(figsize=(30 / 72, 10 / 72))
         axis = fig.add_axes((0, 0, 1, 1))
         axis.set_axis_off()
@@ -107,7 +113,7 @@ class Style:
         return to_svg(fig)
 
     def options(self) -> dict[str, Any]:
-        """matplotlib's, of a line."""
+        """Return matplotlib's options for this line."""
         return {
             "color": self.colour,
             "linewidth": 1.6,
@@ -117,12 +123,12 @@ class Style:
 
 
 def variables(dark: bool) -> str:
-    """PALETTE as CSS."""
+    """Write PALETTE as CSS variables."""
     return "".join(f"--{name}:{colours[dark]};" for name, colours in PALETTE.items())
 
 
 def figure(width: float = 4.3, height: float = 2.5, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure and its axes (one, or an array of them), in the house style; in inches."""
+    """Make a figure of `width` by `height` inches and its axes (one, or an array of them) in the style of all pages."""
     fig, axes = plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, **options)
     for axis in fig.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -131,7 +137,7 @@ def figure(width: float = 4.3, height: float = 2.5, rows: int = 1, columns: int 
 
 
 def to_svg(fig: Figure) -> str:
-    """The figure as an <svg> element without a background; closes it."""
+    """Convert a figure to an <svg> element without a background, and close it."""
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     plt.close(fig)
@@ -140,13 +146,13 @@ def to_svg(fig: Figure) -> str:
     for name, (light, _) in PALETTE.items():
         text = re.sub(rf"(fill|stroke): {light}", rf"\1: var(--{name}, {light})", text)
     least = round(fig.get_figwidth() * 72 * POINTS_TO_PIXELS * SMALLEST_SCALE)
-    # Its style sheet would be the whole page's: what it says stands on the element.
+    # A style sheet inside the drawing would apply to the whole page, so what it says is put on the element itself.
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     return text.replace("<svg", f'<svg style="min-width:{least}px;stroke-linejoin:round;stroke-linecap:butt"', 1)
 
 
 def line_plot(curves: Mapping[str, Curve], title: str, x_label: str = "step") -> Plot:
-    """One line per name, (x, y) each; an empty one keeps its style for other plots, and is not in the legend."""
+    """Draw a line (x, y) for each name. An empty curve takes its place in the order of styles, but not in the legend."""
     fig, axis = figure()
     legend = []
     for i, (name, (x, y)) in enumerate(curves.items()):
@@ -163,10 +169,10 @@ def line_plot(curves: Mapping[str, Curve], title: str, x_label: str = "step") ->
 
 
 def forest_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Sequence[str], title: str, x_label: str) -> Plot:
-    """A row per name and a panel per label, each with an axis of its own: (mean, half-width) as a point with its interval, and zero."""
+    """Draw (mean, half-width) as a point with its interval, in a row for each name and a panel with its own axis for each label."""
     names = list(groups)
-    beside = max(1.4, 0.065 * max(map(len, names)))  # inches that the names take
-    fig, axes = figure(beside + 1.5 * len(labels), 1.0 + 0.24 * len(names), columns=len(labels), sharey=True, squeeze=False)
+    margin = max(1.4, 0.065 * max(map(len, names)))  # inches that the names take
+    fig, axes = figure(margin + 1.5 * len(labels), 1.0 + 0.24 * len(names), columns=len(labels), sharey=True, squeeze=False)
     for i, (axis, label) in enumerate(zip(axes[0], labels, strict=True)):
         means, halves = zip(*(groups[name][i] for name in names), strict=True)
         axis.axvline(0, color=INKS["ink"][0], linewidth=0.8)
@@ -182,16 +188,16 @@ def forest_plot(groups: Mapping[str, Sequence[tuple[float, float]]], labels: Seq
 def heat_map(
     values: Sequence[Sequence[float | None]], columns: Sequence[str], rows: Sequence[str], title: str, x_label: str, y_label: str
 ) -> Plot:
-    """A value (0..100, or None) in each cell, written in it."""
+    """Draw a map of values from 0 to 100, each written into its cell; None leaves a cell empty."""
     fig, axis = figure(max(3.2, 1.4 + 0.6 * len(columns)), 0.8 + 0.32 * len(rows))
     grid = [[float("nan") if v is None else v for v in row] for row in values]
     shades = matplotlib.colormaps["viridis"]
-    axis.pcolormesh(grid, vmin=0, vmax=100, cmap=shades)  # not imshow, which makes a bitmap
+    axis.pcolormesh(grid, vmin=0, vmax=100, cmap=shades)  # imshow would make a bitmap
     axis.grid(visible=False)
     for i, row in enumerate(values):
         for j, v in enumerate(row):
             if v is not None:
-                ink = "#000000" if _luminance(shades(v / 100)) > 0.18 else "#ffffff"  # whichever has more contrast
+                ink = "#000000" if _luminance(shades(v / 100)) > 0.18 else "#ffffff"  # the ink that has more contrast
                 axis.text(j + 0.5, i + 0.5, f"{v:.0f}", ha="center", va="center", color=ink)
     axis.set_xticks([j + 0.5 for j in range(len(columns))], columns)
     axis.set_yticks([i + 0.5 for i in range(len(rows))], rows)
@@ -202,6 +208,6 @@ def heat_map(
 
 
 def _luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of (r, g, b), each 0..1, as contrast is reckoned from it."""
+    """Compute the relative luminance of (r, g, b), each 0..1, from which contrast follows."""
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
     return 0.2126 * r + 0.7152 * g + 0.0722 * b

@@ -1,4 +1,4 @@
-"""The page of one run, or of several side by side, from what runs leave in their folders."""
+"""Make the page of one run, or of several side by side, from the files in their folders."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; missing parts are empty."""
+    """Hold what a run's folder holds; missing parts are empty."""
 
     name: str
     metrics: list[dict[str, Any]]
-    completions: list[dict[str, Any]]
+    completions: list[dict[str, object]]
     config: str
-    environment: dict[str, Any]
+    environment: dict[str, object]
 
     def curve(self, key: str) -> plots.Curve:
         points = [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), int | float)]
@@ -59,8 +59,8 @@ class Run:
         return float(values[-1]) if values else None
 
 
-def run_of(folder: Path, environment: dict[str, Any], with_figures: bool = True) -> Run:
-    """What a run's folder holds so far, where it may hold nothing; its environment unless there is a file of it."""
+def run_of(folder: Path, environment: dict[str, object], with_figures: bool = True) -> Run:
+    """Read what a run's folder holds so far, which may be nothing; `environment` stands in where the folder has no file of it."""
     if with_figures and (folder / "metrics.jsonl").exists():
         run = read_run(folder)
         return replace(run, environment=run.environment or environment)
@@ -68,13 +68,13 @@ def run_of(folder: Path, environment: dict[str, Any], with_figures: bool = True)
 
 
 def read_run(folder: Path) -> Run:
-    """Read metrics.jsonl, completions.jsonl, config.yaml and environment.json. RefineError when it is no run at all."""
+    """Read metrics.jsonl, completions.jsonl, config.yaml and environment.json. Raises RefineError when the folder is not a run's."""
     if not folder.is_dir():
         raise RefineError(f"no run folder {folder}")
     metrics = read_json_lines(folder / "metrics.jsonl")
     if not metrics:
         raise RefineError(f"{folder} has no metrics.jsonl; expected the output_dir of a refine-nsp run")
-    # A resumed run makes some steps again: what it logs counts, and what was logged of later steps does not.
+    # A resumed run makes some steps again: what it logs then counts, and what was logged of these and later steps before does not.
     by_step: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     with expecting("a step, a number, in every record", folder / "metrics.jsonl"):
         latest = 0.0
@@ -94,7 +94,7 @@ def read_run(folder: Path) -> Run:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name a folder, no two alike: its last part, with as many parts before it as tell it from others of that name."""
+    """Give each folder a name, no two alike: its last part, with as many parts before it as tell it from others of that name."""
     paths = [f.resolve().parts for f in folders]
     names = []
     for i, path in enumerate(paths):
@@ -106,7 +106,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def report(folders: list[Path], output: Path) -> Path:
-    """Write one page that compares the runs; returns its path."""
+    """Write one page that compares the runs, and return its path."""
     runs = [replace(read_run(f), name=name) for f, name in zip(folders, names_of(folders), strict=True)]
     sections = [html.Section("Last figures", summary_table(runs).html()), html.Section("Curves", curve_plots(runs))]
     sections += [html.Section(f"Rollouts of {r.name}", completions_table(r).html()) for r in runs if r.completions]
@@ -121,7 +121,7 @@ def report(folders: list[Path], output: Path) -> Path:
 
 
 def summary_table(runs: list[Run]) -> Table:
-    """The last value of every known figure, one column a run."""
+    """List the last value of every known figure, with a column for each run."""
     keys = [(k, title) for k, title, _ in CURVES if any(r.curve(k)[1] for r in runs)]
     rows: list[list[Cell]] = [[title, *(r.last(k) for r in runs)] for k, title in keys]
     return Table("Last logged value", ["figure", *(r.name for r in runs)], rows)
@@ -134,10 +134,10 @@ def curve_plots(runs: list[Run]) -> str:
     wanted = [*CURVES, *((k, k.replace("_", " "), "") for k in rewards)]
     drawn = []
     for key, title, unit in wanted:
-        # Runs without a curve stay among them, so that a run has one style on the page.
+        # Runs without this curve keep their place, so that a run has the same style in every plot of the page.
         curves = {r.name: curve if len((curve := r.curve(key))[1]) > 1 else ([], []) for r in runs}
         if key == "loss_policy":
-            # Advantages sum to 0, so on-policy the loss is rounding; its gradient is what counts.
+            # Advantages sum to 0, so on policy the loss is nothing but rounding, and a curve of it would tell nothing.
             curves = {name: c if any(abs(y) > ROUNDING for y in c[1]) else ([], []) for name, c in curves.items()}
         if any(ys for _, ys in curves.values()):
             drawn.append(plots.line_plot(curves, f"{title}, {unit}" if unit else title))
@@ -145,8 +145,8 @@ def curve_plots(runs: list[Run]) -> str:
 
 
 def completions_table(run: Run) -> Table:
-    rows: list[list[Cell]] = [
-        [repr(c[n])[1:-1] if isinstance(c[n], str) else c[n] if isinstance(c[n], int | float) else str(c[n]) for n in COMPLETION]
-        for c in run.completions[-SHOWN_COMPLETIONS:]
-    ]
+    def cell(value: object) -> Cell:
+        return repr(value)[1:-1] if isinstance(value, str) else value if isinstance(value, int | float) else str(value)
+
+    rows = [[cell(c[name]) for name in COMPLETION] for c in run.completions[-SHOWN_COMPLETIONS:]]
     return Table("prefix tail, truth, rollout", list(COMPLETION), rows)

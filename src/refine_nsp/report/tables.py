@@ -1,21 +1,19 @@
-"""One table, three faces: Markdown, HTML and the terminal."""
+"""Show one table as Markdown, as HTML, and in the terminal."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
 
 from rich.table import Table as RichTable
 
 Cell = str | float | int | None
 
-
-TEXT_LENGTH = 24  # a column with a longer cell, or one of words alone, is prose, and reads from the left
+TEXT_LENGTH = 24  # a column is prose, and is aligned to the left, if one of its cells is longer or has words and no digit
 
 
 def show(cell: Cell) -> str:
-    """A cell as text: floats with four significant digits, nothing for None."""
+    """Write a cell as text: floats with four significant digits, None as an empty text."""
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
@@ -27,7 +25,12 @@ def _is_prose(cell: Cell) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: one list of cells a row, as long as `columns`. notes: lines under the table."""
+    """Hold a table.
+
+    Attributes:
+        rows: a list of cells for each row, as long as `columns`.
+        notes: lines under the table.
+    """
 
     title: str
     columns: list[str]
@@ -35,7 +38,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def prose(self) -> list[bool]:
-        """Which columns hold text rather than figures."""
+        """Tell for each column whether it holds text rather than figures."""
         return [i == 0 or any(_is_prose(row[i]) for row in self.rows) for i in range(len(self.columns))]
 
     def markdown(self) -> str:
@@ -56,15 +59,15 @@ class Table:
     def rich(self) -> RichTable:
         table = RichTable(
             title=self.title, caption="\n".join(self.notes) or None, caption_justify="left",
-            collapse_padding=True, pad_edge=False, show_edge=False,  # seven columns of figures fit 80 characters
+            collapse_padding=True, pad_edge=False, show_edge=False,  # so that seven columns of figures fit into 80 characters
         )  # fmt: skip
         for i, (name, prose) in enumerate(zip(self.columns, self.prose(), strict=True)):
-            # In a narrow terminal cells are folded, never cut; what a row is about stays whole.
+            # In a narrow terminal cells are folded, never cut. A short first column, which names the row, stays whole.
             short = i == 0 and all(len(show(row[0])) <= TEXT_LENGTH for row in self.rows)
             table.add_column(name, justify="left" if prose else "right", overflow="fold", no_wrap=short)
         for row in self.rows:
             table.add_row(*(show(c) for c in row))
         return table
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}

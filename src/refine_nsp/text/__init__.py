@@ -1,1 +1,1 @@
-"""Text: reading it from files, folders and the hub."""
+"""This room reads documents from files, folders and the hub."""

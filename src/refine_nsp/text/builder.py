@@ -1,14 +1,14 @@
-"""Files as a `datasets` dataset: cached by their content's stamp in memory, or streamed with a place that can be resumed at.
+"""Make a `datasets` dataset of files: cached by their names, sizes and times of change, or streamed from a place that can be resumed.
 
-`datasets` patches `open`, `os` and `pathlib` in a builder's module so that names may be chained addresses. Nothing here opens a file, so
-a file's name means what it says.
+`datasets` patches `open`, `os` and `pathlib` in a builder's module so that names may be chained addresses. Nothing in this module opens a
+file, so that a file's name means what it says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import datasets
 from datasets.fingerprint import Hasher
@@ -20,49 +20,51 @@ from refine_nsp.text.formats import say
 if TYPE_CHECKING:
     import pyarrow
 
-FORM = 1  # of what is cached: another number where the same files would be read otherwise
+FORM = 1  # part of the cache's key: raise it when the same files come to be read differently
 
 
 @dataclass
 class RowsConfig(datasets.BuilderConfig):
-    """Which files are read, and what of them.
+    """Say which files are read, and which of their columns.
 
     Attributes:
-        files: their names. schema: the columns, the document's first. wanted: what was asked for.
+        files: the names of the files.
+        schema: the columns, the document's first.
+        wanted: the columns that the caller asked for.
     """
 
     files: Sequence[str] = ()
-    schema: Any = None
+    schema: pyarrow.Schema | None = None
     wanted: Wanted | None = None
 
 
 class Rows(datasets.ArrowBasedBuilder):
-    """The rows of files of any of the formats, each file a shard."""
+    """Build a dataset of the rows of files of any format; each file is a shard."""
 
     BUILDER_CONFIG_CLASS = RowsConfig
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(self.config.schema))
 
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+    def _split_generators(self, dl_manager: object) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator(name="train", gen_kwargs={"files": list(self.config.files)})]
 
     def _generate_shards(self, files: Sequence[str]) -> Iterator[str]:
         yield from files
 
-    def _generate_tables(self, files: Sequence[str]) -> Iterator[tuple[Any, pyarrow.Table]]:
+    def _generate_tables(self, files: Sequence[str]) -> Iterator[tuple[tuple[int, int], pyarrow.Table]]:
         wanted = self.config.wanted
         for i, file in enumerate(files):
             rows = missing = 0
             for j, table in enumerate(tables_of(path_of(file), self.config.schema, wanted)):
                 rows, missing = rows + len(table), missing + table.column(0).null_count
                 yield (i, j), table
-            if wanted.streaming:  # in memory they are counted where they are at hand
+            if wanted.streaming:  # `read_documents` counts the rows of a dataset in memory
                 say_missing(file, missing, rows, self.config.schema.names[0])
 
 
 def say_missing(name: str, missing: int, rows: int, column: str) -> None:
-    """Say how many rows have no document."""
+    """Warn of the rows that have no document."""
     if missing:
         say(f"{name}: {missing} of {rows} rows have no {column!r}, so nothing is read from them")
 
@@ -70,7 +72,11 @@ def say_missing(name: str, missing: int, rows: int, column: str) -> None:
 def build(
     files: Sequence[tuple[str, int, int]], schema: pyarrow.Schema, wanted: Wanted
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Read files, given by name, bytes and time of change. RefineError where a row is wrong: at once, streamed when it is reached."""
+    """Read files, given by name, bytes and time of change.
+
+    Raises:
+        RefineError: a row is wrong. A stream raises it only when that row is reached.
+    """
     key = Hasher.hash((FORM, list(files), str(schema), wanted.columns))
     names = [name for name, _, _ in files]
     rows = Rows(dataset_name="refine_nsp_text", config_id=f"files-{key}", files=names, schema=schema, wanted=wanted)

@@ -1,19 +1,18 @@
-"""The columns that are needed of several files: of which type each is, and the files as Arrow tables of these types alone.
+"""Find the types of the columns that are needed of several files, and read the files as Arrow tables of just these columns.
 
-Columns that nobody asked for are never looked at, so they may differ from file to file. A value that does not fit is named with its
-file and its row.
+Columns that nobody asked for are never looked at, so they may differ from file to file. An error names the file and the row of a value that
+does not fit.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -22,26 +21,24 @@ import pyarrow.parquet as pq
 from refine_nsp.errors import RefineError
 from refine_nsp.text.formats import Row, format_of, opened, place, read_text, rows_of, say
 
-LOOK_ROWS, MOST_LOOKED = (
-    100,
-    10_000,
-)  # of a file that are looked at before it is streamed, and where a column is still without values
-TABLE_ROWS, TABLE_CHARACTERS = 1000, 2**23  # at most, of a table
-PARQUET_ROWS = 256
+LOOK_ROWS = 100  # rows of a file that are looked at, for the types of its columns, before it is streamed
+MOST_LOOKED = 10_000  # as many are looked at while a column is still without values
+TABLE_ROWS, TABLE_CHARACTERS = 1000, 2**23  # a table made of json or csv has at most so many
+PARQUET_ROWS = 256  # rows of a batch
 MISFITS = (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError)
 
-JSON_TYPE: Any = vars(pa).get("JsonType", ())  # earlier ones of pyarrow have none, and those of datasets no column of it
+JSON_TYPE: type[pa.DataType] | tuple[()] = vars(pa).get("JsonType", ())  # earlier releases of pyarrow have no such type
 
-Types = dict[str, pa.DataType | None]  # None: of several types
+Types = dict[str, pa.DataType | None]  # by column; None: its values are of several types
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for.
+    """Say which columns are read, and how.
 
     Attributes:
-        columns: any of these holds the document; the first that is there is taken.
-        also: further columns, where they are there; None: all there are.
+        columns: names of which any may hold the document; the first that is there is taken.
+        also: further columns that are read where they are there; None: all columns.
         read_ahead: bytes of a text that are looked at before the rest is streamed; None: everything is read at once.
         of_any_type: whether a column may hold values of several types.
     """
@@ -56,7 +53,7 @@ class Wanted:
         return self.read_ahead is not None
 
     def names(self, there: Iterable[str]) -> list[str]:
-        """Those of a file's columns that may be needed."""
+        """Select the names of a file's columns that may be needed."""
         return [name for name in there if self.also is None or name in self.columns or name in self.also]
 
 
@@ -64,11 +61,11 @@ class Wanted:
 
 
 def types_of(file: Path, wanted: Wanted) -> Types:
-    """The types of a file's columns, of those that may be needed. RefineError where it cannot be read."""
+    """Find the types of the columns of a file that may be needed. Raises RefineError where it cannot be read."""
     kind = format_of(file)
     if kind == "text":
         if wanted.streaming:
-            read_text(file, wanted.read_ahead)  # that it is text is seen before a run begins
+            read_text(file, wanted.read_ahead)  # a file that is no text is refused before a run begins
         return {"text": pa.string()}
     if kind == "csv":
         first = next(rows_of(file, wanted.columns), None)
@@ -80,9 +77,9 @@ def types_of(file: Path, wanted: Wanted) -> Types:
 
 
 def _types_of_rows(file: Path, wanted: Wanted) -> Types:
-    """Of a json file's first rows: of all rows where columns of any kind are wanted and the files are read whole anyway.
+    """Find the types of a json file's columns by its first rows, up to where each column asked for by name has had a value.
 
-    In any case up to a row in which the columns asked for by name have had a value.
+    All rows are looked at where all columns are wanted and the file is not streamed: then it is read whole anyway.
     """
     rows, types, looked = rows_of(file, wanted.columns), Types(), 0
     while part := [row for _, _, row in islice(rows, LOOK_ROWS)]:
@@ -97,7 +94,7 @@ def _types_of_rows(file: Path, wanted: Wanted) -> Types:
     return types
 
 
-def _type_of_values(values: Sequence[Any], of_any_type: bool = False) -> pa.DataType | None:
+def _type_of_values(values: Sequence[object], of_any_type: bool = False) -> pa.DataType | None:
     try:
         return pa.array(values).type
     except MISFITS:
@@ -107,12 +104,12 @@ def _type_of_values(values: Sequence[Any], of_any_type: bool = False) -> pa.Data
 
 
 def _unknown(found: pa.DataType | None) -> bool:
-    """Whether no value said yet of which type a column is; None, of several types, is known."""
+    """Tell whether no value has said yet of which type a column is. None, which stands for several types, is known."""
     return found is not None and (pa.types.is_null(found) or (pa.types.is_list(found) and pa.types.is_null(found.value_type)))
 
 
 def plain(found: pa.DataType) -> pa.DataType:
-    """The ordinary form of a type: text that is dictionary-encoded, large or a view is text."""
+    """Return the ordinary form of a type: text that is dictionary-encoded, large or a view is text."""
     if pa.types.is_dictionary(found):
         found = found.value_type
     if pa.types.is_large_string(found) or pa.types.is_string_view(found):
@@ -122,7 +119,7 @@ def plain(found: pa.DataType) -> pa.DataType:
 
 
 def merged(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
-    """A type that holds the values of both, as numbers with and without a point; None where there is none."""
+    """Return a type that holds the values of both, such as numbers with and without a point; None where there is none."""
     if a is None or b is None:
         return None
     try:
@@ -133,14 +130,14 @@ def merged(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
 
 
 def is_document(found: pa.DataType | None) -> bool:
-    """Whether it is the type of text, or of rows of token ids."""
+    """Tell whether this is the type of text or of rows of token ids."""
     return found is not None and (
         pa.types.is_string(found) or (pa.types.is_list(found) and pa.types.is_integer(found.value_type))
     )
 
 
 def schema_of(types: Mapping[Path, Types], wanted: Wanted) -> tuple[pa.Schema, list[tuple[str, str]]]:
-    """The columns to read, the document's first, and the others that are left out since their values do not agree, with the first."""
+    """Return the columns to read, the document's first, and the columns left out because their values disagree, with the first such."""
     there = {name: None for of_file in types.values() for name in of_file}
     document = next(name for name in wanted.columns if name in there)
     any_type = pa.json_() if wanted.of_any_type and hasattr(datasets, "Json") else None
@@ -159,13 +156,13 @@ def schema_of(types: Mapping[Path, Types], wanted: Wanted) -> tuple[pa.Schema, l
 
 
 def _type_of_files(name: str, types: Mapping[Path, Types]) -> pa.DataType | None:
-    """The type that holds a column's values in all files; None where they are of several types."""
+    """Return the type that holds a column's values in all files; None where they are of several types."""
     return functools.reduce(merged, (of_file.get(name, pa.null()) for of_file in types.values()), pa.null())
 
 
 def _document_type(name: str, types: Mapping[Path, Types]) -> pa.DataType:
-    """Text where any file has text in it, so that the value named as wrong is the one that is."""
-    found: list[Any] = [of_file[name] for of_file in types.values() if name in of_file]
+    """Return the document's type: text where any file has text, so that an error names a value that is not text, not the text."""
+    found: list[pa.DataType | None] = [of_file[name] for of_file in types.values() if name in of_file]
     if any(f is None or pa.types.is_string(f) or pa.types.is_binary(f) or pa.types.is_large_binary(f) for f in found):
         return pa.string()
     if all(pa.types.is_list(f) or pa.types.is_null(f) for f in found) and any(pa.types.is_list(f) for f in found):
@@ -176,7 +173,7 @@ def _document_type(name: str, types: Mapping[Path, Types]) -> pa.DataType:
 
 
 def _disagreement(name: str, files: Sequence[Path], wanted: Wanted) -> str:
-    """Where the first value of a column is whose type does not agree with those before."""
+    """Name the place of the first value of a column whose type does not agree with the values before it."""
     found: pa.DataType | None = pa.null()
     for file in files:
         for number, line, row in every_row(file, name, wanted):
@@ -187,7 +184,7 @@ def _disagreement(name: str, files: Sequence[Path], wanted: Wanted) -> str:
 
 
 def every_row(file: Path, name: str, wanted: Wanted) -> Iterator[Row]:
-    """All rows of a file for an error's sake, whatever its format: number, line (0 where there is none), values."""
+    """Yield all rows of a file of any format, to find a wrong one for an error message."""
     if format_of(file) in ("json", "csv"):
         yield from rows_of(file, wanted.columns)
     elif format_of(file) == "text":
@@ -201,8 +198,8 @@ def every_row(file: Path, name: str, wanted: Wanted) -> Iterator[Row]:
                     number += 1
 
 
-def shown(value: Any) -> str:
-    """A value in an error: its beginning, and its type."""
+def shown(value: object) -> str:
+    """Show a value in an error: its beginning, and its type."""
     return f"{str(value)[:60]!r}, a {type(value).__name__}"
 
 
@@ -210,7 +207,7 @@ def shown(value: Any) -> str:
 
 
 def tables_of(file: Path, schema: pa.Schema, wanted: Wanted) -> Iterator[pa.Table]:
-    """A file's rows as tables of `schema`, whose first column is the document's. RefineError for a value that does not fit."""
+    """Yield a file's rows as tables of `schema`, whose first column is the document's. Raises RefineError for a value that does not fit."""
     kind = format_of(file)
     if kind == "text":
         yield pa.table({name: [read_text(file)] if name == "text" else [None] for name in schema.names}, schema=schema)
@@ -249,10 +246,10 @@ def _table(rows: Sequence[Row], schema: pa.Schema, file: Path, wanted: Wanted) -
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _fitting_values(values: Sequence[Any], rows: Sequence[Row], field: pa.Field, file: Path, wanted: Wanted) -> list[Any]:
-    """Values without those that are not of their column's type, of a column beside the document's; of that one RefineError."""
+def _fitting_values(values: Sequence[object], rows: Sequence[Row], field: pa.Field, file: Path, wanted: Wanted) -> list[object]:
+    """Replace values that are not of their column's type by None. Raises RefineError for one in the document's column."""
     fits = [_fits(value, field.type) for value in values]
-    if all(fits):  # each by itself: True among whole numbers
+    if all(fits):  # each value fits by itself though not together, as True among whole numbers
         return [_array([value], field.type)[0].as_py() for value in values]
     at = fits.index(False)
     error = misfit(place(file, *rows[at][:2]), field, values[at], field.name in wanted.columns)
@@ -262,8 +259,8 @@ def _fitting_values(values: Sequence[Any], rows: Sequence[Row], field: pa.Field,
     return [value if fit else None for value, fit in zip(values, fits, strict=True)]
 
 
-def _array(values: Sequence[Any], wanted: pa.DataType) -> pa.Array:
-    """Values as an array. In two steps, since Arrow makes 1 of 1.5 where it is told to make whole numbers."""
+def _array(values: Sequence[object], wanted: pa.DataType) -> pa.Array:
+    """Make an array of values, in two steps, because Arrow makes 1 of 1.5 where it is told to make whole numbers."""
     if pa.types.is_string(wanted):
         return pa.array(values, wanted)
     if isinstance(wanted, JSON_TYPE):
@@ -274,26 +271,31 @@ def _array(values: Sequence[Any], wanted: pa.DataType) -> pa.Array:
 
 
 def _cast(found: pa.Array, wanted: pa.DataType) -> pa.Array:
-    """Convert values to a type that holds all of them; MISFITS where it does not: Arrow itself drops fields that the type lacks."""
+    """Convert values to a type that holds all of them.
+
+    Raises:
+        MISFITS: the type does not hold them. Arrow itself would drop fields that the type lacks.
+    """
     if pa.types.is_nested(wanted) and merged(wanted, plain(found.type)) != wanted:
         raise pa.ArrowInvalid(f"{found.type} is not {wanted}")
     try:
         return found.cast(wanted)
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
-        # Arrow has no cast of structs to ones with more fields; built from plain values, they get nulls there.
+        # Arrow cannot cast structs to ones with more fields. Built from plain values, they get nulls in those.
         return pa.array(found.to_pylist(), wanted)
 
 
-def _fits(value: Any, wanted: pa.DataType) -> bool:
+def _fits(value: object, wanted: pa.DataType) -> bool:
+    """Tell whether a value, plain or of Arrow, is of a type."""
     try:
-        _array([value], wanted)
+        _cast(pa.array([value.as_py()], value.type), wanted) if isinstance(value, pa.Scalar) else _array([value], wanted)
     except MISFITS:
         return False
     return True
 
 
-def misfit(where: str, field: pa.Field, value: Any, is_document_column: bool) -> RefineError:
-    """The error of a value that is not of its column's type."""
+def misfit(where: str, field: pa.Field, value: object, is_document_column: bool) -> RefineError:
+    """Make the error of a value that is not of its column's type."""
     if is_document_column and isinstance(value, str) and pa.types.is_string(field.type):
         return RefineError(
             f"{where}: column {field.name!r} holds {shown(value)}, with half a surrogate pair in it, which is no character"
@@ -303,7 +305,7 @@ def misfit(where: str, field: pa.Field, value: Any, is_document_column: bool) ->
 
 
 def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_document_column: bool) -> pa.Array:
-    """A column of a parquet or arrow file in the type wanted; nulls where the file does not have it. start: the batch's first row."""
+    """Convert a column of a parquet or arrow file, nulls where there is none, to the type of `field`; `start` is the batch's first row."""
     if field.name not in batch.schema.names:
         return pa.nulls(len(batch), field.type)
     column = batch.column(field.name)
@@ -323,21 +325,13 @@ def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_
     try:
         return _cast(column, field.type)
     except MISFITS:
-        at = next((i for i, value in enumerate(column) if not _casts(value, field.type)), 0)
+        at = next((i for i, value in enumerate(column) if not _fits(value, field.type)), 0)
         raise misfit(place(file, start + at), field, column[at].as_py(), is_document_column) from None
 
 
-def _casts(value: pa.Scalar, wanted: pa.DataType) -> bool:
-    try:
-        _cast(pa.array([value.as_py()], value.type), wanted)
-    except MISFITS:
-        return False
-    return True
-
-
 @contextmanager
-def _arrow(file: Path) -> Iterator[tuple[pa.Schema, Any]]:
-    """The schema of a parquet or arrow file, and a function from names of columns to its batches with those of them it has."""
+def _arrow(file: Path) -> Iterator[tuple[pa.Schema, Callable[[Sequence[str]], Iterator[pa.RecordBatch]]]]:
+    """Open a parquet or arrow file: give its schema, and a function that yields its batches with the columns named, where it has them."""
     with opened(file) as stream:
         if format_of(file) == "parquet":
             parquet = pq.ParquetFile(stream)
@@ -347,11 +341,11 @@ def _arrow(file: Path) -> Iterator[tuple[pa.Schema, Any]]:
                 return parquet.iter_batches(PARQUET_ROWS, columns=[n for n in names if n in schema.names])
         else:
             try:
-                reader: Any = pa.ipc.open_stream(stream)
+                reader = pa.ipc.open_stream(stream)
             except pa.ArrowInvalid:
                 stream.seek(0)
                 of_file = pa.ipc.open_file(stream)
-                parts: Any = (of_file.get_batch(i) for i in range(of_file.num_record_batches))
+                parts: Iterable[pa.RecordBatch] = (of_file.get_batch(i) for i in range(of_file.num_record_batches))
                 schema = of_file.schema
             else:
                 parts, schema = reader, reader.schema

@@ -1,7 +1,8 @@
-"""Which files a name means: a file, a folder as the hub, an editor or a cluster leaves it, or a glob; and which split each belongs to.
+"""Find the files that a name means, and the split that each belongs to.
 
-The rules for splits are those of `datasets`: words such as train, dev or test in the names of folders, else of files, or shards as
-`NAME-00000-of-00001`; a README that lists the files of each configuration comes before them.
+A name is a file, a glob, or a folder as the hub, an editor or a cluster leaves it. The rules for splits are those of `datasets`: words
+like train, dev or test in the names of folders, or else of files, or shards called `NAME-00000-of-00001`. A README that lists the files of
+each configuration comes before them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -24,21 +24,23 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-APART = r"[-._ 0-9]"  # what a word of a name may stand between
+APART = r"[-._ 0-9]"  # characters that may stand next to a split's word in a name
 SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 ABOUT_DATA = re.compile(r"(readme([-_ ].*)?|licen[sc]e|copying|notice|citation)(\..*)?", re.IGNORECASE)
 STATE_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
-SHOWN = 4  # names of files that a line lists for each reason
+SHOWN = 4  # a warning lists so many names of files for each reason
 
 LeftOut = list[tuple[str, str]]  # a file's name and why it is not read
 
 
 @dataclass
 class Found:
-    """The files that a name means.
+    """Hold the files that a name means.
 
     Attributes:
-        files: all of them. splits: those of each split, empty where no name says one. left_out: what lies beside them and is not read.
+        files: all files that can be read.
+        splits: the files of each split; empty where no name says one.
+        left_out: what lies next to them and is not read.
     """
 
     files: list[Path]
@@ -52,12 +54,12 @@ class Found:
 
 
 def path_of(name: str) -> Path:
-    """The path of a name."""
+    """Return the path of a name, its `~` expanded."""
     return Path(name).expanduser()
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is that of files here, and not of the hub."""
+    """Tell whether a name is that of files on this machine, and not of the hub."""
     return path_of(name).exists() or glob.has_magic(name)
 
 
@@ -75,10 +77,10 @@ def say_left_out(name: str, left_out: LeftOut) -> None:
 
 
 def find_files(name: str, config: str | None) -> Found | None:
-    """The files meant by a path, folder or glob; None when it can only be a hub name.
+    """Find the files that a path, folder or glob means. Return None when the name can only be one of the hub.
 
     Raises:
-        RefineError: nothing there that can be read.
+        RefineError: nothing that can be read is there.
     """
     path = path_of(name)
     if path.is_dir():
@@ -105,7 +107,7 @@ def find_files(name: str, config: str | None) -> Found | None:
 
 
 def _check_file(file: Path) -> None:
-    """RefineError for a file named by itself that is empty or of an unknown format."""
+    """Raise RefineError for a file named by itself that is empty or of an unknown format."""
     if format_of(file) is None:
         raise RefineError(f"{file}: unknown format {file.suffix or '(no ending)'}; expected {KNOWN}")
     if is_empty(file):
@@ -135,7 +137,7 @@ def _in_folder(folder: Path, config: str | None) -> Found:
 
 
 def _snapshot(folder: Path) -> Path:
-    """Where a folder is one of the hub's cache: the snapshot in it that `main` points to, or the newest one."""
+    """Return the snapshot that `main` points to, or the newest one, in a folder of the hub's cache; any other folder as it is."""
     if not ((folder / "refs").is_dir() and (folder / "snapshots").is_dir() and (folder / "blobs").is_dir()):
         return folder
     main = folder / "refs" / "main"
@@ -145,7 +147,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 def _walk(folder: Path, top: Path, hidden: LeftOut, seen: set[Path]) -> Iterator[tuple[str, Path]]:
-    """The files below a folder, by their names from its top; links are followed, but never to where one has been."""
+    """Yield the files below a folder with their names from its top. Links are followed, but never back to a folder above."""
     for path in sorted(folder.iterdir()):
         name = path.relative_to(top).as_posix()
         is_folder = path.is_dir()
@@ -161,12 +163,12 @@ def _walk(folder: Path, top: Path, hidden: LeftOut, seen: set[Path]) -> Iterator
 
 
 def _readable(entries: Iterable[tuple[str, Path]]) -> tuple[list[Path], LeftOut]:
-    """Of files with their names: those that hold data, and why the others are not read."""
+    """Part files, given with their names, into those that hold data and those that are not read, with the reason."""
     entries = list(entries)
     data = [path for _, path in entries if _role(path) == "data"]
-    # Notes in Markdown may well be the text: then a README is one of them.
+    # A folder may hold nothing but notes in Markdown. Then they are the text, and a README is one of them.
     only_notes = bool(data) and all(ending_of(path) in (".md", ".rst") for path in data)
-    files: dict[Path, Path] = {}  # by where links lead
+    files: dict[Path, Path] = {}  # by the path that links lead to
     left_out: LeftOut = []
     for name, path in entries:
         role = _role(path)
@@ -182,7 +184,7 @@ def _readable(entries: Iterable[tuple[str, Path]]) -> tuple[list[Path], LeftOut]
 
 
 def _role(path: Path) -> str:
-    """`data`, or why a file of a folder is not read."""
+    """Return `data` for a file of a folder that is read, and the reason for one that is not."""
     if path.is_dir():
         return "a folder"
     if not path.exists():
@@ -200,7 +202,7 @@ def _role(path: Path) -> str:
 
 
 def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split by their names, as `datasets` finds them; empty where no name says one."""
+    """Group files into splits by their names, as `datasets` does. Return an empty dict where no name says a split."""
     names = {file: file.relative_to(folder).as_posix() for file in files}
     shards = {file: match[1] for file, name in names.items() if (match := SHARD.fullmatch(name))}
     if any(words_in(split) for split in shards.values()) or any(names[file].startswith("data/") for file in shards):
@@ -210,7 +212,7 @@ def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def words_in(*names: str) -> list[str]:
-    """The splits whose words stand in names, in the order train, validation, test."""
+    """Return the splits whose words stand in names, in the order train, validation, test."""
     return [
         split
         for split, words in SPLIT_WORDS.items()
@@ -226,15 +228,15 @@ def _grouped(pairs: Iterable[tuple[str, Path]]) -> dict[str, list[Path]]:
 
 
 def choose(there: Sequence[str], asked: Sequence[str], of_no_split: bool, name: str) -> str | None:
-    """The split to read: the first of `asked` that is there, or the only one, which is said; None for the files of no split.
+    """Choose the first split of `asked` that is there, or the only one, which a warning names. None stands for the files of no split.
 
     Raises:
-        RefineError: there are several, and none of those that are asked for.
+        RefineError: there are several splits, and none of them is asked for.
     """
     for wanted in asked:
         if wanted in there:
             return wanted
-        for split in words_in(wanted):  # dev, val, eval
+        for split in words_in(wanted):  # `dev` asks for validation
             if split in there and wanted in SPLIT_WORDS[split]:
                 return split
     if not there or (of_no_split and "train" in asked):
@@ -251,8 +253,8 @@ def choose(there: Sequence[str], asked: Sequence[str], of_no_split: bool, name: 
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-def _configurations(folder: Path) -> list[dict[str, Any]]:
-    """The configurations that a folder's README lists, as on the hub; none where it does not."""
+def _configurations(folder: Path) -> list[dict[str, object]]:
+    """Return the configurations that a folder's README lists, as on the hub; an empty list where it does not."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
@@ -263,8 +265,8 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     return [c for c in listed if isinstance(c, dict) and c.get("data_files")] if isinstance(listed, list) else []
 
 
-def _of_configuration(folder: Path, found: Found, listed: Sequence[dict[str, Any]], config: str | None) -> Found:
-    """The files of one configuration. RefineError where there are several and none is named, or the one named is not there."""
+def _of_configuration(folder: Path, found: Found, listed: Sequence[dict[str, object]], config: str | None) -> Found:
+    """Keep the files of one configuration. Raises RefineError where none of several is named, or the one named is not there."""
     names = [str(c.get("config_name", "default")) for c in listed]
     if config is None:
         default = next((n for n, c in zip(names, listed, strict=True) if c.get("default")), "default")
@@ -287,7 +289,7 @@ def _of_configuration(folder: Path, found: Found, listed: Sequence[dict[str, Any
 
 
 def _pattern(text: str) -> str:
-    """A regular expression for a pattern of names: `**` also across folders, `*` and `?` within one, [..] a choice."""
+    """Make a regular expression of a pattern of names: `**` matches across folders, `*` and `?` within one, [..] one of several."""
     made = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", os.path.normpath(text).replace(os.sep, "/"))
     return "".join(made.get(part, part if part.startswith("[") and part.endswith("]") else re.escape(part)) for part in parts)

@@ -1,4 +1,4 @@
-"""One file as rows: the formats that are read, how each is opened and decoded, and what is wrong with one, by file and row."""
+"""Read one file as rows: open and decode each known format, and name the file and the row where something is wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bz2
 import codecs
 import csv
 import gzip
+import io
 import json
 import lzma
 import sys
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow as pa
 
@@ -31,11 +31,11 @@ KNOWN = f"{', '.join(FORMATS)}, text and json also with {', '.join(COMPRESSIONS)
 BLOCK = 2**20  # bytes
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-Row = tuple[int, int, dict[str, Any]]  # number from 0, line from 1 (0: the format has no lines), values
+Row = tuple[int, int, dict[str, object]]  # number from 0, line from 1 (0: the format has no lines), values
 
 
 def say(text: str) -> None:
-    """Say in one line what is not read; the same line once."""
+    """Warn in one line of what is not read. Python shows the same line once."""
     warnings.warn(text, stacklevel=2)
 
 
@@ -56,26 +56,28 @@ def format_of(file: Path) -> str | None:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file for its bytes, decompressed by its ending. RefineError, with the file's name, for one that cannot be read."""
+def opened(file: Path) -> Iterator[io.BufferedIOBase]:
+    """Open a file for its bytes, decompressed by its ending. Raises RefineError with the file's name where it cannot be read."""
     damaged: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-    stream: Any
+    stream: io.BufferedIOBase
     try:
         suffix = file.suffix.lower()
         if suffix == ".zst":
             stream, damaged_zstd = _zstd(file)
             damaged = (*damaged, damaged_zstd)
         else:
-            openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-            stream = openers.get(suffix, open)(file, "rb")
+            openers: dict[str, Callable[[Path], io.BufferedIOBase]] = {
+                ".gz": gzip.GzipFile, ".xz": lzma.LZMAFile, ".bz2": bz2.BZ2File
+            }  # fmt: skip
+            stream = openers[suffix](file) if suffix in openers else file.open("rb")
         with stream:
             yield stream
     except damaged as error:
         raise RefineError(f"cannot read {file}: {first_line(error)}; is it whole?") from error
 
 
-def _zstd(file: Path) -> tuple[Any, type[Exception]]:
-    """A .zst file's text as bytes, of all frames in it, and the error of a damaged one."""
+def _zstd(file: Path) -> tuple[io.BufferedIOBase, type[Exception]]:
+    """Open all frames of a .zst file, and name the exception that a damaged one raises."""
     if sys.version_info >= (3, 14):
         from compression import zstd
 
@@ -90,7 +92,7 @@ def _zstd(file: Path) -> tuple[Any, type[Exception]]:
 
 
 def is_empty(file: Path) -> bool:
-    """Whether there is nothing in a file once it is decompressed."""
+    """Tell whether there is nothing in a file once it is decompressed."""
     if file.suffix.lower() not in COMPRESSIONS or file.stat().st_size == 0:
         return file.stat().st_size == 0
     with opened(file) as stream:
@@ -101,9 +103,12 @@ def is_empty(file: Path) -> bool:
 
 
 def read_text(file: Path, most_bytes: int | None = None) -> str:
-    """The text of a UTF-8 file, without a byte order mark and with `\\n` as its line ends; at most so many bytes of it.
+    """Read a UTF-8 file, at most `most_bytes` of it, without a byte order mark and with `\\n` as its line ends.
 
-    In blocks, since the place of a wrong byte is to be named. RefineError for other encodings.
+    It is decoded in blocks, so that an error can name the place of a wrong byte.
+
+    Raises:
+        RefineError: the file is in another encoding.
     """
     decoder, at, pieces = codecs.getincrementaldecoder("utf-8")(), 0, []
     with opened(file) as stream:
@@ -111,7 +116,7 @@ def read_text(file: Path, most_bytes: int | None = None) -> str:
             block = stream.read(BLOCK if most_bytes is None else min(BLOCK, most_bytes - at))
             if at == 0:
                 refuse_utf16(block, file)
-            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block cut
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the end of the last block cut in two
             try:
                 pieces.append(decoder.decode(block, final=not block))
             except UnicodeDecodeError as error:
@@ -123,20 +128,20 @@ def read_text(file: Path, most_bytes: int | None = None) -> str:
 
 
 def refuse_utf16(start: bytes, file: Path) -> None:
-    """RefineError where a file begins as UTF-16 does: by its mark, or with zeros in every second place."""
+    """Raise RefineError where a file begins as UTF-16 does: with its mark, or with zeros in every second place."""
     if start.startswith(UTF16) or start[:1000].count(0) > len(start[:1000]) // 4:
         raise RefineError(f"{file} is not UTF-8 but UTF-16, or no text: convert it first, as `iconv -f UTF-16 -t UTF-8` does")
 
 
 def not_utf8(error: UnicodeDecodeError, file: Path, offset: int) -> RefineError:
-    """The error of a byte that is no UTF-8; offset: of what was decoded, in the file."""
+    """Make the error of a byte that is no UTF-8; `offset` is where the decoded bytes begin in the file."""
     return RefineError(
         f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; convert it first"
     )
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers from 1, by `\\n` alone: text inside a record may hold Unicode's other separators."""
+    """Yield the lines of a file with their numbers from 1. Only `\\n` ends a line, since a record may hold Unicode's other separators."""
     at = 0
     with opened(file) as stream:
         for number, line in enumerate(stream, 1):
@@ -154,21 +159,24 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def rows_of(file: Path, wanted: Sequence[str]) -> Iterator[Row]:
-    """The rows of a json or csv file. wanted: the columns that may hold the document, which tell a row from a table of rows.
+    """Yield the rows of a json or csv file.
+
+    Args:
+        wanted: the columns that may hold the document; they tell a row from a table of rows.
 
     Raises:
-        RefineError: while it is read, by file and row.
+        RefineError: a row, named, cannot be read. It is raised when that row is reached.
     """
     return _csv_rows(file) if format_of(file) == "csv" else _json_rows(file, wanted)
 
 
 def place(file: Path, number: int, line: int = 0) -> str:
-    """What an error calls a row."""
+    """Name a row as errors do, by its file, its number and its line."""
     return f"{file}, row {number}" + (f" (line {line})" if line else "")
 
 
 def _json_rows(file: Path, wanted: Sequence[str]) -> Iterator[Row]:
-    """An object a line; or the whole file as a list of objects or of texts, as one object, or as an object that holds the rows."""
+    """Yield an object a line; or read the whole file as a list of objects or of texts, one object, or an object that holds the rows."""
     lines = ((number, line) for number, line in _lines(file) if not line.isspace())
     first, second = next(lines, None), next(lines, None)
     if first is None:
@@ -195,7 +203,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
+def _object(row: object, where: str) -> dict[str, object]:
     if not isinstance(row, dict):
         raise RefineError(
             f"{where}: holds {str(row)[:60]!r}, a {type(row).__name__}; expected an object with a name for each column"
@@ -203,7 +211,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, Any]]:
+def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, object]]:
     text = read_text(file)
     try:
         value = json.loads(text)
@@ -230,7 +238,7 @@ def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, Any]]:
 
 
 def _csv_rows(file: Path) -> Iterator[Row]:
-    """All values as they are written: no number, date or missing value is made of them."""
+    """Yield the rows of a csv file with all values as they are written: none is turned into a number, a date or a missing value."""
     csv.field_size_limit(2**31 - 1)  # documents are longer than the 131,072 characters that the module allows
     lines = _lines(file)
     first = next(lines, None)
@@ -243,7 +251,7 @@ def _csv_rows(file: Path) -> Iterator[Row]:
     try:
         header = next(reader)
         for values in reader:
-            if not values:  # an empty line
+            if not values:  # the csv module gives an empty list for an empty line
                 continue
             if len(values) != len(header):
                 raise RefineError(

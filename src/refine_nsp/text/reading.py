@@ -1,11 +1,10 @@
-"""Documents from files, folders, globs, folders saved by `datasets`, or the hub: the split and the columns that are asked for."""
+"""Read the split and the columns that are asked for from files, folders, globs, folders saved by `datasets`, or the hub."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import (
     Dataset,
@@ -24,7 +23,7 @@ from refine_nsp.text.columns import Types, Wanted, every_row, schema_of, types_o
 from refine_nsp.text.folders import Found, LeftOut, choose, find_files, path_of, say_left_out
 from refine_nsp.text.formats import BLOCK, ending_of, format_of, place
 
-READ_AHEAD = BLOCK  # of a text that is streamed, to see that it is one
+READ_AHEAD = BLOCK  # bytes that are read of a file that will be streamed, to see that it is text before a run begins
 
 
 def read_documents(
@@ -38,20 +37,20 @@ def read_documents(
 ) -> Dataset | IterableDataset:
     """Read the rows of a file, folder, glob, folder saved by `datasets`, or hub dataset.
 
-    What lies in a folder and is not read is said in one line.
+    One line says which files of a folder are not read, and why.
 
     Args:
-        columns: any of these holds the document; the first that is there is read, and must be in every file.
+        columns: names of which any may hold the document. The first that is there is read, and every file must have it.
         config: the configuration of a hub dataset, or of a folder whose README lists several.
-        split: as `load_dataset` takes it (`train`, `train[:10%]`, `train+test`); of several, the first that is there. Where a folder has
-            one split only, that one is read. A file or glob is what it is.
-        streaming: read as rows are asked for.
-        also: other columns to read where they are there; None: all of them whose types agree.
+        split: a split as `load_dataset` takes it (`train`, `train[:10%]`, `train+test`), or several, of which the first that is there is
+            read. The only split of a folder is read whatever it is called. A file or a glob has no splits.
+        streaming: whether rows are read only as they are asked for.
+        also: other columns that are read where they are there; None: all whose types agree.
         as_found: whether the caller looks at each row and refuses what it cannot take. Then a column may hold values of several types,
-            and nothing is said of rows without a document.
+            and rows without a document are not counted in a warning.
 
     Raises:
-        RefineError: nothing there, no such column or split, an unreachable hub; a file or a row that cannot be read, by name.
+        RefineError: nothing is there, a column or split is missing, the hub is out of reach, or a file or row, named, cannot be read.
     """
     wanted = Wanted(tuple(columns), None if also is None else tuple(also), READ_AHEAD if streaming else None, as_found)
     path = path_of(name)
@@ -68,9 +67,9 @@ def read_documents(
 
 
 def place_of(
-    name: str, columns: Sequence[str], config: str | None, split: str | Sequence[str], is_wrong: Callable[[Any], bool]
+    name: str, columns: Sequence[str], config: str | None, split: str | Sequence[str], is_wrong: Callable[[object], bool]
 ) -> str | None:
-    """Find the file and the row of the first value that is wrong, for an error's sake; None where no file of `name` holds one."""
+    """Find the file and the row of the first wrong value, for an error message. Return None where no file of `name` holds one."""
     path, wanted = path_of(name), Wanted(tuple(columns), (), READ_AHEAD)
     if _is_saved(path) or (found := find_files(name, config)) is None:
         return None
@@ -87,7 +86,7 @@ def place_of(
 
 
 def _parts(split: str | Sequence[str]) -> list[tuple[list[str], str]]:
-    """The parts of a split such as `train[:10%]+test`: for each the names asked for, and its slice or nothing."""
+    """Cut a split such as `train[:10%]+test` into its parts: for each the names asked for, and its slice or an empty text."""
     if not isinstance(split, str):
         return [(list(split), "")]
     parts = [re.fullmatch(r"\s*([^\[\]()+\s]+)\s*((?:\[[^\]]*\](?:\([^)]*\))?)?)\s*", part) for part in split.split("+")]
@@ -97,7 +96,7 @@ def _parts(split: str | Sequence[str]) -> list[tuple[list[str], str]]:
 
 
 def _sliced(data: Dataset, part: str) -> Dataset:
-    """The rows of a slice such as `[:10%]`."""
+    """Return the rows of a slice such as `[:10%]`."""
     try:
         spans = ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(data)})
     except (ValueError, AssertionError) as error:
@@ -119,7 +118,7 @@ def _load_files(name: str, found: Found, split: str | Sequence[str], wanted: Wan
     parts = _parts(split)
     _check_slices(name, parts, wanted.streaming)
     of_parts = [_files_of(name, found, names) for names, _ in parts]
-    if not any(part for _, part in parts):  # as one
+    if not any(part for _, part in parts):  # without slices all parts are read as one list of files
         of_parts, parts = [list(dict.fromkeys(file for files in of_parts for file in files))], [([], "")]
     left_out = [*found.left_out, *_of_other_splits(found, [file for files in of_parts for file in files])]
     read = []
@@ -143,7 +142,7 @@ def _of_other_splits(found: Found, files: Sequence[Path]) -> LeftOut:
 
 
 def _read(name: str, files: Sequence[Path], wanted: Wanted, left_out: LeftOut) -> Dataset | IterableDataset:
-    """The rows of these files, of those that hold documents; left_out grows by those that do not."""
+    """Read the files that hold documents, and append the others to `left_out`."""
     types = _holding_documents(name, {file: types_of(file, wanted) for file in files}, wanted, left_out)
     schema, odd = schema_of(types, wanted)
     left_out += odd
@@ -152,16 +151,19 @@ def _read(name: str, files: Sequence[Path], wanted: Wanted, left_out: LeftOut) -
         data = build(stamps, schema, wanted)
     except RefineError:
         raise
-    except Exception as error:  # datasets wraps what is raised while it reads
+    except Exception as error:  # datasets wraps whatever is raised while it reads
         cause = error.__cause__ or error
         raise cause if isinstance(cause, RefineError) else RefineError(f"cannot read {name}: {first_line(cause)}") from error
-    if isinstance(data, IterableDataset):  # whoever reads them again and again can see that they are still what they were
+    if isinstance(data, IterableDataset):  # sizes let whoever reads the files again see that they have not changed
         data.info.download_checksums = {str(file.resolve()): {"num_bytes": file.stat().st_size} for file in types}
     return data
 
 
 def _holding_documents(name: str, types: dict[Path, Types], wanted: Wanted, left_out: LeftOut) -> dict[Path, Types]:
-    """The files that have the document's column. Those of an ending of which none has it are left out; one among its like is an error."""
+    """Return the files that have the document's column.
+
+    Files of an ending of which none has the column are appended to `left_out`; a file without it among others that have it is an error.
+    """
     there = {column for of_file in types.values() for column in of_file}
     document = next((c for c in wanted.columns if c in there), None)
     if document is None:
@@ -182,19 +184,19 @@ def _holding_documents(name: str, types: dict[Path, Types], wanted: Wanted, left
 
 
 def _kind(file: Path) -> str:
-    """What files are alike by: that they are text, or their ending, since a .json beside .jsonl may be anything."""
+    """Name the kind by which files are alike: text, or their ending, since a .json next to .jsonl may be anything."""
     return "text" if format_of(file) == "text" else ending_of(file)
 
 
 def _all_columns(types: dict[Path, Types]) -> list[str]:
-    """For an error: the columns of the first file, also those nobody asked for."""
+    """List all columns of the first file, also those nobody asked for, for an error message."""
     for file in types:
         return list(types_of(file, Wanted((), None, READ_AHEAD)))
     return []
 
 
 def no_column(name: str, wanted: Wanted, there: Sequence[str], others: bool = False) -> RefineError:
-    """The error of a file or dataset without the document's column."""
+    """Make the error of a file or dataset without the document's column."""
     names = " or ".join(repr(c) for c in wanted.columns)
     return RefineError(
         f"{name} has no column {names}{closest(wanted.columns[0], there)}; it has {', '.join(there) or 'none'}. "
@@ -214,12 +216,12 @@ def _is_saved(path: Path) -> bool:
 
 
 def _load_saved(path: Path, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:
-    """A folder saved by `datasets`: memory-mapped, so that it is as good as streamed already."""
+    """Load a folder saved by `datasets`. It is memory-mapped, so streaming it saves nothing."""
     parts = _parts(split)
     _check_slices(str(path), parts, wanted.streaming)
     try:
         loaded = load_from_disk(str(path))
-    except Exception as error:  # files that are missing or cut off
+    except Exception as error:  # datasets raises many kinds for files that are missing or cut off
         raise RefineError(f"cannot read {path}, a folder saved by datasets: {first_line(error)}") from error
     read = []
     for names, part in parts:
@@ -259,15 +261,15 @@ def _load_hub(name: str, config: str | None, split: str | Sequence[str], wanted:
             data = loaded(f"{choose(get_dataset_split_names(name, config), names, False, name)}{part}")
     except RefineError:
         raise
-    except Exception as error:  # many kinds: network, missing name, configuration
+    except Exception as error:  # the network, a missing name or a configuration each raise their own kind
         raise RefineError(f"{name!r} is neither a file nor a dataset the hub gave: {first_line(error)}") from error
     return _narrowed(name, data, wanted)
 
 
 def _narrowed(name: str, data: Dataset | IterableDataset, wanted: Wanted) -> Dataset | IterableDataset:
-    """Only the columns that are needed. RefineError where no column holds the document."""
+    """Select the columns that are needed. Raises RefineError where no column holds the document."""
     there = data.column_names
-    if there is None:  # streamed rows whose columns nothing says
+    if there is None:  # streamed rows do not always say their columns
         there = list(next(iter(data.take(1)), {})) if isinstance(data, IterableDataset) else []
     document = next((c for c in wanted.columns if c in there), None)
     if document is None:

@@ -1,16 +1,19 @@
-"""Files compressed by zstd, read to the end of their last frame; only imported where the package zstandard is there."""
+"""Read files compressed by zstd to the end of their last frame. This module is imported only where the package zstandard is there."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import zstandard
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 
 class WholeFrames(io.BufferedReader):
-    """The bytes of a .zst file, of all frames in it; EOFError where the last one is cut off, which zstandard alone lets pass."""
+    """Read the bytes of all frames of a .zst file. Raises EOFError where the last frame is cut off, which zstandard alone lets pass."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(_Raw(file), 2**17)
@@ -19,15 +22,15 @@ class WholeFrames(io.BufferedReader):
 class _Raw(io.RawIOBase):
     def __init__(self, file: Path) -> None:
         self.file = file.open("rb")
-        self.frame: Any = None  # of zstandard; None between two frames
-        self.waiting = b""  # bytes of the file that belong to the next frame
+        self.frame: zstandard.ZstdDecompressionObj | None = None  # None between two frames
+        self.waiting = b""  # bytes that were read of the file and belong to the next frame
         self.text = memoryview(b"")
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         while not self.text:
             block = self.waiting or self.file.read(2**17)
             if not block:
@@ -39,8 +42,9 @@ class _Raw(io.RawIOBase):
             self.waiting = self.frame.unused_data if self.frame.eof else b""
             if self.frame.eof:
                 self.frame = None
-        count = min(len(buffer), len(self.text))
-        buffer[:count], self.text = self.text[:count], self.text[count:]
+        room = memoryview(buffer)
+        count = min(len(room), len(self.text))
+        room[:count], self.text = self.text[:count], self.text[count:]
         return count
 
     def close(self) -> None:

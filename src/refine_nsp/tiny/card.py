@@ -1,4 +1,4 @@
-"""The model card of a base, from its settings and what was measured on its way."""
+"""The model card of a base, written from its settings and from the figures that its run has logged."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.report.card import MARK
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.tiny.corpus import HELD_OUT as HELD_OUT_MODULES
-from refine_nsp.tiny.families import FAMILIES
-from refine_nsp.tiny.measures import HELD_OUT
-from refine_nsp.tiny.pretrain_settings import FACTS, PretrainConfig
+from refine_nsp.tiny.families import FACTS, WORDED
+from refine_nsp.tiny.measures import HELD_OUT, recall_in
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
 NAMES = {"delta_net": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "lact_swiglu": "LaCT"}
 SAYS = {
@@ -29,31 +30,34 @@ START = {
 START["gated_deltanet"] = START["delta_net"] + "; memories start at 1,000 to 10,000 tokens long"
 
 
-def model_card(model: FastWeightForCausalLM, config: PretrainConfig, records: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown with the hub's header. records: of `metrics.jsonl`; the last one with probes is what is said of the model."""
-    measured = [r for r in records if "probes" in r][-1]
-    done = max(r["step"] for r in records)
-    name, millions = NAMES[config.model_type], model.num_parameters() / 1e6
-    shared = [family for family in config.families if family in FAMILIES]
+def model_card(model: FastWeightForCausalLM, args: PretrainConfig, done: int, records: Sequence[Mapping[str, Any]]) -> str:
+    """Write the card in Markdown, with the hub's header.
+
+    Args:
+        done: steps that were made. records: those of `metrics.jsonl`; the last validation among them is told.
+    """
+    name, millions = NAMES[args.model_type], model.num_parameters() / 1e6
+    shared = [family for family in args.families if family in WORDED]
+    tokens = args.max_length * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [
         "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation",
-        f"tags: [{config.model_type}, fast-weights, long-context, recall]\n---",
+        f"tags: [{args.model_type}, fast-weights, long-context, recall]\n---\n{MARK}\n",
         f"# {name}, {millions:.1f} M parameters\n",
-        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_heads} heads, tied embeddings, byte-level BPE of "
-        f"{config.vocab_size:,} pieces with single digits. Small enough to ship and to mid-train in minutes on a laptop: a base for "
+        f"{args.num_hidden_layers} layers of width {args.hidden_size}, {args.num_heads} heads, tied embeddings, byte-level BPE of "
+        f"{args.vocab_size:,} pieces with single digits. Small enough to ship and to mid-train in minutes on a laptop: a base for "
         "experiments with recall, not a language model for use.\n",
-        f"**Made by** `refine-nsp pretrain`, {going_on(config)}seed {config.seed}: {done:,} of {config.total_steps:,} steps of "
-        f"{config.tokens_per_step:,} tokens ({done * config.tokens_per_step / 1e6:.1f} M tokens), AdamW, learning rate "
-        f"{config.learning_rate:g} with warm-up and linear decay, {'bfloat16 products, ' if config.bf16 else ''}weights stored as "
-        f"{config.store_dtype}. Everything that decides it is in `pretrain_config.json`; the same settings, seed and Python give the same "
-        "model up to rounding.\n",
-        phases_table(config).markdown(),
+        f"**Made by** `refine-nsp pretrain`, {started_from(args)}seed {args.seed}: {done:,} of {args.max_steps:,} steps of {tokens:,} "
+        f"tokens ({done * tokens / 1e6:.1f} M tokens), AdamW, learning rate {args.learning_rate:g} with warm-up and "
+        f"{'linear decay' if args.lr_scheduler_type == 'polynomial' else f'schedule {args.lr_scheduler_type}'}, "
+        f"{'bfloat16 products, ' if args.bf16 else ''}weights stored as {args.store_dtype}. The same settings, seed and Python give the "
+        "same model up to rounding.\n",
+        phases_table(args).markdown(),
         "**Data.** The source of the Python standard library as installed (licence: PSF-2.0), read from disk, without the modules "
         f"{', '.join(HELD_OUT_MODULES)}; and generated documents:\n",
-        *(f"- {family}: {SAYS[family]}" for family in config.families),
+        *(f"- {family}: {SAYS[family]}" for family in args.families),
         "",
         f"**So that recall appears in few steps**: what is recalled is dense and short range first; answers weigh more early; "
-        f"{START[config.model_type]}.\n",
+        f"{START[args.model_type]}.\n",
     ]
     if shared:
         lines.append(
@@ -62,30 +66,36 @@ def model_card(model: FastWeightForCausalLM, config: PretrainConfig, records: Se
             "noise; not its essays, none of its keys (drawn from other words) and none of its values (drawn at random). So RULER's needles "
             "measure how far and how well a known format is recalled.\n"
         )
-    lines += [
-        f"**Measured** on held-out modules: cross-entropy {measured['eval_loss']:.2f} nats per token. Share of answers right, greedy, by "
-        "length of the prompt in tokens (share of their tokens right):\n",
-        probes_table(measured["probes"]).markdown(),
-        f"**Limits.** It was trained on rows of up to {max(p.length for p in config.phases):,} tokens, text of one kind and generated "
-        "documents. Nothing shown with it says how methods compare at full scale.",
-    ]
+    measured = next((record for record in reversed(records) if "eval_loss" in record), None)
+    if measured is not None:
+        lines += [
+            f"**Measured** on held-out modules: cross-entropy {measured['eval_loss']:.2f} nats per token. Share of answers right, greedy, "
+            "by length of the prompt in tokens (share of their tokens right):\n",
+            probes_table(recall_in(measured)).markdown(),
+        ]
+    lines.append(
+        f"**Limits.** It was trained on rows of up to {max(p.length for p in args.phases):,} tokens, text of one kind and generated "
+        "documents. Nothing shown with it says how methods compare at full scale."
+    )
     return "\n".join(lines) + "\n"
 
 
-def going_on(config: PretrainConfig) -> str:
-    return f"going on from `{config.start_from}` with new optimizer moments, " if config.start_from is not None else ""
+def started_from(args: PretrainConfig) -> str:
+    """Say which base the training began with, if any."""
+    return f"started from `{args.start_from}` with new optimizer moments, " if args.start_from is not None else ""
 
 
-def phases_table(config: PretrainConfig) -> Table:
+def phases_table(args: PretrainConfig) -> Table:
+    """Make a table with a row for each phase, and a column for each family's share of the rows."""
     rows: list[list[Cell]] = [
-        [f"{p.steps:,}", f"{p.length:,}", p.answer_weight, *(f"{100 * p.shares.get(f, 0.0):.0f}" for f in config.families)]
-        for p in config.phases
+        [f"{p.steps:,}", f"{p.length:,}", p.answer_weight, *(f"{100 * p.shares.get(f, 0.0):.0f}" for f in args.families)]
+        for p in args.phases
     ]
-    return Table("Phases", ["steps", "row", "answers weigh", *(f"% {family}" for family in config.families)], rows)
+    return Table("Phases", ["steps", "row", "answers weigh", *(f"% {family}" for family in args.families)], rows)
 
 
 def probes_table(probes: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each family and wording, a column for each length."""
+    """Make a table with a row for each family and wording, and a column for each length."""
     lengths = sorted({int(name.rpartition("_")[2]) for name in probes})
     rows: list[list[Cell]] = []
     for kind in dict.fromkeys(name.rpartition("_")[0] for name in probes):

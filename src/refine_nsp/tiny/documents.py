@@ -1,7 +1,7 @@
-"""Generated documents as rows of token ids: what a family states, hidden in a haystack, and questions on it with their answers.
+"""Generated documents as rows of token ids: a family's statements, hidden in a haystack, then questions on them with their answers.
 
-The parts of a document are encoded one by one; each begins with a line break or a space, so that together they are what the tokenizer
-would make of the whole text.
+The parts of a document are encoded one by one. Each begins with a line break or a space, so that together they are what the tokenizer
+would make of the whole text. Documents of `facts` are laid out by `tiny/facts.py` instead: their questions stand among the statements.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.prompts.ruler import NOISE
-from refine_nsp.tiny.families import FAMILIES, Draft
+from refine_nsp.tiny.facts import FactTokens, fact_document, fact_probe
+from refine_nsp.tiny.families import FACTS, WORDED, Draft
 
-SHORTEST_ROW = 128  # tokens; in less, half of the wordings have no room
+SHORTEST_ROW = 128  # tokens; in less, half of the wordings have no room (`facts` have in any)
 ATTEMPTS = 200
-ONE_ITEM_SHARE = 0.25  # of the documents with a haystack
-SPARE = 8  # tokens that a first word may need more on a new line than behind a space
+ONE_ITEM_SHARE = 0.25  # this share of the documents with a haystack states one item only
+SPARE = 8  # a first word may need so many tokens more on a new line than behind a space
 Pieces = list[tuple[list[int], bool]]  # token ids, and whether they are an answer that can be recalled
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What of a draft fits into a document. statements: in their order. asked: question and answer, one by one."""
+    """The parts of a draft that fit into a document: `statements` in their order, and in `asked` each question with its answer."""
 
     head: list[int]
     statements: list[list[int]]
@@ -35,11 +36,12 @@ class Parts:
 
     @property
     def length(self) -> int:
+        """Count the tokens of all parts."""
         asked = sum(len(question) + sum(len(ids) for ids, _ in answer) for question, answer in self.asked)
         return len(self.head) + sum(map(len, self.statements)) + len(self.foot) + asked
 
     def questions(self) -> Pieces:
-        """Foot, questions and answers."""
+        """List what follows the statements: the foot, then each question with its answer."""
         pieces: Pieces = [(self.foot, False)]
         for question, answer in self.asked:
             pieces += [(question, False), *answer]
@@ -48,7 +50,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text to hide statements in. cuts: where they may stand, ascending; it begins at the first and ends at the last."""
+    """Text to hide statements in, and the ascending places (`cuts`) where they may stand: the first is its start, the last its end."""
 
     ids: list[int]
     cuts: list[int]
@@ -56,64 +58,73 @@ class Haystack:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes documents with one tokenizer, a byte-level one in whose pieces words begin with their space.
+    """A writer of documents for one tokenizer, which must be a byte-level one whose words begin with their space.
 
     Attributes:
-        end: end of text. noise: a line of RULER's noise. prose: documentation strings, as running text.
-        begins_line, ends_sentence, begins_word: for every token id.
+        end: the id of the end of text. noise: the tokens of a line of RULER's noise. prose: documentation strings as running text.
+        facts: the tokens of the family `facts`. begins_line, ends_sentence, begins_word: say of every token id whether it does.
     """
 
     tokenizer: PreTrainedTokenizerBase
     end: int
     noise: list[int]
     prose: list[int]
+    facts: FactTokens
     begins_line: list[bool]
     ends_sentence: list[bool]
     begins_word: list[bool]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Writer:
-        """A writer whose prose comes from the documentation strings of Python sources."""
+        """Prepare a writer whose prose comes from the documentation strings of Python sources."""
         pieces = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
         prose = [" " + " ".join(doc.split()) for text in texts for doc in re.findall(r'"""(.+?)"""', text, re.DOTALL)]
         noise, *encoded = tokenizer(["\n" + " ".join(NOISE), *prose], add_special_tokens=False)["input_ids"]
         return cls(
-            tokenizer, int(tokenizer.eos_token_id), list(noise), [i for ids in encoded for i in ids],
+            tokenizer, int(tokenizer.eos_token_id), list(noise), [i for ids in encoded for i in ids], FactTokens.of(tokenizer),
             [p.startswith("\n") for p in pieces], [p.endswith((".", "!", "?")) for p in pieces], [p.startswith(" ") for p in pieces],
         )  # fmt: skip
 
     def write(
         self, rng: random.Random, family: str, filler: Sequence[int], length: int, dense: float, held_out: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """A document of a family in a row of `length` tokens, and which of them are answers that can be recalled.
+        """Write a document of a family in a row of `length` tokens, and say of each token whether it is an answer to recall.
 
         Args:
-            filler: `length` tokens of text, to hide statements in and to fill what is left.
-            dense: share of the row for statements and questions rather than what they are hidden in, 0..1.
-            held_out: in a wording that is only measured with.
+            filler: at least `length` tokens of text, to hide statements in and to fill the rest of the row; `facts` use all of it, the
+                other families the first `length`.
+            dense: share of the row for statements and questions rather than for what hides them, 0..1.
+            held_out: use a wording that is never trained on; `facts` have none.
 
         Raises:
-            RefineError: rows too short for any document.
+            RefineError: the row is too short for any document of the family.
         """
+        if family == FACTS:
+            return fact_document(rng, self.facts, filler, length, dense)
+        filler = filler[:length]
         haystack, glue, parts = self._draw(rng, family, length - 1, dense, held_out)
         room = length - 1 - parts.length
         body = self._hide(rng, parts, haystack, glue, filler, room)
         pieces: Pieces = [(parts.head, False), (body, False), *parts.questions(), ([self.end], False)]
         left = length - sum(len(ids) for ids, _ in pieces)
         rest = list(filler[len(filler) - left :]) if left else []
-        # Text before a document ends before it, text behind it goes on behind its end.
+        # Text that stands before the document ends before it; text after the document follows the document's end.
         pieces = [([*rest[1:], self.end], False), *pieces] if left and rng.random() < 0.5 else [*pieces, (rest, False)]
         return [i for ids, _ in pieces for i in ids], [recalled for ids, recalled in pieces for _ in ids]
 
     def probe(
         self, rng: random.Random, family: str, filler: Sequence[int], length: int, items: int, held_out: bool, depth: float | None = None
     ) -> tuple[list[int], list[int]]:  # fmt: skip
-        """A prompt of exactly `length` tokens that states up to `items` things and asks for one; and the answer's tokens.
+        """Write a prompt of exactly `length` tokens that states up to `items` things and asks for one; return it and the answer.
 
-        depth: where in a haystack of text the statements stand, 0 (at its start) to 1; by default anywhere, in any haystack.
+        Questions for several values that stand apart are not used, since the words between the values would be scored too.
 
-        Only questions with one answer: of values that stand apart, the words between would count too.
+        Args:
+            depth: where the statements stand in a haystack of text, 0 (at its start) to 1; None: anywhere, in any haystack. `facts`
+                always stand anywhere.
         """
+        if family == FACTS:
+            return fact_probe(rng, self.facts, filler, length, items)
         while True:
             haystack, glue, parts = self._draw(rng, family, length, 1.0, held_out, items, questions=1)
             question, answer = parts.asked[0]
@@ -128,14 +139,18 @@ class Writer:
         before = [*filler[len(filler) - left + 1 :], self.end] if left else []
         return [*before, *ids], [i for ids in values for i in ids]
 
-    # --- what is said -------------------------------------------------------------------------------------------------
+    # --- statements and questions -------------------------------------------------------------------------------------------------
 
     def _draw(
         self, rng: random.Random, family: str, length: int, dense: float, held_out: bool, items: int | None = None,
         questions: int | None = None,
     ) -> tuple[str, str, Parts]:  # fmt: skip
-        """Haystack, glue, and parts of a draft that fit; at most so many items and questions."""
-        f = FAMILIES[family]
+        """Draw a haystack's kind, the glue between statements, and the parts of a draft that fit into `length` tokens.
+
+        Args:
+            items, questions: the most there may be of each; None: as many as fit.
+        """
+        f = WORDED[family]
         for _ in range(ATTEMPTS if length + 1 >= SHORTEST_ROW else 0):
             haystack = rng.choice(f.haystacks)
             budget = int(length * (1.0 if haystack == "none" else dense))
@@ -152,9 +167,12 @@ class Writer:
     def _select(
         self, rng: random.Random, draft: Draft, glue: str, budget: int, length: int, items: int, questions: int | None
     ) -> Parts | None:  # fmt: skip
-        """As many items and questions on them as `budget` allows, at least one of each; None if these do not fit into `length`.
+        """Select as many items and questions on them as `budget` allows, at least one of each.
 
-        A random share of the budget goes to the statements (all of it where the number of questions is given).
+        A random share of the budget goes to the statements, or all of it where the number of questions is given.
+
+        Returns:
+            The parts, or None if one item and one question do not fit into `length` tokens.
         """
         head, foot, said, asked = self._encode(draft, glue, length)
         share = 1.0 if questions is not None else rng.uniform(0.25, 0.75)
@@ -183,7 +201,7 @@ class Writer:
     def _encode(
         self, draft: Draft, glue: str, length: int
     ) -> tuple[list[int], list[int], list[list[list[int]]], list[list[tuple[list[int], Pieces]]]]:
-        """Head and foot, and for every item its statements and its questions with their answers."""
+        """Encode a draft: its head and foot, and for every item the statements and the questions with their answers."""
         texts = [*draft.heads, draft.foot]
         for item in draft.items:
             texts += [glue + statement for statement in item.statements]
@@ -198,12 +216,12 @@ class Writer:
             asked.append([(list(next(encoded)), [(list(next(encoded)), r) for _, r in q.answer]) for q in item.questions])
         return head, foot, said, asked
 
-    # --- where it is hidden -------------------------------------------------------------------------------------------
+    # --- haystacks -------------------------------------------------------------------------------------------
 
     def _hide(
         self, rng: random.Random, parts: Parts, haystack: str, glue: str, filler: Sequence[int], room: int, depth: float | None = None
     ) -> list[int]:  # fmt: skip
-        """The statements in up to `room` tokens of a haystack, at random places or all at a depth."""
+        """Hide the statements in up to `room` tokens of a haystack, at random places, or all at one depth."""
         if haystack == "none":
             return [i for statement in parts.statements for i in statement]
         hay = self._haystack(rng, haystack, filler, room)
@@ -215,19 +233,19 @@ class Writer:
         for statement, start, end in zip(parts.statements, [0, *places[:-1]], places, strict=True):
             ids += [*hay.ids[start:end], *statement]
         ids += hay.ids[places[-1] :]
-        if parts.head and haystack == "prose":  # the only one that begins with a space
+        if parts.head and haystack == "prose":  # prose alone begins with a space, and a head is a line of its own
             on_a_new_line = self._on_a_new_line(ids)
             return on_a_new_line if len(on_a_new_line) <= room + sum(map(len, parts.statements)) else ids
         return ids
 
     def _on_a_new_line(self, ids: list[int]) -> list[int]:
-        """The same with a line break for the space before its first word."""
+        """Replace the space before the first word by a line break."""
         word = next((i for i in range(1, len(ids)) if self.begins_word[ids[i]]), len(ids))
         text = str(self.tokenizer.decode(ids[:word]))
         return [*self.tokenizer("\n" + text.removeprefix(" "), add_special_tokens=False)["input_ids"], *ids[word:]]
 
     def _haystack(self, rng: random.Random, kind: str, filler: Sequence[int], room: int) -> Haystack:
-        """Up to `room` tokens of RULER's noise, of code (from `filler`) or of prose, from one cut to another."""
+        """Make a haystack of up to `room` tokens: RULER's noise, code (from `filler`) or prose, cut where lines or sentences end."""
         if kind == "noise":
             ids = self.noise * (room // len(self.noise))
             return Haystack(ids, list(range(0, len(ids) + 1, len(self.noise))))
@@ -245,11 +263,12 @@ class Writer:
 
 
 def _size(question: tuple[list[int], Pieces]) -> int:
+    """Count the tokens of a question with its answer."""
     return len(question[0]) + sum(len(ids) for ids, _ in question[1])
 
 
 def _in_order(rng: random.Random, said: Sequence[list[list[int]]], mixed: bool) -> list[list[int]]:
-    """The statements of all items, each item's in its own order; those of different items `mixed` or one item after another."""
+    """List the statements of all items, each item's in its own order: one item after another, or with `mixed` in between."""
     if not mixed:
         return [statement for statements in said for statement in statements]
     timed = [

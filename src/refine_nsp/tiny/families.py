@@ -1,11 +1,12 @@
-"""Families of generated documents: what they state and ask, in several wordings each.
+"""Families of generated documents: each states things and asks for them, in several wordings.
 
-The wordings with an even index are trained on, the odd ones are held out and only measured with, so that what is measured is not a
-format learned by heart. `needles` 0 and `chains` 0 are RULER's own wording (arXiv 2404.06654), `paragraphs` uses its format for
-questions on documents.
+The wordings with an even index are trained on. The odd ones are held out and only measured with, so that a format learned by heart does
+not count as recall. `needles` 0 and `chains` 0 are RULER's own wording (arXiv 2404.06654), and `paragraphs` uses RULER's format for
+questions on documents. The family `facts` has one form, token by token, and lives in `tiny/facts.py`.
 
 | family | states | asks |
 | --- | --- | --- |
+| facts | `name = value value;` scattered in text | the same name again, its values after it |
 | needles | a number, word pair or uuid for a key; several keys, or several values a key | the value of one key, all of one, or of several |
 | listing | lines of keys and values | a key's line again |
 | chains | variables assigned a value, or one another | all variables of a value; the value at a chain's end |
@@ -27,7 +28,7 @@ Piece = tuple[str, bool]  # a piece of an answer, and whether it can only be kno
 
 @dataclass(frozen=True)
 class Question:
-    """text: with its line breaks, up to the answer. answer: its pieces; those between values are not recalled."""
+    """A question's `text` with its line breaks, up to the answer, and the pieces of the `answer`."""
 
     text: str
     answer: list[Piece]
@@ -35,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """What belongs together. statements: in the order in which they are said. questions: on them."""
+    """Statements that belong together, in the order in which they are said, and the questions on them."""
 
     statements: list[str]
     questions: list[Question]
@@ -43,13 +44,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Draft:
-    """A document's parts. More items than fit are left out, from the last.
+    """A document's parts as text. Where not all items fit, the last are left out.
 
     Attributes:
-        heads: what may stand first, the fullest first; the first that leaves room for the rest is used, or none.
-        glue: between statements that nothing hides.
-        foot: between the statements and the questions.
-        mixed: statements of different items may come in any order.
+        heads: texts that may open the document, the fullest first; the first that leaves room for the rest is used, or none.
+        glue: stands between statements that no haystack hides.
+        foot: stands between the statements and the questions.
+        mixed: whether statements of different items may come in any order.
     """
 
     items: list[Item]
@@ -64,24 +65,29 @@ Make = Callable[[random.Random, int, int], Draft]  # (rng, wording, how many sta
 
 @dataclass(frozen=True)
 class Family:
-    """make: a draft in a wording. wordings: how many there are. haystacks: what statements are hidden in, drawn evenly."""
+    """A family of documents that are drafted as text.
+
+    Attributes:
+        make: draws a draft in a given wording. wordings: how many wordings there are.
+        haystacks: kinds of text that hide the statements, drawn evenly.
+    """
 
     make: Make
     wordings: int
     haystacks: tuple[str, ...]
 
     def choose(self, rng: random.Random, held_out: bool) -> int:
-        """A wording that is trained on, or one that is only measured with."""
+        """Draw a wording that is trained on, or with `held_out` one that is only measured with."""
         return rng.randrange(int(held_out), self.wordings, 2)
 
 
 def listed(values: Sequence[str]) -> str:
-    """`a`, `a, and b`, `a, b, and c`, as RULER lists them."""
+    """Join values as RULER lists them: `a`, `a, and b`, `a, b, and c`."""
     return ", ".join(values[:-1]) + (", and " if len(values) > 1 else "") + values[-1]
 
 
 def listed_answer(values: Sequence[str]) -> list[Piece]:
-    """The same as an answer."""
+    """Join values as `listed` does, as an answer whose values alone are recalled."""
     pieces: list[Piece] = []
     for i, value in enumerate(values):
         if i:
@@ -91,15 +97,15 @@ def listed_answer(values: Sequence[str]) -> list[Piece]:
 
 
 def with_article(noun: str) -> str:
-    """`a drum`, `an easel`."""
+    """Put the article before a noun: `a drum`, `an easel`."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 # --- needles ----------------------------------------------------------------------------------------------------------
 
 RULER_HEAD, _, RULER_TAIL = NEEDLE_QUESTION.partition("\n{context}\n")
-# Head, statement, question. {kinds} is always the plural, {stand} agrees with the keys, the other words with how many values are asked
-# for.
+# Each wording has a head, a statement and a question. {kinds} is always the plural, {stand} agrees with the number of keys, and the
+# other words with the number of values that are asked for.
 NEEDLE_WORDINGS = (
     (RULER_HEAD, NEEDLE.replace("{kind}", "{kinds}"), RULER_TAIL),
     ("", "Remember that the {one} of {key} is {value}.", "Which {kind} {go} with {query}? The {kind} of {query} {are}"),
@@ -118,7 +124,7 @@ KEY_KINDS = ("words", "words", "words", "words", "numbers", "uuids")
 
 
 def needles(rng: random.Random, wording: int, count: int) -> Draft:
-    """Keys with a value each; or with several; or questions for several keys at once."""
+    """Draw keys with a value each, keys with several values, or keys that are asked for several at once."""
     key_kind, kind = rng.choice(KEY_KINDS), rng.choice(VALUE_KINDS)
     values_each, keys_asked = rng.choice(((1, 1), (1, 1), (1, 1), (2, 1), (4, 1), (1, 2), (1, 4)))
     items = []
@@ -130,20 +136,20 @@ def needles(rng: random.Random, wording: int, count: int) -> Draft:
 
 
 def needle_words(kind: str, asked: int) -> dict[str, str]:
-    """The words of a wording that agree with how many values are asked for."""
+    """Choose the words of a wording that agree with the number of values that are asked for."""
     one = kind.removesuffix("s")
     return {**(PLURAL if asked > 1 else SINGULAR), "kinds": kind, "one": one, "kind": kind if asked > 1 else one}
 
 
 def needle_head(wording: int, kind: str, asked: int) -> str:
-    """What a document that asks for so many values at a time begins with."""
+    """Write the head of a document whose questions ask for `asked` values at a time."""
     return NEEDLE_WORDINGS[wording][0].format(**needle_words(kind, asked))
 
 
 def needle_item(wording: int, kind: str, facts: Sequence[tuple[str, Sequence[str]]], rng: random.Random) -> Item:
-    """Keys that are asked for at once, with their values.
+    """State the values of keys that are asked for at once.
 
-    The values of a key are answered in the order in which they are said, those of several keys in that in which these are asked for.
+    The answer lists one key's values in the order of its statements, and several keys' values in the order of the question.
     """
     _, statement, question = NEEDLE_WORDINGS[wording]
     values = [value for _, of_key in facts for value in of_key]
@@ -158,7 +164,8 @@ def needle_item(wording: int, kind: str, facts: Sequence[tuple[str, Sequence[str
 
 # --- listings ---------------------------------------------------------------------------------------------------------
 
-# Line, question, and the end of the answer, which begins with a space unless the question ends with a quotation mark.
+# Each wording has a line, a question and the end of the answer. An answer begins with a space unless the question ends with a quotation
+# mark.
 LISTING_WORDINGS = (
     ("{key}: {value}", "value of {key}:", ""),
     ("{key} | {value} |", "look up {key} |", " |"),
@@ -172,7 +179,7 @@ LISTING_WORDINGS = (
 
 
 def listing(rng: random.Random, wording: int, count: int) -> Draft:
-    """Lines of keys and values; keys are asked for in another order."""
+    """Draw lines of keys and values, whose keys are asked for in another order."""
     line, question, end = LISTING_WORDINGS[wording]
     kind, digits = rng.choice(("numbers", "word", "words")), rng.randint(1, 9)
     space = "" if question.endswith('"') else " "
@@ -191,8 +198,8 @@ def listing(rng: random.Random, wording: int, count: int) -> Draft:
 # --- chains of variables ----------------------------------------------------------------------------------------------
 
 CHAIN_HEAD, _, CHAIN_TAIL = VARIABLE_PROMPT.partition("\n{context}")
-# Head, statement, what stands before a variable that another is set to, question, and the end of the answer. Those with {value} ask
-# for a chain's variables, the others for a variable's value.
+# Each wording has a head, a statement, the prefix of a variable that another is set to, a question and the end of the answer. Questions
+# with {value} ask for a chain's variables, the others for a variable's value.
 CHAIN_WORDINGS = (
     (CHAIN_HEAD, "VAR {name} = {what}", "VAR ", CHAIN_TAIL, ""),
     ("", "let {name} be {what}", "", "\nIn this order {value} went to", "."),
@@ -205,7 +212,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def chains(rng: random.Random, wording: int, count: int) -> Draft:
-    """Chains of up to five variables, their assignments mixed; asked for by value, or for the value of one of a chain's variables."""
+    """Draw chains of up to five variables with their assignments mixed; questions name a value, or a variable of a chain."""
     longest = VARIABLE_HOPS + 1
     lengths = [longest if rng.random() < 0.5 else rng.randint(2, longest) for _ in range(rng.randint(1, max(1, count // 3)))]
     names = distinct_names(rng, sum(lengths), longest if wording == 0 else rng.randint(3, 5))
@@ -215,14 +222,14 @@ def chains(rng: random.Random, wording: int, count: int) -> Draft:
         items.append(chain_item(wording, chain, str(rng.randint(10000, 99999)), rng))
     head = CHAIN_WORDINGS[wording][0]
     if wording == 0 and rng.random() < 0.5:
-        # Without the space that ends a hop in the benchmark: so do all chains that the shipped bases were trained on.
+        # The benchmark ends a hop with a space. The shipped bases were trained on chains without it, so it is left out here too.
         example, answer = variable_text(rng, longest, 3, hop_end="")
         return Draft(items, [f"{example} {' '.join(answer)}\n\n{head}", head])
     return Draft(items, [head])
 
 
 def chain_item(wording: int, chain: Sequence[str], value: str, rng: random.Random) -> Item:
-    """A chain's assignments in their order, and one question on it."""
+    """State a chain's assignments in their order, and ask one question on it."""
     _, statement, prefix, question, end = CHAIN_WORDINGS[wording]
     said = [statement.format(name=chain[0], what=value)]
     said += [statement.format(name=name, what=f"{prefix}{before}") for before, name in pairwise(chain)]
@@ -233,7 +240,7 @@ def chain_item(wording: int, chain: Sequence[str], value: str, rng: random.Rando
 
 
 def distinct_names(rng: random.Random, count: int, letters: int) -> list[str]:
-    """So many different names of capitals."""
+    """Draw `count` different names of `letters` capitals each."""
     names: dict[str, None] = {}
     while len(names) < count:
         names["".join(rng.choices(LETTERS, k=letters))] = None
@@ -256,7 +263,7 @@ THINGS = (
     "anvil basket compass drum easel fiddle globe hammock icon jar kettle lantern mirror organ parrot quilt rocket saddle telescope "
     "umbrella violin"
 ).split()
-# Of each wording: what is said of a person, what may be asked of it, and which word answers.
+# Each saying of a wording has a sentence on a person, a question on that sentence, and the word that answers it.
 PARAGRAPH_WORDINGS = (
     (("{who} lives in {place}.", "Where does {who} live?", "place"),
      ("{who} works as {a_trade}.", "What does {who} work as?", "trade"),
@@ -282,7 +289,7 @@ PLAIN_FORMATS = ("\nQuestion: {question}\nAnswer:", "\nQ: {question}\nA:")  # tr
 
 
 def paragraphs(rng: random.Random, wording: int, count: int) -> Draft:
-    """People and what is said of them, as documents of RULER's questions or in plain paragraphs."""
+    """Draw people and what is said of them, as the documents of RULER's questions or as plain paragraphs."""
     sayings = PARAGRAPH_WORDINGS[wording]
     people = max(1, min(count // len(sayings), len(THINGS)))
     as_documents = rng.random() < 0.5
@@ -296,7 +303,7 @@ def paragraphs(rng: random.Random, wording: int, count: int) -> Draft:
 
 
 def paragraph(rng: random.Random, sayings: Sequence[tuple[str, str, str]], first: str, thing: str, title: str, form: str) -> Item:
-    """One person's paragraph, and a question on everything said in it."""
+    """Write one person's paragraph, and a question on every sentence in it."""
     trade = rng.choice(TRADES)
     card = {
         "who": f"{first} {made_word(rng, FAMILY_ENDINGS).capitalize()}", "place": made_word(rng, PLACE_ENDINGS).capitalize(),
@@ -310,9 +317,11 @@ def paragraph(rng: random.Random, sayings: Sequence[tuple[str, str, str]], first
     return Item([title + " ".join(said)], questions)
 
 
-FAMILIES = {
+FACTS = "facts"
+WORDED = {
     "needles": Family(needles, len(NEEDLE_WORDINGS), ("prose", "prose", "noise", "code", "none")),
     "listing": Family(listing, len(LISTING_WORDINGS), ("none", "none", "code")),
     "chains": Family(chains, len(CHAIN_WORDINGS), ("noise", "noise", "prose", "none")),
     "paragraphs": Family(paragraphs, len(PARAGRAPH_WORDINGS), ("none", "prose")),
 }
+FAMILIES = (FACTS, *WORDED)  # the order in which the families' shares of the rows lie side by side

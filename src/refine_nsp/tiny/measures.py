@@ -1,115 +1,92 @@
-"""What pretraining measures on its way: recall in every family, in wordings trained on and in held-out ones, and held-out text; and a
-page of the curves.
+"""What pretraining measures on its way, in addition to held-out text: recall in every family that is trained on, in trained and in
+held-out wordings; and a page of the curves.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from refine_nsp.files import read_json_lines, write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.files import write_atomically
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.report import html, plots
+from refine_nsp.report.runs import read_run
 from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.pretrain_settings import FACTS, PretrainConfig
-from refine_nsp.tiny.probes import ProbeSet, make_probes, score_probes, score_text
+from refine_nsp.tiny.families import FACTS
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
+from refine_nsp.tiny.probes import ProbeSet, score_probes
 
-WINDOWS, WINDOW_TOKENS = 16, 512
-FACTS_STATED = 8
-ITEMS_STATED = 4  # as many keys as RULER's multi-key needles have; fewer where a prompt has no room for them
+STATED = {FACTS: 8}  # things that a probe of a family states
+ITEMS_STATED = 4  # other families: as many keys as RULER's multi-key needles have; fewer where a prompt has no room for them
 HELD_OUT = "_held_out"
+RECALL = "recall_"  # begins the names of the probes' figures
+DRAWN = {"greedy": "greedy exact match", "tokens": "share of tokens right", "log_p": "log p (nats)"}
 
 
-@dataclass(frozen=True)
-class Measures:
-    """windows [n, T]: held-out text. probes: by name, `family_length` or `family_held_out_length`."""
-
-    windows: Tensor
-    probes: dict[str, ProbeSet]
-
-    @classmethod
-    def of(cls, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], stream: Tensor) -> Measures:
-        """For the families that `config` trains on, in held-out texts; stream: these, encoded."""
-        kinds = [(length, FACTS_STATED) for length in config.probe_lengths]
-        filler, probes = stream.tolist(), {}
-        if FACTS in config.families:
-            sets = make_probes(tokenizer, filler, kinds, config.probes_per_kind, seed=1)
-            probes = {f"{FACTS}_{p.length}": p for p in sets}
-        if others := [family for family in config.families if family != FACTS]:
-            writer = Writer.of(tokenizer, texts)
-            probes |= family_probes(writer, others, filler, config.probe_lengths, config.probes_per_kind, seed=1)
-        rows = min(WINDOWS, len(stream) // WINDOW_TOKENS)
-        return cls(stream[: rows * WINDOW_TOKENS].view(rows, WINDOW_TOKENS), probes)
-
-    def take(self, model: FastWeightForCausalLM) -> dict[str, Any]:
-        """`eval_loss` on held-out text and `probes`: the figures of each set by name. Leaves the model in the mode it was in."""
-        training = model.training
-        model.eval()
-        figures = {
-            "eval_loss": score_text(model, self.windows).loss,
-            "probes": {name: asdict(score_probes(model, p)) for name, p in self.probes.items()},
-        }
-        model.train(training)
-        return figures
+def probes_of(args: PretrainConfig, writer: Writer, filler: Sequence[int]) -> dict[str, ProbeSet]:
+    """Make the probes of a pretraining, by name: for each family that it trains on, by length."""
+    return family_probes(writer, args.families, filler, args.probe_lengths, args.probes_per_kind, seed=1)
 
 
 def family_probes(
     writer: Writer, families: Sequence[str], filler: Sequence[int], lengths: Sequence[int], per_kind: int, seed: int
 ) -> dict[str, ProbeSet]:
-    """For each family and length, probes in the wordings that are trained on and in those held out.
+    """Make probes by name: `FAMILY_LENGTH` in wordings that are trained on, `FAMILY_held_out_LENGTH` in those that are not.
 
-    filler: tokens of held-out text, more than the longest prompt.
+    Args:
+        filler: tokens of held-out text, more than the longest prompt.
     """
     sets = {}
     for family in families:
-        for held_out in (False, True):
+        for held_out in (False,) if family == FACTS else (False, True):
             for length in lengths:
                 name = f"{family}{HELD_OUT * held_out}_{length}"
                 rng, made = random.Random(f"{seed}-{name}"), []
                 for _ in range(per_kind):
                     start = rng.randrange(max(1, len(filler) - length))
-                    made.append(writer.probe(rng, family, filler[start : start + length], length, ITEMS_STATED, held_out))
-                sets[name] = ProbeSet(length, ITEMS_STATED, [p for p, _ in made], [a for _, a in made])
+                    items = STATED.get(family, ITEMS_STATED)
+                    made.append(writer.probe(rng, family, filler[start : start + length], length, items, held_out))
+                sets[name] = ProbeSet(length, [p for p, _ in made], [a for _, a in made])
     return sets
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+def score_all(model: CausalModel, probes: Mapping[str, ProbeSet]) -> dict[str, float]:
+    """Score every set of probes: `recall_SET_FIGURE` for each figure of a `RecallScore`."""
+    scores = {name: asdict(score_probes(model, probe)) for name, probe in probes.items()}
+    return {f"{RECALL}{name}_{figure}": value for name, score in scores.items() for figure, value in score.items()}
+
+
+def recall_in(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Read the probes' figures in a record of metrics.jsonl: by set, then by figure."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in record.items():
+        if key.startswith(f"eval_{RECALL}"):
+            figure = next(f for f in ("greedy", "tokens", "log_p", "sampled") if key.endswith(f"_{f}"))
+            name = key.removeprefix(f"eval_{RECALL}").removesuffix(f"_{figure}")
+            found.setdefault(name, {})[figure] = float(value)
+    return found
+
+
+def family_in(name: str) -> str:
+    """Return the family that a set of probes belongs to."""
+    return name.rpartition("_")[0].removesuffix(HELD_OUT)
 
 
 def write_curves(folder: Path) -> Path:
-    """`curves.html` of a folder's `metrics.jsonl`; of steps logged twice (a resumed run's) the last record counts."""
-    by_step: dict[int, dict[str, Any]] = {}
-    for record in read_json_lines(folder / "metrics.jsonl"):
-        by_step[record["step"]] = {**by_step.get(record["step"], {}), **record}
-    records = [by_step[step] for step in sorted(by_step)]
-    losses = {name: curve(records, (name,)) for name in ("loss", "eval_loss")}
+    """Write `curves.html` of a run's folder: losses, and recall by family."""
+    run = read_run(folder)
+    losses = {name: run.curve(name) for name in ("loss_ntp", "eval_loss")}
     sections = [html.Section("Loss", html.plots(plots.line_plot(losses, "nats per token: rows trained on, held-out text")))]
-    names = list(dict.fromkeys(name for r in records for name in r.get("probes", {})))
-    families = dict.fromkeys(name.rpartition("_")[0].removesuffix(HELD_OUT) for name in names)
-    for family in families:
-        own = [n for n in names if n.rpartition("_")[0].removesuffix(HELD_OUT) == family]
+    names = list(dict.fromkeys(name for record in run.metrics for name in recall_in(record)))
+    for family in dict.fromkeys(map(family_in, names)):
+        own = {n: n.removeprefix(f"{family}_").replace("_", " ") for n in names if family_in(n) == family}
         drawn = []
-        for key, title in (("greedy", "greedy exact match"), ("tokens", "share of tokens right"), ("log_p", "log p (nats)")):
-            curves = {n.removeprefix(f"{family}_").replace("_", " "): curve(records, ("probes", n, key)) for n in own}
+        for figure, title in DRAWN.items():
+            curves = {label: run.curve(f"eval_{RECALL}{name}_{figure}") for name, label in own.items()}
             drawn.append(plots.line_plot(curves, f"{family}: {title}"))
         sections.append(html.Section(f"Recall: {family}", html.plots(*drawn)))
     lead = f"{folder}; a number is a prompt's length in tokens, held out: in wordings that are not trained on"
     return write_atomically(folder / "curves.html", html.page("Pretraining", lead, sections))
-
-
-def curve(records: Sequence[Mapping[str, Any]], path: Sequence[str]) -> plots.Curve:
-    """Steps and values of those records that hold something under `path`."""
-    points = []
-    for record in records:
-        value: Any = record
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            points.append((record["step"], value))
-    return [step for step, _ in points], [value for _, value in points]

@@ -1,4 +1,4 @@
-"""The tiny bases at the start of pretraining, made induction-friendly: what asks for a value already resembles what stands for it.
+"""The tiny bases at the start of pretraining, made induction-friendly: the query for a value already resembles the value's key.
 
 Without that, recall does not appear within minutes of training.
 """
@@ -25,37 +25,38 @@ from refine_nsp.models.lact import LaCTMixer
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
 
-def new_delta_net(config: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
-    """A DeltaNet that starts induction-friendly."""
-    return induction_friendly(DeltaNetForCausalLM(DeltaNetConfig(num_heads=config.num_heads, **_sizes(config, vocab_size))))
+def new_delta_net(args: PretrainConfig, vocab_size: int) -> DeltaNetForCausalLM:
+    """Make a DeltaNet that starts induction-friendly."""
+    return induction_friendly(DeltaNetForCausalLM(DeltaNetConfig(num_heads=args.num_heads, **_sizes(args, vocab_size))))
 
 
-def new_gated_delta_net(config: PretrainConfig, vocab_size: int) -> GatedDeltaNetForCausalLM:
-    """A Gated DeltaNet that starts induction-friendly and with a long memory; its heads share out the width, as DeltaNet's do."""
-    if config.hidden_size % config.num_heads:
-        raise RefineError(f"hidden_size={config.hidden_size} must be a multiple of num_heads={config.num_heads}")
-    width = config.hidden_size // config.num_heads
-    sizes = {"num_heads": config.num_heads, "head_dim": width, "expand_v": 1.0, **_sizes(config, vocab_size)}
+def new_gated_delta_net(args: PretrainConfig, vocab_size: int) -> GatedDeltaNetForCausalLM:
+    """Make a Gated DeltaNet that starts induction-friendly and with a long memory; its heads share out the width, as DeltaNet's do."""
+    if args.hidden_size % args.num_heads:
+        raise RefineError(f"hidden_size={args.hidden_size} must be a multiple of num_heads={args.num_heads}")
+    width = args.hidden_size // args.num_heads
+    sizes = {"num_heads": args.num_heads, "head_dim": width, "expand_v": 1.0, **_sizes(args, vocab_size)}
     return remember_long(induction_friendly(GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**sizes))))
 
 
-def new_lact(config: PretrainConfig, vocab_size: int) -> LaCTForCausalLM:
-    """A LaCT whose window and chunk are short, and which starts induction-friendly too."""
+def new_lact(args: PretrainConfig, vocab_size: int) -> LaCTForCausalLM:
+    """Make a LaCT whose window and chunk are short, and which starts induction-friendly too."""
     return lact_induction_friendly(
         LaCTForCausalLM(
             LaCTConfig(
-                num_attn_heads=config.num_heads, num_lact_heads=config.num_heads, lact_chunk_size=config.window,
-                window_size=config.window, w0_w2_low_rank=32, initializer_range=0.02, qkv_bias=True, ttt_nope=True,
-                **_sizes(config, vocab_size),
+                num_attn_heads=args.num_heads, num_lact_heads=args.num_heads, lact_chunk_size=args.window,
+                window_size=args.window, w0_w2_low_rank=32, initializer_range=0.02, qkv_bias=True, ttt_nope=True,
+                **_sizes(args, vocab_size),
             )
         )
     )  # fmt: skip
 
 
-def _sizes(config: PretrainConfig, vocab_size: int) -> dict[str, Any]:
+def _sizes(args: PretrainConfig, vocab_size: int) -> dict[str, Any]:
+    """Return the sizes that all kinds of model have."""
     return {
-        "vocab_size": vocab_size, "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,
-        "intermediate_size": config.intermediate_size, "tie_word_embeddings": True,
+        "vocab_size": vocab_size, "hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers,
+        "intermediate_size": args.intermediate_size, "tie_word_embeddings": True,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
 
@@ -67,10 +68,10 @@ DeltaRuleMixer = DeltaNetMixer | GatedDeltaNetMixer
 
 @torch.no_grad()
 def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
-    """q and k alike, k one token late: a key stands for the two tokens before it, a query for the two up to it.
+    """Make q and k alike, and k one token late: a key stands for the two tokens before it, a query for the two up to it.
 
-    With three heads or more, recall appears in a tenth of the tokens, because the first two get work of their own and what is read is
-    what was written (`copies`, `look_three_back`, `summarises`).
+    With three heads or more, recall appears in a tenth of the tokens, because the first two heads get work of their own and a value is
+    read as it was written (`copies`, `look_three_back`, `summarises`).
     """
     for layer in model.model.layers:
         mixer = layer.attn
@@ -88,20 +89,20 @@ def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
 
 
 def copies(mixer: DeltaRuleMixer) -> None:
-    """o_proj undoes v_proj, which is orthogonal: a value that is read comes out as the vector it was written from."""
+    """Let o_proj undo v_proj, which is orthogonal: a value that is read comes out as the vector that it was written from."""
     width = mixer.v_proj.weight.shape[0]
     undone(mixer.v_proj.weight, mixer.o_proj.weight, size=float(mixer.v_proj.weight.std()) * width**0.5)
 
 
 def undone(values: torch.Tensor, output: torch.Tensor, size: float) -> None:
-    """values, output [D, D]: an orthogonal matrix and its transpose, both times `size`."""
+    """Set two weights [D, D] to an orthogonal matrix (`values`) and to its transpose (`output`), both times `size`."""
     orthogonal, _ = torch.linalg.qr(torch.randn_like(values))
     values.copy_(size * orthogonal)
     output.copy_(size * orthogonal.T)
 
 
 def look_three_back(mixer: DeltaRuleMixer, head: int) -> None:
-    """A head whose key stands for the three tokens before it, and its query for the three up to it: keys of several pieces."""
+    """Let a head's key stand for the three tokens before it, and its query for the three up to it, for keys of several pieces."""
     channels = _channels(mixer, head)
     for conv, taps in ((mixer.q_conv1d, (-3, -2, -1)), (mixer.k_conv1d, (-4, -3, -2))):
         conv.weight[channels] = 0.03 * torch.randn_like(conv.weight[channels])
@@ -110,7 +111,7 @@ def look_three_back(mixer: DeltaRuleMixer, head: int) -> None:
 
 
 def summarises(mixer: DeltaRuleMixer, head: int) -> None:
-    """A head that reads at every token what it writes there, a random mixture of the last four: a token carries what stood before it."""
+    """Let a head read at every token what it writes there, a random mixture of the last four tokens, so that a token carries them on."""
     channels = _channels(mixer, head)
     for conv in (mixer.q_conv1d, mixer.k_conv1d):
         conv.weight[channels] = 0.0
@@ -121,7 +122,7 @@ def summarises(mixer: DeltaRuleMixer, head: int) -> None:
 
 
 def _channels(mixer: DeltaRuleMixer, head: int) -> slice:
-    """A head's, of q, k and v, which are equally wide here."""
+    """Return the channels of a head in q, k and v, which are equally wide here."""
     width = mixer.q_proj.weight.shape[0] // mixer.config.num_heads
     return slice(head * width, (head + 1) * width)
 
@@ -130,26 +131,28 @@ def _channels(mixer: DeltaRuleMixer, head: int) -> slice:
 def remember_long(
     model: GatedDeltaNetForCausalLM, shortest_tokens: float = 1e3, longest_tokens: float = 1e4
 ) -> GatedDeltaNetForCausalLM:
-    """A layer's heads forget at first by 1/e in that many tokens, evenly spaced on a log scale; the original in 1 to 1,000 or more."""
+    """Let a layer's heads forget by 1/e in that many tokens at first, evenly spaced on a log scale; originally in 1 to 1,000 or more."""
     for layer in model.model.layers:
         mixer = layer.attn
         mixer.A_log.zero_()
         rate = torch.logspace(-math.log10(shortest_tokens), -math.log10(longest_tokens), len(mixer.dt_bias))
-        mixer.dt_bias.copy_(rate.expm1().log())  # softplus of it is the rate
+        mixer.dt_bias.copy_(rate.expm1().log())  # its softplus is the rate
     return model
 
 
 @torch.no_grad()
 def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
-    """The same for a model without convolutions: the first layer's two heads look one and two tokens back and put what they see
-    beside the token itself; in later layers a key stands for the two tokens before it, a query for the two up to it. Their fast weights
-    start with w1 small and its learning rate large, so that what is read is what was written, not what they started from, and o_proj
-    undoes v, so that it comes out as the vector it was written from: two and a half times the recall after half a million tokens.
+    """Do for a model without convolutions what `induction_friendly` does.
+
+    The first layer's two heads look one and two tokens back and put what they see into channels next to the token's own. In later layers a
+    key stands for the two tokens before it, a query for the two up to it. Their fast weights start with w1 small and its learning rate
+    large, so that a read returns what was written and not what they started from; o_proj undoes v, so that a value comes out as the vector
+    that it was written from. Together this gave two and a half times the recall after half a million tokens.
     """
     D = model.config.hidden_size
-    half, quarter = D // 2, D // 4  # the token; the one before it; the one before that
+    half, quarter = D // 2, D // 4  # half the channels for the token, a quarter each for the two before it
     features = torch.randn(quarter, half) / half**0.5
-    # Larger than what the other layers add at first, or the token drowns in it.
+    # The token must be larger than what the other layers add at first, or it drowns in that.
     token = 3 * model.config.initializer_range
     model.model.embeddings.weight[:, :half] *= token / model.config.initializer_range
     model.model.embeddings.weight[:, half:] *= 0.1
@@ -161,14 +164,14 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
             for head in range(2):
                 rows = slice(head * half, head * half + quarter)
                 v[rows, :half] = features
-                # As large as an embedding, which the norm before has scaled to about 1.4 in its half of the channels.
+                # The copy is as large as an embedding, which the norm before has scaled to about 1.4 in its half of the channels.
                 beside = slice(half + head * quarter, half + (head + 1) * quarter)
                 mixer.o_proj.weight[beside, rows] = 0.7 * token * torch.eye(quarter)
                 look_back(mixer, head, head + 1)
             continue
-        # At this size the epsilon of the norm behind the fast weights takes a third of what they read; at a fifteenth, nearly all of it.
+        # At this size the norm behind the fast weights loses a third of a read to its epsilon; at a fifteenth of it, nearly all.
         mixer.w1 *= 0.3
-        mixer.lr_proj.bias.view(2, 3)[:, 1] = 15.0  # of w1, by head: a rate of about 8
+        mixer.lr_proj.bias.view(2, 3)[:, 1] = 15.0  # each head's w1 learns at a rate of about 8
         undone(v, mixer.o_proj.weight, size=0.3)  # small values, which the silu in front of the fast weights hardly bends
         mixer.ttt_scale_proj.bias.fill_(1.0)
         for head in range(2):

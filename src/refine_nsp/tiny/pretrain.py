@@ -1,121 +1,194 @@
 """Pretrain a tiny base model, from nothing, on the text every Python installation has and on generated documents.
 
-Recall does not appear by itself in minutes of training. What is done about it is stated in the model card: what is recalled is dense
-and short range first (the sequence length grows by phases), answers weigh more early, and q and k projections start equal with k's
-convolution shifted by one token, so that a key already stands for "what came before this value".
+Recall does not appear by itself in minutes of training. The model card states what brings it about: documents to recall from are dense
+and short first (rows grow by phases), answers weigh more early, and q and k projections start equal with k's convolution shifted by one
+token, so that a key already stands for "what came before this value".
+
+The run itself is a `ReFINETrainer`'s, as any other: `PreTrainer` learns the tokens by weight, and measures recall with each validation.
 """
 
 from __future__ import annotations
 
-import json
-import random
-import shutil
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from datasets import Dataset
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.files import append_json_lines, made_whole, read_json_lines
+from refine_nsp.files import make_folder, read_json_lines, write_atomically
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.load import load_model, load_tokenizer
+from refine_nsp.models.protocols import CausalModel
+from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.next_token import next_tokens
+from refine_nsp.nsp.records import Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.processes import to_device
-from refine_nsp.progress import step_progress
-from refine_nsp.stopping import StopRequest
+from refine_nsp.report.card import is_ours
 from refine_nsp.tiny.card import model_card
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.measures import Measures, write_curves
+from refine_nsp.tiny.facts import NAMES, VALUES
+from refine_nsp.tiny.measures import RECALL, probes_of, score_all, write_curves
 from refine_nsp.tiny.models import NEW_MODELS
-from refine_nsp.tiny.pretrain_settings import FACTS, SHARED, PretrainConfig, PretrainPhase
-from refine_nsp.tiny.recall import NAMES, VALUES, RecallTokens, recall_document
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
+from refine_nsp.tiny.probes import ProbeSet
+from refine_nsp.tiny.rows import PhaseRows, Sources, encode_texts
+from refine_nsp.training.phases import Counts, MicroBatch, NextToken
+from refine_nsp.training.trainer import ReFINETrainer
 
 END_OF_TEXT = "<|endoftext|>"
-WORD_REPEATS = 20_000  # of the words of recall documents, in the text a tokenizer learns from
-TOKENS_AT_ONCE = 4096  # of a processor, whose cache they should fit; a device takes a step's rows together
+WORD_REPEATS = 20_000  # of the words of facts, in the text a tokenizer learns from
+WINDOWS, WINDOW_TOKENS = 16, 512  # held-out text that every validation measures
 
 
-def pretrain(config: PretrainConfig, resume: bool = True, stop_after: int | None = None) -> Path:
-    """Train on a CUDA device where there is one, or go on from the last checkpoint in `output_dir`; returns the folder of the model.
+def pretrain(args: PretrainConfig, resume: str | bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Train a base, measure it as it is stored, and return the run's folder, which holds the model.
 
     Args:
-        stop_after: steps after which the model is measured and saved as it is; the same command without it goes on from there.
+        resume: a checkpoint to resume from, or True for the last one; False begins anew.
 
     Raises:
-        RefineError: no step to make, or rows longer than a step's tokens.
+        RefineError: settings that `start_from` does not fit, a checkpoint of another run, or no room to save.
     """
-    if config.total_steps < 1 or any(p.length > config.tokens_per_step for p in config.phases):
-        raise RefineError("pretrain needs phases with at least one step, each row no longer than tokens_per_step")
-    if stop_after is not None and stop_after < 1:
-        raise RefineError(f"stop_after={stop_after}: a model is saved after at least one step")
-    if config.model_type == "lact_swiglu" and config.num_heads != 2:
-        raise RefineError(f"num_heads={config.num_heads}: this LaCT starts with two heads that look one and two tokens back")
-    if config.model_type not in NEW_MODELS:
-        raise RefineError(f"model_type={config.model_type!r} is not one of {', '.join(NEW_MODELS)}")
-    torch.manual_seed(config.seed)
-    out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    trainer = trainer_of(args, callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    round_to(trainer.accelerator.unwrap_model(trainer.model), args.store_dtype)
+    trainer.evaluate()
+    out = Path(str(args.output_dir))
+    try:
+        trainer.save_model()
+        trainer.save_state()
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library's own kind for a full disk
+        raise RefineError(f"could not save the model in {out}: {error}; the last checkpoint there is whole") from error
+    return out
+
+
+def trainer_of(args: PretrainConfig, callbacks: Sequence[TrainerCallback]) -> PreTrainer:
+    """Make the tokenizer, the model at its start, the rows to train on, and what is measured; all but the rows from held-out modules."""
+    torch.manual_seed(args.seed)
+    make_folder(Path(str(args.output_dir)))  # known before any work whether results can be kept
     texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
-    tokenizer = train_tokenizer(texts, config.vocab_size) if config.start_from is None else load_tokenizer(config.start_from)
-    sources = Sources.of(config, tokenizer, texts)
-    measures = Measures.of(config, tokenizer, held_out, encode_texts(tokenizer, held_out))
-    model = to_device(starting_model(config, len(tokenizer)))
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95))
-    start = load_checkpoint(out, model, optimizer, config) if resume else 0
-    if start == 0:
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    model.train()
-    last = config.total_steps if stop_after is None else max(start, min(stop_after, config.total_steps))
-    with StopRequest() as stop, step_progress(last, start, "pretrain") as progress:
-        for step in range(start, last):
-            ids, weights = training_batch(config, phase_of(config, step), step, sources)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * schedule(config, step)
-            loss = train_step(model, optimizer, ids.to(model.device), weights.to(model.device), config)
-            progress.advance(ids.numel(), 1, {"loss": loss})
-            done = step + 1
-            probed = done % config.probe_steps == 0 and done < last
-            if probed or done % config.log_steps == 0 or done == last:
-                measured = measures.take(model) if probed else {}
-                append_json_lines(out / "metrics.jsonl", [{"step": done, "time": time.time(), "loss": loss, **measured}])
-            if done % config.save_steps == 0 or done == last or stop.asked is not None:
-                save_checkpoint(out, model, optimizer, done, config)
-                write_curves(out)
-            stop.end()
-    # What is stored is what is measured at the end.
-    round_to(model.eval(), config.store_dtype)
-    append_json_lines(out / "metrics.jsonl", [{"step": last, "time": time.time(), **measures.take(model)}])
-    write_curves(out)
-    return save_model(out, model, tokenizer, config, model_card(model, config, read_json_lines(out / "metrics.jsonl")))
+    tokenizer = train_tokenizer(texts, args.vocab_size) if args.start_from is None else load_tokenizer(args.start_from)
+    stream = encode_texts(tokenizer, held_out)
+    probes = probes_of(args, Writer.of(tokenizer, held_out), stream.tolist())
+    rows = min(WINDOWS, len(stream) // WINDOW_TOKENS)
+    windows = stream[: rows * WINDOW_TOKENS].view(rows, WINDOW_TOKENS).tolist()
+    return PreTrainer(
+        model=starting_model(args, len(tokenizer)),
+        args=args,
+        phase=WeightedTokens(args.nsp, probes),
+        train_dataset=PhaseRows(args, Sources.of(tokenizer, texts)),
+        eval_dataset=Dataset.from_list([{"input_ids": window} for window in windows]),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
 
 
-# --- model, tokenizer, optimizer --------------------------------------------------------------------------------------
+class WeightedTokens(NextToken):
+    """The cross-entropy in which a target weighs what the rows' column `target_weights` says.
+
+    A validation scores held-out text and, under `probes`, sets of recall probes by name.
+    """
+
+    def __init__(self, config: NSPConfig, probes: Mapping[str, ProbeSet]) -> None:
+        super().__init__(config)
+        self.probes = probes
+
+    def count(self, batch: MicroBatch) -> Counts:
+        """Count the targets, each as often as it weighs."""
+        return {"targets": float(weights_of_targets(batch).sum())}
+
+    def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """Return this micro-batch's share of the mean over the weighted targets of the step."""
+        hidden = run_hidden(model, batch.sequences, self.config)
+        weights = weights_of_targets(batch).to(hidden.device) / batch.totals["targets"]
+        loss, _ = linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch.sequences), weights.flatten())
+        return loss, {"loss_ntp": loss.detach()}
+
+    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
+        """Score text and probes in float32, as the stored model will be used."""
+        with torch.autocast(model.device.type, enabled=False):
+            # Every process scores all probes, so `probed` counts the processes that the figures are summed over.
+            return {**super().validate(model, batches), **score_all(model, self.probes), "probed": 1.0}
+
+    def summarise(self, sums: Counts) -> dict[str, float]:
+        """Return the figures of held-out text, and those of each set of probes as `recall_SET_FIGURE`."""
+        probed = {name: total / sums["probed"] for name, total in sums.items() if name.startswith(RECALL)}
+        return {**super().summarise(sums), **probed}
 
 
-def starting_model(config: PretrainConfig, vocab_size: int) -> FastWeightForCausalLM:
-    """A new model, or a new one with the weights of `start_from`. RefineError where that one has other sizes."""
-    model = NEW_MODELS[config.model_type](config, vocab_size)
-    if config.start_from is not None:
-        base = load_model(config.start_from)
+def weights_of_targets(batch: MicroBatch) -> Tensor:
+    """Return what the token after each weighs in the loss, [B, T]; 0 after the last."""
+    weights = pad_sequence(list(batch.sequences.columns["target_weights"]), batch_first=True)
+    return F.pad(weights[:, 1:], (0, 1))
+
+
+class PreTrainer(ReFINETrainer):
+    """`ReFINETrainer` as pretraining wants it: matrices alone decay, and the base has a card and curves of its own."""
+
+    args: PretrainConfig
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Let matrices decay; by its names the Trainer would let vectors decay too, such as the rates that memories fade by (`A_log`)."""
+        return [name for name, p in model.named_parameters() if p.ndim >= 2]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate, and draw the curves so far."""
+        figures = super().evaluate(*args, **kwargs)
+        if self.is_world_process_zero():
+            write_curves(Path(str(self.args.output_dir)))
+        return figures
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as every trainer does; the weights of the run's result, whose values `round_to` has rounded, in `store_dtype`."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.store_dtype != "float32" and self.args.should_save:
+            # The configuration keeps naming float32, which `load` widens the weights to.
+            model, dtype = self.accelerator.unwrap_model(self.model), getattr(torch, self.args.store_dtype)
+            narrow = {name: w.to(dtype) for name, w in model.state_dict().items() if name != "lm_head.weight"}
+            model.save_pretrained(output_dir or self.args.output_dir, state_dict=narrow)
+
+    def write_card(self, folder: Path, plotted: bool = True) -> None:
+        """Write a base's card, unless somebody else's README.md is there."""
+        path, out = folder / "README.md", Path(str(self.args.output_dir))
+        if not path.exists() or is_ours(path):
+            model = self.accelerator.unwrap_model(self.model)
+            write_atomically(path, model_card(model, self.args, self.state.global_step, read_json_lines(out / "metrics.jsonl")))
+
+
+# --- model and tokenizer ----------------------------------------------------------------------------------------------
+
+
+def starting_model(args: PretrainConfig, vocab_size: int) -> FastWeightForCausalLM:
+    """Make a new model, or one with the weights of `start_from`.
+
+    Raises:
+        RefineError: `start_from` has other sizes than the settings.
+    """
+    model = NEW_MODELS[args.model_type](args, vocab_size)
+    if args.start_from is not None:
+        base = load_model(args.start_from)
         try:
             model.load_state_dict(base.state_dict())
         except RuntimeError as error:
             raise RefineError(
-                f"start_from={config.start_from} is a {base.config.model_type} of other sizes than these settings' "
-                f"{config.model_type}; its own are in its pretrain_config.json"
+                f"start_from={args.start_from} is a {base.config.model_type} of other sizes than these settings' {args.model_type}; "
+                "its own are in its config.json"
             ) from error
     return model
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE on the text, with every word of the recall documents frequent enough to become one token."""
+    """Learn byte-level BPE from the texts, with every word of the facts frequent enough to become one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -138,183 +211,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
     )  # fmt: skip
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
-    """All texts as one stream of ids, END_OF_TEXT after each."""
-    ids: list[int] = []
-    for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        ids += [*encoded, tokenizer.eos_token_id]
-    return torch.tensor(ids)
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; vectors (norms) do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-# --- data and steps ---------------------------------------------------------------------------------------------------
-
-
-def phase_of(config: PretrainConfig, step: int) -> PretrainPhase:
-    for phase in config.phases:
-        if step < phase.steps:
-            return phase
-        step -= phase.steps
-    return config.phases[-1]
-
-
-def schedule(config: PretrainConfig, step: int) -> float:
-    """Linear warm-up, then linear decay to a tenth."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    return 1.0 - 0.9 * (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What rows are made of. stream: all texts, encoded. writer: of the families that are no facts; None where none is trained on."""
-
-    stream: Tensor
-    facts: RecallTokens
-    writer: Writer | None
-
-    @classmethod
-    def of(cls, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sources:
-        writer = Writer.of(tokenizer, texts) if set(config.families) - {FACTS} else None
-        return cls(encode_texts(tokenizer, texts), RecallTokens.of(tokenizer), writer)
-
-
-def training_batch(config: PretrainConfig, phase: PretrainPhase, step: int, sources: Sources) -> tuple[Tensor, Tensor]:
-    """ids [B, T] and target weights [B, T]; seeded by the step, so a resumed run sees what an uninterrupted one would."""
-    rng = random.Random(f"{config.seed}-{step}")
-    rows, weights = [], []
-    for _ in range(config.tokens_per_step // phase.length):
-        start = rng.randrange(len(sources.stream) - phase.length)
-        window = sources.stream[start : start + phase.length]
-        weight = torch.ones(phase.length)
-        family = family_at(phase, rng.random())
-        if family is not None:
-            ids, asked = generated_row(rng, family, phase, sources, start)
-            window, weight = torch.tensor(ids), torch.where(torch.tensor(asked), phase.answer_weight, 1.0)
-        rows.append(window)
-        weights.append(weight)
-    return torch.stack(rows), torch.stack(weights)
-
-
-def family_at(phase: PretrainPhase, u: float) -> str | None:
-    """The family of a row, for a uniform draw 0 <= u < 1: the families' shares lie side by side from 0 on; None is plain text."""
-    for family in SHARED:
-        share = phase.shares.get(family, 0.0)
-        if u < share:
-            return family
-        u -= share
-    return None
-
-
-def generated_row(
-    rng: random.Random, family: str, phase: PretrainPhase, sources: Sources, start: int
-) -> tuple[list[int], list[bool]]:
-    """A document of the family in text from `start` on, and which of its tokens are answers."""
-    filler = sources.stream[start : start + (4 if family == FACTS else 1) * phase.length].tolist()
-    dense = phase.dense * (0.5 + 0.5 * rng.random())
-    if family == FACTS:
-        return recall_document(rng, sources.facts, filler, phase.length, dense)
-    assert sources.writer is not None
-    return sources.writer.write(rng, family, filler, phase.length, dense)
-
-
-def train_step(model: FastWeightForCausalLM, optimizer: Optimizer, ids: Tensor, weights: Tensor, config: PretrainConfig) -> float:
-    """One update on ids [B, T] long with target weights [B, T]; the loss."""
-    target_weights = F.pad(weights[:, 1:], (0, 1))
-    target_weights = target_weights / target_weights.sum()
-    targets = F.pad(ids[:, 1:], (0, 1))
-    rows = len(ids) if ids.is_cuda else max(1, TOKENS_AT_ONCE // ids.shape[1])
-    total = torch.zeros((), device=ids.device)
-    optimizer.zero_grad()
-    for part in zip(ids.split(rows), targets.split(rows), target_weights.split(rows), strict=True):
-        loss = rows_loss(model, *part, config.bf16)
-        loss.backward()
-        total = total + loss.detach()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    return float(total)
-
-
-def rows_loss(model: FastWeightForCausalLM, ids: Tensor, targets: Tensor, target_weights: Tensor, bf16: bool) -> Tensor:
-    """Weighted cross-entropy of some rows, all [B, T]; with `bf16` matrix products run in bfloat16."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-        hidden = model.model(ids, use_cache=False).last_hidden_state
-        loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), target_weights.flatten())
-    return loss
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, step: int, config: PretrainConfig
-) -> None:  # fmt: skip
-    """Weights and optimizer moments as safetensors, under a temporary name until they are complete."""
-    from safetensors.torch import save_file
-
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
-    with made_whole(out / "checkpoint.safetensors.tmp", out / "checkpoint.safetensors") as file:
-        save_file(tensors, file, metadata={"step": str(step), "settings": json.dumps(decisive(config))})
-
-
-def decisive(config: PretrainConfig) -> dict[str, Any]:
-    """The settings that training depends on."""
-    others = ("output_dir", "store_dtype", "save_steps", "log_steps", "probe_steps", "probe_lengths", "probes_per_kind")
-    return {name: value for name, value in asdict(config).items() if name not in others}
-
-
-def load_checkpoint(out: Path, model: FastWeightForCausalLM, optimizer: Optimizer, config: PretrainConfig) -> int:
-    """Steps done, 0 without a checkpoint. RefineError for a checkpoint of a training with other settings."""
-    from safetensors import safe_open
-
-    path = out / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        step, settings = int(file.metadata()["step"]), json.loads(file.metadata().get("settings", "{}"))
-    now = json.loads(json.dumps(decisive(config)))
-    if changed := [name for name, value in settings.items() if now.get(name) != value]:
-        raise RefineError(f"{path} was made with other settings ({', '.join(changed)}); name another output_dir, or --restart")
-    model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-    saved = optimizer.state_dict()
-    optimizer.load_state_dict({**saved, "state": state})
-    return step
-
-
 @torch.no_grad()
-def round_to(model: FastWeightForCausalLM, dtype: str) -> None:
+def round_to(model: nn.Module, dtype: str) -> None:
     """Give the weights values that `dtype` holds exactly; they stay float32."""
     for weight in model.parameters():
         weight.copy_(weight.to(getattr(torch, dtype)))
-
-
-def save_model(
-    out: Path, model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig, card: str
-) -> Path:
-    """Model, tokenizer, settings and card in `out/model`, complete or not at all.
-
-    The weights are stored as `config.store_dtype`, while the model's own configuration names the dtype it was trained in, which is
-    what `load` widens them to.
-    """
-    shutil.rmtree(out / "model.tmp", ignore_errors=True)
-    stored = {name: weight.to(getattr(torch, config.store_dtype)) for name, weight in model.state_dict().items()}
-    with made_whole(out / "model.tmp", out / "model") as folder:
-        model.save_pretrained(folder, state_dict={k: v for k, v in stored.items() if k != "lm_head.weight"})
-        tokenizer.save_pretrained(folder)
-        (folder / "pretrain_config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return out / "model"

@@ -1,31 +1,30 @@
-"""What decides a tiny base: its sizes, and the phases of its pretraining."""
+"""Settings of a tiny base's pretraining: its sizes, and the phases of its data, in addition to those of every training here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_type_hints
 
+from refine_nsp.config import Objective, Ranges, check_ranges
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.fields import Reader, setting
 from refine_nsp.tiny.documents import SHORTEST_ROW
-from refine_nsp.tiny.families import FAMILIES
-
-FACTS = "facts"  # of `tiny/recall.py`
-SHARED = (FACTS, *FAMILIES)
-STORE_DTYPES = ("float32", "bfloat16")
+from refine_nsp.tiny.families import FACTS, FAMILIES
+from refine_nsp.training.arguments import ReFINEConfig, with_notes
+from refine_nsp.values import as_meant
 
 
 @dataclass(frozen=True)
 class PretrainPhase:
-    """A stretch of pretraining.
+    """A stretch of pretraining whose rows have one length and one mixture.
 
     Attributes:
-        steps: of `tokens_per_step` tokens, in rows of `length`.
-        shares: of the rows by family of generated documents: `facts` (`tiny/recall.py`) and those of `tiny/families.py`; the other
-            rows are plain text.
-        dense: at most this share of a generated document is statements and questions; the rest hides them.
-        answer_weight: of an answer's tokens in the loss; other tokens weigh 1.
+        steps: optimizer steps. length: tokens of a row.
+        shares: share of the rows that each family of generated documents has (`tiny/families.py`); the other rows are plain text.
+        dense: statements and questions take at most this share of a generated document; the rest hides them.
+        answer_weight: weight of an answer's tokens in the loss; all other tokens weigh 1.
     """
 
     steps: int
@@ -35,16 +34,20 @@ class PretrainPhase:
     answer_weight: float
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.length < 2 or not (0 <= self.dense <= 1 and 0 <= self.answer_weight < math.inf):
-            raise RefineError(
-                f"phases: steps={self.steps} must not be negative, length={self.length} at least 2, dense={self.dense} between 0 and 1, "
-                f"answer_weight={self.answer_weight} a finite number of at least 0"
-            )
+        for name, least, most in (
+            ("steps", 0, math.inf),
+            ("length", 2, math.inf),
+            ("dense", 0, 1),
+            ("answer_weight", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not least <= value <= most or value == math.inf:
+                raise RefineError(f"phases: {name} is {value!r}; expected a number from {least} to {most}")
         if not isinstance(self.shares, Mapping):
             raise RefineError(f"shares={self.shares!r}: expected a share for each family, as in {{facts: 0.5}}")
         for name, share in self.shares.items():
-            if name not in SHARED:
-                raise RefineError(f"shares: no family {name!r}{closest(name, SHARED)}; there are {', '.join(SHARED)}")
+            if name not in FAMILIES:
+                raise RefineError(f"shares: no family {name!r}{closest(name, FAMILIES)}; there are {', '.join(FAMILIES)}")
             if not isinstance(share, int | float) or not 0 <= share <= 1:
                 raise RefineError(f"shares: {name} is {share}; a share of rows is between 0 and 1")
         if (total := sum(self.shares.values())) > 1 + 1e-9:
@@ -52,93 +55,140 @@ class PretrainPhase:
         if self.length < SHORTEST_ROW and any(share for name, share in self.shares.items() if name != FACTS):
             raise RefineError(f"rows of {self.length} tokens hold only facts; other families need {SHORTEST_ROW}")
 
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> PretrainPhase:
+        """Make a phase of a mapping, as a YAML file has it.
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that decides the base model. those of the shipped bases: recipes/pretrain_*.yaml.
+        Raises:
+            RefineError: no mapping, a key that is no field, or a field that is missing.
+        """
+        if not isinstance(given, Mapping):
+            raise RefineError(f"phases: {given!r} is no mapping of settings to values")
+        known = {f.name for f in fields(cls)}
+        if unknown := [key for key in given if key not in known]:
+            hint = "; recall_share: s is now shares: {facts: s}" if "recall_share" in unknown else closest(unknown[0], known)
+            raise RefineError(f"phases: unknown key {unknown[0]!r}{hint}")
+        if missing := sorted(known - set(given)):
+            raise RefineError(f"phases: {', '.join(missing)} missing in {dict(given)}")
+        hints = get_type_hints(cls)
+        return cls(**{name: as_meant(f"phases: {name}", value, hints[name]) for name, value in given.items()})
+
+
+SIZES: Ranges = (
+    (
+        ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "window", "probes_per_kind"),
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+)
+
+
+@with_notes
+@dataclass
+class PretrainConfig(ReFINEConfig):
+    """Extend `ReFINEConfig` by the sizes of a new base and the phases of its data. The shipped bases' settings: recipes/pretrain_*.yaml.
+
+    The learning rate rises for `warmup_steps`, then falls linearly to a tenth (`polynomial`, unless `lr_scheduler_kwargs` say otherwise).
 
     Attributes:
-        model_type: `delta_net`, `gated_deltanet` or `lact_swiglu`.
-        start_from: folder or shipped name of a base of these sizes to go on from, with its tokenizer and new optimizer moments; None
-            starts from nothing.
-        num_heads: of the delta rule, or of LaCT's attention and fast weights.
-        window: LaCT's attention window and chunk, in tokens; short, so that what is further away must be in the fast weights.
-        bf16: matrix products run in bfloat16 (autocast), a quarter to a half faster on CPUs that have them; weights stay float32.
-        store_dtype: of the saved weights, `float32` or `bfloat16`; they load as float32 either way.
-        probe_steps: recall and held-out text are measured after so many steps, and at the end.
-        probe_lengths: tokens of the recall probes' prompts. probes_per_kind: how many for each family, wording and length.
+        max_steps: optimizer steps; by default those of all phases, and at most so many.
+        max_length: tokens of an example: as many rows of a phase as fit into it stand side by side, and go through the model together.
+        model_type: kind of the model, `delta_net`, `gated_deltanet` or `lact_swiglu`.
+        start_from: folder or shipped name of a base of these sizes to train further, with its tokenizer and new optimizer moments; None:
+            a new model.
+        vocab_size: pieces of the tokenizer.
+        hidden_size: width of the model.
+        num_hidden_layers: layers of the model.
+        intermediate_size: width of its MLPs.
+        num_heads: heads of the delta rule, or of LaCT's attention and fast weights.
+        window: tokens of LaCT's attention window and chunk; short, so that the fast weights must hold what is further away.
+        store_dtype: type of the saved weights, `float32` or `bfloat16`; they load as float32 either way.
+        probe_lengths: tokens of the recall probes' prompts, which every validation measures.
+        probes_per_kind: probes for each family, wording and length.
+        phases: stretches of the training, one after another.
     """
 
-    output_dir: str = "runs/pretrain"
-    seed: int = 0
-    model_type: str = "delta_net"
-    start_from: str | None = None
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    num_heads: int = 2
-    intermediate_size: int = 384
-    window: int = 64
-    tokens_per_step: int = 4096
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    store_dtype: str = "float32"
-    save_steps: int = 250
-    log_steps: int = 50
-    probe_steps: int = 200
-    probe_lengths: list[int] = field(default_factory=lambda: [256, 512, 1024])
-    probes_per_kind: int = 64
-    phases: list[PretrainPhase] = field(
+    model_type: Literal["delta_net", "gated_deltanet", "lact_swiglu"] = setting("delta_net", common=True, resume=True)
+    start_from: str | None = setting(None, common=True, resume=True)
+    vocab_size: int = setting(2048, common=True, resume=True)
+    hidden_size: int = setting(128, common=True, resume=True)
+    num_hidden_layers: int = setting(4, common=True, resume=True)
+    num_heads: int = setting(2, common=True, resume=True)
+    intermediate_size: int = setting(384, common=True, resume=True)
+    window: int = setting(
+        64, read_by=Reader("model_type='lact_swiglu'", lambda args: args.model_type == "lact_swiglu"), resume=True
+    )
+    store_dtype: Literal["float32", "bfloat16"] = setting("float32", common=True)
+    probe_lengths: list[int] = setting(default_factory=lambda: [256, 512, 1024], common=True)
+    probes_per_kind: int = setting(64, common=True)
+    phases: list[PretrainPhase] = setting(
         default_factory=lambda: [
             PretrainPhase(300, 128, {FACTS: 0.6}, 1.0, 4.0),
             PretrainPhase(500, 256, {FACTS: 0.4}, 0.6, 2.0),
             PretrainPhase(1000, 512, {FACTS: 0.3}, 0.3, 1.0),
-        ]
+        ],
+        resume=True,
     )
 
-    def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size hidden_size num_hidden_layers num_heads intermediate_size window tokens_per_step probes_per_kind".split()
-        )
-        for name in (*sizes, "save_steps", "log_steps", "probe_steps"):
-            if getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RefineError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        if self.store_dtype not in STORE_DTYPES:
-            raise RefineError(f"store_dtype={self.store_dtype!r} is not one of {', '.join(STORE_DTYPES)}")
+    # Pretraining's own defaults for what every training has.
+    output_dir: str | None = "runs/pretrain"
+    objective: Objective = setting("ntp", resume=True)
+    seed: int = 0
+    max_length: int = setting(4096, common=True, resume=True)
+    per_device_train_batch_size: int = 1
+    train_sampling_strategy: str = "sequential"
+    learning_rate: float = setting(3e-3, common=True, resume=True)
+    lr_scheduler_type: str = setting("polynomial", resume=True)
+    warmup_steps: float = 50
+    weight_decay: float = setting(0.1, resume=True)
+    adam_beta2: float = 0.95
+    logging_steps: float = setting(50, common=True)
+    save_steps: float = 250
+    save_total_limit: int | None = 2
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 200
 
-    @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> PretrainConfig:
-        """From a mapping such as a YAML file's, with its phases as mappings. RefineError for a key that is none of the fields."""
-        known = {f.name for f in fields(cls)}
-        for key in settings:
-            if key not in known:
-                raise RefineError(f"unknown key {key!r}{closest(key, known)}")
-        given = dict(settings)
-        if "phases" in given:
-            given["phases"] = [_read_phase(phase) for phase in given["phases"]]
-        return cls(**given)
+    def __post_init__(self) -> None:
+        self.phases = [phase if isinstance(phase, PretrainPhase) else PretrainPhase.read(phase) for phase in self.phases or ()]
+        if self.max_steps < 1:
+            self.max_steps = self.total_steps
+        if self.lr_scheduler_type == "polynomial" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"lr_end": float(self.learning_rate) / 10}
+        if self.total_steps < 1:
+            raise RefineError("pretraining needs phases with at least one step")
+        super().__post_init__()
+        check_ranges(self, SIZES)
+        if self.model_type == "lact_swiglu" and self.num_heads != 2:
+            raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")
+        if not 1 <= self.max_steps <= self.total_steps:
+            raise RefineError(f"max_steps={self.max_steps}: the phases have {self.total_steps} steps; expected 1 to so many")
+        if self.train_sampling_strategy != "sequential":
+            raise RefineError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r}: phases come one after another; leave it out"
+            )
+        if self.warmup_steps >= self.max_steps:
+            raise RefineError(f"warmup_steps={self.warmup_steps:g} must be fewer than the {self.max_steps} steps of the run")
+        if any(phase.length > self.max_length for phase in self.phases):
+            raise RefineError(f"max_length={self.max_length}: an example must hold at least a row of each phase")
 
     @property
     def total_steps(self) -> int:
-        return sum(p.steps for p in self.phases)
+        """Count the steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
     @property
     def families(self) -> list[str]:
-        """Those that any phase trains on, in the order of `SHARED`."""
-        return [name for name in SHARED if any(p.shares.get(name) for p in self.phases)]
+        """List the families that any phase trains on, in the order of `FAMILIES`."""
+        return [name for name in FAMILIES if any(phase.shares.get(name) for phase in self.phases)]
 
+    def phase_at(self, step: int) -> PretrainPhase:
+        """Return the phase that a step, counted from 0, belongs to."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(f"the phases have {self.total_steps} steps")
 
-def _read_phase(given: Mapping[str, Any]) -> PretrainPhase:
-    known = {f.name for f in fields(PretrainPhase)}
-    if unknown := [key for key in given if key not in known]:
-        hint = "; recall_share: s is now shares: {facts: s}" if "recall_share" in unknown else closest(unknown[0], known)
-        raise RefineError(f"phases: unknown key {unknown[0]!r}{hint}")
-    if missing := sorted(known - set(given)):
-        raise RefineError(f"phases: {', '.join(missing)} missing in {dict(given)}")
-    return PretrainPhase(**given)
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as plain values, for loggers and model cards."""
+        return {**super().to_dict(), "phases": [asdict(phase) for phase in self.phases]}

@@ -1,40 +1,40 @@
-"""Recall probes and held-out text: the figures a mid-training is judged by at small scale.
+"""Recall probes and held-out text: the figures that judge a training at small scale.
 
-A probe is scored from one forward pass over prompt + answer: greedy exact match (the argmax is right at every answer token, which is
-what greedy decoding would produce), log p of the answer, and the probability of sampling it.
+A probe is scored from one forward pass over prompt + answer. The argmax is right at every token of the answer exactly where greedy
+decoding would produce that answer; the same pass gives the answer's log p and the probability of sampling it.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.adapters import head_weight
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.tiny.recall import RecallTokens, probe
 
 BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Probes of one kind: up to `needles` facts in prompts of `length` tokens. prompts [n][length], answers [n][1 or more]."""
+    """Probes of one kind: `prompts` of `length` tokens each, [n][length], and their `answers`, [n][1 or more]."""
 
     length: int
-    needles: int
     prompts: list[list[int]]
     answers: list[list[int]]
 
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Means over probes: greedy exact match, log-probability of the answer (nats), probability of sampling it; and the share of an
-    answer's tokens that are the argmax, given those before.
+    """Means over probes.
+
+    Attributes:
+        greedy: share of answers that greedy decoding produces. log_p: log-probability of the answer, nats.
+        sampled: probability of sampling the answer. tokens: share of an answer's tokens that are the argmax, given those before.
     """
 
     greedy: float
@@ -43,23 +43,12 @@ class RecallScore:
     tokens: float
 
 
-def make_probes(
-    tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], kinds: Sequence[tuple[int, int]], per_kind: int, seed: int
-) -> list[ProbeSet]:
-    """`per_kind` probes for each (length, needles)."""
-    tokens = RecallTokens.of(tokenizer)
-    sets = []
-    for length, needles in kinds:
-        rng = random.Random(f"{seed}-{length}-{needles}")
-        made = [probe(rng, tokens, filler, length, needles) for _ in range(per_kind)]
-        sets.append(ProbeSet(length, needles, [p for p, _ in made], [a for _, a in made]))
-    return sets
-
-
 @torch.no_grad()
-def answer_logits(model: FastWeightForCausalLM, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [A, V] float32 of each probe's answer, given its prompt and the answer so far, and the answer [A]; rows are batched by
-    what fits `BATCH_TOKENS`."""
+def answer_logits(model: CausalModel, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each probe the logits [A, V] float32 of its answer, given the prompt and the answer so far, and the answer [A].
+
+    As many probes as fit into `BATCH_TOKENS` go through the model together.
+    """
     rows = [torch.tensor(p + a) for p, a in zip(probes.prompts, probes.answers, strict=True)]
     for start in range(0, len(rows), max(1, BATCH_TOKENS // probes.length)):
         batch = rows[start : start + max(1, BATCH_TOKENS // probes.length)]
@@ -71,7 +60,7 @@ def answer_logits(model: FastWeightForCausalLM, probes: ProbeSet) -> Iterator[tu
 
 
 def score_answers(answers: Iterable[tuple[Tensor, Tensor]], temperature: float = 1.0) -> RecallScore:
-    """Of `answer_logits`, under the distribution at `temperature`."""
+    """Score what `answer_logits` yields, under the distribution at `temperature`."""
     right, log_ps = [], []
     for logits, truth in answers:
         log_p = (logits / temperature).log_softmax(-1).gather(-1, truth[:, None])
@@ -86,14 +75,14 @@ def score_answers(answers: Iterable[tuple[Tensor, Tensor]], temperature: float =
     )
 
 
-def score_probes(model: FastWeightForCausalLM, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
-    """Score one set under the distribution at `temperature`."""
+def score_probes(model: CausalModel, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
+    """Score one set of probes under the distribution at `temperature`."""
     return score_answers(answer_logits(model, probes), temperature)
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """Per target of held-out text: cross-entropy and entropy (nats), accuracy of the argmax and (expected) of a sampled token."""
+    """Means over the targets of a text: cross-entropy and entropy in nats, accuracy of the argmax and (expected) of a sampled token."""
 
     loss: float
     accuracy: float
@@ -102,15 +91,15 @@ class TextScore:
 
 
 @torch.no_grad()
-def score_text(model: FastWeightForCausalLM, windows: Tensor, temperature: float = 1.0) -> TextScore:
-    """Next-token figures on windows [n, T] long, each from a fresh state, of the distribution at `temperature`."""
+def score_text(model: CausalModel, windows: Tensor, temperature: float = 1.0) -> TextScore:
+    """Score windows [n, T] long, each from a fresh state, under the distribution at `temperature`."""
     n, T = windows.shape
     loss = accuracy = entropy = sampled = 0.0
     for rows in windows.to(model.device).split(max(1, BATCH_TOKENS // T)):
         hidden = model.model(rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
         targets = rows[:, 1:].flatten()
         weights = torch.ones(len(targets), device=model.device)
-        total, stats = linear_cross_entropy(hidden / temperature, model.lm_head.weight, targets, weights)
+        total, stats = linear_cross_entropy(hidden / temperature, head_weight(model), targets, weights)
         loss += float(total)
         sampled += float((-stats.nll).exp().sum())
         accuracy += float((stats.argmax == targets).sum())

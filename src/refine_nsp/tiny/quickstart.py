@@ -34,10 +34,9 @@ from refine_nsp.report.tables import Cell, Table
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.pretrain import Sources, encode_texts, training_batch
-from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
+from refine_nsp.tiny.pretrain_settings import PretrainPhase
 from refine_nsp.tiny.probes import ProbeSet, score_probes, score_text
-from refine_nsp.tiny.recall import RecallTokens
+from refine_nsp.tiny.rows import Sources, encode_texts, step_rows
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.data import split_documents
 
@@ -143,7 +142,7 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
     windows = torch.stack([held_out_stream[i * stride : i * stride + s.max_length] for i in range(count)])
     writer, filler = Writer.of(tokenizer, other), held_out_stream.tolist()
     return Material(
-        Sources(stream, RecallTokens.of(tokenizer), Writer.of(tokenizer, library)),
+        Sources(stream, Writer.of(tokenizer, library)),
         windows,
         needle_probes(writer, filler, s, held_out=False),
         needle_probes(writer, filler, s, held_out=True),
@@ -167,17 +166,16 @@ def needle_probes(writer: Writer, filler: list[int], s: Settings, held_out: bool
         rng = random.Random(f"needles-{held_out}-{depth}-{length}")
         starts = [rng.randrange(len(filler) - length) for _ in range(s.prompts_per_cell)]
         found = [writer.probe(rng, "needles", filler[i : i + length], length, 1, held_out, depth) for i in starts]
-        return ProbeSet(length, 1, [p for p, _ in found], [a for _, a in found])
+        return ProbeSet(length, [p for p, _ in found], [a for _, a in found])
 
     return [[made(depth, length) for length in s.lengths] for depth in s.depths]
 
 
 def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
     """The rows of one seed, the same for all arms: windows of text, and generated documents in some of them."""
-    config = PretrainConfig(seed=ROWS_SEED + seed, tokens_per_step=s.sequences_per_step * s.max_length)
     phase = PretrainPhase(s.steps, s.max_length, s.shares, dense=0.5, answer_weight=1.0)
-    rows = [row for step in range(s.steps) for row in training_batch(config, phase, step, sources)[0].tolist()]
-    return Dataset.from_list([{"input_ids": row} for row in rows])
+    steps = [step_rows(ROWS_SEED + seed, step, s.sequences_per_step, phase, sources)[0] for step in range(s.steps)]
+    return Dataset.from_list([{"input_ids": row} for row in torch.cat(steps).tolist()])
 
 
 # --- arms -------------------------------------------------------------------------------------------------------------

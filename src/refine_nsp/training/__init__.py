@@ -1,4 +1,4 @@
-"""Training: data, and the trainers of all three phases."""
+"""This room prepares data and trains models on it, in all three phases of the paper."""
 
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.arguments import ReFINEConfig

@@ -1,4 +1,4 @@
-"""Prompts with answers, for post-training: from rows to tokens, with truncation that never cuts the question."""
+"""Rows of prompts and answers become tokens for post-training, with truncation that never cuts the question."""
 
 from __future__ import annotations
 
@@ -13,69 +13,90 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import Pair, Prompt, content_key, encode_answer, encode_text, render, truncate_middle
-from refine_nsp.prompts.examples import BESIDE, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
+from refine_nsp.prompts.examples import FURTHER, PROMPT_COLUMNS, PromptRow, check_columns, in_row, read_row
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler
 from refine_nsp.text.reading import read_documents
-from refine_nsp.training.data import check_fraction, first_rows, split_documents, validation_splits
+from refine_nsp.training.data import (
+    KEPT_BACK,
+    NO_OTHER_VALIDATION,
+    Collated,
+    check_fraction,
+    first_rows,
+    split_documents,
+    validation_splits,
+)
 
-TOKENIZED = ("prompt_ids", "answers_ids", "references")  # columns of a row that is ready to train on
+TOKENIZED = ("prompt_ids", "answers_ids", "references")  # the columns of rows that are ready to train on
+
+# Who reads settings of prompts and answers.
+BUILT_PROMPTS = Reader("prompts built from squad or hotpotqa", lambda a: a.squad is not None or a.hotpotqa is not None)
+GIVEN_PROMPTS = Reader(
+    "prompts that are given, by dataset_name or validation_dataset", lambda a: a.dataset_name or a.validation_dataset
+)
+VALIDATED = Reader(
+    "validation, by validation_dataset or validation_fraction", lambda a: a.validation_dataset is not None or KEPT_BACK(a)
+)
 
 
 @dataclass
 class AnswerArguments:
-    """Which prompts and answers to train on.
+    """Say which prompts and answers to train on.
 
     Attributes:
         dataset_name: a file (jsonl, parquet, arrow), a folder or glob of them, or a hub name, with a column `prompt` (or `question`;
             text, or messages) and a column `answers` (or `answer`, `outputs`): text, a number or a list of them of which any is right;
             or `prompt` and `completion`, or `messages` whose last turn is the answer, as TRL has them.
-        dataset_split: split of a hub dataset, or of a folder that has several.
-        question_column: column with the question; its tokens at the prompt's end are kept whatever is cut. Default: the last half of
+        dataset_split: the split of a hub dataset, or of a folder that has several.
+        question_column: column with the question, whose tokens at the prompt's end are kept whatever is cut. Default: the last half of
             what fits is kept.
         validation_dataset: the same for validation; None: a fixed, seeded share is kept back.
         validation_fraction: that share; 0: no validation.
         validation_examples: at most so many are generated for.
-        split_seed: of the validation split.
+        split_seed: seeds the choice of the share that is kept back.
         max_answer_tokens: longer answers are cut (and get no EOS).
         apply_chat_template: make prompts that are text a user's turn in the tokenizer's chat template. Messages always go through it.
         squad, hotpotqa: instead of dataset_name, build RULER's qa_1 and qa_2 prompts from these questions (json as published, jsonl,
             parquet, hub name): the paper's SQuADQA and HotpotQA training sets.
-        ruler_length: of a prompt built so, its answer included, in tokens.
+        ruler_length: tokens of a prompt that is built so, its answer included.
         ruler_samples: prompts built from each of the two.
-        ruler_seed: of the documents they are given.
+        ruler_seed: seeds the choice of their documents.
     """
 
-    dataset_name: str | None = None
-    dataset_split: str = "train"
-    question_column: str | None = None
-    validation_dataset: str | None = None
-    validation_fraction: float = 0.05
-    validation_examples: int = 64
-    split_seed: int = 0
-    max_answer_tokens: int = 64
-    apply_chat_template: bool = False
-    squad: str | None = None
-    hotpotqa: str | None = None
-    ruler_length: int = 4096
-    ruler_samples: int = 1000
-    ruler_seed: int = 0
+    dataset_name: str | None = setting(None, common=True)
+    dataset_split: str = setting("train")
+    question_column: str | None = setting(None, read_by=GIVEN_PROMPTS, common=True)
+    validation_dataset: str | None = setting(None, common=True)
+    validation_fraction: float = setting(0.05, read_by=NO_OTHER_VALIDATION)
+    validation_examples: int = setting(64, read_by=VALIDATED)
+    split_seed: int = setting(0, read_by=NO_OTHER_VALIDATION & KEPT_BACK)
+    max_answer_tokens: int = setting(64, common=True)
+    apply_chat_template: bool = setting(False, common=True)
+    squad: str | None = setting(None, common=True)
+    hotpotqa: str | None = setting(None, common=True)
+    ruler_length: int = setting(4096, read_by=BUILT_PROMPTS, common=True)
+    ruler_samples: int = setting(1000, read_by=BUILT_PROMPTS, common=True)
+    ruler_seed: int = setting(0, read_by=BUILT_PROMPTS)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
     @property
     def source(self) -> str:
-        """What errors call the data."""
+        """Name the data as errors call it."""
         return self.dataset_name or " and ".join(x for x in (self.squad, self.hotpotqa) if x is not None)
 
 
 def prepare_answers(
     arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and validation rows of `prompt_ids`, `answers_ids` (one list a reference, ending with EOS) and `references`.
+    """Make rows for training and validation of `prompt_ids`, `answers_ids` (one list a reference, ending with EOS) and `references`.
 
     Raises:
-        RefineError: no data (or two kinds of it), no such column, an empty prompt or answer, a tokenizer without EOS, a question
-            longer than what fits.
+        RefineError: no data is named (or two kinds of it), a column is missing, a prompt or an answer is empty, the tokenizer has no EOS,
+            or a question is longer than what fits.
     """
     check_arguments(arguments, tokenizer, max_length)
     a = arguments
@@ -95,8 +116,8 @@ def prepare_answers(
 
 
 def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
-    """Rows of prompts and answers. RefineError for columns that cannot hold them."""
-    also = (*PROMPT_COLUMNS, *BESIDE, *([question_column] if question_column is not None else []))
+    """Read rows of prompts and answers. RefineError for columns that cannot hold them."""
+    also = (*PROMPT_COLUMNS, *FURTHER, *([question_column] if question_column is not None else []))
     rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also, as_found=True)
     assert isinstance(rows, Dataset)
     check_columns(name, rows.column_names)
@@ -104,7 +125,11 @@ def read_rows(name: str, split: str | Sequence[str], question_column: str | None
 
 
 def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """RefineError for what does not fit together, before anything is read."""
+    """Refuse settings that do not fit together, before anything is read.
+
+    Raises:
+        RefineError: the setting, what it was, and what would fit.
+    """
     if (arguments.dataset_name is None) == (arguments.squad is None and arguments.hotpotqa is None):
         raise RefineError(
             "name the prompts and answers to train on with --dataset_name, or questions to build them from with --squad and --hotpotqa"
@@ -118,16 +143,16 @@ def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBa
         raise RefineError("apply_chat_template: the tokenizer has no chat template")
     if arguments.max_answer_tokens < 1 or max_length <= arguments.max_answer_tokens:
         raise RefineError(
-            f"max_length={max_length} must leave room for a prompt beside max_answer_tokens={arguments.max_answer_tokens}"
+            f"max_length={max_length} must leave room for a prompt next to max_answer_tokens={arguments.max_answer_tokens}"
         )
 
 
 def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Rows of prompt and answers: RULER's qa_1 from `squad`, qa_2 from `hotpotqa`, mixed."""
+    """Build rows of prompt and answers, RULER's qa_1 from `squad` and qa_2 from `hotpotqa`, mixed."""
     a = arguments
     if a.ruler_length - BUDGETS["qa_1"] > max_length - a.max_answer_tokens or a.ruler_samples < 1:
         raise RefineError(
-            f"ruler_length={a.ruler_length} must fit into max_length={max_length} beside max_answer_tokens={a.max_answer_tokens}, and "
+            f"ruler_length={a.ruler_length} must fit into max_length={max_length} next to max_answer_tokens={a.max_answer_tokens}, and "
             f"ruler_samples={a.ruler_samples} be at least 1"
         )
     named = {"qa_1": a.squad, "qa_2": a.hotpotqa}
@@ -140,21 +165,23 @@ def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase
 def encode_rows(
     rows: Dataset, name: str, arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
-    """Rows of tokens, cached by content where the given ones are files; `name` is what errors call them. See `prepare_answers`."""
+    """Make rows of tokens, cached by content where the given rows are files; errors call them `name`. See `prepare_answers`."""
 
-    def tokens_of(row: Mapping[str, Any], i: int) -> dict[str, Any]:
+    def tokens_of(row: Mapping[str, object], i: int) -> dict[str, object]:
         return encode_row(row, arguments, tokenizer, max_length, f"{name}, row {i}")
 
     a = arguments
     key = rows._fingerprint, content_key(tokenizer), max_length, a.question_column, a.max_answer_tokens, a.apply_chat_template
-    options: dict[str, Any] = {"with_indices": True, "remove_columns": rows.column_names, "new_fingerprint": Hasher.hash(key)}
-    return rows.map(tokens_of, desc="tokenize", **options)
+    return rows.map(
+        tokens_of, with_indices=True, remove_columns=rows.column_names, new_fingerprint=Hasher.hash(key), desc="tokenize"
+    )
 
 
 def encode_row(
-    row: Mapping[str, Any], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
-) -> dict[str, Any]:
-    """prompt_ids, cut in the middle to leave max_answer_tokens free, answers_ids, each with EOS, and references, the answers' text."""
+    row: Mapping[str, object], arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str
+) -> dict[str, object]:
+    """Encode one row: prompt_ids, cut in the middle to leave max_answer_tokens free; answers_ids, each with EOS; and references, the
+    text of the answers."""
     asked = read_row(row, where)
     with in_row(where):
         prompt: Prompt = asked.prompt
@@ -175,7 +202,8 @@ def encode_row(
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: PromptRow) -> tuple[list[int], list[list[int]]]:
-    """Tokens of the prompt, and of each answer behind it; what one answer shares with the prompt's last token is every answer's."""
+    """Return the tokens of the prompt, and of each answer behind it. Where the tokenizer merges the prompt's end with one answer, every
+    answer takes that end."""
     begun = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     glue = " " if begun and not begun[-1:].isspace() else ""
     pairs: list[Pair] = []
@@ -188,9 +216,9 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: Pr
 
 
 def tail_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any], row: Mapping[str, Any], column: str | None
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, Any], row: Mapping[str, object], column: str | None
 ) -> int:
-    """Tokens from the question's last mention to the prompt's end; 0 without a column that holds it."""
+    """Count the tokens from the question's last mention to the prompt's end; 0 without a column that holds it."""
     if column is None:
         return 0
     if column not in row:
@@ -203,11 +231,15 @@ def tail_tokens(
     return len(encode_text(tokenizer, text[at:])) + 1  # its first token may be merged with a space
 
 
-def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> dict[str, Any]:
-    """prompts: list of [T] long; answers: for each, a list of [A] long; references: strings; columns: all else, by name, for rewards.
+def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> Collated:
+    """Make a batch of rows: prompts, a list of [T] long; answers, for each a list of [A] long; references, strings; and columns, all else
+    by name, for rewards. They are padded when a reference is chosen.
 
-    Padded when a reference is chosen. RefineError for rows that were not tokenized. unlearned: a token that is left out where an answer
-    ends with it: the published code learns answers without EOS.
+    Args:
+        unlearned: a token that is left out where an answer ends with it, since the published code learns answers without EOS.
+
+    Raises:
+        RefineError: the rows were not tokenized.
     """
     rows = list(examples)
     if rows and (missing := [name for name in TOKENIZED if name not in rows[0]]):
@@ -230,6 +262,6 @@ def without_end(answer: Sequence[int], end: int | None) -> Sequence[int]:
 
 
 def pad(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B, T] right-padded with 0, on the device, and lengths [B] on the host."""
+    """Return rows as [B, T], right-padded with 0, on the device, and their lengths [B] on the host."""
     lengths = torch.tensor([len(r) for r in rows])
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device, non_blocking=True), lengths

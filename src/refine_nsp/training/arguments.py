@@ -2,24 +2,95 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
-from refine_nsp.config import NSPConfig, Objective, check_choices, check_known, preset_settings
+from refine_nsp.config import CONTEXT_SCORES, SAMPLED, NSPConfig, Objective, Ranges, check_choices, check_known, check_ranges
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, notes, setting
 from refine_nsp.nsp.rewards import resolve_reward
 from refine_nsp.training.phases import PHASES, Phase
-from refine_nsp.training.scores import wants_gain
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
 
 NSP_KEYWORDS = tuple(f.name for f in fields(NSPConfig))
 T = TypeVar("T", bound=type[Any])
+
+# What is to be known of transformers' own settings, whose types and defaults stay as they are there. What `resume` leaves out is logging,
+# saving, validating, places, speed and memory.
+INHERITED = {
+    "output_dir": notes(common=True, help="folder of the run: checkpoints, the final model, its card, its report"),
+    "max_steps": notes(common=True, card=True, help="optimizer steps; default: num_train_epochs decides"),
+    "num_train_epochs": notes(common=True, card=True, help="times the data is gone through, where max_steps is not given"),
+    "per_device_train_batch_size": notes(
+        common=True, card=True, help="sequences that go through the model together, on each device"
+    ),
+    "gradient_accumulation_steps": notes(common=True, card=True, help="so many of these batches make an optimizer step"),
+    "eval_strategy": notes(
+        common=True, help="validate never (no), every eval_steps (steps), or after every epoch (epoch)"
+    ),
+    "eval_steps": notes(
+        common=True, help="optimizer steps between validations; below 1: a share of all steps. Default: logging_steps"
+    ),
+    "save_steps": notes(common=True, help="optimizer steps between checkpoints; below 1: a share of all steps"),
+    "save_strategy": notes(
+        help="checkpoints every save_steps (steps), after every epoch (epoch), with every best validation (best), or never (no)"
+    ),
+    "resume_from_checkpoint": notes(
+        common=True, help="`last`: continue after the newest whole checkpoint in output_dir; or the folder of one"
+    ),
+    "bf16": notes(
+        common=True, card=True, resume=True, help="matrix products in bfloat16; weights and optimizer state keep their precision"
+    ),
+    "gradient_checkpointing": notes(
+        common=True, help="keep no activations of blocks, but compute them again going backward: less memory, more time"
+    ),
+    "report_to": notes(help="where figures go besides metrics.jsonl: none, tensorboard, trackio, wandb, or several"),
+    "use_cpu": notes(help="run on the CPU, even where there is a GPU"),
+    "seed": notes(common=True, card=True, resume=True, help="seed of all randomness of training"),
+} | dict.fromkeys(
+    (
+        "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "neftune_noise_alpha", "fp16", "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last",
+    ),
+    notes(resume=True),
+)  # fmt: skip
+
+RANGES: Ranges = (
+    (
+        ("steps_per_generation", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+    (
+        ("num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"),
+        lambda x: 0 <= x < math.inf,
+        "must be a finite number of at least 0",
+    ),
+    (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    (("seed", "data_seed"), lambda x: x is None or 0 <= x < 2**32, "must be a whole number from 0 to 2**32 - 1"),
+)
+
+
+def of_nsp(reader: Reader) -> Reader:
+    """Make the same condition on a run's settings, which hold the method's as `nsp`."""
+    return Reader(reader.words, lambda args: reader(args.nsp))
+
+
+def with_notes(cls: T) -> T:
+    """Put what `INHERITED` says of transformers' settings on this class' fields; transformers' own class stays as it is."""
+    known: dict[str, Field[Any]] = vars(cls)["__dataclass_fields__"]
+    for name, told in INHERITED.items():
+        known[name] = copy.copy(known[name])
+        known[name].metadata = MappingProxyType(told)
+    return cls
 
 
 def with_nsp(cls: T) -> T:
@@ -50,14 +121,17 @@ def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], defa
             raise RefineError(f"got both nsp and preset={preset!r}; use nsp=NSPConfig.preset({preset!r}, ...)")
         return replace(nsp, **flat)
     name = preset if preset is not None else default_preset
-    return NSPConfig(**{**(preset_settings(name) if name is not None else {}), **flat})
+    return NSPConfig(**flat) if name is None else NSPConfig.preset(name, **flat)
 
 
 @with_nsp
+@with_notes
 @dataclass
 class ReFINEConfig(TrainingArguments):
-    """Extend `TrainingArguments` by a few settings of ours and by the method's, given as `nsp=NSPConfig(...)`, or as `preset=` and fields of
-    `NSPConfig` among the keywords.
+    """Extend `TrainingArguments` by a few settings of ours and by the method's.
+
+    These are given as `nsp=NSPConfig(...)`, or as `preset=` and the fields of `NSPConfig` among the keywords. `objective="ntp"` takes them
+    too, and does not read them: it is the control of a comparison, the same run with one switch.
 
     Attributes:
         objective: `refine`, or `ntp`: the same run with the cross-entropy alone.
@@ -73,23 +147,22 @@ class ReFINEConfig(TrainingArguments):
 
     default_preset: ClassVar[str | None] = None
 
-    nsp: NSPConfig = field(default_factory=NSPConfig)
-    objective: Objective = "refine"
-    max_length: int = 1024
-    steps_per_generation: int = 1
-    context_scores: Literal["online", "cached"] = "online"
-    log_completions: bool = False
-    num_completions_to_print: int = 8
-    max_skipped_steps: int = 5
+    nsp: NSPConfig = setting(default_factory=NSPConfig)
+    objective: Objective = setting("refine", common=True, card=True, resume=True)
+    max_length: int = setting(1024, common=True, card=True, resume=True)
+    steps_per_generation: int = setting(1, read_by=of_nsp(SAMPLED), common=True, resume=True)
+    context_scores: Literal["online", "cached"] = setting("online", read_by=of_nsp(CONTEXT_SCORES), common=True, resume=True)
+    log_completions: bool = setting(False, read_by=of_nsp(SAMPLED), common=True)
+    num_completions_to_print: int = setting(8, read_by=Reader("log_completions", lambda args: args.log_completions))
+    max_skipped_steps: int = setting(5)
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Paper, Table 2."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Paper, Table 2: constant, no warm-up."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Paper, Table 2."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "The paper says 0.2, its code 1.0."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Hide losses that are not finite from logs: every step then waits for the device, twice."},
+    learning_rate: float = setting(1e-6, common=True, card=True, resume=True, help="Paper, Table 2.")
+    lr_scheduler_type: str = setting("constant", card=True, resume=True, help="Paper, Table 2: constant, no warm-up.")
+    weight_decay: float = setting(0.01, resume=True, help="Paper, Table 2.")
+    max_grad_norm: float = setting(1.0, resume=True, help="The paper says 0.2, its code 1.0.")
+    logging_steps: float = setting(10, common=True, help="Log every so many optimizer steps.")
+    logging_nan_inf_filter: bool = setting(
+        False, help="Hide losses that are not finite from logs: every step then waits for the device, twice."
     )
 
     def __post_init__(self) -> None:
@@ -104,35 +177,12 @@ class ReFINEConfig(TrainingArguments):
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch would warn
         check_choices(self)
-        counts = (
-            "steps_per_generation",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "num_train_epochs",
-            "learning_rate",
-            "weight_decay",
-            "adam_epsilon",
-            "warmup_steps",
-            "dataloader_num_workers",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RefineError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("seed", "data_seed"):
-            if (seed := getattr(self, name)) is not None and not 0 <= seed < 2**32:
-                raise RefineError(f"{name} must be a whole number from 0 to 2**32 - 1, got {seed}")
+        check_ranges(self, RANGES)
+        check_read(self)
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
-        if self.nsp.schedule == "auto":
+        if self.nsp.schedule == "auto" and self.nsp.samples_rollouts:
             self.nsp = replace(self.nsp, schedule=self._schedule())
         if "estimator" in self.phase.reads:
             self._check_method()
@@ -171,8 +221,6 @@ class ReFINEConfig(TrainingArguments):
                 f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
                 "it at 1"
             )
-        if self.context_scores == "cached" and not self.phase.reads_scores:
-            wants_gain(nsp)  # says what would need them
         if self.log_completions and not nsp.samples_rollouts:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:

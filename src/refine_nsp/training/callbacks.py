@@ -1,9 +1,10 @@
-"""What happens around the steps of a run: progress, refusing broken gradients, and stopping cleanly when asked to."""
+"""Callbacks act around the steps of a run: they show progress, skip broken gradients, and stop cleanly when asked to."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.errors import RefineError
-from refine_nsp.files import append_json_lines
 from refine_nsp.progress import StepProgress, step_progress
 from refine_nsp.stopping import StopRequest
+from refine_nsp.training.run_folder import RunFolder
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with tokens per second and time left; in metrics.jsonl one line a log."""
+    """Show a bar with tokens per second and time left, and write one line a log into metrics.jsonl."""
 
     def __init__(self) -> None:
         self.tokens_this_step = 0
-        self.context: Any = None
+        self.context: AbstractContextManager[StepProgress] | None = None
         self.progress: StepProgress | None = None
         self.latest: dict[str, float] = {}
 
@@ -42,7 +43,7 @@ class ProgressCallback(TrainerCallback):
         if logs is None or not state.is_world_process_zero:
             return
         self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
-        append_json_lines(Path(str(args.output_dir)) / "metrics.jsonl", [{"step": state.global_step, **logs}])
+        RunFolder(Path(str(args.output_dir))).log({"step": state.global_step, **logs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.context is not None:
@@ -64,18 +65,13 @@ class NonFiniteGuard(TrainerCallback):
         self.limit = limit
         self.skipped = 0
         self.in_a_row = 0
-        self.latest_step = 0  # that had a skipped update
+        self.latest_step = 0  # the latest with a skipped update
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.in_a_row = self.latest_step = 0
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         assert model is not None
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
@@ -98,10 +94,10 @@ class NonFiniteGuard(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM finishes the step, saves a checkpoint to resume from, and stops; a second one stops at once.
+    """Finish the step on Ctrl-C or SIGTERM, save a checkpoint to resume from, and stop; a second signal stops at once.
 
     Args:
-        sum_over: adds a number up over all processes, which must stop after the same step; None where there is one.
+        sum_over: adds a number up over all processes, which must stop after the same step; None where there is one process.
     """
 
     def __init__(self, sum_over: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -122,5 +118,5 @@ class StopCallback(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Leave signals to whoever had them before."""
+        """Leave signals to whoever handled them before."""
         self.request.__exit__()

@@ -1,4 +1,4 @@
-"""From files (or a hub name) to token windows, each of one document only, so that no state ever crosses a document boundary."""
+"""Files (or a hub name) become windows of tokens, each of one document only, so that no state ever crosses a document boundary."""
 
 from __future__ import annotations
 
@@ -16,52 +16,66 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import content_key
 from refine_nsp.text.folders import is_local
 from refine_nsp.text.reading import place_of, read_documents
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
+Collated = dict[str, Any]  # a batch as a collator makes it: tensors, and lists of whatever the columns of a dataset hold
+
+# Who reads settings of the data.
+WHOLE = Reader("streaming=False", lambda a: not a.streaming)
+NO_OTHER_VALIDATION = Reader("no validation_dataset", lambda a: a.validation_dataset is None)
+KEPT_BACK = Reader("a validation_fraction above 0", lambda a: a.validation_fraction > 0)
+VALIDATION = Reader(
+    "validation, by validation_dataset or (without streaming) validation_fraction",
+    lambda a: not NO_OTHER_VALIDATION(a) or (WHOLE & KEPT_BACK)(a),
+)
 
 
 @dataclass
 class DataArguments:
-    """Which text to train on.
+    """Say which text to train on.
 
     Attributes:
         dataset_name: a file (text, json, jsonl, csv, tsv, parquet, arrow; also compressed), a folder of them, a glob, a folder saved by
             `datasets`, or a hub name.
         dataset_config: configuration of a hub dataset, or of a folder whose README lists several.
-        dataset_split: split of a hub dataset or of a folder, as `load_dataset` takes it (train, train[:10%], train+test).
-        text_column: column that holds the text, or each row's token ids: these are used as they are. Where there is no `text` and no
-            other is named, `input_ids`.
-        validation_dataset: the same for validation, of which the split validation is read, or test, where there are several; None: a
-            fixed, seeded share of the documents is kept back.
+        dataset_split: the split of a hub dataset or a folder, as `load_dataset` takes it (train, train[:10%], train+test).
+        text_column: column that holds the text, or each row's token ids, which are used as they are. Where there is no `text` and no
+            other is named, `input_ids` is taken.
+        validation_dataset: the same for validation; of several splits, validation is read, or test. None: a fixed, seeded share of the
+            documents is kept back.
         validation_fraction: that share (of the windows, when there is one document only). 0: no validation.
         validation_windows: at most so many windows are validated on.
         packing: put several short documents in one example; in a batch each stays a row of its own, so nothing leaks.
         streaming: do not load or cache everything first (needs max_steps).
-        split_seed: of the validation split.
-        dataset_num_proc: processes that tokenize what is not streamed.
+        split_seed: seeds the choice of the share that is kept back.
+        dataset_num_proc: processes that tokenize text which is not streamed.
     """
 
-    dataset_name: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    text_column: str = TEXT_COLUMN
-    validation_dataset: str | None = None
-    validation_fraction: float = 0.05
-    validation_windows: int = 64
-    packing: bool = False
-    streaming: bool = False
-    split_seed: int = 0
-    dataset_num_proc: int | None = None
+    dataset_name: str | None = setting(None, common=True)
+    dataset_config: str | None = setting(None)
+    dataset_split: str = setting("train")
+    text_column: str = setting(TEXT_COLUMN, common=True)
+    validation_dataset: str | None = setting(None, common=True)
+    validation_fraction: float = setting(0.05, read_by=NO_OTHER_VALIDATION & WHOLE)
+    validation_windows: int = setting(64, read_by=VALIDATION)
+    packing: bool = setting(False, common=True)
+    streaming: bool = setting(False, common=True)
+    split_seed: int = setting(0, read_by=NO_OTHER_VALIDATION & WHOLE & KEPT_BACK)
+    dataset_num_proc: int | None = setting(None, read_by=WHOLE, common=True)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------
 
 
 def cut_windows(ids: Sequence[int], max_length: int, min_length: int) -> list[list[int]]:
-    """Consecutive windows of `max_length` tokens; a last one of at least `min_length` is kept shorter, below that dropped."""
+    """Cut tokens into consecutive windows of `max_length`; a shorter last one is kept if it has at least `min_length`."""
     windows = [list(ids[s : s + max_length]) for s in range(0, len(ids), max_length)]
     return [w for w in windows if len(w) >= min_length]
 
@@ -77,13 +91,15 @@ def tokenize(
     num_proc: int | None = None,
     place_of: Callable[..., str | None] | None = None,
 ) -> Dataset | IterableDataset:
-    """Windows of tokens: rows of `input_ids`, and `lengths` of the documents in them when packed. Cached by content.
+    """Make windows of tokens: rows of `input_ids`, and `lengths` of the documents in them when packed. They are cached by content.
 
-    column: of texts, or of the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a list with
-    a value per document). num_proc: processes, of what is not streamed. place_of: finds the file and row of a value, for errors.
+    Args:
+        column: holds texts, or the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a
+            list with a value per document). num_proc: processes for text that is not streamed. place_of: finds the file and row of a
+            value, for errors.
 
     Raises:
-        RefineError: no document is long enough.
+        RefineError: no document is long enough, or a row holds neither text nor tokens of the vocabulary.
     """
     names = data.column_names or []
     column = TOKENS_COLUMN if column == TEXT_COLUMN and TEXT_COLUMN not in names and TOKENS_COLUMN in names else column
@@ -104,15 +120,16 @@ def tokenize(
         rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
         return packed(rows, max_length) if packing else rows
 
-    options: dict[str, Any] = {"batched": True, "remove_columns": data.column_names, "batch_size": 1000 if packing else 16}
-    if others and data.features is not None:  # which a first batch without values would not say
-        options["features"] = features_of_windows(data.features, others, packing)
+    # A first batch without values would not tell the types.
+    features = features_of_windows(data.features, others, packing) if others and data.features is not None else None
+    cut = partial(data.map, windows_of, batched=True, batch_size=1000 if packing else 16)
+    cut = partial(cut, remove_columns=data.column_names, features=features)
     if isinstance(data, IterableDataset):
-        return data.map(windows_of, **options)
-    # Named by content: pickling a tokenizer gives another fingerprint once it has been used.
+        return cut()
+    # The rows are named by content, since a pickled tokenizer has another fingerprint once it has been used.
     key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
-    result = data.map(windows_of, desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes, **options)
+    result: Dataset = cut(desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes)
     if len(result) == 0:
         raise RefineError(
             f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; got {len(data)} "
@@ -122,25 +139,26 @@ def tokenize(
 
 
 def features_of_windows(features: Features, others: Sequence[str], packing: bool) -> Features:
-    """The types of windows that keep their documents' other columns."""
+    """Return the types of windows that keep their documents' other columns."""
     lengths = {LENGTHS_COLUMN: [Value("int64")]} if packing else {}
     kept = {name: [features[name]] if packing else features[name] for name in others}
     return Features({"input_ids": [Value("int32")], **lengths, **kept})
 
 
-def tokens_of(values: Sequence[Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each document of a column: of texts as the tokenizer makes them, of rows of token ids as they are; missing ones empty.
+def tokens_of(values: Sequence[object], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of each document of a column: the tokenizer's for texts, rows of token ids as they are; missing ones are empty.
 
     Raises:
-        RefineError: neither text nor tokens, or tokens that the tokenizer does not have.
+        RefineError: a value is neither text nor tokens, or has tokens that the tokenizer does not have.
     """
-    if all(value is None or isinstance(value, str) for value in values):
-        return tokenizer([value or "" for value in values], add_special_tokens=True)["input_ids"]
+    texts = [value or "" for value in values if value is None or isinstance(value, str)]
+    if len(texts) == len(values):
+        return tokenizer(texts, add_special_tokens=True)["input_ids"]
     return [[] if value is None else checked_ids(value, column, len(tokenizer)) for value in values]
 
 
-def has_tokens(value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether one value of a column is text, or tokens that the tokenizer has."""
+def has_tokens(value: object, column: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether one value of a column is text, or tokens that the tokenizer has."""
     try:
         tokens_of([None if isinstance(value, str) else value], column, tokenizer)
     except RefineError:
@@ -148,8 +166,8 @@ def has_tokens(value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> b
     return True
 
 
-def checked_ids(value: Any, column: str, vocabulary: int) -> list[int]:
-    """A row's token ids. RefineError unless all are whole numbers of the vocabulary."""
+def checked_ids(value: object, column: str, vocabulary: int) -> list[int]:
+    """Return a row's token ids. RefineError unless all are whole numbers of the vocabulary."""
     try:
         ids = np.asarray(value)
     except ValueError:  # lists of lists
@@ -166,8 +184,8 @@ def checked_ids(value: Any, column: str, vocabulary: int) -> list[int]:
     return ids.tolist()
 
 
-def packed(rows: Mapping[str, Sequence[Any]], max_length: int) -> dict[str, list]:
-    """Windows put together in examples: their tokens one after the other, `lengths`, and lists of their other columns' values."""
+def packed(rows: Mapping[str, list], max_length: int) -> dict[str, list]:
+    """Put windows together in examples: their tokens one after the other, `lengths`, and lists of their other columns' values."""
     windows = rows["input_ids"]
     bins = pack(windows, max_length)
     return {
@@ -178,7 +196,7 @@ def packed(rows: Mapping[str, Sequence[Any]], max_length: int) -> dict[str, list
 
 
 def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
-    """First-fit, longest first: which windows go into each example of at most `max_length` tokens."""
+    """Choose which windows go into each example of at most `max_length` tokens: first fit, longest first."""
     bins: list[tuple[int, list[int]]] = []  # tokens, windows
     for w in sorted(range(len(windows)), key=lambda w: len(windows[w]), reverse=True):
         for i, (tokens, members) in enumerate(bins):
@@ -190,16 +208,16 @@ def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
     return [members for _, members in bins]
 
 
-def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """input_ids [B, T] right-padded with 0, lengths [B]; context_scores [B, T] where rows have them; other columns as lists of B values;
-    _places: for each row its (example, document) in the batch, by which its randomness is seeded.
+def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
+    """Make a batch of rows: input_ids [B, T] right-padded with 0 and lengths [B]; context_scores [B, T] where rows have them; other columns
+    as lists of B values; and in _places the (example, document) of each row in the batch, by which its randomness is seeded.
 
-    A packed example becomes a row per document: no state is shared. Its other columns are lists with a value per document.
+    A packed example becomes a row per document, so that no state is shared. Its other columns are lists with a value per document.
     """
     rows: list[Tensor] = []
     places: list[tuple[int, int]] = []
     scores: list[Tensor] = []
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[object]] = {}
     for i, example in enumerate(examples):
         if "input_ids" not in example:
             raise RefineError(
@@ -212,27 +230,30 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         places += [(i, document) for document in range(len(cuts))]
         for name, value in example.items():
             if name == "context_scores":
-                scores += torch.as_tensor(value, dtype=torch.float64).split(
-                    cuts
-                )  # as they are kept: of a float64 model in float64
+                # Scores are read as they are kept: those of a float64 model are in float64.
+                scores += torch.as_tensor(value, dtype=torch.float64).split(cuts)
             elif name not in ("input_ids", "lengths"):
                 columns.setdefault(name, []).extend(value if packed else [value])
     padded = torch.nn.utils.rnn.pad_sequence
     lengths = torch.tensor([len(r) for r in rows])
-    batch: dict[str, Any] = {"input_ids": padded(rows, batch_first=True), "lengths": lengths, "_places": places}
+    batch: Collated = {"input_ids": padded(rows, batch_first=True), "lengths": lengths, "_places": places}
     if scores:
         batch["context_scores"] = padded(scores, batch_first=True)
     return {**batch, **columns}
 
 
 def check_fraction(fraction: float) -> None:
-    """RefineError unless it is a share that leaves something."""
+    """Refuse a share for validation that leaves nothing to train on.
+
+    Raises:
+        RefineError: the share, and what is expected.
+    """
     if not 0 <= fraction < 1:
         raise RefineError(f"validation_fraction={fraction}: expected a share of the data, 0 or more and below 1")
 
 
 def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Train and validation documents, disjoint, the same for the same data and seed; None when there is only one document."""
+    """Split documents for training and validation, the same for the same data and seed; None for the latter if there is one document."""
     check_fraction(fraction)
     if fraction == 0 or len(data) < 2:
         return data, None
@@ -242,7 +263,11 @@ def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset,
 
 
 def check_data(arguments: DataArguments, max_length: int, min_length: int) -> str:
-    """The name of the data. RefineError for what does not fit together, before anything is read."""
+    """Return the name of the data, or refuse settings that do not fit together, before anything is read.
+
+    Raises:
+        RefineError: no data is named, or a number is out of range.
+    """
     if arguments.dataset_name is None:
         raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
     if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
@@ -256,40 +281,42 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> st
 
 
 def prepare_data(
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    min_length: int,
-    keep_columns: bool = False,
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Training and validation windows. See `DataArguments` for what decides them; raises RefineError for bad input.
+    """Make windows for training and validation as `DataArguments` says. RefineError for bad input.
 
-    keep_columns: training windows keep their document's other columns, for rewards that ask for them.
+    Args:
+        keep_columns: whether training windows keep their document's other columns, for rewards that ask for them.
     """
     a = arguments
     name = check_data(arguments, max_length, min_length)
     columns = (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,)
-    also = (LENGTHS_COLUMN,)  # by which packed rows of tokens are known
-    cut: dict[str, Any] = {
-        "tokenizer": tokenizer, "column": a.text_column, "max_length": max_length, "min_length": min_length,
-        "num_proc": a.dataset_num_proc,
-    }  # fmt: skip
-    source: dict[str, Any] = {"columns": columns, "config": a.dataset_config, "split": a.dataset_split}
-    place = held_place = partial(place_of, name, **source)
-    documents = read_documents(name, **source, streaming=a.streaming, also=None if keep_columns else also)
+    also = (LENGTHS_COLUMN,)  # packed rows of tokens are known by it
+    cut = partial(
+        tokenize,
+        tokenizer=tokenizer,
+        column=a.text_column,
+        max_length=max_length,
+        min_length=min_length,
+        num_proc=a.dataset_num_proc,
+    )
+    source: tuple[str, Sequence[str], str | None, str | Sequence[str]] = (name, columns, a.dataset_config, a.dataset_split)
+    held_source = source
+    documents = read_documents(*source, streaming=a.streaming, also=None if keep_columns else also)
     validation = None
     if (held := a.validation_dataset) is not None:
         config = a.dataset_config if held == name or not is_local(held) else None
-        source = source | {"config": config, "split": validation_splits(a.dataset_split)}
-        validation = read_documents(held, **source, streaming=a.streaming, also=also)
-        held_place = partial(place_of, held, **source)
+        held_source = (held, columns, config, validation_splits(a.dataset_split))
+        validation = read_documents(*held_source, streaming=a.streaming, also=also)
     elif isinstance(documents, Dataset):
         documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
-    windows = tokenize(documents, packing=a.packing, keep_columns=keep_columns, place_of=place, **cut)
+    windows = cut(documents, packing=a.packing, keep_columns=keep_columns, place_of=partial(place_of, *source))
     if validation is not None:
-        return windows, first_rows(tokenize(validation, packing=False, place_of=held_place, **cut), a.validation_windows)
+        held_windows = cut(validation, packing=False, place_of=partial(place_of, *held_source))
+        return windows, first_rows(held_windows, a.validation_windows)
     if isinstance(windows, Dataset) and a.validation_fraction > 0 and len(windows) > 1:
-        end = len(windows) - max(1, round(len(windows) * a.validation_fraction))  # one document: what is kept back is its end
+        # There is one document, whose end is kept back.
+        end = len(windows) - max(1, round(len(windows) * a.validation_fraction))
         return windows.select(range(end)), first_rows(windows.select(range(end, len(windows))), a.validation_windows)
     return windows, None
 
@@ -300,5 +327,5 @@ def validation_splits(dataset_split: str) -> tuple[str, ...]:
 
 
 def first_rows(data: Dataset | IterableDataset, count: int) -> Dataset:
-    """At most `count` rows, in memory where they were streamed."""
+    """Take at most `count` rows, into memory where they were streamed."""
     return data.select(range(min(len(data), count))) if isinstance(data, Dataset) else Dataset.from_list(list(data.take(count)))

@@ -1,4 +1,4 @@
-"""Post-training, nested (paper, section 3.5): for every batch an inner update on the prompts, then one SFT step on the answers.
+"""Nested post-training (paper, section 3.5) makes an inner update on the prompts of every batch, then one SFT step on the answers.
 
 `objective="none"` is plain SFT, "ntp" the paper's Nested SFT, "refine" its Nested ReFINE; one optimizer serves both. One optimizer step of
 the Trainer is one batch: the inner update is made as that step begins, by the phase that mid-training uses, so accumulation, resuming,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
+from refine_nsp.fields import Reader, setting
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.protocols import CausalModel
@@ -31,31 +32,37 @@ from refine_nsp.nsp.records import Batch, Metrics
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
 from refine_nsp.training.arguments import ReFINEConfig, with_nsp
+from refine_nsp.training.data import Collated
+from refine_nsp.training.micro_batches import deal
 from refine_nsp.training.phases import PHASES, Counts, MicroBatch, Phase
-from refine_nsp.training.trainer import ReFINETrainer
+from refine_nsp.training.trainer import ReFINETrainer, StepInputs
+
+INNER = Reader("an inner update, by objective='refine' or 'ntp'", lambda args: args.objective != "none")
 
 
 @with_nsp
 @dataclass
 class PostTrainingConfig(ReFINEConfig):
-    """`ReFINEConfig` with the nested phase; its preset is `post_training` (hybrid reward, lambda_rl 0.2).
+    """Extend `ReFINEConfig` by the nested phase; its preset is `post_training` (hybrid reward, lambda_rl 0.2).
 
     Attributes:
         objective: what a batch's prompts are trained on before its answers: `refine`, `ntp` or `none`.
         inner_steps: optimizer steps of that inner update; the batch's micro-batches are dealt out to them (the paper: 4 of 16). One
-            whose gradient is not finite is skipped; the others, and the step on the answers, go on.
+            whose gradient is not finite is skipped; the others, and the step on the answers, are made.
         reference: which of several answers is learned: the `first`, or a `random` one.
-        answer_metric: of validation by generation: `any_match`, `fraction_match`, `f1` or `exact_match`.
-        max_new_tokens: budget of those answers.
+        answer_metric: metric of validation by generation: `any_match`, `fraction_match`, `f1` or `exact_match`.
+        max_new_tokens: tokens that a generated answer may have.
     """
 
     default_preset: ClassVar[str | None] = "post_training"
 
-    objective: Literal["refine", "ntp", "none"] = "refine"  # type: ignore[assignment]
-    inner_steps: int = 1
-    reference: Literal["first", "random"] = "first"
-    answer_metric: str = "any_match"
-    max_new_tokens: int = 32
+    objective: Literal["refine", "ntp", "none"] = setting(  # type: ignore[assignment]
+        "refine", common=True, card=True, resume=True
+    )
+    inner_steps: int = setting(1, read_by=INNER, common=True, resume=True)
+    reference: Literal["first", "random"] = setting("first", common=True, resume=True)
+    answer_metric: str = setting("any_match", common=True)
+    max_new_tokens: int = setting(32, common=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +87,11 @@ class PostTrainingConfig(ReFINEConfig):
 
 @dataclass
 class AnswerBatch(MicroBatch):
-    """Prompts with their answers behind them. answer_lengths: tokens of each answer; prompts: those sequences alone."""
+    """Hold prompts with their answers behind them.
+
+    Attributes:
+        answer_lengths: tokens of each answer. prompts: the prompts alone.
+    """
 
     answer_lengths: tuple[int, ...] = ()
     prompts: MicroBatch | None = None
@@ -125,8 +136,8 @@ class Answers(Phase):
         return loss, {"loss_answer": loss.detach()}
 
     @torch.no_grad()
-    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
-        """Cross-entropy of the first answer, and matches of greedily generated ones."""
+    def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
+        """Sum up the cross-entropy of the first answer, and matches of greedily generated ones."""
         sums = dict.fromkeys(("nll", "targets"), 0.0)
         prompts: list[Tensor] = []
         references: list[list[str]] = []
@@ -141,7 +152,7 @@ class Answers(Phase):
         return {**sums, "matched": self._generated_matches(model, prompts, references), "examples": float(len(prompts))}
 
     def _generated_matches(self, model: CausalModel, prompts: Sequence[Tensor], references: Sequence[Sequence[str]]) -> float:
-        """Sum of scores of generated answers against any of their references."""
+        """Add up the scores of generated answers against any of their references."""
         if self.tokenizer is None:
             raise RefineError("validation reads answers as text: give the trainer its tokenizer as processing_class")
         score, total = MATCHES[self.args.answer_metric], 0.0
@@ -160,7 +171,7 @@ class Answers(Phase):
 
 
 class InnerUpdate(TrainerCallback):
-    """Trains on a batch's prompts as the step on its answers begins."""
+    """Train on a batch's prompts as the step on its answers begins."""
 
     def __init__(self, trainer: PostTrainer) -> None:
         self.trainer = trainer
@@ -170,10 +181,10 @@ class InnerUpdate(TrainerCallback):
 
 
 class PostTrainer(ReFINETrainer):
-    """Nested post-training. Datasets are rows of `prepare_answers`.
+    """Train on prompts and their answers, nested. Datasets are rows as `prepare_answers` makes them.
 
     Raises:
-        RefineError: settings that do not fit together, or a vocabulary larger than the model's.
+        RefineError: settings do not fit together, or the vocabulary is larger than the model's.
     """
 
     args: PostTrainingConfig
@@ -192,38 +203,39 @@ class PostTrainer(ReFINETrainer):
         self._current: list[AnswerBatch] = []
 
     def _end_of_answers(self) -> int | None:
-        """The EOS that `prepare_answers` puts behind answers."""
+        """Return the EOS that `prepare_answers` puts behind answers."""
         if self.processing_class is None:
             raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
-        return self.processing_class.eos_token_id  # type: ignore[no-any-return]
+        end: int | None = self.processing_class.eos_token_id
+        return end
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
 
     @property
-    def method(self) -> dict[str, Any]:
+    def method(self) -> dict[str, object]:
         return self.phase.settings | (self.inner.settings if self.inner is not None else {})
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], None]:
+        self, epoch_iterator: Iterator[Collated], num_batches: int, device: torch.device
+    ) -> tuple[list[StepInputs], None]:
         samples, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._current = [s["batch"] for s in samples]
         return samples, counted
 
-    def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
-        """Prompt and answer [B, T], and the prompts alone."""
+    def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
+        """Make sequences of prompt and answer [B, T], and of the prompts alone."""
         answers = [self.choose(options, g) for options, g in zip(inputs["answers"], generators, strict=True)]
         prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generators)
         joined = join(inputs["prompts"], answers, device)
         return AnswerBatch(joined, generators, answer_lengths=tuple(map(len, answers)), prompts=prompts)
 
     def choose(self, options: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """The answer to be learned; chosen by the seed of the sequence's positions, and leaving their draws as they are."""
+        """Choose the answer to be learned, by the seed of the sequence's positions, whose draws stay as they are."""
         return options[0] if self.args.reference == "first" else random.Random(generator.initial_seed()).choice(options)
 
     def inner_update(self) -> None:
-        """The optimizer steps on this batch's prompts, the answers unseen."""
+        """Make the optimizer steps on this batch's prompts, the answers unseen."""
         if self.inner is None or not self._current:
             return
         start = time.perf_counter()
@@ -233,23 +245,18 @@ class PostTrainer(ReFINETrainer):
             self.prepare(self.inner, [prompts for hand in together for prompts in hand])
             for hand in together:
                 self.update(self.inner, hand, "inner_")
-        self._metrics["seconds_inner"].append(time.perf_counter() - start)
-
-
-def deal(batches: Sequence[MicroBatch], hands: int) -> list[Sequence[MicroBatch]]:
-    """Micro-batches in their order for so many steps (fewer where there are not enough), their numbers at most one apart."""
-    each, more = divmod(len(batches), hands)
-    ends = [(i + 1) * each + min(i + 1, more) for i in range(min(hands, len(batches)))]
-    return [batches[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        self.figures.add("seconds_inner", time.perf_counter() - start)
 
 
 def join(prompts: Sequence[Tensor], answers: Sequence[Tensor], device: torch.device) -> Batch:
-    """Prompts with their answers behind them."""
+    """Put answers behind their prompts, as one batch on the device."""
     return Batch.of(*pad([torch.cat(pair) for pair in zip(prompts, answers, strict=True)], device))
 
 
-def answer_loss(model: CausalModel, batch: Batch, answer_lengths: Tensor, normalizer: float, config: NSPConfig) -> Tensor:
-    """Sum of cross-entropies of the last `answer_lengths` [B] tokens of each row / normalizer; answer_lengths on the host."""
+def answer_loss(
+    model: CausalModel, batch: Batch, answer_lengths: Tensor, normalizer: float | Tensor, config: NSPConfig
+) -> Tensor:
+    """Add up the cross-entropies of the last `answer_lengths` [B] tokens of each row, over `normalizer`; lengths are on the host."""
     hidden = run_hidden(model, batch, config)
     mask = batch.target_mask & ~batch.before(batch.lengths - answer_lengths - 1)
     weights = mask.to(torch.promote_types(hidden.dtype, torch.float32)).flatten() / normalizer

@@ -1,4 +1,4 @@
-"""What a step of training does with a batch: one small object a phase, which the trainer counts, normalises and logs for.
+"""A phase says what a step of training does with a batch, and what it uses; the trainer counts, normalises and logs for it.
 
 An objective of your own is a subclass that overrides `loss` (and `count`, when it divides by something else):
 
@@ -15,13 +15,15 @@ An objective of your own is a subclass that overrides `loss` (and `count`, when 
             return loss, {"loss_weighted": loss.detach(), "share_unsure": (entropy[real] > 1).double().mean()}
 
     ReFINETrainer(model, args, phase=EntropyWeighted(args.nsp), train_dataset=rows).train()
+
+It may read any setting of its `config`: a resumed run is compared by those that are live there, or by the fewer that `reads` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
 from refine_nsp.nsp.selection import SCORES, count_positions
 from refine_nsp.nsp.step import one_step
-from refine_nsp.training.scores import context_score_of
+from refine_nsp.training.data import Collated
 from refine_nsp.training.validation import validate
 
 Counts = dict[str, float]
@@ -43,21 +45,22 @@ NO_DRAWS = Draws(torch.empty(0), torch.empty(0))
 
 @dataclass
 class MicroBatch:
-    """Sequences that go through the model together; an optimizer step has one or more.
+    """Hold sequences that go through the model together; an optimizer step has one micro-batch or more.
 
     Attributes:
         sequences: ids, lengths, columns.
-        generator: of all randomness: one for each sequence, seeded by what the sequence is, not by what stands beside it; or one for all.
-        totals: `Phase.count` summed over the optimizer step and all processes, divided by the number of processes (as gradients are):
-            what sums are divided by, so that 1 x 8 equals 8 x 1; 1 where nothing was counted. A tensor [B] divides each sequence's
+        generator: the source of all randomness: one for each sequence, seeded by what it is and not by what else is in the batch; or
+            one for all.
+        totals: what sums are divided by, so that 1 x 8 equals 8 x 1: `Phase.count` summed over the optimizer step and all processes,
+            divided by the number of processes (as gradients are); 1 where nothing was counted. A tensor [B] divides each sequence's
             sum by its own.
-        rollouts: made beforehand, or None.
-        result: of the latest step, for a table of completions.
+        rollouts: rollouts that were sampled beforehand, or None.
+        result: the record of the latest step, for a table of completions.
     """
 
     sequences: Batch
     generator: Generators = None
-    totals: Mapping[str, Any] = field(default_factory=dict)
+    totals: Mapping[str, float | Tensor] = field(default_factory=dict)
     rollouts: Rollouts | None = None
     result: StepResult | None = None
 
@@ -71,11 +74,11 @@ class MicroBatch:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of what goes through the model, pads included."""
+        """Return the columns of what goes through the model, pads included."""
         return (self.input_ids.shape[1],)
 
     def widened(self, widths: Sequence[int]) -> MicroBatch:
-        """With pads up to these widths."""
+        """Return the micro-batch right-padded to these widths."""
         return replace(self, sequences=self.sequences.widened(widths[0]))
 
     @property
@@ -84,17 +87,17 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens."""
+        """Count the real tokens."""
         return sum(self.sequences.sizes)
 
 
 class Phase:
-    """The seam between a phase and the trainer, which for an optimizer step calls `prepare`, `count`, and `loss` for each micro-batch.
+    """Say what the trainer is to do: for an optimizer step it calls `prepare`, then `count` and `loss` for each micro-batch.
 
     Attributes:
         config: settings of the method. reference: frozen model of a KL term, or None.
-        sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one. Set by
-            the trainer.
+        sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one process.
+            The trainer sets it.
         reads_once: whether a step reads every sequence in one pass; in several, noise on embeddings would differ from one to the next.
     """
 
@@ -107,12 +110,12 @@ class Phase:
     # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
     @property
     def reads(self) -> frozenset[str]:
-        """Names of the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
+        """Name the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
         cards tell. A phase of your own may read all that its configuration holds; one that reads fewer says so here."""
-        return frozenset(self.config.as_dict())
+        return self.config.live
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Return the values of the fields that are read, by name, as plain values."""
         return {name: value for name, value in self.config.as_dict().items() if name in self.reads}
 
@@ -129,41 +132,41 @@ class Phase:
     @property
     def reads_scores(self) -> bool:
         """Tell whether context scores are read, which `context_scores: cached` can compute beforehand."""
-        return context_score_of(self.config) is not None
+        return self.config.context_score is not None
 
     @property
     def rows_apart(self) -> bool:
-        """Tell whether the loss of a sequence depends on that sequence alone, whatever stands beside it in the batch."""
+        """Tell whether the loss of a sequence depends on that sequence alone, whatever else is in the batch."""
         return False
 
     @property
     def prepares_steps(self) -> bool:
-        """Whether `prepare` wants the micro-batches of `steps_per_generation` optimizer steps at once."""
+        """Tell whether `prepare` wants the micro-batches of `steps_per_generation` optimizer steps at once."""
         return False
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
-        """What is done before the steps on `batches`; no gradients are kept, and the model is in eval mode. It may be wrapped: run it
-        by `model(step=lambda m: ...)`."""
+        """Do what comes before the steps on `batches`; no gradients are kept, and the model is in eval mode. It may be wrapped: run it by
+        `model(step=lambda m: ...)`."""
 
     def count(self, batch: MicroBatch) -> Counts:
-        """What the losses of a micro-batch are sums over; see `MicroBatch.totals`."""
+        """Count what the losses of a micro-batch are sums over; see `MicroBatch.totals`."""
         return {"targets": batch.sequences.num_targets}
 
     def count_by_sequence(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """The same for each sequence [B], where every one has weights, and so a loss, of its own."""
+        """Count the same for each sequence [B], where every one has weights, and so a loss, of its own."""
         return {"targets": (batch.sequences.lengths - 1).clamp(min=1).to(torch.float32)}
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        """This micro-batch's share of the optimizer step's loss, with gradient, and figures to log: `loss_*` are shares too, which are
-        summed over the micro-batches; others are averaged."""
+        """Compute this micro-batch's share of the optimizer step's loss, with gradient, and figures to log: `loss_*` are shares too, which
+        are summed over the micro-batches; others are averaged."""
         raise TypeError(f"{type(self).__name__} does not define loss(model, batch)")
 
-    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
-        """Sums over validation batches, as collated; `summarise` makes figures of them once those of all processes are added."""
+    def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
+        """Sum up over validation batches, as collated; `summarise` makes figures of the sums once those of all processes are added."""
         return validate(model, batches, self.config, model.device)
 
     def summarise(self, sums: Counts) -> dict[str, float]:
-        """Figures by name, without `eval_`."""
+        """Make figures of the sums, by name and without `eval_`."""
         targets, places = max(sums["targets"], 1.0), max(sums["places"], 1.0)
         return {
             "loss": sums["nll"] / targets,
@@ -200,7 +203,7 @@ class NextToken(Phase):
 
 
 class NextSequence(Phase):
-    """Learn by ReFINE: the policy loss beside the cross-entropy."""
+    """Learn by ReFINE: the policy loss and the cross-entropy together."""
 
     @property
     def shortest(self) -> int:
@@ -222,7 +225,7 @@ class NextSequence(Phase):
         return self.config.samples_first
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
-        """Rollouts for all batches by the current policy, unless each step makes its own."""
+        """Sample rollouts for all batches by the current policy, unless each step samples its own."""
         if not self.prepares_steps or not batches:
             return
         step = ReFINEStep(model, self.config, self.reference)
@@ -237,7 +240,7 @@ class NextSequence(Phase):
         return {**super().count_by_sequence(batch), "policy": self._policy_counts(batch).clamp(min=1).to(torch.float32)}
 
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
-        """[B]: rollout tokens, selected positions, or weighed targets of each sequence."""
+        """Count the rollout tokens, selected positions, or weighed targets of each sequence, [B]."""
         c, lengths = self.config, batch.sequences.lengths
         if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
@@ -245,7 +248,7 @@ class NextSequence(Phase):
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)
-        # Rollouts that were made before have used their draws up.
+        # Rollouts that were sampled before have used their draws up.
         draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS
         result = one_step(model, batch.sequences, self.config, draws, learning, batch.rollouts)
         batch.result = result

@@ -1,4 +1,4 @@
-"""Context scores computed once, by the model a run starts from, and kept with the data: a step then costs what an NTP step costs."""
+"""Context scores are computed once by the model that a run starts from, and kept with the data; a step then costs an NTP step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -14,6 +13,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
@@ -21,10 +22,12 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.records import Batch
+from refine_nsp.processes import to_device
 from refine_nsp.progress import step_progress
 from refine_nsp.training.data import collate
 
-PART_ROWS = 64  # rows scored and kept together: an interruption costs no more
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PART_ROWS = 64  # so many rows are scored and kept together, and an interruption costs no more
 
 
 def with_context_scores(
@@ -36,15 +39,15 @@ def with_context_scores(
     process: int = 0,
     processes: int = 1,
 ) -> Dataset:
-    """The data with a column `context_scores`, d of every token (float32, or float64), read back where they are known.
+    """Add a column `context_scores` to the data, d of every token (float32, or float64), and read it back where it is known.
 
-    Kept in the cache of `datasets`, by model, data and settings; written part by part, so that an interrupted scoring goes on. Processes
-    beside each other, of this run or of others that need the same scores, share the parts out: each begins with its own, goes on with
-    what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
+    The scores are kept in the cache of `datasets`, by model, data and settings, and written part by part, so that an interrupted scoring is
+    continued. Processes that need the same scores, of this run or of others, share the parts out: each begins with its own, continues
+    with what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
 
     Args:
         autocast: what products are computed in, where that is not the weights' dtype.
-        process, processes: which of how many this is.
+        process, processes: the index of this process among so many.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
@@ -59,7 +62,7 @@ def with_context_scores(
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
 
-    def scored(row: Mapping[str, Any]) -> dict[str, list[float]]:
+    def scored(row: Mapping[str, object]) -> dict[str, list[float]]:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
             return {"context_scores": scores_of(row, model, config, gain, device)}
 
@@ -74,20 +77,41 @@ def with_context_scores(
             if start in parts:
                 continue
             rows = data.select(range(start, min(start + PART_ROWS, len(data))))
-            # Named here: to find a name itself, `datasets` would pickle the model for every part.
+            # The part is named here, since `datasets` would pickle the model to find a name for it.
             part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{key}-{start}"}
             try:
                 with FileLock(folder / f"part-{start}.lock", blocking=blocking):
                     parts[start] = rows.map(scored, features=features, load_from_cache_file=True, **part)
             except Timeout:
-                continue  # somebody is at it
+                continue  # another process is at it
             progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
     model.train(training)
     return concatenate_datasets([parts[start] for start in starts])
 
 
+def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: TrainingArguments, quiet: bool) -> Dataset:
+    """Add context scores to a run's data by the model as it is, each process scoring a share on its device.
+
+    Raises:
+        RefineError: a process does not have all of the weights yet.
+    """
+    if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+        raise RefineError(
+            "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
+            "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
+            "context_scores='online'"
+        )
+    home = next(model.parameters()).device
+    # The weights that FSDP is to share out are whole still, and on the host.
+    to_device(model, args.device)
+    autocast = AUTOCAST.get(args.mixed_precision)
+    scored = with_context_scores(data, model, config, quiet, autocast, args.process_index, args.world_size)
+    to_device(model, home)
+    return scored
+
+
 def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: torch.dtype | None = None) -> str:
-    """Name of the scores: they depend on the data, the weights and what is computed with them, and what the score is."""
+    """Name the scores by what they depend on: the data, the weights, what is computed with them, and which score it is."""
     gain = wants_gain(config)
     settings = (data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain)
     wide = ("float64",) if kept_dtype(model) == "float64" else ()
@@ -95,25 +119,19 @@ def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: tor
 
 
 def kept_dtype(model: nn.Module) -> str:
-    """What a model's scores are kept in."""
+    """Return the dtype that a model's scores are kept in."""
     return "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
 
 
 def model_key(model: nn.Module) -> str:
-    """A model's config without where it came from: the same weights with another window are another model."""
-    settings: dict[str, Any] = model(step=lambda m: m.config.to_dict())
+    """Name a model's config, without where it came from: the same weights with another window are another model."""
+    settings: dict[str, object] = model(step=lambda m: m.config.to_dict())
     return Hasher.hash({k: v for k, v in sorted(settings.items()) if k not in ("_name_or_path", "transformers_version")})
-
-
-def context_score_of(config: NSPConfig) -> str | None:
-    """Name the context score that positions or token weights are made of, `context_kl` or `context_gain`; None where they need none."""
-    name = config.score if config.samples_rollouts or config.token_weights == "selected" else config.token_weights
-    return {"context": "context_kl", "context_kl": "context_kl", "context_gain": "context_gain"}.get(name)
 
 
 def wants_gain(config: NSPConfig) -> bool:
     """Tell whether a run's context score is the gain, or else the KL. RefineError where it uses neither."""
-    name = context_score_of(config)
+    name = config.context_score
     if name is None:
         raise RefineError(
             f"context_scores='cached' has nothing to keep: selection={config.selection!r} and token_weights={config.token_weights!r} of "
@@ -123,8 +141,8 @@ def wants_gain(config: NSPConfig) -> bool:
 
 
 @torch.no_grad()
-def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain: bool, device: torch.device) -> list[float]:
-    """d of one example's tokens; of a packed one document by document."""
+def scores_of(row: Mapping[str, object], model: nn.Module, config: NSPConfig, gain: bool, device: torch.device) -> list[float]:
+    """Compute d of one example's tokens; of a packed example document by document."""
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
 
@@ -136,7 +154,7 @@ def scores_of(row: Mapping[str, Any], model: nn.Module, config: NSPConfig, gain:
 
 
 def weights_key(model: nn.Module) -> str:
-    """Name of a model's weights: a digest of all of them."""
+    """Name a model's weights by a digest of all of them."""
     digest = hashlib.sha256()
     for name, p in model.state_dict().items():
         digest.update(name.encode())

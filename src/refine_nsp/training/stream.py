@@ -1,4 +1,4 @@
-"""Text read as it is needed, gone on with where a checkpoint left it: nothing that was read before is read, or tokenized, again."""
+"""Text is read as it is needed, and a resumed run reads on from its checkpoint's place: nothing is read or tokenized a second time."""
 
 from __future__ import annotations
 
@@ -13,40 +13,42 @@ import datasets
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
 
 STREAM_FILE = "stream.json"
+State = dict[str, Any]  # a place in the text, as `datasets` writes it or as `Stream.place` does
 
 
-class Stream(IterableDataset[dict[str, Any]]):
-    """Rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
+class Stream(IterableDataset[dict[str, object]]):
+    """Iterate over the rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
 
     Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, and kept
     for the latest steps: data loaders read ahead of the step that a checkpoint is of. Where a buffer shuffles, what is in it follows from
     all rows before: that epoch is read again from its beginning, and what was given out is left out.
 
     Args:
-        data: as `prepare_data` streams it. every: rows of an optimizer step. keep: places kept.
+        data: rows as `prepare_data` streams them. every: rows of an optimizer step. keep: how many of the latest places are kept.
 
     Raises:
-        RefineError: while it is read, when there is no row in it; at the end of an epoch and when a checkpoint is saved, when one of its
-            local files has gone or has another size than when it was opened.
+        RefineError: there is no row in it; or, at the end of an epoch and when a checkpoint is saved, one of its local files has gone or
+            has another size than when it was opened.
     """
 
     def __init__(self, data: datasets.IterableDataset, every: int, keep: int) -> None:
         self.data, self.every = data, every
         self.sizes: dict[str, int] = {f: known["num_bytes"] for f, known in (data.info.download_checksums or {}).items()}
-        self.row, self.epoch, self.epoch_row = 0, 0, 0  # of the next one; the epoch's first
+        self.row, self.epoch, self.epoch_row = 0, 0, 0  # the next row and its epoch; the first row of that epoch
         self.refills = has_buffer(data)
-        self.start: dict[str, Any] | None = None  # where the next iteration begins
-        self.places: deque[tuple[int, dict[str, Any]]] = deque(maxlen=keep)
+        self.start: State | None = None  # where the next iteration begins
+        self.places: deque[tuple[int, State]] = deque(maxlen=keep)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         start, self.start = self.start, None
         self.places.clear()
-        # A place belongs to its epoch: in the following ones `datasets` begins at the beginning.
+        # A place belongs to its epoch; `datasets` begins the following ones at their beginning.
         self.data.load_state_dict(None if start is None or "given_out" in start["state"] else start["state"])
         self.row, self.epoch = (0, 0) if start is None else (start["row"], start["state"]["epoch"])
         given_out = 0 if start is None else start["state"].get("given_out", 0)
@@ -66,12 +68,16 @@ class Stream(IterableDataset[dict[str, Any]]):
             self.epoch += 1
             self.epoch_row, given_out = self.row, 0
 
-    def place(self) -> dict[str, Any]:
-        """Where the next row is read: the epoch, and the dataset's own state or the epoch's rows before."""
+    def place(self) -> State:
+        """Return where the next row is read: the epoch, and the dataset's own state or how many of the epoch's rows came before."""
         return {"epoch": self.epoch, "given_out": self.row - self.epoch_row} if self.refills else self.data.state_dict()
 
     def check_files(self) -> None:
-        """RefineError unless the files are as large as when they were opened: a run would go on with other text in silence."""
+        """Refuse files that are not as large as when they were opened, since the run would continue with other text in silence.
+
+        Raises:
+            RefineError: the file, what its size was and is, and what to do.
+        """
         for name, size in self.sizes.items():
             file = Path(name)
             if not file.exists():
@@ -83,14 +89,14 @@ class Stream(IterableDataset[dict[str, Any]]):
                 )
 
     def save(self, folder: Path, row: int) -> None:
-        """Note in a checkpoint how to go on at `row`, the end of an optimizer step."""
+        """Note in a checkpoint's folder how to continue at `row`, the end of an optimizer step."""
         self.check_files()
         state = next(state for at, state in self.places if at == row)
         sizes = sorted(self.sizes.values())  # without names: files may be resumed from elsewhere
         write_atomically(folder / STREAM_FILE, json.dumps({"row": row, "state": state, "sizes": sizes}) + "\n")
 
     def load(self, folder: Path) -> bool:
-        """Go on where a checkpoint says; False where it does not say. RefineError where the files had other sizes then."""
+        """Begin the next iteration where a checkpoint says, and return whether it says so. RefineError where the files had other sizes."""
         path = folder / STREAM_FILE
         if not path.exists():
             return False
@@ -106,8 +112,8 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def has_buffer(data: datasets.IterableDataset) -> bool:
-    """Whether rows go through a shuffle buffer, which a dataset's state leaves out."""
-    waiting: list[Any] = [data._ex_iterable]
+    """Tell whether rows go through a shuffle buffer, which a dataset's state leaves out."""
+    waiting: list[object] = [data._ex_iterable]
     while waiting:
         part = waiting.pop()
         if isinstance(part, BufferShuffledExamplesIterable):
@@ -117,7 +123,11 @@ def has_buffer(data: datasets.IterableDataset) -> bool:
 
 
 def check_streaming(args: TrainingArguments) -> None:
-    """Have every process read the stream itself; RefineError for settings by which its place would not be known."""
+    """Have every process read the stream itself, and refuse settings by which its place would not be known.
+
+    Raises:
+        RefineError: the setting, and why it does not go with streamed text.
+    """
     if args.max_steps <= 0:
         raise RefineError("streamed text has no known end: set max_steps")
     if args.train_sampling_strategy == "group_by_length":
@@ -129,6 +139,6 @@ def check_streaming(args: TrainingArguments) -> None:
             f"dataloader_num_workers={args.dataloader_num_workers} would read streamed text in other processes, whose place in it a "
             "checkpoint cannot note; leave it at 0"
         )
-    # Else the first process would read for all and send them batches cut from one padded to the longest of all rows.
-    accelerator_config: Any = args.accelerator_config
-    accelerator_config.dispatch_batches = False
+    # Otherwise the first process would read for all, and send them batches cut from one that is padded to the longest of all rows.
+    assert isinstance(args.accelerator_config, AcceleratorConfig)
+    args.accelerator_config.dispatch_batches = False

@@ -1,4 +1,4 @@
-"""Test-time training (paper, section 3.5): adapt the weights on the prompt alone, answer, restore.
+"""Test-time training (paper, section 3.5) adapts the weights on the prompt alone, answers, and restores them.
 
 Only what changes is copied, once, and copied back bit by bit, also after an exception or Ctrl-C. The published code never restores:
 later prompts are answered with weights trained on earlier ones (`scope="never"` does that).
@@ -9,59 +9,68 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig, Objective, check_choices
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
-from refine_nsp.training.side_by_side import BatchLoRA
+from refine_nsp.training.prompt_adapters import BatchLoRA
+from refine_nsp.training.remedies import TEST_TIME
 
+Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]  # token ids of one prompt or of several
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-PUBLISHED_PROMPTS = 4  # of an optimizer step; the published code takes two such steps on a batch of eight prompts
+PUBLISHED_PROMPTS = 4  # the published code takes two optimizer steps on a batch of eight prompts, each on so many
+
+ADAPTERS = Reader("parameters='lora'", lambda c: c.parameters == "lora")
+DRAWN = Reader(
+    "positions or adapters that are drawn (estimator='sampled', token_weights='selected' or parameters='lora')",
+    lambda c: c.nsp.selects or c.parameters == "lora",
+)
 
 
 @dataclass(frozen=True)
 class TestTimeConfig:
-    """How a prompt is adapted to.
+    """Say how a model is adapted to a prompt.
 
     Attributes:
         objective: `refine`, or `ntp`: the cross-entropy on the prompt alone.
         scope: restore after each `example`, after each `batch` (its prompts share one update), or `never`. Default: `example`; with
             `published` among the settings of ReFINE `never`, and an optimizer step for every four prompts of a batch.
         steps: optimizer steps on a prompt.
-        learning_rate, optimizer, max_grad_norm: of those steps (`adamw` or `sgd`).
-        weight_decay: of those steps. Default: 0; with `published` 0.01.
+        learning_rate, optimizer, max_grad_norm: settings of those steps (`adamw` or `sgd`).
+        weight_decay: their weight decay. Default: 0; with `published` 0.01.
         parameters: `all`; `fast_weights`: only the projections that write and read the fast weights; `lora`: adapters on all linear
             layers, by which several prompts are adapted side by side.
         lora_r, lora_alpha: rank and scale of the adapters.
         nsp: settings of ReFINE; the paper's test-time preset by default.
-        seed: of positions and rollouts; the same prompt is always adapted alike.
+        seed: seeds positions and rollouts; the same prompt is always adapted alike.
 
     Raises:
-        RefineError: a value out of range, naming it.
+        RefineError: a value is out of range; the message names it.
     """
 
-    __test__ = False  # not a test, whatever pytest makes of its name
+    __test__ = False  # pytest would take it for a test by its name
 
-    objective: Objective = "refine"
-    scope: Literal["example", "batch", "never"] | None = None
-    steps: int = 1
-    learning_rate: float = 1e-6
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float | None = None
-    max_grad_norm: float = 1.0
-    parameters: Literal["all", "fast_weights", "lora"] = "all"
-    lora_r: int = 8
-    lora_alpha: float = 16.0
-    nsp: NSPConfig = field(default_factory=lambda: NSPConfig.preset("test_time"))
-    seed: int = 0
+    objective: Objective = setting("refine")
+    scope: Literal["example", "batch", "never"] | None = setting(None, common=True)
+    steps: int = setting(1, common=True)
+    learning_rate: float = setting(1e-6, common=True)
+    optimizer: Literal["adamw", "sgd"] = setting("adamw")
+    weight_decay: float | None = setting(None)
+    max_grad_norm: float = setting(1.0)
+    parameters: Literal["all", "fast_weights", "lora"] = setting("all", common=True)
+    lora_r: int = setting(8, read_by=ADAPTERS)
+    lora_alpha: float = setting(16.0, read_by=ADAPTERS)
+    nsp: NSPConfig = setting(default_factory=lambda: NSPConfig.preset("test_time"))
+    seed: int = setting(0, read_by=DRAWN, common=True)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -69,6 +78,7 @@ class TestTimeConfig:
         for name, value in (("scope", "never" if published else "example"), ("weight_decay", 0.01 if published else 0.0)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        check_read(self)
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -80,7 +90,8 @@ class TestTimeConfig:
 
 @dataclass
 class Adaptation:
-    """What an adaptation cost: seconds, bytes kept beside the model (copies or adapters, and the optimizer's state), losses by step."""
+    """Record what an adaptation cost: seconds, bytes kept in addition to the model (copies or adapters, and the optimizer's state), and
+    losses by step."""
 
     seconds: float
     extra_bytes: int
@@ -88,7 +99,7 @@ class Adaptation:
 
 
 class TestTimeTrainer:
-    """Adapts a model to prompts: `with ttt.adapt(ids): model.generate(...)`.
+    """Adapt a model to prompts: `with ttt.adapt(ids): model.generate(...)`.
 
     Args:
         model: a causal model of this package, not wrapped.
@@ -105,26 +116,26 @@ class TestTimeTrainer:
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
         nsp = self.config.nsp
-        if nsp.published and nsp.schedule == "auto":  # rollouts of all prompts are made before the first step
+        if nsp.published and nsp.schedule == "auto":  # rollouts of all prompts are sampled before the first step
             nsp = replace(nsp, schedule="snapshot")
         self.phase = PHASES[self.config.objective](nsp)
-        self._kept_optimizer: torch.optim.Optimizer | None = None  # scope="never" goes on with it
+        self._kept_optimizer: torch.optim.Optimizer | None = None  # kept for the next prompt by scope="never"
 
     def shortest(self) -> int:
-        """Tokens a prompt needs to be adapted to."""
+        """Count the tokens that a prompt needs to be adapted to."""
         return self.phase.shortest
 
     @contextmanager
-    def adapt(self, prompt: Any) -> Iterator[Any]:
-        """The model adapted to a prompt, or to several at once; restored at the end (but for scope "never").
+    def adapt(self, prompt: Prompt) -> Iterator[CausalModel]:
+        """Adapt the model to a prompt, or to several at once, and restore it at the end (but for scope "never").
 
         Args:
-            prompt: token ids [T], or a list of such, as lists or tensors. Several prompts have an adapter each with
+            prompt: token ids [T], as a list or tensor, or a list of prompts. Several prompts have an adapter each with
                 parameters="lora" (row b of what is run inside belongs to prompt b); with scope="batch" or "never" they share one
                 update; otherwise they must come one by one.
 
         Raises:
-            RefineError: a prompt too short for a position, or several prompts where each would need weights of its own.
+            RefineError: a prompt is too short for a position, or several come where each would need weights of its own.
         """
         rows = as_rows(prompt)
         c = self.config
@@ -144,21 +155,17 @@ class TestTimeTrainer:
                 yield self.model
 
     def side_by_side(self) -> bool:
-        """Whether several prompts can each have weights of their own: their losses must not touch each other."""
+        """Tell whether several prompts can each have weights of their own: their losses must not touch each other."""
         return self.config.parameters == "lora" and self.phase.rows_apart
 
     # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
     def _own_weights(self, rows: list[Tensor]) -> Iterator[None]:
+        """Train the chosen weights on prompts that share one update, and put them back afterwards unless they are kept for good."""
         chosen = chosen_parameters(self.model, self.config.parameters)
-        never = self.config.scope == "never"
-        saved = [] if never else [p.detach().clone() for p in chosen]
-        start = time.perf_counter()
+        saved = [] if self.config.scope == "never" else [p.detach().clone() for p in chosen]
         try:
-            optimizer = self._optimizer(chosen)
-            losses = self._train(rows, chosen, optimizer, shared=True)
-            self.last = Adaptation(time.perf_counter() - start, nbytes(saved) + optimizer_bytes(optimizer), losses)
-            del optimizer
+            self._train(rows, chosen, saved, shared=True)
             yield
         finally:
             with torch.no_grad():
@@ -167,16 +174,12 @@ class TestTimeTrainer:
 
     @contextmanager
     def _adapters(self, rows: list[Tensor]) -> Iterator[None]:
+        """Train adapters on prompts, one each or one for all, and take them off afterwards."""
         c = self.config
         apart = c.scope == "example"
         adapters = BatchLoRA(linear_layers(self.model), len(rows) if apart else 1, c.lora_r, c.lora_alpha, c.seed)
-        start = time.perf_counter()
         with adapters.attached():
-            optimizer = self._optimizer(adapters.parameters())
-            losses = self._train(rows, adapters.parameters(), optimizer, shared=not apart)
-            extra = nbytes(adapters.parameters()) + optimizer_bytes(optimizer)
-            self.last = Adaptation(time.perf_counter() - start, extra, losses)
-            del optimizer
+            self._train(rows, adapters.parameters(), adapters.parameters(), shared=not apart)
             yield
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -190,15 +193,18 @@ class TestTimeTrainer:
         return optimizer
 
     # --- steps --------------------------------------------------------------------------------------------------------
-    def _train(
-        self, rows: list[Tensor], parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, shared: bool
-    ) -> list[float]:
-        """The optimizer steps. shared: one update for all rows, else each row's own (its loss and gradient norm are its alone)."""
-        model, c = self.model, self.config
+    @part("optimizer", TEST_TIME)
+    def _train(self, rows: list[Tensor], parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], shared: bool) -> None:
+        """Make the optimizer steps, and note in `last` what they cost, the tensors `kept` in addition to the model included.
+
+        With `shared` one update serves all rows; otherwise each row has its own, and the loss and gradient norm of each are apart.
+        """
+        model, c, start = self.model, self.config, time.perf_counter()
+        optimizer = self._optimizer(parameters)
         # The published code takes its cross-entropy alone in one step on the whole batch.
         dealt = c.nsp.published and shared and self.phase.samples
         size = PUBLISHED_PROMPTS if dealt else len(rows)
-        sequences = [self._batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+        sequences = [self._batch(rows[at : at + size]) for at in range(0, len(rows), size)]
         generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]
         wanted = {p: p.requires_grad for p in model.parameters()}
         training = model.training
@@ -225,7 +231,7 @@ class TestTimeTrainer:
             for p, flag in wanted.items():
                 p.requires_grad_(flag)
             model.train(training)
-        return losses
+        self.last = Adaptation(time.perf_counter() - start, nbytes(kept) + optimizer_bytes(optimizer), losses)
 
     def _batch(self, rows: Sequence[Tensor]) -> Batch:
         """Return prompts as one batch on the model's device."""
@@ -250,8 +256,8 @@ class TestTimeTrainer:
         return batches
 
 
-def as_rows(prompt: Any) -> list[Tensor]:
-    """Token ids [T] (or [1, T]) or several of them as a list of long tensors; RefineError for anything else."""
+def as_rows(prompt: Prompt) -> list[Tensor]:
+    """Return token ids [T] (or [1, T]), or several of these, as a list of long tensors. RefineError for anything else."""
     if isinstance(prompt, Tensor):
         rows = list(prompt) if prompt.ndim == 2 else [prompt]
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
@@ -259,14 +265,14 @@ def as_rows(prompt: Any) -> list[Tensor]:
     elif isinstance(prompt, Sequence) and not isinstance(prompt, str):
         rows = [torch.as_tensor(r) for r in prompt]
     else:
-        raise RefineError(f"a prompt is token ids (a list or a tensor), or a list of such; got {type(prompt).__name__}")
+        raise RefineError(f"a prompt is token ids (a list or a tensor), or a list of prompts; got {type(prompt).__name__}")
     if not rows or any(r.ndim != 1 or r.is_floating_point() for r in rows):
         raise RefineError("a prompt is a list or tensor of token ids [T], or several of them")
     return [r.long() for r in rows]
 
 
 def chosen_parameters(model: CausalModel, which: str) -> list[nn.Parameter]:
-    """`all`, or those that write and read the fast weights, as each mixer names them."""
+    """List a model's parameters: `all`, or those that write and read the fast weights, as each mixer names them."""
     if which == "all":
         return list(model.parameters())
     chosen = []
@@ -278,12 +284,12 @@ def chosen_parameters(model: CausalModel, which: str) -> list[nn.Parameter]:
 
 
 def linear_layers(model: CausalModel) -> list[nn.Linear]:
-    """Linear layers of the blocks (not the head)."""
+    """List the linear layers of the blocks, without the head."""
     return [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, shared: bool) -> None:
-    """Clip the norm over all, or of each row b of adapters [B, ...] on its own."""
+    """Clip the norm over all gradients, or the norm of each row b of adapters [B, ...] on its own."""
     if shared:
         nn.utils.clip_grad_norm_(parameters, max_norm)
         return
@@ -295,9 +301,10 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, shared: 
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:
+    """Count the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state."""
+    """Count the bytes of an optimizer's state."""
     return nbytes([x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)])

@@ -1,92 +1,87 @@
-"""ReFINE in transformers' Trainer (paper, section 3.5: mid-training), with everything else left to the Trainer.
+"""The trainer takes ReFINE into transformers' Trainer (paper, section 3.5: mid-training), and leaves everything else to that.
 
-The trainer draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches; losses are
-normalised by what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the
-step): so 1 x 8 equals 8 x 1, on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer
-steps between the Trainer's own, by the same calls.
+It draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches. Losses are divided by
+what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the step): so 1 x 8
+equals 8 x 1 on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer steps between the
+Trainer's own, by the same calls.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
-from datasets import IterableDataset
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback
 from transformers import ProgressCallback as TqdmCallback
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.nsp.records import Batch
-from refine_nsp.nsp.seeds import generator_of
+from refine_nsp.nsp.records import StepResult
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
-from refine_nsp.training.cards import Origin, write_run_card
-from refine_nsp.training.checkpoints import (
-    Dealing,
-    check_dealing,
-    check_shards,
-    checkpoint_problem,
-    checkpoints_of,
-    last_complete_checkpoint,
-    load_pending,
-    save_pending,
-    seal,
-    step_of,
-)
 from refine_nsp.training.completions import show_completions
-from refine_nsp.training.data import collate
-from refine_nsp.training.folders import check_settings, model_of, save_settings, set_aside, settings_of
-from refine_nsp.training.given import model_given, tokenized, with_rewards
+from refine_nsp.training.data import Collated, collate
+from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
-from refine_nsp.training.problems import check_best_figure, for_shards, rounding_problem
-from refine_nsp.training.sampling import ByLength, lengths_of
-from refine_nsp.training.scores import with_context_scores
+from refine_nsp.training.remedies import VALIDATION
+from refine_nsp.training.resuming import ResumingTrainer
+from refine_nsp.training.row_order import ByLength, lengths_of
+from refine_nsp.training.run_checks import check_best_figure, for_shards, weights_problems
+from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
+from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 P = TypeVar("P", bound=Phase)
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The Trainer hands these from `get_batch_samples` to `compute_loss`: `batch`, a MicroBatch; `input_ids` and perhaps `attention_mask`, by
+# which it counts tokens; and `further` in a step of `update`.
+StepInputs = dict[str, Any]
 
 
-class ReFINETrainer(Trainer):
-    """Mid-training with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
+@dataclass(frozen=True)
+class Further:
+    """Describe an optimizer step of another phase, for the loss of its micro-batches."""
+
+    phase: Phase
+    shares: int  # how many micro-batches the step has
+    prefix: str  # what the names of its figures begin with
+
+
+class ReFINETrainer(ResumingTrainer):
+    """Train on long text with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
 
     Args:
-        model: a causal model of this package (PEFT-wrapped is fine), or what `refine_nsp.load` takes: a name or a folder.
+        model: a causal model of this package (PEFT-wrapped is fine), or a name or folder, as `refine_nsp.load` takes it.
         args: a `ReFINEConfig`.
         train_dataset: rows of `input_ids` (and `lengths` when packed; other columns are handed to rewards), or of `text`, which is cut into
             windows of `max_length` tokens. eval_dataset: the same.
-        processing_class: the tokenizer, for text, tables of completions and the vocabulary check; of a model by name its own.
-        reference_model: frozen model, needed when `kl_coef` > 0.
+        processing_class: the tokenizer, for text, tables of completions and the vocabulary check. Default: the one that a model by name
+            comes with.
+        reference_model: a frozen model, needed when `kl_coef` > 0.
         phase: an objective of your own instead of `args.objective`.
-        reward_funcs: instead of those in `args`. peft_config: PEFT's, of adapters that alone are trained.
+        reward_funcs: rewards instead of those in `args`.
+        peft_config: PEFT's settings of adapters, which alone are trained then.
 
     Raises:
         RefineError: a tokenizer with more tokens than the model, or settings that do not fit together.
     """
 
     loss_is_scaled_for_ga = True
-    model: nn.Module
-    args: ReFINEConfig
-    processing_class: PreTrainedTokenizerBase | None
 
     def __init__(
         self,
@@ -95,7 +90,7 @@ class ReFINETrainer(Trainer):
         reference_model: CausalModel | None = None,
         phase: Phase | None = None,
         reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
-        peft_config: Any = None,
+        peft_config: object = None,
         **kwargs: Any,
     ) -> None:
         check_arguments(kwargs)
@@ -110,103 +105,63 @@ class ReFINETrainer(Trainer):
         args.remove_unused_columns = False
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
-        with part("loading"):
-            super().__init__(model=model, args=args, **kwargs)
-        if (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")) and not self.is_fsdp_enabled:
-            warnings.warn(
-                "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
-                "holds the whole model",
-                stacklevel=2,
-            )
+        super().__init__(model, args, **kwargs)
         if self._is_sharded and args.objective == "refine":
             asked, args.nsp = args.nsp.schedule, for_shards(self.model, args.nsp)
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
         self.nsp: NSPConfig = args.nsp
-        # FSDP widens weights where products are narrower.
-        widened = self.is_fsdp_enabled and args.mixed_precision != "no"
-        if (
-            not widened
-            and self.is_world_process_zero()
-            and (problem := rounding_problem(self.model, args.learning_rate)) is not None
-        ):
+        for problem in weights_problems(self.model, args, bool(self.is_fsdp_enabled)) if self.is_world_process_zero() else []:
             warnings.warn(problem, stacklevel=2)
         self.reference_model = reference_model
         if reference_model is not None:
             to_device(reference_model, args.device).eval()
         self.phase = self.shared(phase if phase is not None else self.make_phase())
-        if args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
-            self.train_dataset = self._with_context_scores(self.train_dataset)
-        if isinstance(self.train_dataset, IterableDataset):
-            # As far as steps and data loaders read ahead.
-            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep=args.steps_per_generation + 3)
         check_best_figure(args.metric_for_best_model, self.phase, self.eval_dataset)
+        self._prepare_data()
         self._replace_callbacks()
-        self._metrics: dict[str, list[float | Tensor]] = defaultdict(list)
-        self._pending: list[MicroBatch] = []  # drawn and prepared, for later steps
-        self._restored: list[MicroBatch] | None = None
-        self._begun_at = 0  # the step of the checkpoint that was resumed from
-        self._last_log = (time.monotonic(), 0)
-        self._tokens_seen = 0
         self._shown_at = -1
-        self._model_in_words = model_of(self.model)
-        self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
-        self._trained_before = False
-        self._settings: dict[str, Any] = {}
 
-    def _with_context_scores(self, data: Any) -> Any:
-        """The data with context scores by the model as it is, each process scoring a share on its device.
-
-        Raises:
-            RefineError: a process that has not all of the weights yet.
-        """
-        if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
-            raise RefineError(
-                "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
-                "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
-                "context_scores='online'"
-            )
-        home, quiet = next(self.model.parameters()).device, bool(self.args.disable_tqdm) or not self.is_world_process_zero()
-        # What FSDP is to share out is whole still, and on the host.
-        to_device(self.model, self.args.device)
-        scored = with_context_scores(
-            data, self.model, self.nsp, quiet, AUTOCAST.get(self.args.mixed_precision),
-            self.args.process_index, self.args.world_size,
-        )  # fmt: skip
-        to_device(self.model, home)
-        return scored
+    def _prepare_data(self) -> None:
+        """Compute the context scores that are to be cached, and have streamed text note its places."""
+        if self.args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
+            quiet = bool(self.args.disable_tqdm) or not self.is_world_process_zero()
+            self.train_dataset = scored_by_processes(self.train_dataset, self.model, self.nsp, self.args, quiet)
+        if isinstance(self.train_dataset, IterableDataset):
+            # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
+            keep = self.args.steps_per_generation + 3
+            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep)
 
     def _replace_callbacks(self) -> None:
-        """Our progress instead of transformers', the guard, and a clean end when asked to stop."""
-        several = self.args.world_size > 1
+        """Show our progress instead of transformers', guard the gradients, and end cleanly when asked to stop."""
         self.guard, self.bar = NonFiniteGuard(self.args.max_skipped_steps), ProgressCallback()
-        self.stop = StopCallback(self.sum_over_processes if several else None)
+        self.stop = StopCallback(self._sum_over)
         for replaced in (TqdmCallback, PrinterCallback):
             self.remove_callback(replaced)
         for callback in (self.guard, self.stop, self.bar):
             self.add_callback(callback)
 
     def make_phase(self) -> Phase:
-        """What `args.objective` names."""
+        """Make the phase that `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
-    @property
-    def method(self) -> dict[str, Any]:
-        """Return the settings of `NSPConfig` that this run's weights depend on, by name."""
-        return self.phase.settings
-
     def shared(self, phase: P) -> P:
-        """A phase that knows how to add up over the processes of this run."""
-        phase.sum_over = self.sum_over_processes if self.args.world_size > 1 else None
+        """Tell a phase how to add up over the processes of this run, and return it."""
+        phase.sum_over = self._sum_over
         return phase
 
+    @property
+    def _sum_over(self) -> Callable[[Tensor], Tensor] | None:
+        """Return `sum_over_processes`; None where there is one process."""
+        return self.sum_over_processes if self.args.world_size > 1 else None
+
     def sum_over_processes(self, x: Tensor) -> Tensor:
-        """The sum of all processes' x; every process must ask for it."""
+        """Add x up over all processes; every process must ask for it."""
         return self.accelerator.reduce(x, reduction="sum")
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, but batches come as they are collated: accelerate would send lengths to the device with them, only to be
-        asked for them again, and wait for each tensor. What is sent, `to_batch` sends."""
+        """Make the Trainer's loader, but leave batches as they are collated: accelerate would send lengths to the device, only to be asked
+        for them again, and wait for each tensor. `to_batch` sends what is needed there."""
         placing = self.accelerator.device_placement
         self.accelerator.device_placement = placing and bool(vars(self.args.accelerator_config)["dispatch_batches"])  # needs it
         try:
@@ -214,8 +169,8 @@ class ReFINETrainer(Trainer):
         finally:
             self.accelerator.device_placement = placing
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As the Trainer's, but for rows of like lengths together: then the epoch alone decides the order, so that a resumed run has it."""
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """Make the Trainer's sampler, but for `group_by_length` one whose order the epoch alone decides, so that a resumed run has it."""
         data = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -224,9 +179,9 @@ class ReFINETrainer(Trainer):
 
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], None]:
-        """The micro-batches of one optimizer step, prepared and counted; none where a resumed run had made all of its steps."""
+        self, epoch_iterator: Iterator[Collated], num_batches: int, device: torch.device
+    ) -> tuple[list[StepInputs], None]:
+        """Return the micro-batches of one optimizer step, prepared and counted; none where a resumed run had made all of its steps."""
         if self.state.global_step >= self.state.max_steps:
             # The Trainer would make one step more: it asks after a step whether it was the last.
             self._restored = None
@@ -244,17 +199,17 @@ class ReFINETrainer(Trainer):
             start = time.perf_counter()
             self.prepare(self.phase, self._pending)
             if self.phase.prepares_steps:
-                self._metrics["seconds_generation"].append(time.perf_counter() - start)
+                self.figures.add("seconds_generation", time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
         self.set_totals(self.phase, batches)
-        # The Trainer counts tokens by these, where it is asked to.
-        masks = [
-            {"attention_mask": b.sequences.real} if self.args.include_num_input_tokens_seen == "non_padding" else {}
-            for b in batches
-        ]
-        return [{"batch": b, "input_ids": b.input_ids, **mask} for b, mask in zip(batches, masks, strict=True)], None
+        inputs: list[StepInputs] = [{"batch": b, "input_ids": b.input_ids} for b in batches]
+        if self.args.include_num_input_tokens_seen == "non_padding":  # then the Trainer counts tokens by masks
+            for given, batch in zip(inputs, batches, strict=True):
+                given["attention_mask"] = batch.sequences.real
+        return inputs, None
 
-    def _draw(self, epoch_iterator: Iterator[dict[str, Any]], count: int, device: torch.device) -> list[MicroBatch]:
+    def _draw(self, epoch_iterator: Iterator[Collated], count: int, device: torch.device) -> list[MicroBatch]:
+        """Draw so many micro-batches, or those that the epoch still has."""
         batches: list[MicroBatch] = []
         for _ in range(count):
             inputs = next(epoch_iterator, None)
@@ -262,95 +217,68 @@ class ReFINETrainer(Trainer):
                 break
             generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
             batches.append(self.micro_batch(inputs, generators, device))
-        return self._of_one_width(batches) if self._is_sharded and batches else batches
+        if not self._is_sharded or not batches:
+            return batches
+        return of_one_width(batches, self.accelerator.gather, self.args.device)
 
-    def _of_one_width(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Micro-batches as wide as the widest that any process has in their place: processes that hold parts of a model must make the same
-        passes, and how many there are follows from widths."""
-        own = torch.tensor([b.widths for b in batches], device=self.args.device)
-        widest = self.accelerator.gather(own[None]).amax(0).tolist()
-        return [b.widened(widths) for b, widths in zip(batches, widest, strict=True)]
-
-    def micro_batch(self, inputs: Mapping[str, Any], generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
-        """What a phase gets of a collated batch."""
+    def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
+        """Make what a phase gets of a collated batch."""
         return MicroBatch(to_batch(inputs, device), generators)
 
-    @property
-    def dealing(self) -> Dealing:
-        """How this run deals the examples of an optimizer step out."""
-        w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
-        return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
-
-    def generators(self, step: int, drawn: int, places: Sequence[tuple[int, int]]) -> list[torch.Generator]:
-        """All randomness of the rows of a micro-batch, the process' `drawn`-th (from 0) drawn as optimizer step `step` begins: for each
-        one seeded by seed, step, index of its example among all that are drawn then, and its document in that example.
-
-        Batches of b examples are dealt to processes in turn, so that index follows from the place in the batch, and is the same
-        whatever processes and micro-batches share the examples out.
-        """
-        dealing = self.dealing
-        first = (drawn * dealing.processes + self.args.process_index) * dealing.batch
-        return [generator_of(self.args.seed, step, first + example, document) for example, document in places]
+    def generators(self, step: int, drawn: int, places: Places) -> list[torch.Generator]:
+        """Make the generators of a micro-batch's rows, as `Dealing.generators` does, for this process."""
+        return self.dealing.generators(self.args.seed, step, self.args.process_index, drawn, places)
 
     @torch.no_grad()
     def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
-        """What a phase does before the steps on `batches`, by the model as it is: in eval mode, whatever the last step left."""
+        """Have a phase prepare the steps on `batches` by the model as it is, in eval mode, whatever mode the last step left."""
         if batches:
             self.model.eval()
             with part("rollouts"):
                 phase.prepare(self.model_wrapped, batches)
 
     def set_totals(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
-        """What this optimizer step's sums are divided by, over all processes."""
-        totals: dict[str, float] = defaultdict(float)
-        for counts in map(phase.count, batches):
-            for name, count in counts.items():
-                totals[name] += count
-        if self.args.world_size > 1 and totals:
-            names = sorted(totals)
-            counted = torch.tensor([totals[n] for n in names], device=self.args.device, dtype=torch.float64)
-            counted = self.sum_over_processes(counted) / self.args.world_size  # DDP averages gradients
-            totals = dict(zip(names, counted.tolist(), strict=True))
-        for batch in batches:
-            batch.totals = {name: float(count) or 1.0 for name, count in totals.items()}
+        """Tell the micro-batches what the sums of their optimizer step are divided by, over all processes."""
+        set_totals(phase, batches, self._sum_over, self.args.world_size, self.args.device)
 
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """This micro-batch's share of the loss of its optimizer step: the Trainer's own, or one of `update`."""
+        self, model: nn.Module, inputs: StepInputs, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor | tuple[Tensor, StepResult | None]:
+        """Compute this micro-batch's share of the loss of its optimizer step, which is the Trainer's own or one of `update`."""
         batch: MicroBatch = inputs["batch"]
-        if "phase" in inputs:
-            return self.phase_loss(inputs["phase"], model, batch, inputs["shares"], inputs["prefix"])
+        if (further := inputs.get("further")) is not None:
+            return self.phase_loss(further.phase, model, batch, further.shares, further.prefix)
         self.bar.tokens_this_step += batch.num_tokens
-        self._tokens_seen += batch.num_tokens
+        self.figures.tokens += batch.num_tokens
         loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
         self._show(batch)
         return (loss, batch.result) if return_outputs else loss
 
     def phase_loss(self, phase: Phase, model: nn.Module, batch: MicroBatch, shares: int, prefix: str = "") -> Tensor:
-        """The loss as one forward call, so that wrappers see it; its figures are kept for the next log."""
+        """Compute the loss in one forward call, so that wrappers see it, and keep its figures for the next log."""
         with part("forward"):
             loss, metrics = model(step=lambda m: phase.loss(m, batch))
         for name, value in metrics.items():
             # A share of the step's mean; logged values are averaged over micro-batches, so undo the sharing.
-            self._metrics[prefix + name].append(value * shares if name.startswith("loss") else value)
+            self.figures.add(prefix + name, value * shares if name.startswith("loss") else value)
         return loss
 
     def update(self, phase: Phase, batches: Sequence[MicroBatch], prefix: str) -> None:
-        """An optimizer step of another phase between the Trainer's own, by the calls that make those: accumulated without
-        synchronising, scaled, clipped, skipped where the gradient is not finite. `prefix`: of its figures' names."""
+        """Make an optimizer step of another phase between the Trainer's own, by the calls that make those: accumulated without
+        synchronising, scaled, clipped, skipped where the gradient is not finite. The names of its figures begin with `prefix`."""
         model, accelerator = self.model_wrapped, self.accelerator
         assert self.optimizer is not None
         self.set_totals(phase, batches)
-        outer = accelerator.sync_gradients  # of the micro-batch that the Trainer is about to run
+        further = Further(phase, len(batches), prefix)
+        outer = accelerator.sync_gradients  # the Trainer has set it for the micro-batch that it is about to run
         try:
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 accelerator.sync_gradients = last
                 with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model), part("backward"):
-                    super().training_step(model, {"batch": batch, "phase": phase, "shares": len(batches), "prefix": prefix})
-            # Without a limit too: this is what takes the loss scale out of the gradients, before the guard judges them.
+                    super().training_step(model, {"batch": batch, "further": further})
+            # Called without a limit too, since it takes the loss scale out of the gradients before the guard judges them.
             accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
             self.guard.on_pre_optimizer_step(self.args, self.state, self.control, model=model)
             self.optimizer.step()
@@ -359,51 +287,46 @@ class ReFINETrainer(Trainer):
             accelerator.sync_gradients = outer
 
     def _always_synchronises(self) -> bool:
-        """Whether every micro-batch is synchronised, for the reasons that the Trainer has."""
+        """Tell whether every micro-batch is synchronised, for the reasons that the Trainer has."""
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return bool(each) or self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: StepInputs, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Run a micro-batch forward and backward, and keep the time that it took."""
         start = time.perf_counter()
         with part("backward"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._metrics["seconds_step"].append(time.perf_counter() - start)
+        self.figures.add("seconds_step", time.perf_counter() - start)
         return loss
 
     # --- logs and validation ------------------------------------------------------------------------------------------
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with the means of what the steps since the last log gave."""
         if "loss" in logs or "train_runtime" in logs:
-            means = {name: mean_of(values) for name, values in self._metrics.items() if values}
-            self._metrics.clear()
-            now, (then, seen) = time.monotonic(), self._last_log
-            if self._tokens_seen > seen:
-                means["tokens_per_second"] = (self._tokens_seen - seen) / max(now - then, 1e-9)
-            self._last_log = (now, self._tokens_seen)
-            if "seconds_step" in means:
-                inside = (
-                    0.0 if self.phase.prepares_steps else means.get("seconds_select", 0.0) + means.get("seconds_rollout", 0.0)
-                )
-                means["seconds_backward_and_forward"] = means.pop("seconds_step") - inside
-            means = mean_over_processes(means)
-            if "tokens_per_second" in means:
-                means["tokens_per_second"] *= self.args.world_size
+            means = self.figures.means(self.phase.prepares_steps, self.args.world_size)
             logs = {**logs, **means, "skipped_steps": self.guard.skipped}
             if self.state.global_step == self._begun_at:
                 logs.pop("train_loss", None)  # a mean over no step
         super().log(logs, start_time)
 
     def _show(self, batch: MicroBatch) -> None:
+        """Show the rollouts of the first micro-batch of a logging step, where that is asked for."""
         due = self.args.log_completions and self.state.global_step % max(1, int(self.args.logging_steps)) == 0
         if due and batch.result is not None and self.state.global_step != self._shown_at and self.is_world_process_zero():
             self._shown_at = self.state.global_step
             show_completions(
-                self.processing_class, batch.input_ids, batch.result, Path(str(self.args.output_dir)), self.state.global_step,
+                self.processing_class, batch.input_ids, batch.result, self.run_folder, self.state.global_step,
                 self.args.num_completions_to_print, quiet=bool(self.args.disable_tqdm),
             )  # fmt: skip
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The phase's figures on the validation set; of the usual phases: NTP loss, accuracy of the argmax and (expected) of a sampled
-        token, entropy, greedy K-token match, mean cosine."""
+    def evaluate(
+        self,
+        eval_dataset: Dataset | Mapping[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Compute the phase's figures on the validation set, or on each of several by name; of the phases here: NTP loss, accuracy of the
+        argmax and (expected) of a sampled token, entropy, greedy K-token match, mean cosine."""
         given = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(given, Mapping):
             named = [self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}") for name, data in given.items()]
@@ -413,10 +336,9 @@ class ReFINETrainer(Trainer):
         batches = self.validation_batches(given)
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        optimizer: Any = self.optimizer
-        if callable(getattr(optimizer, "eval", None)):
-            optimizer.eval()  # a schedule-free one then shows the weights that it would end with
-        with part("validation"):
+        if callable(show_last := getattr(self.optimizer, "eval", None)):
+            show_last()  # a schedule-free optimizer then shows the weights that it would end with
+        with part("validation", VALIDATION):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)
@@ -430,165 +352,19 @@ class ReFINETrainer(Trainer):
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: validation keeps no predictions."""
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse, since validation keeps no predictions."""
         raise RefineError("predict has no place here: use evaluate, generate(), or `refine-nsp evaluate`")
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether a forward pass needs the other processes, which hold parts of the weights."""
+        """Tell whether a forward pass needs the other processes, which hold parts of the weights."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def validation_batches(self, eval_dataset: Any) -> Iterator[dict[str, Any]]:
-        """This process' share of the validation rows, collated; all of them where the model is sharded, whose processes must run
-        together. Each row is there once, with its index in the set in `_places`: figures are the same on any number of processes."""
-        sets: Any = self.eval_dataset
-        data: Any = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        of, among = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
-        indices, size = range(of, len(data), among), self.args.per_device_eval_batch_size
-        for at in range(0, len(indices), size):
-            chosen = indices[at : at + size]
-            batch = self.data_collator([data[i] for i in chosen])
-            yield {**batch, "_places": [(chosen[example], document) for example, document in places_of(batch)]}
-
-    # --- saving and resuming ------------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; `resume_from_checkpoint=True` takes the last complete checkpoint, and None what `args` say. Ctrl-C and
-        SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside, in a
-        folder inside it.
-
-        Raises:
-            RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.
-        """
-        checkpoint = self._checkpoint_of(resume_from_checkpoint)
-        self._begin(checkpoint)
-        self._last_log = (time.monotonic(), 0)
-        skips = self.args.ignore_data_skip
-        if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint):
-            self.args.ignore_data_skip = True  # it is there already
-        try:
-            with part("optimizer"):  # what else there is in a step; all of the rest names itself
-                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RefineError(
-                f"{str(error).strip().rstrip('.')}: a process that reads data has ended, perhaps for want of memory; resume from the last "
-                "checkpoint, with a smaller dataloader_num_workers (0: no process of its own)"
-            ) from error
-        finally:
-            self.args.ignore_data_skip = skips
-            self.bar.on_train_end(self.args, self.state, self.control)
-            self.stop.restore()
-        self.stop.request.end()
-        return output
-
-    def _checkpoint_of(self, given: Any) -> Path | None:
-        """The checkpoint that `train` is to resume from, whole and made by a run like this one."""
-        given = self.args.resume_from_checkpoint if given is None else given
-        if not given:
-            return None
-        if given is True or given in ("last", "True", "true"):
-            given = last_complete_checkpoint(Path(str(self.args.output_dir)))
-            if given is None:
-                raise RefineError(f"nothing to resume: {self.args.output_dir} has no complete checkpoint")
-        elif (problem := checkpoint_problem(Path(given))) is not None:
-            raise RefineError(f"cannot resume from {given}: {problem}; resume_from_checkpoint=last takes the newest complete one")
-        return Path(given)
-
-    def _begin(self, checkpoint: Path | None) -> None:
-        """Have this run's folder hold this run alone, and what waits in its checkpoint at hand."""
-        folder, early = Path(str(self.args.output_dir)), [] if self._trained_before else self.state.log_history
-        self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
-        self._begun_at, self._pending = 0 if checkpoint is None else step_of(checkpoint), []
-        if checkpoint is not None:
-            check_dealing(checkpoint, self.dealing)
-            check_shards(checkpoint, bool(self.is_fsdp_enabled))
-            check_settings(checkpoint, self._settings)
-            self._restored = load_pending(checkpoint, self.args.process_index, self.dealing, self.args.device)
-        inside = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-        if not inside and self.is_world_process_zero() and (aside := set_aside(folder, early)) is not None:
-            last = next(iter(checkpoints_of(aside)), None)
-            how = f"; to go on with it, resume_from_checkpoint={last}" if last is not None else ""
-            warnings.warn(f"{folder} had an earlier run in it, which is in {aside} now{how}", stacklevel=3)
-        self.accelerator.wait_for_everyone()
-
-    def describe(self, base: str, data: Sequence[str], settings: Mapping[str, Any]) -> None:
-        """What model cards are to say of this run: the model it is trained from, its data, and settings by the names of flags, beside those
-        that the trainer has itself."""
-        self._origin = Origin(base, data, settings)
-
-    def write_card(self, folder: Path, plotted: bool = True) -> None:
-        """The model card of what is saved in a folder: how it came about, and what was logged so far."""
-        model = self.accelerator.unwrap_model(self.model)
-        write_run_card(folder, self.args, self.method, model, self._origin, self._trained_before, plotted)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """That same card where Trainer would write its own over it: on a push to the hub."""
-        if self.is_world_process_zero():
-            self.write_card(Path(str(self.args.output_dir)))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer.save_model, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
-        shards, and has with them what `export_checkpoint` makes a plain folder of."""
-        folder = output_dir if output_dir is not None else str(self.args.output_dir)
-        in_checkpoint = _internal_call and output_dir is not None
-        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            super().save_model(output_dir, _internal_call)
-        elif not in_checkpoint:
-            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-        elif self.args.should_save:
-            for part in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
-                if part is not None:
-                    part.save_pretrained(folder)
-        if self.args.should_save:
-            self.write_card(Path(folder), plotted=not in_checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self._pending and self._pending[0].rollouts is not None:
-                save_pending(folder, self.args.process_index, self._pending)
-            if self.args.should_save:
-                self.dealing.save(folder)
-                save_settings(folder, self._settings)
-                if isinstance(self.train_dataset, Stream):
-                    self.train_dataset.save(folder, self.state.global_step * self.dealing.examples)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # every process has files of its own in it
-            if self.args.should_save:
-                seal(folder)
-        except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError | RuntimeError | SafetensorError):  # each library's own kind for a full disk
-                raise RefineError(f"could not save {folder}: {error}; nothing half-written was left") from error
-            raise
-
-
-def to_batch(inputs: Mapping[str, Any], device: torch.device) -> Batch:
-    """A collated batch, sent to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
-    scores = inputs.get("context_scores")
-    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places")}
-    ids = inputs["input_ids"].to(device, non_blocking=True)
-    return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device, non_blocking=True))
-
-
-def places_of(inputs: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
-    """(example, document) of each row of a collated batch; where a collator does not say, a row is an example."""
-    rows = inputs["input_ids"] if "input_ids" in inputs else inputs["prompts"]
-    return inputs.get("_places", [(i, 0) for i in range(len(rows))])
-
-
-def mean_over_processes(figures: Mapping[str, float]) -> dict[str, float]:
-    """Each figure's mean over the processes that have it; every process must ask for it."""
-    everywhere = gather_object([figures])
-    names = dict.fromkeys(name for own in everywhere for name in own)
-    return {name: mean_of([own[name] for own in everywhere if name in own]) for name in names}
-
-
-def mean_of(values: Sequence[float | Tensor]) -> float:
-    """Mean of numbers and 0-dimensional tensors; the tensors of a log interval are read here, once."""
-    tensors = [v.detach().double() for v in values if isinstance(v, Tensor)]
-    numbers = [float(v) for v in values if not isinstance(v, Tensor)]
-    return (sum(torch.stack(tensors).tolist() if tensors else []) + sum(numbers)) / len(values)
+    def validation_batches(self, data: Dataset | str) -> Iterator[Collated]:
+        """Collate this process' share of the validation rows; all of them where the model is sharded, whose processes must run together."""
+        if isinstance(data, str):
+            assert isinstance(self.eval_dataset, Mapping)
+            data = self.eval_dataset[data]
+        process, processes = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
+        return share_of_batches(data, self.data_collator, self.args.per_device_eval_batch_size, process, processes)

@@ -1,10 +1,8 @@
-"""Validation: next-token figures, and how well K greedy tokens match the text (the NSP measure), at fixed positions."""
+"""Validation measures the prediction of the next token, and how well K greedy tokens match the text, at fixed positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,15 +14,17 @@ from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
+from refine_nsp.training.data import Collated
 
 SEED = 0
 
 
 @torch.no_grad()
-def validate(model: CausalModel, batches: Iterable[dict[str, Any]], config: NSPConfig, device: torch.device) -> dict[str, float]:
-    """Sums over all batches: nll, correct, sampled (expected), entropy over `targets`; match and cosine of greedy tokens over `places`."""
+def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device) -> dict[str, float]:
+    """Sum up over all batches: nll, correct, sampled (expected) and entropy over `targets`; match and cosine of greedy tokens over
+    `places`."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
-    at_random = replace(config, schedule="auto", selection="uniform", draw=None)
+    at_random = config.at_random()
     rows = 0
     for inputs in batches:
         batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
@@ -35,7 +35,7 @@ def validate(model: CausalModel, batches: Iterable[dict[str, Any]], config: NSPC
         sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
-        # The same positions at every validation, whatever stands beside a row.
+        # Positions are the same at every validation, whatever else is in a batch.
         where = inputs.get("_places", [(rows + i, 0) for i in range(len(batch.sizes))])
         rows += len(batch.sizes)
         generators = [generator_of(SEED, *place) for place in where]

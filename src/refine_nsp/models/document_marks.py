@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.packing import Documents
+from refine_nsp.models.documents import Documents
 from refine_nsp.models.padding import Alignment
-from refine_nsp.models.state import FastWeightCache
+from refine_nsp.models.state import FastWeightCache, consumed_tokens
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LONGEST = ("max_length_q", "max_length_k")
@@ -68,7 +68,7 @@ def find_documents(
         begins["seq_idx"] = _by_numbers(numbers, tokens)
     if "position_ids" in given:
         places = _grid("position_ids", given["position_ids"], n_rows, n_tokens)
-        begins["position_ids"] = _by_positions(places, tokens, _consumed(past, n_rows), columns)
+        begins["position_ids"] = _by_positions(places, tokens, consumed_tokens(past, n_rows), columns)
     _agree(begins, tokens)
     documents = Documents.of(real, next(iter(begins.values())) if begins else tokens.begins_row)
     _check_longest(given, documents)
@@ -187,13 +187,6 @@ def _check_cache_position(value: Any, columns: int, n_tokens: int) -> None:
             f"cache_position must count the {n_tokens} columns of the input on from the {columns} that past_key_values have seen, got "
             f"{_some(places)}; it may be left out"
         )
-
-
-def _consumed(past: FastWeightCache | None, n_rows: int) -> Tensor:
-    """[B] long, tokens that each row has consumed before this pass."""
-    if past is None or past.lengths is None:
-        return torch.zeros(n_rows, dtype=torch.long)
-    return past.lengths.repeat_interleave(n_rows // past.batch_size)
 
 
 def _grid(name: str, value: Any, n_rows: int, n_tokens: int) -> Tensor:

@@ -8,21 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.marks import find_documents
+from refine_nsp.models.document_marks import find_documents
+from refine_nsp.models.documents import run_documents
 from refine_nsp.models.outputs import FastWeightModelOutput, check_rows
-from refine_nsp.models.packing import run_documents
 from refine_nsp.models.padding import alignment, snapshot_tokens
 from refine_nsp.models.protocols import Trunk
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.processes import is_sharded
 
 
-def read(
+def run_in_rows(
     trunk: Trunk, x: Tensor, marks: Mapping[str, Any], attention_mask: Tensor | None = None, lengths: Tensor | None = None,
     past: FastWeightCache | None = None, use_cache: bool | None = None, snapshot_positions: Tensor | None = None,
     output_states: bool = False, output_hidden_states: bool | None = None,
 ) -> FastWeightModelOutput:  # fmt: skip
-    """Run a trunk on what its `forward` was given. `marks`: the keywords of `marks.MARKS`, and `cache_position`.
+    """Run a trunk on what its `forward` was given. `marks`: the keywords of `document_marks.MARKS`, and `cache_position`.
 
     Packed documents leave a cache only where one is asked for: the state after the last document of each row.
     """
@@ -50,7 +50,7 @@ def read(
     out.past_key_values = past
     if final is not None:
         cache = past if past is not None else FastWeightCache()
-        cache._become(FastWeightCache(final.layers, final.lengths, cache.columns + T))
+        cache.advance(final.layers, final.lengths, T)
         out.past_key_values = cache
     return out
 

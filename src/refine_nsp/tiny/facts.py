@@ -34,8 +34,8 @@ VALUES = (
 
 
 @dataclass(frozen=True)
-class RecallTokens:
-    """Token ids of the parts of a fact, fixed by the tokenizer."""
+class FactTokens:
+    """The token ids of a fact's parts, which follow from the tokenizer: names and values by their index, and what stands between them."""
 
     names: list[list[int]]
     values: list[list[int]]
@@ -43,7 +43,9 @@ class RecallTokens:
     end: list[int]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> RecallTokens:
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> FactTokens:
+        """Encode all names and values, each with the space before it."""
+
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -52,39 +54,41 @@ class RecallTokens:
 
 @dataclass(frozen=True)
 class Fact:
+    """A name and its two values, as indices into `NAMES` and `VALUES`."""
+
     name: int
     values: tuple[int, int]
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """`count` facts with different names."""
+    """Draw `count` facts with different names."""
     names = rng.sample(range(len(NAMES)), count)
     return [Fact(n, (rng.randrange(len(VALUES)), rng.randrange(len(VALUES)))) for n in names]
 
 
-def question(tokens: RecallTokens, fact: Fact) -> list[int]:
-    """` name =`."""
+def question(tokens: FactTokens, fact: Fact) -> list[int]:
+    """Return the tokens of ` name =`."""
     return tokens.names[fact.name] + tokens.equals
 
 
-def answer(tokens: RecallTokens, fact: Fact) -> list[int]:
-    """` value value`."""
+def answer(tokens: FactTokens, fact: Fact) -> list[int]:
+    """Return the tokens of ` value value`."""
     return tokens.values[fact.values[0]] + tokens.values[fact.values[1]]
 
 
-def statement(tokens: RecallTokens, fact: Fact) -> list[int]:
-    """` name = value value;`."""
+def statement(tokens: FactTokens, fact: Fact) -> list[int]:
+    """Return the tokens of ` name = value value;`."""
     return question(tokens, fact) + answer(tokens, fact) + tokens.end
 
 
 def take_filler(rng: random.Random, filler: Sequence[int], count: int) -> list[int]:
-    """`count` consecutive tokens from a random place."""
+    """Take `count` consecutive tokens from a random place of the filler."""
     start = rng.randrange(max(1, len(filler) - count))
     return list(filler[start : start + count])
 
 
 def scattered(rng: random.Random, parts: Sequence[list[int]], text: Sequence[int]) -> list[int]:
-    """`text` with `parts` set into it, in their order, at random places."""
+    """Set `parts` into the text, in their order, at random places."""
     cuts = sorted(rng.randrange(len(text) + 1) for _ in parts)
     ids: list[int] = []
     for part, start, end in zip(parts, [0, *cuts[:-1]], cuts, strict=True):
@@ -92,10 +96,10 @@ def scattered(rng: random.Random, parts: Sequence[list[int]], text: Sequence[int
     return [*ids, *text[cuts[-1] if cuts else 0 :]]
 
 
-def recall_document(
-    rng: random.Random, tokens: RecallTokens, filler: Sequence[int], length: int, dense: float
+def fact_document(
+    rng: random.Random, tokens: FactTokens, filler: Sequence[int], length: int, dense: float
 ) -> tuple[list[int], list[bool]]:
-    """A document of `length` tokens, and which of them are answers that can be recalled.
+    """Write a document of `length` tokens, and say of each token whether it is an answer that can be recalled.
 
     Args:
         dense: share of the document that is facts and questions rather than filler, 0..1.
@@ -124,16 +128,20 @@ def recall_document(
     return ids[:length], mask[:length]
 
 
-def probe(
-    rng: random.Random, tokens: RecallTokens, filler: Sequence[int], length: int, needles: int
+def fact_probe(
+    rng: random.Random, tokens: FactTokens, filler: Sequence[int], length: int, count: int
 ) -> tuple[list[int], list[int]]:
-    """A prompt of exactly `length` tokens that states `needles` facts in filler and asks for one; and the answer's tokens."""
-    facts = draw_facts(rng, needles)
+    """Write a prompt of exactly `length` tokens that states `count` facts in filler and asks for one; return it and the answer.
+
+    Raises:
+        ValueError: more facts than fit into the prompt.
+    """
+    facts = draw_facts(rng, count)
     asked = rng.choice(facts)
-    needle_ids = [statement(tokens, fact) for fact in facts]
+    statements = [statement(tokens, fact) for fact in facts]
     tail = question(tokens, asked)
-    room = length - len(tail) - sum(map(len, needle_ids))
+    room = length - len(tail) - sum(map(len, statements))
     if room < 0:
-        raise ValueError(f"{needles} needles do not fit into {length} tokens")
+        raise ValueError(f"{count} facts do not fit into {length} tokens")
     hay = take_filler(rng, filler, room)
-    return scattered(rng, needle_ids, hay) + tail, answer(tokens, asked)
+    return scattered(rng, statements, hay) + tail, answer(tokens, asked)

@@ -4,8 +4,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, BambaConfig, Qwen3_5TextConfig
 
-from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
-from refine_nsp.models.hybrid import with_states
+from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM, with_states
 from refine_nsp.training import ReFINEConfig
 
 SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2)

@@ -1,4 +1,4 @@
-"""LoRA adapters for several prompts in one batch: row b of every linear layer's input goes through adapter b.
+"""Several prompts in one batch have LoRA adapters of their own: row b of every linear layer's input goes through adapter b.
 
 PEFT trains one adapter for a whole batch; test-time training wants one per prompt. Rows may be multiples of the prompts (snapshots and
 rollouts are expanded row-major), so row r belongs to prompt r // (rows / B).
@@ -7,19 +7,18 @@ rollouts are expanded row-major), so row r belongs to prompt r // (rows / B).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class BatchLoRA:
-    """One low-rank adapter per prompt on each of the given linear layers: y += (alpha / r) * x A_b B_b.
+    """Give every prompt a low-rank adapter on each of the linear layers: y += (alpha / r) * x A_b B_b.
 
     B starts at 0, so the model starts unchanged (Hu et al., 2021). A is the same for every prompt, drawn from `seed`: a prompt's
-    adaptation does not depend on what stands beside it.
+    adaptation does not depend on what else is in the batch.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], prompts: int, rank: int, alpha: float, seed: int) -> None:
@@ -36,12 +35,12 @@ class BatchLoRA:
             self.up.append(nn.Parameter(layer.weight.new_zeros(prompts, rank, layer.out_features)))
 
     def parameters(self) -> list[nn.Parameter]:
-        """All adapters' tensors, each [B, ...]."""
+        """List all adapters' tensors, each [B, ...]."""
         return [*self.down, *self.up]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The layers with their adapters; without them again afterwards, whatever happened."""
+        """Put the adapters on their layers, and take them off again afterwards, whatever happened."""
         handles = [layer.register_forward_hook(self._hook(i)) for i, layer in enumerate(self.layers)]
         try:
             yield
@@ -49,7 +48,9 @@ class BatchLoRA:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, i: int) -> Any:
+    def _hook(self, i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """Make the hook that adds adapter i to what its layer gives."""
+
         def add(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             if x.shape[0] % self.prompts:

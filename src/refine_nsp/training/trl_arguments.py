@@ -1,5 +1,4 @@
-"""What a trainer is given in other words than its own, as TRL's trainers take it: a model by name, rewards and adapters beside the
-settings, rows of text. Made into the one form that the trainer works with, or refused with the way that there is."""
+"""Convert TRL-style trainer arguments (a model name, reward functions, a PEFT config, rows of text) to ours, or refuse them and say how."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN, tokenize
 
 
 def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardSpec] | None) -> ReFINEConfig:
-    """The settings with other rewards; the caller's stay as they are."""
+    """Return the settings with other rewards; the caller's stay as they are."""
     if reward_funcs is None:
         return args
     if isinstance(reward_funcs, str) or callable(reward_funcs):
@@ -38,12 +37,12 @@ def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardS
 
 
 def model_given(
-    model: nn.Module | str | Path | None, tokenizer: PreTrainedTokenizerBase | None, peft_config: Any, args: ReFINEConfig
+    model: nn.Module | str | Path | None, tokenizer: PreTrainedTokenizerBase | None, peft_config: object, args: ReFINEConfig
 ) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
-    """The model itself, with new adapters where they are asked for, and its tokenizer.
+    """Return the model itself, with new adapters where they are asked for, and its tokenizer.
 
     Raises:
-        RefineError: adapters on adapters: which of them is meant to be trained is not said.
+        RefineError: adapters are asked for on top of adapters, which leaves open which are to be trained.
     """
     if isinstance(model, str | Path):
         adapted = bool(adapters_of(model))
@@ -60,7 +59,7 @@ def model_given(
         raise RefineError(f"peft_config must be PEFT's, such as LoraConfig(target_modules='all-linear'), got {peft_config!r:.60}")
     if adapted:
         raise RefineError(
-            "got peft_config for a model that has adapters: to go on with those leave it out, and give the model as "
+            "got peft_config for a model that has adapters: to train those further leave it out, and give the model as "
             "refine_nsp.models.load.load_adapter(FOLDER) returns it; for new ones merge first (refine-nsp export)"
         )
     adapted_model = new_adapters(cast(nn.Module, model), peft_config, args.seed)
@@ -69,7 +68,7 @@ def model_given(
 
 
 def _say_base(model: Any) -> None:
-    """Warn where the run's folder cannot name the model that its adapters belong on."""
+    """Warn where the run's folder cannot name the model that its adapters belong to."""
     if not any(config.base_model_name_or_path for config in model.peft_config.values()):
         warnings.warn(
             "the model has no name_or_path, so a folder of its adapters cannot say what they belong on: save it, load that folder, and put "
@@ -78,19 +77,16 @@ def _say_base(model: Any) -> None:
         )
 
 
-def tokenized(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> Any:
-    """Rows of text as windows of tokens, cut as `midtrain` does; all else as it is. Of several sets by name, each."""
+def tokenized(data: object, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> object:
+    """Cut rows of text into windows of tokens, as `midtrain` does, in each of several sets by name; return anything else as it is."""
     if isinstance(data, Mapping):
         return {name: tokenized(rows, tokenizer, args) for name, rows in data.items()}
-    columns = data.column_names or [] if isinstance(data, Dataset | IterableDataset) else []
+    if not isinstance(data, Dataset | IterableDataset):
+        return data
+    columns = data.column_names or []
     if TEXT_COLUMN not in columns or TOKENS_COLUMN in columns:
         return data
     if tokenizer is None:
         raise RefineError(f"the dataset has a column {TEXT_COLUMN!r} and no input_ids: give the tokenizer as processing_class")
-    cut: dict[str, Any] = {
-        "column": TEXT_COLUMN,
-        "max_length": args.max_length,
-        "min_length": args.nsp.shortest,
-        "packing": False,
-    }
-    return tokenize(data, tokenizer, keep_columns=wants_columns(args.nsp), **cut)
+    keep = wants_columns(args.nsp)
+    return tokenize(data, tokenizer, TEXT_COLUMN, args.max_length, args.nsp.shortest, packing=False, keep_columns=keep)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refine_nsp.models.keeping import StatesOfPass, in_order
 from refine_nsp.models.outputs import FastWeightModelOutput
-from refine_nsp.models.state import FastWeightCache
+from refine_nsp.models.state import FastWeightCache, StatesOfPass
 
 PADS_PER_TOKEN = 0.25  # of documents that run together, at the most
 
@@ -147,21 +146,21 @@ def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list
 
 @dataclass(frozen=True)
 class PackedStates:
-    """`PrefixStates` of packed rows: states by the columns of the input, each of the document that stands there."""
+    """The states of a pass over packed rows, by the columns of the input, each of the document that stands there."""
 
     documents: Documents
     groups: list[Tensor]
     states: list[StatesOfPass]  # of each group
 
     def at(self, positions: Tensor) -> FastWeightCache:
-        """As `PrefixStates.at`."""
+        """See `StatesOfPass.at`."""
         plans = _wanted(self.groups, *self.documents.tokens_at(positions.cpu()))
         parts = [(p, s.at(p.tokens).index(p.rows)) for p, s in zip(plans, self.states, strict=True) if p is not None]
         return _joined([states for _, states in parts], [plan.slots for plan, _ in parts])
 
 
 def _joined(parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
-    return _rows(in_order(parts, slots), torch.arange(sum(map(len, slots))))
+    return _rows(FastWeightCache.in_order(parts, slots), torch.arange(sum(map(len, slots))))
 
 
 def _rows(states: FastWeightCache, rows: Tensor) -> FastWeightCache:
@@ -203,7 +202,7 @@ def run_documents(
 
     snapshots = final = None
     if asked:
-        taken, n = in_order(parts, slots), len(wanted[0]) - (B if ends else 0)
+        taken, n = FastWeightCache.in_order(parts, slots), len(wanted[0]) - (B if ends else 0)
         snapshots = _rows(taken, torch.arange(n)) if n else None
         final = _rows(taken, torch.arange(n, n + B)) if ends else None
     layers = [out.hidden_states for out in outs]

@@ -8,7 +8,7 @@ import torch
 from benchmarks._timing import peak_resident, resident_bytes
 
 from refine_nsp.training import ReFINETrainer
-from tests.training.measured_models import LARGE, SMALL, arguments, model_of
+from tests.estimate.measured_models import LARGE, SMALL, arguments, model_of
 
 
 def train(name: str, sizes: dict, folder: str) -> None:

@@ -1,24 +1,24 @@
-"""The order of training rows where those of like lengths are to go together, decided by the seed and the epoch alone."""
+"""Training rows of like lengths may go together, in an order that the seed and the epoch alone decide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from refine_nsp.errors import RefineError
 
-TOKENS = ("input_ids", "prompt_ids")  # columns of rows of text, and of prompts
+TOKENS = ("input_ids", "prompt_ids")  # the columns that hold the tokens of text, and of prompts
 
 
 class ByLength(Sampler[int]):
-    """Rows shuffled, then sorted by length within stretches of many steps, as transformers does; a resumed run has the same order.
+    """Shuffle rows, then sort them by length within stretches of many steps, as transformers does; a resumed run has the same order.
 
     Args:
-        lengths: of the rows, in tokens. examples: of an optimizer step, which are to have like lengths.
+        lengths: tokens of each row. examples: how many make an optimizer step, which are to have like lengths.
     """
 
     def __init__(self, lengths: Sequence[int], examples: int, seed: int) -> None:
@@ -32,15 +32,15 @@ class ByLength(Sampler[int]):
         return iter(get_length_grouped_indices(list(self.lengths), self.examples, generator=generator))
 
     def set_epoch(self, epoch: int) -> None:
-        """Have another order in every epoch."""
+        """Set the epoch, each of which has another order."""
         self.epoch = epoch
 
 
-def lengths_of(data: Any, column: str) -> list[int]:
-    """Tokens of each row: by a column that says it, or counted.
+def lengths_of(data: Dataset, column: str) -> list[int]:
+    """Count the tokens of each row, or read them from a column that says it.
 
     Raises:
-        RefineError: no such column, or rows without tokens.
+        RefineError: the column is missing, or rows have no tokens.
     """
     names = getattr(data, "column_names", None) or []
     if column in names:

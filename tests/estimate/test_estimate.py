@@ -15,25 +15,17 @@ from refine_nsp.cli import main
 from refine_nsp.commands.estimate import Patience, notes_of
 from refine_nsp.commands.shared import ModelArguments, with_adapters
 from refine_nsp.errors import RefineError
+from refine_nsp.estimate import small_steps
+from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.few_layers import Blueprint, few_layers, kinds_of_layers, layer_kinds
+from refine_nsp.estimate.memory_and_time import device_named, dtype_of, estimate
+from refine_nsp.estimate.shapes import ShapesOnly
+from refine_nsp.estimate.small_steps import FLOPS, extrapolate, measure_step
 from refine_nsp.models.load import load_config
 from refine_nsp.training import ReFINEConfig
-from refine_nsp.training import estimate as module
-from refine_nsp.training.estimate import (
-    FLOPS,
-    device_named,
-    dtype_of,
-    estimate,
-    few_layers,
-    kinds_of_layers,
-    layer_kinds,
-    measure_step,
-    on_meta,
-)
-from refine_nsp.training.shapes import ShapesOnly
-from refine_nsp.training.simulation import counted, extrapolate
+from tests.estimate import measured_models
 from tests.models.families import build
 from tests.models.transformers_models import CONFIGS, skip_if_old
-from tests.training import measured_models
 
 WINDOWS = {"window_size": 32, "lact_chunk_size": 32}
 NTP = {"objective": "ntp"}
@@ -66,7 +58,7 @@ def test_straight_lines_are_followed():
 
 
 def peak_of(config, args, shapes=None, **sizes):
-    figures = measure_step(config, args, args.objective, torch.float32, None, shapes=shapes, **sizes)
+    figures = measure_step(Blueprint(config, torch.float32), args, args.objective, shapes=shapes, **sizes)
     flops = figures.pop(FLOPS)
     return max(figures.values()), flops
 
@@ -85,7 +77,7 @@ def config_named(name):
 def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings):
     """To the byte, but where positions are drawn: prefixes are then as long as it happens, and in short texts that counts."""
     config, args = config_named(name), arguments(200, **settings)
-    skip_if_old(on_meta(config, torch.float32, None))
+    skip_if_old(Blueprint(config, torch.float32).on_meta())
     computed, shaped = (peak_of(config, args, shapes, tokens=200) for shapes in (None, ShapesOnly()))
     assert shaped == (pytest.approx(computed, rel=0.25) if settings.get("preset") == "mid_training" else computed)
 
@@ -93,10 +85,10 @@ def test_a_step_run_for_its_shapes_needs_what_a_computed_one_does(name, settings
 @pytest.mark.parametrize("name", ["delta_net", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_5", "bamba"))])
 def test_a_training_measured(name):
     """Within 15 % of what the process takes: weights, optimizer, gradients and activations."""
-    skip_if_old(on_meta(measured_models.config_of(name, measured_models.SMALL), torch.float32, None))
+    skip_if_old(Blueprint(measured_models.config_of(name, measured_models.SMALL), torch.float32).on_meta())
     # Freed memory goes back at once, so that what is resident is what is held.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.training.measured_job", name]
+    command = [sys.executable, "-m", "tests.estimate.measured_job", name]
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=600
     )
@@ -124,7 +116,7 @@ def test_a_model_of_more_layers_and_tokens_than_are_counted(family, settings):
 @pytest.mark.parametrize("name", ["qwen3_5", "bamba"])
 def test_a_hybrid_of_more_layers_and_tokens_than_are_counted(name):
     config = measured_models.config_of(name, measured_models.SMALL | {"num_hidden_layers": 6})
-    skip_if_old(on_meta(config, torch.float32, None))
+    skip_if_old(Blueprint(config, torch.float32).on_meta())
     args = arguments(1500, **NTP)
     found, (peak, flops) = estimate(config, args), peak_of(config, args, tokens=1500)
     assert found.activations == pytest.approx(peak, rel=0.15)
@@ -164,9 +156,9 @@ def test_layers_that_differ():
     for name, few, more in (
         ("qwen3_next", [0, 1], {2: 1}), ("bamba", [0, 1], {2: 1}), ("nemotron_h", [0, 1, 2, 3], {}), ("llama", [0], {1: 1}),
     ):  # fmt: skip
-        model = on_meta(CONFIGS[name](), torch.float32, None)
+        blueprint = Blueprint(CONFIGS[name](), torch.float32)
+        model, kept = blueprint.on_meta(), blueprint.on_meta(few[-1:])
         assert few_layers(kinds_of_layers(model)) == (few, more)
-        kept = on_meta(CONFIGS[name](), torch.float32, None, few[-1:])
         assert layer_kinds(kept.config) == layer_kinds(model.config)[few[-1] : few[-1] + 1]
 
 
@@ -201,7 +193,7 @@ def test_what_cannot_be_counted_is_named(capsys, monkeypatch):
     def fails(*args, **kwargs):
         raise NotImplementedError("no rule for aten::strange")
 
-    monkeypatch.setattr(module, "measure_step", fails)
+    monkeypatch.setattr(small_steps, "measure_step", fails)
     assert main(["estimate", "refine-nsp/tiny-delta-net", "--max_length", "256", "--device", "rtx4090"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "optimizer state" in out and "in all without activations" in out and "seconds a step" not in out

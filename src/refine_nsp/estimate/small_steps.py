@@ -1,0 +1,141 @@
+"""Count small steps of a training and follow them up to its size.
+
+A step of a layer of each kind, or two, and of few tokens, twice as many of each, is run for its shapes; the straight line through both is
+followed up to the model's own sizes, because between two layers, two tokens or two sequences nothing but their number differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+
+from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.few_layers import Blueprint, few_layers
+from refine_nsp.estimate.shapes import ShapesOnly, allocate
+from refine_nsp.models.adapters import without_adapters
+from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.nsp.context import TOKENS_AT_ONCE
+from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.seeds import generator_of
+from refine_nsp.ops.linear_cross_entropy import block_tokens
+from refine_nsp.ops.memory import part
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.phases import PHASES, MicroBatch
+
+Figures = dict[str, float]  # peak bytes by part of the step, and flops
+FLOPS = "flops"
+TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
+SEGMENT_TOKENS, SEGMENTS = (
+    (256, 512),
+    2,
+)  # where there are segments: the tokens of one; the least number of them, and twice as many
+
+
+def count_steps(
+    blueprint: Blueprint, args: ReFINEConfig, kinds: Sequence[Hashable], progress: Callable[[str], None]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the bytes at their peak and the flops of a micro-batch: of the run's objective, and of the cross-entropy alone."""
+    shapes, numbers = ShapesOnly(), itertools.count(1)
+    sizes, corners = sizes_of(args, blueprint.config.get_text_config(decoder=True).vocab_size)
+    few, more = few_layers(kinds)
+    objectives = list(dict.fromkeys((args.objective, "ntp")))
+    corner_count = 2 ** sum(value > corners[name][1] for name, value in sizes.items())
+    steps = len(objectives) * corner_count * (1 + len(more))
+
+    def run(objective: str, layers: Sequence[int], given: Mapping[str, int]) -> Figures:
+        progress(f"counting small step {next(numbers)} of {steps}: {objective}, {len(layers)} layers")
+        return measure_step(blueprint, args, objective, layers, shapes, **given)
+
+    def all_layers(objective: str, **given: int) -> Figures:
+        least = run(objective, few, given)
+        total = dict(least)
+        for layer, times in more.items():
+            for name, value in run(objective, sorted([*few, layer]), given).items():
+                total[name] = total.get(name, 0.0) + times * (value - least.get(name, 0.0))
+        return total
+
+    found = []
+    for objective in objectives:
+        figures = extrapolate(partial(all_layers, objective), sizes, corners)
+        flops = figures.pop(FLOPS)
+        found.append((max(figures.values()), flops))
+    return found[0], found[-1]
+
+
+def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Return a run's sizes by name, and the two smaller values that each is counted at."""
+    nsp, T = args.nsp, args.max_length
+    sizes, corners = {"rows": args.per_device_train_batch_size}, {"rows": (1, 2)}
+    online = args.phase.reads_scores and args.context_scores == "online"
+    # From this length on blocks of tokens are full, and the next block is made before the last one is gone.
+    full = max(2 * block_tokens(vocabulary, torch.device("cpu")), TOKENS_AT_ONCE["cpu"] if online else 0)
+    if nsp.segment_tokens is None or nsp.segment_tokens >= T:
+        least = max(TOKENS, full, args.phase.shortest + nsp.positions_per_sequence)
+        return sizes | {"tokens": T}, corners | {"tokens": (least, 2 * least)}
+    segments, least = -(-T // nsp.segment_tokens), max(SEGMENTS, -(-full // SEGMENT_TOKENS[0]))
+    return (
+        sizes | {"segment": nsp.segment_tokens, "segments": segments},
+        corners | {"segment": SEGMENT_TOKENS, "segments": (least, 2 * least)},
+    )
+
+
+def extrapolate(measure: Callable[..., Figures], at: Mapping[str, int], corners: Mapping[str, tuple[int, int]]) -> Figures:
+    """Find each figure of `measure(**sizes)` at the sizes `at` from its values at all corners.
+
+    Args:
+        at: sizes by name. corners: two smaller values for each; figures are linear in each size that is beyond its upper corner, and a size
+            that is not is measured as it is.
+    """
+    far = [name for name, value in at.items() if value > corners[name][1]]
+    near = {name: value for name, value in at.items() if name not in far}
+    total: Figures = {}
+    for ends in itertools.product((0, 1), repeat=len(far)):
+        sizes = {name: corners[name][end] for name, end in zip(far, ends, strict=True)}
+        weight = 1.0
+        for name, end in zip(far, ends, strict=True):
+            low, high = corners[name]
+            share = (at[name] - low) / (high - low)
+            weight *= share if end else 1 - share
+        for name, value in measure(**near, **sizes).items():
+            total[name] = total.get(name, 0.0) + weight * value
+    return total
+
+
+def measure_step(
+    blueprint: Blueprint, args: ReFINEConfig, objective: str, layers: Sequence[int] | None = None, shapes: ShapesOnly | None = None,
+    rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0,
+) -> Figures:  # fmt: skip
+    """Measure one micro-batch's forward and backward pass, computed, or run for its `shapes`.
+
+    Returns:
+        The peak of bytes beyond the weights and what was there before, by part of the step; and flops.
+    """
+    torch.manual_seed(0)
+    built = blueprint.build(layers) if shapes is None else allocate(blueprint.on_meta(layers))
+    if args.gradient_checkpointing:
+        built.gradient_checkpointing_enable()
+    if args.gradient_accumulation_steps > 1:  # gradients of earlier micro-batches are there
+        for p in built.parameters():
+            p.grad = (torch.zeros_like if shapes is None else torch.empty_like)(p) if p.requires_grad else None
+    model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
+    phase = PHASES[objective](args.nsp if not segment else replace(args.nsp, segment_tokens=segment))
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
+    scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
+    batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
+    autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
+    with shapes or nullcontext(), counted() as counter, autocast:
+        model.eval()
+        with torch.no_grad():
+            phase.prepare(lambda step: step(model), [batch])  # type: ignore[arg-type]
+        model.train()
+        batch.totals = {name: count or 1.0 for name, count in phase.count(batch).items()}
+        loss = phase.loss(model, batch)[0]
+        with part("backward"):
+            loss.backward()
+    return {**counter.peaks, FLOPS: counter.flops}

@@ -1,0 +1,140 @@
+"""The settings of an evaluation: which tasks there are, by name, and which task reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refine_nsp.errors import RefineError, closest
+from refine_nsp.evaluation import likelihood, longbench
+from refine_nsp.evaluation.text_metrics import MATCHES
+from refine_nsp.fields import Reader, check_read, setting
+from refine_nsp.prompts import ruler
+
+GROUPS = {
+    "ruler": ruler.TASKS,
+    "niah": tuple(ruler.NEEDLES),
+    "longbench": longbench.PAPER_TASKS,
+    "longbench_14": tuple(longbench.TASKS),
+    "short_context": tuple(likelihood.TASKS),
+    "documents": ("ntp", "continuation"),
+}
+NAMES = (*ruler.TASKS, *longbench.TASKS, *likelihood.TASKS, *GROUPS["documents"], "prompts")
+PROTOCOLS = ("standard", "published")
+
+
+# Who reads settings of an evaluation: the tasks that are asked for.
+def resolved(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of tasks, those of a group in its place."""
+    return tuple(dict.fromkeys(name for task in tasks for name in GROUPS.get(task, (task,))))
+
+
+def any_of(*names: str, words: str = "") -> Reader:
+    """Make the condition that at least one of these tasks is asked for; `words` name them all."""
+    return Reader(f"the task {words or ' or '.join(names)}", lambda a: not set(names).isdisjoint(resolved(a.tasks)))
+
+
+RULER = any_of(*ruler.TASKS, words="ruler, or one of it")
+NEEDLES = any_of(*ruler.NEEDLES, words="niah, or one of it")
+ESSAYS = any_of(*(n for n, needles in ruler.NEEDLES.items() if needles.haystack == "essay"), words="niah, with needles in essays")
+LONGBENCH = any_of(*longbench.TASKS, words="longbench, or one of it")
+PROMPTS = any_of("prompts")
+DOCUMENTS = any_of("ntp", "continuation")
+TEXT = Reader("documents or essays", lambda a: DOCUMENTS(a) or (ESSAYS(a) and a.essays is not None))
+ANSWERED = any_of(*ruler.TASKS, *longbench.TASKS, "prompts", words="ruler, longbench or prompts")
+AS_PAPER = any_of(*ruler.QA_TASKS, *longbench.TASKS, "prompts", words=f"{' or '.join(ruler.QA_TASKS)} or longbench or prompts")
+STANDARD = Reader("protocol='standard'", lambda a: a.protocol == "standard")
+DRAWN = Reader(
+    "prompts that are generated (ruler), continuation, lm_eval's tasks, or protocol='published'",
+    lambda a: RULER(a) or any_of("continuation")(a) or not STANDARD(a) or any(name.startswith("lm_eval:") for name in a.tasks),
+)
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate on, and how.
+
+    Attributes:
+        tasks: names or groups (`ruler`, `niah`, `longbench`, `longbench_14`, `short_context`, `documents`, `prompts`), or
+            `lm_eval:NAME` for any task of lm-eval.
+        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (prompts without BOS, sampled at
+            temperature 1 among the 50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
+        lengths: RULER: prompt and answer together, in tokens.
+        samples: RULER: examples per task and length.
+        depths: RULER: fixed depths (0..1) of the needle asked for, each with `samples` examples; default: random.
+        essays: RULER: haystack text (file, folder, hub name); default: Python's reference documentation.
+        squad, hotpotqa: RULER qa_1 and qa_2: questions on documents (json as published, jsonl, parquet, hub name).
+        longbench: LongBench's rows: a folder of its files, or a data set of the hub.
+        prompts: a file of ready-made prompts and answers.
+        prompts_metric: `any_match`, `fraction_match`, `f1` or `exact_match`, the main figure of ready-made prompts.
+        prompts_budget: tokens to generate where the file does not say.
+        documents: text for `ntp` and `continuation` (file, folder, glob, hub name).
+        text_column: its column.
+        document_tokens: tokens taken from each document (0: all).
+        window: `ntp`: windows of so many tokens, half of each only read (0: the whole document, state carried on).
+        bucket: `ntp`: figures by position, in so many tokens.
+        short_context: folder with piqa.jsonl, arc_easy.jsonl, ...
+        limit: at most so many examples per task (0: all).
+        max_prompt_tokens: longer prompts lose their middle, by the published protocol their end (0: no limit).
+        batch_tokens: prompt tokens per batch: bounds the memory.
+        seed: of generated prompts and of sampling.
+        num_proc: processes that build RULER prompts.
+    """
+
+    tasks: list[str] = setting(default_factory=list, common=True)
+    protocol: str = setting("standard", read_by=AS_PAPER, common=True)
+    lengths: list[int] = setting(default_factory=lambda: [4096], read_by=RULER, common=True)
+    samples: int = setting(100, read_by=RULER, common=True)
+    depths: list[float] | None = setting(None, read_by=NEEDLES, common=True)
+    essays: str | None = setting(None, read_by=ESSAYS, common=True)
+    squad: str | None = setting(None, read_by=any_of("qa_1"), common=True)
+    hotpotqa: str | None = setting(None, read_by=any_of("qa_2"), common=True)
+    longbench: str | None = setting(longbench.HUB_NAME, read_by=LONGBENCH, common=True)
+    prompts: str | None = setting(None, read_by=PROMPTS, common=True)
+    prompts_metric: str = setting("any_match", read_by=PROMPTS & STANDARD, common=True)
+    prompts_budget: int = setting(32, read_by=PROMPTS & STANDARD)
+    documents: str | None = setting(None, read_by=DOCUMENTS, common=True)
+    text_column: str = setting("text", read_by=TEXT)
+    document_tokens: int = setting(0, read_by=DOCUMENTS)
+    window: int = setting(0, read_by=DOCUMENTS)
+    bucket: int = setting(1024, read_by=any_of("ntp"))
+    short_context: str | None = setting(None, read_by=any_of(*likelihood.TASKS, words="short_context"), common=True)
+    limit: int = setting(0, common=True)
+    max_prompt_tokens: int = setting(0, read_by=ANSWERED, common=True)
+    batch_tokens: int = setting(16384, common=True)
+    seed: int = setting(42, read_by=DRAWN, common=True)
+    num_proc: int = setting(1, read_by=RULER, common=True)
+
+    def __post_init__(self) -> None:
+        if self.tasks:
+            self.names()
+            check_read(self)
+
+    def check(self) -> None:
+        """RefineError for a value that cannot be meant."""
+        if not self.tasks:
+            raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
+        if self.protocol not in PROTOCOLS:
+            raise RefineError(
+                f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}"
+            )
+        if self.prompts_metric not in MATCHES:
+            raise RefineError(f"prompts_metric={self.prompts_metric!r} is not one of {', '.join(MATCHES)}")
+        for name in ("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"):
+            if getattr(self, name) < 1:
+                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("limit", "max_prompt_tokens", "document_tokens", "window"):
+            if getattr(self, name) < 0:
+                raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
+
+        if self.window == 1:
+            raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
+
+    def names(self) -> list[str]:
+        """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
+        for name in self.tasks:
+            if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
+                raise RefineError(
+                    f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
+                )
+        return list(resolved(self.tasks))

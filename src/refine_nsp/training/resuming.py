@@ -1,0 +1,167 @@
+"""Runs are saved whole and resumed exactly: a resumed run is the uninterrupted one, or it is refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import TrainOutput
+
+from refine_nsp.errors import RefineError
+from refine_nsp.ops.memory import part
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.callbacks import ProgressCallback, StopCallback
+from refine_nsp.training.cards import Origin, told_of
+from refine_nsp.training.checkpoints import Checkpoint
+from refine_nsp.training.dealing import Dealing
+from refine_nsp.training.pending_rollouts import load_pending, save_pending
+from refine_nsp.training.phases import MicroBatch, Phase
+from refine_nsp.training.remedies import TRAINING
+from refine_nsp.training.run_folder import RunFolder
+from refine_nsp.training.run_settings import check_settings, model_of, save_settings, settings_of
+from refine_nsp.training.step_figures import StepFigures
+from refine_nsp.training.stream import Stream
+
+
+class ResumingTrainer(Trainer):
+    """Begin, save and resume runs in their folder; a subclass says what a step does.
+
+    Attributes:
+        phase: what is learned. figures: figures of the steps since the last log.
+    """
+
+    model: nn.Module
+    args: ReFINEConfig
+    processing_class: PreTrainedTokenizerBase | None
+    phase: Phase
+    bar: ProgressCallback
+    stop: StopCallback
+
+    def __init__(self, model: nn.Module | None, args: ReFINEConfig, **kwargs: Any) -> None:
+        with part("loading"):
+            super().__init__(model=model, args=args, **kwargs)
+        self.figures = StepFigures()
+        self._pending: list[MicroBatch] = []  # drawn and prepared for later steps
+        self._restored: list[MicroBatch] | None = None  # what waited in the checkpoint that is resumed from
+        self._begun_at = 0  # the step of that checkpoint
+        self._model_in_words = model_of(self.model)
+        self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
+        self._trained_before = False
+        self._settings: dict[str, object] = {}
+
+    @property
+    def method(self) -> dict[str, object]:
+        """Return the settings of `NSPConfig` that this run's weights depend on, by name."""
+        return self.phase.settings
+
+    @property
+    def dealing(self) -> Dealing:
+        """Return how this run deals the examples of an optimizer step out."""
+        w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
+        return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
+
+    def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint, and None means what `args` say.
+
+        Ctrl-C and SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside,
+        in a folder inside it.
+
+        Raises:
+            RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.
+        """
+        given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = self.run_folder.to_resume(given)
+        self._begin(checkpoint)
+        self.figures.restart_clock()
+        skips = self.args.ignore_data_skip
+        if checkpoint is not None and isinstance(self.train_dataset, Stream) and self.train_dataset.load(checkpoint.path):
+            self.args.ignore_data_skip = True  # the stream begins there by itself
+        try:
+            with part("optimizer", TRAINING):  # the other parts of a step name themselves
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RefineError(
+                f"{str(error).strip().rstrip('.')}: a process that reads data has ended, perhaps for want of memory; resume from the last "
+                "checkpoint, with a smaller dataloader_num_workers (0: no process of its own)"
+            ) from error
+        finally:
+            self.args.ignore_data_skip = skips
+            self.bar.on_train_end(self.args, self.state, self.control)
+            self.stop.restore()
+        self.stop.request.end()
+        return output
+
+    def _begin(self, checkpoint: Checkpoint | None) -> None:
+        """Refuse a checkpoint of a run unlike this one, take up what waits in it, and have the run's folder hold this run alone."""
+        early = [] if self._trained_before else self.state.log_history
+        self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
+        self._begun_at, self._pending = 0, []
+        if checkpoint is not None:
+            self._begun_at = checkpoint.step
+            self.dealing.check(checkpoint.path)
+            checkpoint.check_shards(bool(self.is_fsdp_enabled))
+            check_settings(checkpoint, self._settings)
+            self._restored = load_pending(checkpoint.path, self.args.process_index, self.dealing, self.args.device)
+        if self.is_world_process_zero():
+            self.run_folder.begin(checkpoint, early)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """Return the folder that the run is kept in, `output_dir`."""
+        return RunFolder(Path(str(self.args.output_dir)))
+
+    def describe(self, base: str, data: Sequence[str], settings: Mapping[str, object]) -> None:
+        """Tell model cards of this run what the trainer does not know: the model it is trained from, its data, and further settings by the
+        names of flags."""
+        self._origin = Origin(base, data, settings)
+
+    def write_card(self, folder: Path, plotted: bool = True) -> None:
+        """Write the model card of what is saved in a folder: how it came about, and what was logged so far."""
+        model = self.accelerator.unwrap_model(self.model)
+        adapters = getattr(model, "peft_config", {})
+        settings = told_of(self.args, self.method, self._origin.settings.get("preset"), adapters)
+        tags = [model.config.model_type, str(self.args.objective)]
+        self.run_folder.write_card(folder, self._origin, settings, tags, self.args.seed, self._trained_before, plotted)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write that same card where Trainer would write its own over it, on a push to the hub."""
+        if self.is_world_process_zero():
+            self.write_card(self.run_folder.path)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as Trainer does, with a model card. A model in shards is gathered and written as a plain folder too; a checkpoint keeps its
+        shards, and with them what `export_checkpoint` needs to make a plain folder."""
+        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        in_checkpoint = _internal_call and output_dir is not None
+        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)
+        elif not in_checkpoint:
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            for described in (self.accelerator.unwrap_model(self.model).config, self.processing_class):
+                if described is not None:
+                    described.save_pretrained(folder)
+        if self.args.should_save:
+            self.write_card(Path(folder), plotted=not in_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Save a checkpoint that is sealed when it is whole, or leave none."""
+        checkpoint = self.run_folder.checkpoint(self.state.global_step)
+        with checkpoint.whole_or_not_at_all():
+            if self._pending and self._pending[0].rollouts is not None:
+                save_pending(checkpoint.path, self.args.process_index, self._pending)
+            if self.args.should_save:
+                self.dealing.save(checkpoint.path)
+                save_settings(checkpoint.path, self._settings)
+                if isinstance(self.train_dataset, Stream):
+                    self.train_dataset.save(checkpoint.path, self.state.global_step * self.dealing.examples)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process has files of its own in it
+            if self.args.should_save:
+                checkpoint.seal()

@@ -1,0 +1,94 @@
+"""A checkpoint keeps the settings that its weights depend on, and a run with others is not resumed from it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import nn
+from transformers import TrainingArguments
+
+from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
+from refine_nsp.fields import is_known, live, told
+from refine_nsp.files import write_atomically
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.checkpoints import Checkpoint
+
+SETTINGS_FILE = "settings.json"
+# These schedules know no last step.
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+EXAMPLES = 16  # so many examples of the training data are compared
+
+
+def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data: object) -> dict[str, Any]:
+    """List what the weights of a run depend on, by the names of flags, as plain values.
+
+    Args:
+        method: the fields of `NSPConfig` that the run's phase reads, with their values.
+        model: see `model_of`.
+        data: the training data; see `data_of`.
+    """
+    theirs = {f.name for f in fields(TrainingArguments)}
+    # A user's subclass may have fields of its own, of which nothing is said.
+    of_a_subclass = {f.name for f in fields(args) if f.name not in theirs and not is_known(f)}
+    compared = ({*told(type(args), "resume")} & live(args)) | of_a_subclass
+    settings = {name: getattr(args, name) for name in sorted(compared)}
+    settings["max_steps"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    settings |= {name: method[name] for name in told(NSPConfig, "resume") if name in method}
+    settings |= {"model": model, "training_data": data_of(data)}
+    return dict(json.loads(json.dumps(settings, default=str)))
+
+
+def model_of(model: nn.Module) -> str:
+    """Name a model by its kind and size, since a checkpoint of another would be loaded in part, in silence."""
+    kind = model(step=lambda m: m.config.model_type)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{kind}, {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters trained"
+
+
+def data_of(data: object) -> str | None:
+    """Name the training data by content: their number, and a checksum of some; None where they cannot be looked up."""
+    if not isinstance(data, datasets.Dataset):
+        return None
+    columns = [name for name in data.column_names if name != "context_scores"]
+    some = data.select_columns(columns).select(range(0, len(data), max(1, len(data) // EXAMPLES)))
+    text = json.dumps([some[i] for i in range(len(some))], sort_keys=True, default=str)
+    return f"{len(data)} examples ({zlib.crc32(text.encode()):08x})"
+
+
+def save_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write the settings into a checkpoint's folder, so that a resumed run can compare them."""
+    write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+
+
+def check_settings(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other settings, or has made more steps than there are to be. Another number of steps will do
+    where the learning rate's schedule does not depend on it.
+
+    Raises:
+        RefineError: the settings by name, with their values then and now, and what to do.
+    """
+    done = checkpoint.step
+    if isinstance(own["max_steps"], int) and done > own["max_steps"]:
+        raise RefineError(f"{checkpoint} has made {done} steps, more than max_steps={own['max_steps']}")
+    path = checkpoint.path / SETTINGS_FILE
+    if not path.exists():  # another program made the checkpoint
+        return
+    made = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in made if name in own and made[name] != own[name]]
+    follows = own["lr_scheduler_type"] not in ENDLESS or (own["lr_scheduler_type"] != "constant" and 0 < own["warmup_steps"] < 1)
+    if not follows:
+        changed = [name for name in changed if name != "max_steps"]
+    if changed:
+        why = f" (lr_scheduler_type={own['lr_scheduler_type']} follows it)" if "max_steps" in changed else ""
+        shown = "; ".join(f"{name} was {made[name]!r}, now {own[name]!r}" for name in changed)
+        raise RefineError(
+            f"{checkpoint} was made with other settings: {shown}{why}. Resume with those it was made with, or begin a new run: in "
+            f"another output_dir, or from its weights (model_name_or_path={checkpoint})"
+        )

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 from refine_nsp.cli import main
 from refine_nsp.commands import NAMES
-from refine_nsp.commands.parser import commands
+from refine_nsp.commands.command_line import commands
 from refine_nsp.progress import step_progress
 from tests.models.families import build
 

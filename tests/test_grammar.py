@@ -10,8 +10,8 @@ from typing import Literal
 import pytest
 
 from refine_nsp.commands import NAMES
+from refine_nsp.commands.command_line import TABLE, commands
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import TABLE, commands
 from refine_nsp.commands.table import as_text, table
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError

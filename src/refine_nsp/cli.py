@@ -18,7 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from refine_nsp.commands.parser import HELP, commands, overview, parse, refuse
+from refine_nsp.commands.command_line import commands, refuse
+from refine_nsp.commands.help import HELP, overview
+from refine_nsp.commands.parser import parse
 from refine_nsp.environment import keep_freed_memory, wait_without_spinning
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from refine_nsp.errors import RefineError
 
 # What a setting holds once it was read from a file or a command line.
-Value = bool | int | float | str | list[Any] | dict[str, Any] | None
+Value: TypeAlias = "bool | int | float | str | list[Value] | dict[str, Value] | None"
 
 KINDS = {str: "text", int: "int", float: "number", bool: "bool", NoneType: "none", dict: "mapping", Path: "path", Any: "other"}
 # How messages call the kinds; text is what is left.
@@ -56,7 +56,7 @@ class Accepted:
         wanted = {NoneType: ("none",), int: ("int", "number"), float: ("number",), dict: ("mapping",)}.get(type(value), ())
         return any(kind in self.kinds for kind in wanted)
 
-    def meant(self, name: str, value: Any) -> Any:
+    def meant(self, name: str, value: object) -> Any:
         """Return a value as its setting wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML.
 
         Raises:
@@ -76,7 +76,7 @@ class Accepted:
         return _plain_values(value) if isinstance(value, dict) else value
 
 
-def accepted(hint: Any) -> Accepted:
+def accepted(hint: object) -> Accepted:
     """Return what a field accepts, by its annotation."""
     kinds: list[str] = []
     choices: list[str] = []
@@ -105,7 +105,7 @@ def accepted(hint: Any) -> Accepted:
     return Accepted(tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(choices)))
 
 
-def as_meant(name: str, value: Any, hint: Any) -> Any:
+def as_meant(name: str, value: object, hint: object) -> Any:
     """Return a value as a field of this annotation wants it (see `Accepted.meant`)."""
     return accepted(hint).meant(name, value)
 
@@ -128,7 +128,7 @@ def _from_text(name: str, text: str, kinds: tuple[str, ...]) -> Value:
     raise RefineError(f"{name} is {text!r}; expected {wanted}")
 
 
-def _plain_values(value: Any) -> Any:
+def _plain_values(value: object) -> object:
     """Return a mapping with numbers and truth values where text says them, as YAML leaves `1e-5`."""
     if isinstance(value, dict):
         return {key: _plain_values(inner) for key, inner in value.items()}
@@ -145,7 +145,8 @@ def word_reader(accepts: Accepted) -> Callable[[str], Value]:
     kind = next((k for k in ("text", "choice", "path", "int", "number", "bool") if k in kinds), "text")
     if "number" in kinds and kind == "int":
         kind = "number"
-    make: Any = {"int": int, "number": float, "bool": _truth}.get(kind, str)
+    makers: dict[str, Callable[[str], Value]] = {"int": int, "number": float, "bool": _truth}
+    make = makers.get(kind, str)
     may_be_none = "none" in kinds and not {"text", "path"} & {*kinds} and "none" not in accepts.choices
 
     def read(word: str) -> Value:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.evaluation.run import read_results, read_settings
 from refine_nsp.files import write_atomically
 from refine_nsp.report import html

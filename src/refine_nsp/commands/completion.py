@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import shtab
 
+from refine_nsp.commands.command_line import Call, Flag, commands
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call, Flag, commands
 
 
 @dataclass
@@ -46,8 +46,8 @@ def whole_parser() -> argparse.ArgumentParser:
     for name, line in commands().items():
         command = parsers.add_parser(name, help=_text(line.summary), conflict_handler="resolve")
         for head, text in line.own.items():
-            taking: dict[str, Any] = {} if " " in head else {"action": "store_true"}
-            _complete_files(command.add_argument(f"--{head.split()[0]}", help=_text(text), **taking), " " in head)
+            action = "store" if " " in head else "store_true"
+            _complete_files(command.add_argument(f"--{head.split()[0]}", help=_text(text), action=action), " " in head)
         command.add_argument("--help_all", action="store_true", help="Show all flags.")
         for flag in line.flags.values():
             _add(command, flag)
@@ -56,14 +56,13 @@ def whole_parser() -> argparse.ArgumentParser:
 
 def _add(command: argparse.ArgumentParser, flag: Flag) -> None:
     """Add a flag in one of its two spellings, and the word without a flag that may stand for it."""
-    told: dict[str, Any] = {"help": _text(flag.help), "choices": flag.choices or None}
-    several: dict[str, Any] = {"nargs": "+"} if flag.repeated else {}
-    optional: dict[str, Any] = {} if flag.required or flag.repeated else {"nargs": "?"}
+    text, choices, several = _text(flag.help), flag.choices or None, "+" if flag.repeated else None
     if flag.positional:
-        _complete_files(command.add_argument(flag.name, **told, **several, **optional), flag.file)
+        nargs = several if flag.required or flag.repeated else "?"
+        _complete_files(command.add_argument(flag.name, help=text, choices=choices, nargs=nargs), flag.file)
     if not flag.in_files and not (flag.positional and flag.required):
-        several = {"nargs": "?"} if flag.bare else several
-        _complete_files(command.add_argument(f"--{flag.name}", **told, **several), flag.file)
+        nargs = "?" if flag.bare else several
+        _complete_files(command.add_argument(f"--{flag.name}", help=text, choices=choices, nargs=nargs), flag.file)
 
 
 def _complete_files(action: argparse.Action, names_a_file: bool) -> None:

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import MODEL, ModelArguments, with_adapters
 from refine_nsp.config import NSPConfig
 from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate

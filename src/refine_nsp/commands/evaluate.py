@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, check_unused, test_time_trainer
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.arguments import EvaluationArguments
@@ -75,7 +75,7 @@ def run(
     adapter, together = test_time_trainer(model, ttt, test_time)
     context = Context(model, tokenizer, arguments.batch_tokens, adapter, together)
     config = call.resolved()
-    settings = {k: v for k, v in config.items() if k not in FREE}
+    settings: dict[str, object] = {k: v for k, v in config.items() if k not in FREE}
     settings["weights"] = float(sum(p.detach().double().sum() for p in model.parameters()))
     results = evaluate(tasks, context, out, settings)
     if not process_state().is_main_process:

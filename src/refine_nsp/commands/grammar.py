@@ -13,16 +13,20 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
-from refine_nsp.commands.parser import Call, command_line, method_of, parse
+from refine_nsp.commands.command_line import Call, command_line
+from refine_nsp.commands.parser import method_of, parse
 from refine_nsp.config import PRESETS, NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import ALWAYS, default_of
 from refine_nsp.values import Value, accepted
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Text that names a file or folder although its type does not say so.
 FILES = set(
@@ -44,7 +48,7 @@ class Settings:
         nsp: how the field `nsp` of the dataclass is shown, where it has one.
     """
 
-    cls: Any
+    cls: type[DataclassInstance]
     group: str = "flags"
     prefix: str = ""
     skip: tuple[str, ...] = ()
@@ -61,12 +65,12 @@ class Settings:
         """These settings, and those of their field `nsp`."""
         return [self, self.nsp] if self.nsp is not None else [self]
 
-    def flags(self) -> dict[str, Field[Any]]:
+    def flags(self) -> dict[str, Field[object]]:
         """Return the fields by the names of their flags."""
         shown = [f for f in fields(self.cls) if f.init and f.name not in (*self.skip, "nsp")]
         return {self.prefix + f.name: f for f in shown}
 
-    def rows(self, positional: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def rows(self, positional: Sequence[str]) -> dict[str, dict[str, object]]:
         """Return the table's row of every flag (`parser.Flag`)."""
         hints, docs = get_type_hints(self.cls), described(self.cls)
         # Where no field says whether it is common, all are.
@@ -97,7 +101,7 @@ class Settings:
             )  # fmt: skip
         return rows
 
-    def fill(self, given: dict[str, Any]) -> Any:
+    def fill(self, given: Mapping[str, Value]) -> object:
         """Return the dataclass with the values that were given by flags, files and presets; its own defaults serve for the others."""
         if self.is_method:
             return method_of(given, self.prefix)
@@ -105,8 +109,9 @@ class Settings:
         values = {f.name: _typed(given[flag], hints[f.name]) for flag, f in self.flags().items() if flag in given}
         if self.nsp is not None:
             values["nsp"] = self.nsp.fill(given)
+        make: Callable[..., object] = self.cls
         try:
-            return self.cls(**values)
+            return make(**values)
         except RefineError:
             raise
         except Exception as error:  # transformers refuses its Trainer's settings in its own words
@@ -134,7 +139,7 @@ class Command:
     fixed: dict[str, Value] = field(default_factory=dict)
     dry_run: bool = False
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return the command's row of the table (`parser.CommandLine`)."""
         parts = [part for settings in self.settings for part in settings.parts]
         rows = {flag: row for part in parts for flag, row in part.rows(self.positional).items()}
@@ -151,11 +156,11 @@ class Command:
             "flags": first | rows,
         }
 
-    def fill(self, call: Call) -> tuple[Any, ...]:
+    def fill(self, call: Call) -> tuple[object, ...]:
         """Return the filled dataclasses of a call."""
         return tuple(settings.fill(call.given) for settings in self.settings)
 
-    def call(self, argv: Sequence[str], name: str = "COMMAND") -> tuple[Call, tuple[Any, ...]]:
+    def call(self, argv: Sequence[str], name: str = "COMMAND") -> tuple[Call, tuple[object, ...]]:
         """Read a command line by the declaration itself, without the table; returns the call and the filled dataclasses."""
         call = parse(command_line(name, self.row()), argv)
         return call, self.fill(call)
@@ -180,12 +185,12 @@ def _is_foreign(cls: type, name: str) -> bool:
     return declaring.__module__.startswith("transformers.")
 
 
-def _row(**told: Any) -> dict[str, Any]:
+def _row(**told: object) -> dict[str, object]:
     """Leave out of a row what is usual."""
     return {name: value for name, value in told.items() if value or (name == "default" and value is not None)}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a default as JSON has it."""
     if isinstance(value, enum.Enum):
         return value.value
@@ -194,9 +199,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _typed(value: Any, hint: Any) -> Any:
+def _typed(value: Value, hint: object) -> object:
     """Return a plain value as its field has it: paths are text until here."""
     kinds = accepted(hint).kinds
     if "path" in kinds and value is not None:
-        return Path(value)
-    return [Path(item) for item in value] if "list of path" in kinds else value
+        return Path(str(value))
+    return [Path(str(item)) for item in value] if isinstance(value, list) and "list of path" in kinds else value

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, read_text
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.tiny.quickstart import quickstart, settings
 
 

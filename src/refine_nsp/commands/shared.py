@@ -10,8 +10,8 @@ from typing import Literal, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting

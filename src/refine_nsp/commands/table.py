@@ -11,8 +11,8 @@ from importlib.metadata import version
 from typing import Any
 
 from refine_nsp.commands import NAMES
+from refine_nsp.commands.command_line import TABLE
 from refine_nsp.commands.grammar import Command
-from refine_nsp.commands.parser import TABLE
 from refine_nsp.files import write_atomically
 
 

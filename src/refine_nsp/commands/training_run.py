@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from refine_nsp.commands.parser import Call
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.shared import ModelArguments
 from refine_nsp.config import check_choice
 from refine_nsp.environment import environment
@@ -28,6 +28,7 @@ from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.run_folder import RunFolder
+from refine_nsp.values import Value
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -71,14 +72,14 @@ def train_and_save(
 class SettingsWriter(TrainerCallback):
     """Write settings and environment into the run's folder, once it is known to be this run's."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Value]) -> None:
         self.config = config
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Do so in the main process."""
         if state.is_world_process_zero:
             out = Path(str(args.output_dir))
-            write_atomically(out / "config.yaml", yaml.safe_dump(self.config, sort_keys=True))
+            write_atomically(out / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=True))
             write_atomically(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.parser import Call
 from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, load_to_answer, read_text
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import setting

@@ -1,4 +1,4 @@
-"""Timing on a noisy machine: candidates take turns in one run, and ratios of medians are what is reported."""
+"""Time candidates on a noisy machine: they take turns in one run, and ratios of medians are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 
 def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each candidate, taken in turn `rounds` times after `warm_up` uncounted rounds."""
+    """Time each candidate in seconds, in turn, `rounds` times after `warm_up` uncounted rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds + warm_up):
         for name, run in candidates.items():
@@ -34,13 +34,13 @@ def alternate(candidates: Mapping[str, Callable[[], object]], rounds: int, warm_
 
 
 def ratio(a: list[float], b: list[float]) -> str:
-    """median(a/b) pair by pair, with the least and greatest pair."""
+    """Return the median of a/b, pair by pair, with the least and the greatest pair."""
     pairs = sorted(x / y for x, y in zip(a, b, strict=True))
     return f"{statistics.median(pairs):.2f} ({pairs[0]:.2f}-{pairs[-1]:.2f})"
 
 
 def matmul_peak(threads: int, size: int = 1536, rounds: int = 7) -> float:
-    """Best float32 matrix-product rate of this machine, FLOP/s."""
+    """Measure this machine's best rate of float32 matrix products, in FLOP/s."""
     torch.set_num_threads(threads)
     a, b = torch.randn(size, size), torch.randn(size, size)
     times = alternate({"mm": lambda: a @ b}, rounds)["mm"]
@@ -48,7 +48,7 @@ def matmul_peak(threads: int, size: int = 1536, rounds: int = 7) -> float:
 
 
 def delta_net_12m() -> DeltaNetForCausalLM:
-    """The model of these benchmarks: DeltaNet, 12.2 M parameters (6 layers of 384, 6 heads of 64, vocabulary 4096, tied)."""
+    """Build the DeltaNet of these benchmarks: 12.2 M parameters (6 layers of 384, 6 heads of 64, vocabulary 4096, tied)."""
     from refine_nsp.models import DeltaNetConfig, DeltaNetForCausalLM
 
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024, 
 
 
 def model_of(family: str) -> FastWeightForCausalLM:
-    """About 12 M parameters of each family."""
+    """Build a model of about 12 M parameters of a family."""
     from refine_nsp.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM, LaCTConfig, LaCTForCausalLM
 
     if family == "delta_net":
@@ -73,13 +73,13 @@ def model_of(family: str) -> FastWeightForCausalLM:
 
 
 def resident_bytes() -> int:
-    """Memory that the process has now (Linux)."""
+    """Return the resident memory of this process, in bytes (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
 def peak_resident(every_seconds: float = 0.005) -> Iterator[Callable[[], int]]:
-    """Watch the process inside the block; what is given returns the most that it had."""
+    """Watch the memory of the process inside the block; the function that is given returns its peak."""
     seen, done = [resident_bytes()], threading.Event()
 
     def watch() -> None:

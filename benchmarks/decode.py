@@ -1,4 +1,4 @@
-"""Time and state memory per decoded token as the context grows from 1 k to 64 k tokens: both are flat."""
+"""Measure the time of a decoded token and the memory of the state as the context grows from 1 k to 64 k tokens: both are flat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward + backward of the (gated) delta rule against transformers' torch_chunk_gated_delta_rule, on the same tensors, in one run."""
+"""Time forward and backward of the (gated) delta rule against transformers' torch_chunk_gated_delta_rule, on the same tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure(T: int, D: int, gated: bool, rounds: int) -> None:
 
 
 def profile(T: int, D: int, gated: bool, rounds: int = 5) -> None:
-    """Where the time goes: share of each kind of operation."""
+    """Print the share of the time that each kind of operation takes."""
     q, k, v, beta, g = inputs(T, D, gated)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
         for _ in range(rounds):

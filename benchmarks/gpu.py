@@ -1,9 +1,11 @@
-"""Steps of full-size models with random weights on a GPU: tokens per second, share of the matmul peak, time relative to a next-token
-step of the same model and of flash-linear-attention's own, peak memory, and how often the host waits for the device.
+"""Measure steps of full-size models with random weights on a GPU.
 
-A step is forward, loss and backward in bfloat16, without optimizer. Candidates take turns. Lengths of `CHECKPOINTED` tokens and more run
-with gradient checkpointing, all candidates alike. What is measured is written model by model and length by length, so that a run that is
-stopped leaves what it had. `--device cpu --tiny` tries the script anywhere; `--profile` says which kernels take the time.
+For each step it prints tokens per second, the share of the matmul peak, the time relative to a next-token step of the same model and of
+flash-linear-attention's own model, the peak memory, and how often the host waits for the device.
+
+A step is forward, loss and backward in bfloat16, without an optimizer. Candidates take turns. At lengths of `CHECKPOINTED` tokens and
+more, all candidates run with gradient checkpointing. Figures are written model by model and length by length, so that a run that is stopped
+leaves those it had. `--device cpu --tiny` tries the script anywhere; `--profile` says which kernels take the time.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Figures:
-    """One candidate at one length. seconds: every round; tokens_per_second, relative: of medians, pair by pair; None: not measured."""
+    """Hold the figures of one candidate at one length: seconds of every round, and the rest from medians; None: not measured."""
 
     model: str
     tokens: int
@@ -94,7 +96,7 @@ def model_of(name: str, tiny: bool, device: torch.device) -> Any:
 
 
 def theirs_of(name: str, tiny: bool, device: torch.device) -> Any:
-    """flash-linear-attention's model of the same shape, with the head's loss in blocks, or None where there is none."""
+    """Build flash-linear-attention's model of the same shape, with the head's loss in blocks; None where there is none."""
     if name != "delta_net" or chosen().name != "fla":
         return None
     from fla.models import DeltaNetConfig as Config
@@ -106,7 +108,7 @@ def theirs_of(name: str, tiny: bool, device: torch.device) -> Any:
 
 
 def steps_of(model: Any, theirs: Any, ids: torch.Tensor) -> dict[str, Step]:
-    """The candidates on ids [1, T] long, P 8, K 5."""
+    """Make the candidates on ids [1, T] long, with P 8 and K 5."""
     batch = Batch.of(ids)
     scores = torch.rand(ids.shape, device=ids.device)
 
@@ -133,7 +135,7 @@ def steps_of(model: Any, theirs: Any, ids: torch.Tensor) -> dict[str, Step]:
 
 
 def waiting(device: torch.device, step: Step) -> Step:
-    """With everything asked of the device done."""
+    """Wrap a step so that it returns only when the device has finished it."""
 
     def run() -> None:
         step()
@@ -152,7 +154,7 @@ def peak_gib(device: torch.device, step: Step) -> float | None:
 
 
 def waits_of(device: torch.device, step: Step) -> int | None:
-    """How often the host waited in a step, as torch reports it."""
+    """Count how often the host waits in a step, as torch reports it."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -168,7 +170,7 @@ def waits_of(device: torch.device, step: Step) -> int | None:
 
 @contextmanager
 def fitting(where: str):
-    """Says what did not fit, and goes on."""
+    """Print that a candidate did not fit into memory, and continue with the next."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -177,7 +179,7 @@ def fitting(where: str):
 
 
 def profiled(device: torch.device, step: Step) -> str:
-    """A step's kernels, the longest first."""
+    """List a step's kernels, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as profile:
         waiting(device, step)()
@@ -186,7 +188,7 @@ def profiled(device: torch.device, step: Step) -> str:
 
 
 def matmul_peak(device: torch.device, size: int) -> float:
-    """Best rate of one large product in bfloat16, FLOP/s."""
+    """Measure the best rate of one large product in bfloat16, in FLOP/s."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = alternate({"mm": waiting(device, lambda: torch.mm(a, b))}, 20, warm_up=5)["mm"]
     return 2 * size**3 / min(times)
@@ -249,7 +251,7 @@ def tables_of(figures: list[Figures], title: str) -> list[Table]:
 
 
 def try_few(count: int) -> None:
-    """From now on a kernel is tuned over at most `count` of its configurations, spread over its list."""
+    """Tune kernels from now on over at most `count` of their configurations, spread over the list."""
     from triton.runtime.autotuner import Autotuner
 
     every = Autotuner.prune_configs

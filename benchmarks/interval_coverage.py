@@ -1,4 +1,4 @@
-"""How often 95 % intervals of few examples cover the truth: ours, and percentiles of resampled means (docs/evaluation.md).
+"""Measure how often 95 % intervals of few examples cover the truth: ours, and percentiles of resampled means (docs/evaluation.md).
 
 python benchmarks/interval_coverage.py --draws 3000
 """
@@ -26,14 +26,14 @@ KINDS: dict[str, tuple[Draw, float]] = {
 
 
 def percentiles(rng: np.random.Generator, x: Array, w: Array, resamples: int = 1000) -> tuple[float, float]:
-    """The interval of resampled (weighted) means."""
+    """Compute the interval of resampled (weighted) means."""
     rows = rng.integers(0, len(x), (resamples, len(x)))
     low, high = np.percentile((w[rows] * x[rows]).sum(1) / w[rows].sum(1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def coverage(draw: Draw, truth: float, n: int, draws: int, weighted: bool = False) -> tuple[float, float]:
-    """Shares of draws of n examples whose intervals hold the truth: ours, and percentiles'."""
+    """Return the shares of draws of n examples whose intervals hold the truth, for our intervals and for percentiles."""
     rng, ours, theirs = np.random.default_rng(0), 0, 0
     for _ in range(draws):
         x, w = draw(rng, n), rng.lognormal(size=n) if weighted else np.ones(n)

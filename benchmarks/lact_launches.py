@@ -1,5 +1,7 @@
-"""How many operations an update of LaCT's fast weights takes, a chunk and layer: on a GPU each is a launch. Counted on a CPU, from the
-difference between ten chunks and six."""
+"""Count the operations that an update of LaCT's fast weights takes for a chunk and a layer; on a GPU each is a launch.
+
+They are counted on a CPU, from the difference between ten chunks and six.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ FREE = set(
 
 
 def operations(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Those of torch that compute and call no other that does; and what `run` returned."""
+    """Count the torch operations that compute and call no other that does, and return what `run` returned."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         result = run()
 
@@ -35,7 +37,7 @@ def operations(run: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def step(muon: bool, chunks: int) -> tuple[int, int]:
-    """Operations of a forward and a backward pass over so many chunks, in bfloat16."""
+    """Count the operations of a forward and a backward pass over so many chunks, in bfloat16."""
     torch.manual_seed(0)
     model = LaCTForCausalLM(LaCTConfig(**SIZES, lact_chunk_size=CHUNK, window_size=CHUNK, use_muon=muon)).to(torch.bfloat16)
     ids = torch.randint(0, SIZES["vocab_size"], (1, CHUNK * chunks))

@@ -1,8 +1,8 @@
-"""A long sequence in one piece and by segments: peak memory of a process beyond its model, counted bytes beside it, and seconds.
+"""Measure a long sequence in one piece and by segments: the peak memory beyond the model, the bytes that `estimate` counts, and seconds.
 
     python benchmarks/long_context.py [--lengths 8192 32768 131072] [--segment_tokens 4096] [--longest_whole 32768]
 
-One NTP step (forward and backward) of the shipped DeltaNet on one thread, each in a process of its own.
+Each measurement is one NTP step (forward and backward) of the shipped DeltaNet on one thread, in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SETTLE_TOKENS = 1024  # of a first step, after which the process has what it nee
 
 
 def measure(length: int, segment: int) -> dict[str, float]:
-    """Resident bytes beyond those before the step, at their peak, and seconds of the step."""
+    """Return the peak of resident bytes beyond those before the step, and the seconds of the step."""
     from refine_nsp import NSPConfig, load
+    from refine_nsp.estimate.counter import counted
     from refine_nsp.nsp.records import Batch
     from refine_nsp.training.phases import MicroBatch, NextToken
-    from refine_nsp.estimate.counter import counted
 
     torch.set_num_threads(1)
     model = load("refine-nsp/tiny-delta-net")[0].train()

@@ -1,15 +1,14 @@
-"""The study: what each objective does to the shipped bases, by a test decided beforehand, with its controls; writes docs/results.md.
+"""Run the study of what each objective does to the shipped bases, by a test decided beforehand, with its controls; write docs/results.md.
 
     python benchmarks/paper_tables.py --scale medium --squad squad.jsonl --hotpotqa hotpotqa.jsonl --essays essays.jsonl \
         --novels novels.parquet
 
-What is tested is in benchmarks/study/plan.md. Resumable: run it again and only what is missing is done; figures of finished jobs are
-taken from one packed file and added to it (--records benchmarks/study/records/medium.json.gz), and models are trained again where only
-their figures were kept. Without the files, questions are on
-paragraphs of the standard library, and what needs novels is left out. With a GPU: --device cuda --workers N, for the processors that
-measure beside it. On several machines: the same command with --shard 1/3, 2/3, 3/3 on each; when one says that others' jobs are missing,
-gather the folders `jobs` of all in each and run it again. --so_far writes the tables
-of what is complete, once the test is.
+The test is described in benchmarks/study/plan.md. A second run does only what is missing: figures of finished jobs are taken from one
+packed file and added to it (--records benchmarks/study/records/medium.json.gz), and models are trained again where only their figures were
+kept. Without the files, questions are on paragraphs of the standard library, and measurements on novels are left out. With a GPU, give
+--device cuda and --workers N, so that processors measure meanwhile. On several machines, run the same command with --shard 1/3, 2/3 and
+3/3; when one says that jobs of others are missing, gather the folders `jobs` of all machines on each and run it again. --so_far writes the
+tables that are complete, once the test is.
 """
 
 from __future__ import annotations

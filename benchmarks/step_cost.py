@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a ReFINE step, sampled in its schedules and in closed form, relative to an NTP step, in one run."""
+"""Measure wall time and peak memory of a ReFINE step, by each schedule and in closed form, relative to an NTP step, in one run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refine_step(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, 
 
 
 def closed_form_step(model: FastWeightForCausalLM, ids: torch.Tensor, K: int, cached: bool) -> None:
-    """The closed form over all tokens, K tokens each; its context scores from the step's own local pass, or given."""
+    """Make a step in closed form over all tokens, with K tokens each; context scores come from the step's own local pass or are given."""
     config = NSPConfig.preset("expected", rollout_length=K)
     scores = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) if cached else None
     ReFINEStep(model, config)(ids, scores=scores).loss.backward()
@@ -46,7 +46,7 @@ def closed_form_step(model: FastWeightForCausalLM, ids: torch.Tensor, K: int, ca
 
 
 def run_of(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, N: int, selection: str) -> Callable[[], None]:
-    """One step on ids [B, T] long, to be called."""
+    """Return a function that makes one step on ids [B, T] long."""
     if schedule == "ntp":
         return lambda: ntp_step(model, ids)
     if schedule in CLOSED_FORM:
@@ -55,13 +55,13 @@ def run_of(model: FastWeightForCausalLM, ids: torch.Tensor, schedule: str, N: in
 
 
 def peak_megabytes(family: str, T: int, schedule: str, N: int, selection: str) -> float:
-    """Peak resident memory of a fresh process that makes two steps, less that of one that only builds the model."""
+    """Measure the peak resident memory of a fresh process that makes two steps, less that of one that only builds the model."""
     command = [sys.executable, __file__, "--child", family, str(T), schedule, str(N), selection]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def high_water_kilobytes() -> int:
-    """Peak resident memory of this process. `ru_maxrss` would do elsewhere, but on Linux a child inherits its parent's."""
+    """Return the peak resident memory of this process. `ru_maxrss` would not do: on Linux a child inherits its parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
@@ -98,7 +98,7 @@ def measure(
 
 
 def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
-    """Where the snapshot schedule's time goes (N=1): what its first pass adds is what it costs over `fused`."""
+    """Time the parts of the snapshot schedule (N=1): its first pass is what it costs more than `fused`."""
     model, ids = model_of(family), torch.randint(0, 4096, (1, T), generator=torch.Generator().manual_seed(1))
     step = ReFINEStep(model, NSPConfig(schedule="snapshot", reward_funcs="hybrid", selection=selection))
     batch = Batch.of(ids)

@@ -1,4 +1,4 @@
-"""ReFINE on a hybrid of transformers: gated delta-rule layers beside full attention, loaded from a folder.
+"""Take a step of ReFINE on a hybrid of transformers, with gated delta-rule layers next to full attention, loaded from a folder.
 
     python examples/hybrid.py
 

@@ -1,8 +1,8 @@
-"""Test-time training on a long document: read its first part, adapt to it, and see what that changes for the rest.
+"""Adapt a model to the first part of a long document at test time, and see what that changes for the rest.
 
     python examples/long_document.py my_document.txt
 
-Draws the loss of the rest, place by place, before and after (runs/long_document.svg). The weights are restored bit by bit.
+It draws the loss of the rest, place by place, before and after (runs/long_document.svg). The weights are restored bit by bit.
 """
 
 import argparse
@@ -26,7 +26,7 @@ options = parser.parse_args()
 
 @torch.no_grad()
 def loss_by_token(model, ids, start):
-    """Nats of each token of ids [1, T] from `start` on, all before it read."""
+    """Return the loss of each token of ids [1, T] from `start` on, in nats, given all tokens before it."""
     logits = model(ids, use_cache=False).logits[0, start - 1 : -1]
     return F.cross_entropy(logits.float(), ids[0, start:], reduction="none")
 

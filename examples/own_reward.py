@@ -2,7 +2,7 @@
 
     python examples/own_reward.py
 
-A reward is a function of what it names: token ids of rollouts and truths [R, K], hidden states, prefixes, columns of the dataset.
+A reward is called with the arguments that it names: token ids of rollouts and truths [R, K], hidden states, prefixes, dataset columns.
 """
 
 import argparse
@@ -20,12 +20,12 @@ options = parser.parse_args()
 
 
 def right_tokens_anywhere(*, completion_ids, truth_ids, **_):
-    """1 for a token of the rollout that occurs in the truth, in whatever order. [R, K]; the library averages over K."""
+    """Return 1 for each token of the rollout that occurs anywhere in the truth, [R, K]; the library averages over K."""
     return (completion_ids[:, :, None] == truth_ids[:, None, :]).any(-1).float()
 
 
 def is_code(*, completion_ids, language, **_):
-    """A column of the dataset, a value for each of the R rollouts: here documents count by what they are. [R]"""
+    """Reward rollouts by a column of the dataset, which has a value for each of them: here by what their document is, [R]."""
     return completion_ids.new_tensor([1.0 if name == "python" else 0.0 for name in language], dtype=float)
 
 

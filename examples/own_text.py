@@ -2,7 +2,7 @@
 
     python examples/own_text.py my_text.txt
 
-Without a file it takes the reference documentation that comes with Python. About a minute on a laptop.
+Without a file it takes the reference documentation that comes with Python. It takes about a minute on a laptop.
 """
 
 import argparse

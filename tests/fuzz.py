@@ -559,8 +559,9 @@ def folders(case: Case) -> list[str]:
 def pretraining(case: Case) -> list[str]:
     """A file of settings of `pretrain`, as far as a dry run goes."""
     good = {
-        "family": "delta_net",
-        "tokens_per_step": 2048,
+        "model_type": "delta_net",
+        "max_length": 2048,
+        "warmup_steps": 2,
         "learning_rate": 0.001,
         "seed": 0,
         "output_dir": str(case.folder / "run"),

@@ -1,4 +1,4 @@
-"""Objectives that only the study needs: what the closed form is compared with."""
+"""Define objectives that only the study needs, as controls of the closed form."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from refine_nsp.training.phases import MicroBatch, NextToken
 
 
 class LongCE(NextToken):
-    """Cross-entropy, a token weighing how much likelier the far context makes it: min(p(x | all before) / p(x | last W), gamma).
+    """Weigh the cross-entropy of a token by how much likelier far context makes it: min(p(x | all before) / p(x | last W), gamma).
 
-    As Fang et al. (2024, arXiv 2410.23771) weigh it, except that a token that far context makes less likely weighs 1, not less.
+    Fang et al. (2024, arXiv 2410.23771) weigh it so, except that here a token that far context makes less likely weighs 1, not less.
     """
 
     def __init__(self, config: NSPConfig, gamma: float) -> None:

@@ -1,4 +1,4 @@
-"""The jobs of the study: each trains or loads one model, measures it, and leaves one json file, so that nothing is done twice."""
+"""Run the jobs of the study: each trains or loads one model, measures it, and leaves one json file, so that nothing is done twice."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Study:
         return Path(self.out, "jobs", f"{job.name}.json")
 
     def done(self, kind: str, *arguments: Any) -> bool:
-        """Whether a job has left its figures."""
+        """Tell whether a job has left its figures."""
         return self.path(Job(kind, arguments)).exists()
 
     def result(self, job: Job) -> Figures:
-        """Figures of a finished job."""
+        """Read the figures of a finished job."""
         return json.loads(self.path(job).read_text(encoding="utf-8"))
 
 
@@ -73,12 +73,12 @@ class Job:
 
 
 def plain(name: Any) -> str:
-    """As part of a file's name."""
+    """Write a value as part of a file's name."""
     return str(name).replace(" ", "_").replace(",", "")
 
 
 def run(study: Study, job: Job) -> Figures:
-    """Run a job, or read what it left before."""
+    """Run a job, or read the figures that it left before."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     keep_freed_memory()
@@ -91,18 +91,18 @@ def run(study: Study, job: Job) -> Figures:
 
 @lru_cache(maxsize=2)
 def material_of(study: Study) -> m.Material:
-    """All bases have one tokenizer: it is trained on the same text."""
+    """Prepare the texts. One serves all bases, since they share a tokenizer, trained on the same text."""
     return m.prepare(study.scale, load_tokenizer(BASES[MAIN]), study.files)
 
 
 @lru_cache(maxsize=2)
 def ruler_of(study: Study, seed: int) -> list[Task]:
-    """Other prompts for every seed of training, the same for its arms."""
+    """Build RULER's prompts: other ones for every seed of training, the same for all its arms."""
     return m.ruler_tasks(study.scale, load_tokenizer(BASES[MAIN]), study.files, seed)
 
 
 def keep(model: FastWeightForCausalLM, folder: Path) -> None:
-    """Save the weights, all or none of them."""
+    """Save the weights, whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -116,7 +116,7 @@ def keep(model: FastWeightForCausalLM, folder: Path) -> None:
 def mid_train(
     study: Study, family: str, arm: str, chosen: dict[str, float], seed: int, steps: int, out: Path
 ) -> tuple[FastWeightForCausalLM, float]:
-    """A base trained as an arm with chosen settings, and the seconds it took, context scores included."""
+    """Train a base as an arm with chosen settings; return it and the seconds it took, context scores included."""
     s, material, settings = study.scale, material_of(study), dict(chosen)
     gamma = settings.pop("gamma", None)
     args = ReFINEConfig(
@@ -136,7 +136,7 @@ def mid_train(
 
 
 def trial(study: Study, arm: str, index: int) -> Figures:
-    """A short mid-training with one combination of an arm's grid, measured on the choosing set."""
+    """Mid-train shortly with one combination of an arm's grid, and measure it on the choosing set."""
     s, material, settings = study.scale, material_of(study), ARMS[arm].trials[index]
     out = study.folder("training", "trial", arm, index)
     model, seconds = mid_train(study, MAIN, arm, settings, m.TRIAL_SEED, s.trial_steps, out)
@@ -151,8 +151,10 @@ def trial(study: Study, arm: str, index: int) -> Figures:
 
 
 def chosen(study: Study, arm: str) -> dict[str, float]:
-    """Of an arm's trials that cost no more text loss than NTP's best one and `TEXT_LIMIT`, the one with the most right tokens of
-    answers; if there is none, the one with the least text loss."""
+    """Choose an arm's trial with the most right tokens of answers, among those within `TEXT_LIMIT` of NTP's best text loss.
+
+    If there is none, choose the one with the least text loss.
+    """
 
     def trials(name: str) -> list[Figures]:
         return [study.result(Job("trial", (name, i))) for i in range(len(ARMS[name].trials))]
@@ -164,14 +166,14 @@ def chosen(study: Study, arm: str) -> dict[str, float]:
 
 
 def far(study: Study, family: str) -> Figures:
-    """Tokens whose prediction by the untouched base depends most on far context, by set of windows: no arm chooses its own exam."""
+    """Find the tokens whose prediction by the untouched base depends most on far context, so that no arm chooses its own exam."""
     model, windows = load(BASES[family])[0].eval(), material_of(study).windows
     W = NSPConfig().local_window
     return {name: measuring.far_tokens(model, windows[name], W) for name in ("report", "novels") if name in windows}
 
 
 def measure(study: Study, family: str, model: FastWeightForCausalLM, seed: int) -> Figures:
-    """Figures of a base or a mid-trained model. At temperature 1, and at the best of `TEMPERATURES`, found on the choosing set."""
+    """Measure a base or a mid-trained model at temperature 1, and at the best of `TEMPERATURES`, found on the choosing set."""
     s, material = study.scale, material_of(study)
     windows, where = material.windows, study.result(Job("far", (family,)))
     text_t = measuring.best_text_temperature(model, windows["choose"])
@@ -191,7 +193,7 @@ def measure(study: Study, family: str, model: FastWeightForCausalLM, seed: int) 
 
 
 def base(study: Study, family: str, seed: int) -> Figures:
-    """The untouched base on a seed's prompts."""
+    """Measure the untouched base on a seed's prompts."""
     figures = measure(study, family, load(BASES[family])[0].eval(), seed)
     return (
         figures
@@ -201,8 +203,10 @@ def base(study: Study, family: str, seed: int) -> Figures:
 
 
 def cost(study: Study, family: str) -> Figures:
-    """Processor seconds of a few steps of NTP and of `expected`, the scores of their rows included, by turns in one process: jobs may run
-    on different machines, whose times do not compare."""
+    """Measure processor seconds of a few steps of NTP and of `expected`, the scores of their rows included, by turns in one process.
+
+    Jobs may run on different machines, whose times do not compare.
+    """
     steps, seconds = min(COST_STEPS, study.scale.trial_steps), {NTP: [], EXPECTED: []}
     for turn in range(COST_TURNS):  # rows of their own in every turn: known scores would cost nothing
         for arm, times in seconds.items():
@@ -227,7 +231,7 @@ def mid(study: Study, family: str, arm: str, seed: int) -> Figures:
 
 
 def mid_model(study: Study, family: str, arm: str, seed: int) -> FastWeightForCausalLM:
-    """The model of a finished job, trained again where only its figures were kept."""
+    """Load the model of a finished job, or train it again where only its figures were kept."""
     folder = study.folder("models", "mid", family, arm, seed)
     if not folder.exists():
         done = study.result(Job("mid", (family, arm, seed)))
@@ -237,7 +241,7 @@ def mid_model(study: Study, family: str, arm: str, seed: int) -> FastWeightForCa
 
 
 def sharpen(study: Study, family: str, arm: str, seed: int) -> Figures:
-    """An arm with its temperature changed until its entropy on held-out text is that of the closed form's."""
+    """Measure an arm at the temperature at which its entropy on held-out text is that of the closed form."""
     s, material = study.scale, material_of(study)
     wanted = study.result(Job("mid", (family, EXPECTED, seed)))["choose_entropy"]
     model = mid_model(study, family, arm, seed).eval()
@@ -251,7 +255,7 @@ def sharpen(study: Study, family: str, arm: str, seed: int) -> Figures:
 
 
 def post_rows(study: Study, seed: int) -> Dataset:
-    """Prompts and answers of one seed, the same for all arms."""
+    """Build the prompts and answers of one seed, the same for all arms."""
     s, material = study.scale, material_of(study)
     per_source = -(-s.post_steps * s.post_prompts // len(material.paragraphs))
     asked = [q for name in material.paragraphs for q in m.questions(material, "train", name, s.post_length, per_source, seed + 1)]
@@ -265,7 +269,7 @@ def post_rows(study: Study, seed: int) -> Dataset:
 def post_train(
     study: Study, model: FastWeightForCausalLM, seed: int, variant: str, steps: int, out: Path
 ) -> tuple[FastWeightForCausalLM, float]:
-    """A model after post-training, and the seconds that took."""
+    """Post-train a model; return it and the seconds that took."""
     s, material = study.scale, material_of(study)
     args = PostTrainingConfig(
         output_dir=str(out), max_steps=steps,
@@ -281,7 +285,7 @@ def post_train(
 
 
 def post_trained(study: Study, start: str, seed: int, variant: str) -> tuple[FastWeightForCausalLM, float]:
-    """A mid-trained model after post-training, which is kept, and the seconds that took."""
+    """Post-train a mid-trained model and keep it; return it and the seconds that took."""
     out = study.folder("training", "post", start, variant, seed)
     model, seconds = post_train(study, mid_model(study, MAIN, start, seed), seed, variant, study.scale.post_steps, out)
     keep(model, study.folder("models", "post", start, variant, seed))
@@ -301,8 +305,10 @@ def post(study: Study, start: str, seed: int, variant: str) -> Figures:
 
 
 def post_cost(study: Study) -> Figures:
-    """Processor seconds of a step of each kind of post-training, by turns in one process, as in `cost`; from the base: what the weights
-    are takes no time."""
+    """Measure processor seconds of a step of each kind of post-training, by turns in one process, as `cost` does.
+
+    All start from the base, since the time does not depend on the weights.
+    """
     steps, seconds = min(POST_COST_STEPS, study.scale.post_steps), {variant: [] for variant in POST}
     for turn in range(COST_TURNS):
         for variant, times in seconds.items():
@@ -312,7 +318,7 @@ def post_cost(study: Study) -> Figures:
 
 
 def choosing_questions(study: Study) -> list[m.Asked]:
-    """Questions that settings may be chosen by."""
+    """Build the questions by which settings may be chosen."""
     s, material = study.scale, material_of(study)
     return [
         q
@@ -323,7 +329,7 @@ def choosing_questions(study: Study) -> list[m.Asked]:
 
 
 def sharpen_answers(study: Study, seed: int) -> Figures:
-    """NTP, then SFT, with the temperature at which the entropy of its answers is that of `expected`, then Nested `expected`."""
+    """Measure NTP with SFT at the temperature at which the entropy of its answers is that of `expected` with nested `expected`."""
     s, material = study.scale, material_of(study)
     wanted = study.result(Job("post", (EXPECTED, seed, "Nested expected")))["choose_answer_entropy"]
     model = model_before(study, NTP, "SFT", seed).eval()
@@ -335,7 +341,7 @@ def sharpen_answers(study: Study, seed: int) -> Figures:
 
 
 def model_before(study: Study, start: str, variant: str, seed: int) -> FastWeightForCausalLM:
-    """A model before test time, trained again where its weights are missing; variant "none": as mid-training left it."""
+    """Load a model before test time, trained again where its weights are missing; the variant "none" is as mid-training left it."""
     if variant == "none":
         return mid_model(study, MAIN, start, seed)
     folder = study.folder("models", "post", start, variant, seed)
@@ -352,7 +358,7 @@ def adapted(study: Study, model: FastWeightForCausalLM, method: str, learning_ra
 
 
 def rate(study: Study, method: str) -> Figures:
-    """The test-time learning rate, by log p of answers of the choosing set, from one model (NTP, then SFT, seed 0)."""
+    """Choose the test-time learning rate by log p of answers of the choosing set, from one model (NTP, then SFT, seed 0)."""
     rates = study.scale.test_time_learning_rates
     models = {lr: model_before(study, NTP, "SFT", 0).eval() for lr in rates}
     by_rate = {str(lr): mean(adapted(study, model, method, lr, "choose", 0)["log_p"]) for lr, model in models.items()}
@@ -372,6 +378,6 @@ KINDS: dict[str, Callable[..., Figures]] = {
 
 
 def settings_of(study: Study) -> dict[str, Any]:
-    """What results depend on; data files by name only."""
+    """List the settings that results depend on, with data files by name only."""
     names = {k: Path(v).name if v is not None else None for k, v in asdict(study.files).items()}
     return {"scale": asdict(replace(study.scale, families=())), "arms": {k: asdict(a) for k, a in ARMS.items()}, **names}

@@ -1,4 +1,4 @@
-"""What is trained on and what is measured on: text and generated documents, RULER's prompts, novels, and multi-document questions.
+"""Prepare what models are trained and measured on: text, generated documents, RULER's prompts, novels, and multi-document questions.
 
 A question's prompt is a row of documents, each a paragraph with one fact ` name = value value;` set into it at a random place; it asks
 for one of the values by name. Paragraphs come from SQuAD and HotpotQA (or, without those files, from the standard library's text);
@@ -42,7 +42,7 @@ ROWS_SEED = 1000  # rows are those of pretraining steps with seeds from here on,
 
 @dataclass(frozen=True)
 class Files:
-    """Real text beside what is generated; each may be missing. Paths."""
+    """Hold the paths of real text, each of which may be missing."""
 
     squad: str | None = None
     hotpotqa: str | None = None
@@ -52,7 +52,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, the answer's tokens (without EOS), and the answer as text."""
+    """Hold a prompt, the answer's tokens (without EOS), and the answer as text."""
 
     prompt: list[int]
     answer: list[int]
@@ -75,7 +75,7 @@ class Material:
 
 
 def prepare(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files) -> Material:
-    """Read and split everything. The standard library's held-out modules are for measuring only."""
+    """Read and split all texts. The standard library's held-out modules are for measuring only."""
     training, measuring = standard_library(held_out=False), standard_library(held_out=True)
     stream, held_out = encode_texts(tokenizer, training), encode_texts(tokenizer, measuring)
     rows = spread_windows(held_out, 2 * scale.text_windows, scale.mid_length)
@@ -98,13 +98,13 @@ def prepare(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files) -> M
 
 
 def spread_windows(stream: Tensor, count: int, length: int) -> Tensor:
-    """[count, length], evenly spread over a stream of tokens."""
+    """Cut windows [count, length], evenly spread over a stream of tokens."""
     starts = torch.linspace(0, len(stream) - length, count).long().tolist()
     return torch.stack([stream[s : s + length] for s in starts])
 
 
 def novel_windows(scale: Scale, tokenizer: PreTrainedTokenizerBase, path: str) -> Tensor:
-    """As many from each novel."""
+    """Cut windows from novels, as many from each."""
     texts = list(read_documents(path, ("text",))["text"])
     each = -(-scale.novel_windows // len(texts))
     # Enough characters for each window; whole novels would take minutes to encode and most of it would not be read.
@@ -114,7 +114,7 @@ def novel_windows(scale: Scale, tokenizer: PreTrainedTokenizerBase, path: str) -
 
 
 def split(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> dict[str, list[list[int]]]:
-    """Pieces of `DOCUMENT_TOKENS` of half the paragraphs to train on, of a quarter each to choose and to report on."""
+    """Cut pieces of `DOCUMENT_TOKENS` from paragraphs: half of these to train on, a quarter each to choose and to report on."""
     encoded = tokenizer(list(dict.fromkeys(documents)), add_special_tokens=False)["input_ids"]
     rows = [ids for ids in encoded if len(ids) >= DOCUMENT_TOKENS]
     random.Random(0).shuffle(rows)
@@ -131,7 +131,7 @@ def split(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> dict[str,
 
 
 def _pieces(ids: list[int]) -> list[list[int]]:
-    """Whole pieces of `DOCUMENT_TOKENS`, one after the other: a small file of paragraphs must fill a row of documents."""
+    """Cut whole pieces of `DOCUMENT_TOKENS`, one after the other, since a small file of paragraphs must fill a row of documents."""
     return [ids[i : i + DOCUMENT_TOKENS] for i in range(0, len(ids) - DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS)]
 
 
@@ -139,7 +139,7 @@ def _pieces(ids: list[int]) -> list[list[int]]:
 
 
 def mid_rows(scale: Scale, material: Material, seed: int, steps: int) -> Dataset:
-    """Rows of one seed, the same for all arms (more steps: the same rows first): half text, half generated documents."""
+    """Make the rows of one seed, half text and half generated documents: the same for all arms, and the same first rows for more steps."""
     phase = PretrainPhase(steps, scale.mid_length, SHARES, dense=0.5, answer_weight=1.0)
     made = (step_rows(ROWS_SEED + seed, step, scale.mid_rows, phase, material.sources)[0] for step in range(steps))
     rows = [row for ids in made for row in ids.tolist()]
@@ -147,12 +147,12 @@ def mid_rows(scale: Scale, material: Material, seed: int, steps: int) -> Dataset
 
 
 def probes(scale: Scale, material: Material, seed: int) -> dict[str, ProbeSet]:
-    """Recall in every family, in wordings that are trained on and in held-out ones, by length."""
+    """Build probes of recall in every family, in wordings that are trained on and in held-out ones, by length."""
     return family_probes(material.writer, list(WORDED), material.held_out, scale.probe_lengths, scale.probes, seed)
 
 
 def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, seed: int) -> list[Task]:
-    """RULER's needles, and SQuAD's questions where they are at hand and their documents fit."""
+    """Build RULER's needle tasks, and SQuAD's questions where they are at hand and their documents fit."""
 
     def tasks(names: list[str], lengths: list[int], **source: str | None) -> list[Task]:
         if not names or not lengths:
@@ -173,7 +173,7 @@ def ruler_tasks(scale: Scale, tokenizer: PreTrainedTokenizerBase, files: Files, 
 
 
 def ask(rng: random.Random, material: Material, paragraphs: Sequence[list[int]], length: int) -> Asked:
-    """One question on as many documents as fit `length` tokens of prompt."""
+    """Ask one question on as many documents as fit into `length` tokens of prompt."""
 
     def encode(text: str) -> list[int]:
         return list(material.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -195,6 +195,6 @@ def ask(rng: random.Random, material: Material, paragraphs: Sequence[list[int]],
 
 
 def questions(material: Material, part: str, source: str, length: int, count: int, seed: int = 0) -> list[Asked]:
-    """`count` seeded questions from the paragraphs of a part."""
+    """Ask `count` seeded questions on the paragraphs of a part."""
     rng = random.Random(f"qa-{part}-{source}-{length}-{seed}")
     return [ask(rng, material, material.paragraphs[source][part], length) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""What a model is measured by. Everything is kept per prompt where a table may want a subset or a pair."""
+"""Measure a model. Figures are kept for each prompt where a table may want a subset or pairs."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ Figures = dict[str, Any]
 
 
 def sampled(seed: int, temperature: float) -> Decoding:
-    """The paper's code: temperature 1, the 50 likeliest tokens. The draws are those of a seed of training, so that spread over seeds
-    holds theirs, and the arms of a seed share them."""
+    """Sample as the paper's code does: at temperature 1 among the 50 likeliest tokens.
+
+    Draws follow the seed of training, so that the spread over seeds holds theirs, and the arms of a seed share them.
+    """
     return Decoding(greedy=False, temperature=temperature, top_k=50, seed=seed)
 
 
 class Clock:
-    """Seconds of processor time inside a `with` block: with one thread those of the wall, whatever else the machine is doing."""
+    """Count seconds of processor time inside a `with` block, which other work of the machine does not change."""
 
     def __enter__(self) -> Clock:
         self.start = time.process_time()
@@ -57,7 +59,7 @@ class Clock:
 def ruler_figures(
     model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
 ) -> dict[str, dict[str, float]]:
-    """By task and length (a string, as json has it), the mean of RULER's score, answers greedy."""
+    """Compute the mean of RULER's score of greedy answers, by task and length (a string, as in json)."""
     figures: dict[str, dict[str, float]] = {}
     for task in tasks:
         rows = list(task.rows(task.ids(), Context(model, tokenizer, BATCH_TOKENS)))
@@ -71,13 +73,13 @@ def ruler_figures(
 def probe_figures(
     model: FastWeightForCausalLM, probes: Mapping[str, ProbeSet], temperatures: Sequence[float] = (1.0,)
 ) -> dict[str, dict[str, Any]]:
-    """By temperature (a string), for each set of probes the figures of a `RecallScore`."""
+    """Compute the figures of a `RecallScore` for each set of probes, by temperature (a string, as in json)."""
     answers = {name: list(answer_logits(model, p)) for name, p in probes.items()}
     return {str(t): {name: asdict(score_answers(a, t)) for name, a in answers.items()} for t in temperatures}
 
 
 def best_temperature(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> float:
-    """The temperature of `probe_figures` at which answers are likeliest."""
+    """Return the temperature of `probe_figures` at which answers are likeliest."""
     return max((float(t) for t in figures), key=lambda t: mean(p["log_p"] for p in figures[str(t)].values()))
 
 
@@ -85,19 +87,21 @@ def best_temperature(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -
 
 
 def text_figures(model: FastWeightForCausalLM, windows: Tensor, temperature: float = 1.0) -> Figures:
-    """Next-token figures on held-out text."""
+    """Compute next-token figures on held-out text."""
     return asdict(score_text(model, windows, temperature))
 
 
 def best_text_temperature(model: FastWeightForCausalLM, windows: Tensor) -> float:
-    """Where the loss on `windows` is least."""
+    """Return the temperature at which the loss on `windows` is least."""
     return min(TEMPERATURES, key=lambda t: score_text(model, windows, t).loss)
 
 
 @torch.no_grad()
 def far_tokens(model: FastWeightForCausalLM, windows: Tensor, W: int) -> list[list[int]]:
-    """For each window [T], the tokens t whose next token's prediction depends most on what lies beyond the last W: the greatest
-    `FAR_SHARE` of all windows' context scores."""
+    """Find in each window [T] the tokens t whose next token's prediction depends most on what lies beyond the last W.
+
+    These are the greatest `FAR_SHARE` of the context scores of all windows.
+    """
     config = NSPConfig(selection="context_kl", local_window=W, local_span=SPAN)
     scores = []
     for row in windows:
@@ -111,7 +115,7 @@ def far_tokens(model: FastWeightForCausalLM, windows: Tensor, W: int) -> list[li
 
 @torch.no_grad()
 def figures_at(model: FastWeightForCausalLM, windows: Tensor, at: Sequence[Sequence[int]], temperature: float = 1.0) -> Figures:
-    """Loss, accuracy and sampled accuracy of the predictions made at tokens `at` of each window."""
+    """Compute loss, accuracy and sampled accuracy of the predictions made at tokens `at` of each window."""
     nll, right = [], []
     for row, where in zip(windows, at, strict=True):
         if where:
@@ -132,8 +136,10 @@ def answer_figures(
     model: FastWeightForCausalLM, tokenizer: PreTrainedTokenizerBase, asked: Sequence[m.Asked], seed: int, temperature: float = 1.0,
     adapter: TestTimeTrainer | None = None,
 ) -> Figures:  # fmt: skip
-    """Per question: found under both protocols, log p of the answer, mean entropy over its tokens. adapter: one prompt at a time, and
-    the seconds each took."""
+    """Measure each question: whether it is answered under both protocols, log p of the answer, and mean entropy over its tokens.
+
+    With an `adapter`, prompts are taken one at a time, and the seconds of each are kept.
+    """
     eos = end_tokens(model, tokenizer)
     figures: dict[str, list[float]] = {"standard": [], "published": [], "log_p": [], "entropy": []}
     size = 1 if adapter is not None else ROWS
@@ -163,7 +169,7 @@ def answer_figures(
 def forced(
     model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, answers: Sequence[list[int]], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """nll and entropy [B, A] of given answers of A tokens each, after prompts read to `hidden` [B, D] and `cache`."""
+    """Compute loss and entropy [B, A] of given answers of A tokens each, after prompts read to `hidden` [B, D] and `cache`."""
     ids = torch.tensor(answers)
     states = answer_states(model, hidden, cache, ids) / temperature
     _, stats = linear_cross_entropy(states, model.lm_head.weight, ids.flatten(), torch.ones(ids.numel()))
@@ -172,13 +178,13 @@ def forced(
 
 @torch.no_grad()
 def answer_states(model: FastWeightForCausalLM, hidden: Tensor, cache: FastWeightCache, ids: Tensor) -> Tensor:
-    """Hidden states [B*A, D] that predict the tokens of answers [B, A]."""
+    """Return the hidden states [B*A, D] that predict the tokens of answers [B, A]."""
     after = model.model(ids[:, :-1], past_key_values=cache.copy(), use_cache=False).last_hidden_state
     return torch.cat([hidden[:, None], after], 1).flatten(0, 1)
 
 
 def qa_figures(model: FastWeightForCausalLM, material: m.Material, scale: Scale, seed: int, temperature: float = 1.0) -> Figures:
-    """`answer_figures` by source and length."""
+    """Compute `answer_figures` by source and length."""
     return {
         f"{source} {length}": answer_figures(
             model, material.tokenizer, m.questions(material, "report", source, length, scale.qa_prompts), seed, temperature
@@ -191,9 +197,9 @@ def qa_figures(model: FastWeightForCausalLM, material: m.Material, scale: Scale,
 def adapted_figures(
     model: FastWeightForCausalLM, material: m.Material, scale: Scale, part: str, seed: int, adapter: TestTimeTrainer
 ) -> Figures:
-    """`answer_figures` of the first questions of every source at the shortest length, each from weights adapted to it.
+    """Compute `answer_figures` of the first questions of every source at the shortest length, each from weights adapted to it.
 
-    Source by source, so that a sampled answer has the draws it has without adaptation.
+    This goes source by source, so that a sampled answer has the draws that it has without adaptation.
     """
     by_source = [
         answer_figures(
@@ -209,7 +215,7 @@ def adapted_figures(
 
 
 def answer_entropy(model: FastWeightForCausalLM, asked: Sequence[m.Asked]) -> Callable[[float], float]:
-    """temperature -> mean entropy over the answers' tokens; the prompts are read once."""
+    """Make a function from a temperature to the mean entropy over the answers' tokens; it reads the prompts once."""
     states = []
     for at in range(0, len(asked), ROWS):
         batch = asked[at : at + ROWS]
@@ -225,7 +231,7 @@ def answer_entropy(model: FastWeightForCausalLM, asked: Sequence[m.Asked]) -> Ca
 
 
 def matching_temperature(entropy_at: Callable[[float], float], wanted: float) -> float:
-    """The temperature at which `entropy_at(temperature)`, which grows with it, is `wanted` (within 0.3 to 3), by bisection."""
+    """Find the temperature from 0.3 to 3 at which `entropy_at(temperature)`, which grows with it, is `wanted`, by bisection."""
     low, high = 0.3, 3.0
     for _ in range(18):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""The figures of all jobs in one compressed file: small enough to be kept with the code, and what docs/results.md is written from."""
+"""Keep the figures of all jobs in one compressed file, small enough for the repository; docs/results.md is written from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which jobs there are, in stages that need only earlier ones, and how they are dealt out to processes and machines."""
+"""List the jobs in stages that need only earlier ones, and deal them out to processes and machines."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .settings import ARMS, MAIN, POST, POST_AFTER, PRIMARY, SAME_TIME, SHARPENE
 
 
 def seeds_of(study: Study, arm: str) -> range:
-    """Seeds an arm is trained with."""
+    """List the seeds that an arm is trained with."""
     return range(study.scale.seeds if arm in PRIMARY else study.scale.other_seeds)
 
 
 def arms_of(family: str) -> list[str]:
-    """Those a base is trained by, besides NTP for the same wall time."""
+    """List the arms that a base is trained by, besides NTP for the same wall time."""
     return list(ARMS if family == MAIN else PRIMARY)
 
 
 def stages(study: Study) -> list[list[Job]]:
-    """The primary test first, then what is described.
+    """List the stages: the primary test first, then what is only described.
 
     Seed by seed within a stage, so that whatever the machine does meets all arms alike.
     """
@@ -59,7 +59,7 @@ def trials(arms: Sequence[str]) -> list[Job]:
 
 
 def mids(study: Study, arms: Sequence[str]) -> list[Job]:
-    """Mid-training of these arms on the bases that have them."""
+    """List the mid-training jobs of these arms on the bases that have them."""
     return [
         Job("mid", (f, arm, seed))
         for seed in range(study.scale.seeds)
@@ -70,12 +70,12 @@ def mids(study: Study, arms: Sequence[str]) -> list[Job]:
 
 
 def unfinished(study: Study) -> set[Job]:
-    """Those that have left no figures yet."""
+    """Select the jobs that have left no figures yet."""
     return {job for stage in stages(study) for job in stage if not study.path(job).exists()}
 
 
 def run_all(study: Study, planned: Sequence[Sequence[Job]], workers: int, shard: tuple[int, int] = (1, 1)) -> bool:
-    """Run every job of this shard that has no result yet, stage by stage; whether all stages are complete.
+    """Run every job of this shard that has no result yet, stage by stage; return whether all stages are complete.
 
     A job that fails stops the run after those under way. With several shards a stage can wait for jobs of others: then it stops.
     """
@@ -103,7 +103,7 @@ def run_all(study: Study, planned: Sequence[Sequence[Job]], workers: int, shard:
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """`2/3`: the second of three. RefineError for anything else."""
+    """Read a shard such as `2/3`, the second of three. Raises RefineError for anything else."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise RefineError(f"--shard {text!r}: expected i/n with 1 <= i <= n, as in 2/3")
@@ -111,7 +111,7 @@ def read_shard(text: str) -> tuple[int, int]:
 
 
 def quiet(log: str) -> None:
-    """Of a worker: what it prints goes to the log."""
+    """Send what a worker prints to the log."""
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (1, 2):
         os.dup2(file, stream)

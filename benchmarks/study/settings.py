@@ -1,4 +1,4 @@
-"""Sizes, arms and grids of the study. Every choice is here or made by `trial` jobs on sets that are not reported on."""
+"""Define the sizes, arms and grids of the study. Every other choice is made by `trial` jobs on sets that are not reported on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Arm:
 
     @property
     def trials(self) -> list[dict[str, float]]:
-        """Every combination of the grid."""
+        """List every combination of the grid."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
@@ -38,7 +38,7 @@ def _arm(lambdas: tuple[float, ...], **settings: Any) -> Arm:
 
 
 def _scored(lambdas: tuple[float, ...], **settings: Any) -> Arm:
-    """An arm by context scores, those of the untouched base."""
+    """Define an arm by context scores of the untouched base."""
     return _arm(lambdas, local_span=SPAN, context_scores="cached", **settings)
 
 
@@ -85,7 +85,7 @@ FAR_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Scale:
-    """Counts of one run of the study; lengths in tokens."""
+    """Hold the counts of one run of the study; lengths are in tokens."""
 
     seeds: int = 5  # of the arms of the primary test
     other_seeds: int = 3  # of the other arms

@@ -1,4 +1,4 @@
-"""From the jobs' figures to docs/results.md, its plots, and the page of the run."""
+"""Make docs/results.md, its plots and the page of the run from the jobs' figures."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ HALF = "± half a 95 % t-interval over seeds; * beyond it"
 
 
 def needles(figures: Figures) -> float:
-    """The primary outcome's figure: mean over RULER's needle tasks of the mean over lengths from `NEEDLES_FROM` on."""
+    """Compute the primary outcome: the mean over RULER's needle tasks of the mean over lengths from `NEEDLES_FROM` on."""
     tasks = [lengths for name, lengths in figures["ruler"].items() if name.startswith("niah")]
     return mean(mean(x for length, x in lengths.items() if int(length) >= NEEDLES_FROM) for lengths in tasks)
 
 
 def questions(figures: Figures) -> float:
-    """RULER's questions on documents, over tasks and lengths; nan where there were none."""
+    """Compute the mean of RULER's questions on documents over tasks and lengths; nan where there were none."""
     found = [x for name, lengths in figures["ruler"].items() if name.startswith("qa") for x in lengths.values()]
     return mean(found) if found else float("nan")
 
 
 def recall(key: str, held_out: bool, source: str = "probes") -> Callable[[Figures], float]:
-    """Of probes in held-out wordings, or in those that are trained on."""
+    """Compute recall of probes in held-out wordings, or in wordings that are trained on."""
     return lambda f: mean(p[key] for name, p in f[source].items() if ("held_out" in name) == held_out)
 
 
@@ -53,7 +53,7 @@ def text(key: str, windows: str, source: str = "text") -> Callable[[Figures], fl
 
 @dataclass(frozen=True)
 class Column:
-    """A figure by its name; percent: shown as one."""
+    """Hold a figure by its name, and whether it is shown in percent."""
 
     name: str
     of: Callable[[Figures], float]
@@ -86,13 +86,13 @@ TEXT_OUTCOMES = [
 
 
 class Results:
-    """Figures by seed, read from the jobs."""
+    """Read figures by seed from the jobs."""
 
     def __init__(self, study: Study, family: str) -> None:
         self.study, self.family = study, family
 
     def base(self, seeds: Iterable[int] | None = None) -> list[Figures]:
-        """The untouched base on each seed's prompts."""
+        """Read the untouched base's figures on each seed's prompts."""
         wanted = range(self.study.scale.seeds) if seeds is None else seeds
         return [self.study.result(Job("base", (self.family, s))) for s in wanted]
 
@@ -106,19 +106,19 @@ class Results:
         return self.study.result(Job(kind, (self.family, arm, seed)))
 
     def arms(self) -> list[str]:
-        """Those that every seed of has been trained."""
+        """List the arms of which every seed has been trained."""
         planned = arms_of(self.family) + [SAME_TIME] * (self.family == MAIN)
         return [a for a in planned if all(self.study.done("mid", self.family, a, s) for s in seeds_of(self.study, a))]
 
     def differences(self, column: Column, arm: str, against: str) -> list[float]:
-        """Paired by seed, over the seeds that both arms have."""
+        """Compute differences, paired by seed, over the seeds that both arms have."""
         seeds = min(seeds_of(self.study, arm), seeds_of(self.study, against), key=len)
         pairs = zip(self.mid(arm, seeds), self.mid(against, seeds), strict=True)
         return [column.of(a) - column.of(b) for a, b in pairs]
 
 
 def spread(values: Sequence[float], percent: bool = False) -> str:
-    """mean +- standard deviation over seeds."""
+    """Write the mean ± standard deviation over seeds."""
     if values[0] != values[0]:
         return ""
     k, digits = (100, 1) if percent else (1, 3)
@@ -127,7 +127,7 @@ def spread(values: Sequence[float], percent: bool = False) -> str:
 
 
 def difference(values: Sequence[float], percent: bool = False) -> str:
-    """Mean of paired differences, half its 95 % t-interval, * where the mean exceeds it."""
+    """Write the mean of paired differences, half its 95 % t-interval, and * where the mean exceeds that."""
     if values[0] != values[0]:
         return ""
     k, digits = (100, 1) if percent else (1, 3)
@@ -139,7 +139,7 @@ Row = list[tuple[float, float]]  # of a plot: means with half-widths, a panel ea
 
 
 def in_points(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half a t-interval, as percentages."""
+    """Write a mean and half a t-interval as percentages."""
     d, half = t_interval(values)
     return 100 * d, 100 * half
 
@@ -152,7 +152,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Adjusted for testing all of them (Holm, 1979)."""
+    """Adjust p-values for testing all of them (Holm, 1979)."""
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda n: p_values[n])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
@@ -161,7 +161,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def contrasts(everything: Sequence[Results]) -> dict[str, dict[str, list[float]]]:
-    """Differences of the test by seed: by contrast, then of `MEAN` and of each base."""
+    """Compute the differences of the test by seed, for each contrast, of `MEAN` and of each base."""
     found = {}
     for other in (NTP, CE):
         of_bases = {r.family: r.differences(OUTCOMES[0], EXPECTED, other) for r in everything}
@@ -170,7 +170,7 @@ def contrasts(everything: Sequence[Results]) -> dict[str, dict[str, list[float]]
 
 
 def primary(everything: Sequence[Results]) -> tuple[Table, str]:
-    """The test that was decided beforehand, and its outcome in a sentence."""
+    """Tabulate the test that was decided beforehand, and say its outcome in a sentence."""
     found = contrasts(everything)
     overall = {name: by_base[MEAN] for name, by_base in found.items()}
     p_values = {name: float(stats.ttest_1samp(d, 0.0).pvalue) for name, d in overall.items()}
@@ -189,7 +189,7 @@ def primary(everything: Sequence[Results]) -> tuple[Table, str]:
 
 
 def drawing(everything: Sequence[Results]) -> plots.Plot:
-    """Of the test."""
+    """Draw the test."""
     found = contrasts(everything)
     rows: dict[str, Row] = {name: [in_points(by_base[name]) for by_base in found.values()] for name in next(iter(found.values()))}
     label = "percentage points, paired by seed, with 95 % t-intervals"
@@ -197,7 +197,7 @@ def drawing(everything: Sequence[Results]) -> plots.Plot:
 
 
 def sentence(overall: Mapping[str, Sequence[float]], adjusted: Mapping[str, float]) -> str:
-    """What the test says."""
+    """Say the outcome of the test in a sentence."""
     parts = []
     for name, values in overall.items():
         d, half = t_interval(values)
@@ -210,7 +210,7 @@ def sentence(overall: Mapping[str, Sequence[float]], adjusted: Mapping[str, floa
 
 
 def arms_table(results: Results, columns: Sequence[Column], title: str, with_steps: bool) -> Table:
-    """Base and arms, means and standard deviations."""
+    """Tabulate the base and the arms with means and standard deviations."""
     rows: list[list[Cell]] = []
     for name, figures in {"base": results.base(), **{arm: results.mid(arm) for arm in results.arms()}}.items():
         cells: list[Cell] = [spread([c.of(f) for f in figures], c.percent) for c in columns]
@@ -222,7 +222,7 @@ def arms_table(results: Results, columns: Sequence[Column], title: str, with_ste
 
 
 def differences_table(results: Results, columns: Sequence[Column], title: str) -> Table:
-    """Arms against NTP, and the closed form against its control."""
+    """Tabulate the arms against NTP, and the closed form against its control."""
     pairs = [(arm, NTP) for arm in results.arms() if arm != NTP] + [(EXPECTED, CE)]
     rows: list[list[Cell]] = [
         [f"{arm} - {other}", *(difference(results.differences(c, arm, other), c.percent) for c in columns)]
@@ -233,7 +233,7 @@ def differences_table(results: Results, columns: Sequence[Column], title: str) -
 
 
 def sharpened_table(results: Results) -> Table:
-    """The closed form against controls that are as sharp."""
+    """Tabulate the closed form against controls that are as sharp."""
     columns = [c for c in OUTCOMES if c.name in ("sampled", "log p")] + TEXT_OUTCOMES[:1]
     expected = results.mid(EXPECTED)
     rows: list[list[Cell]] = []
@@ -246,7 +246,7 @@ def sharpened_table(results: Results) -> Table:
 
 
 def lengths_table(results: Results) -> Table:
-    """RULER by task and length: the base, NTP, the control and the closed form."""
+    """Tabulate RULER by task and length for the base, NTP, the control and the closed form."""
     arms = {"base": results.base(), **{arm: results.mid(arm) for arm in (NTP, CE, EXPECTED)}}
     first = arms["base"][0]["ruler"]
     rows: list[list[Cell]] = [
@@ -258,7 +258,7 @@ def lengths_table(results: Results) -> Table:
 
 
 def settings_table(study: Study) -> Table:
-    """What was chosen for every arm, from how many trials."""
+    """Tabulate the settings that were chosen for every arm, and the number of trials."""
     rows: list[list[Cell]] = []
     for arm, spec in ARMS.items():
         if not all(study.done("trial", arm, i) for i in range(len(spec.trials))):
@@ -276,7 +276,7 @@ def qa_mean(figures: Figures, key: str, protocol: str) -> float:
 
 
 class PostResults:
-    """Figures of post-training and of what it starts from, by seed."""
+    """Read the figures of post-training and of the models it starts from, by seed."""
 
     def __init__(self, study: Study) -> None:
         self.study, self.seeds = study, range(study.scale.post_seeds)
@@ -297,7 +297,7 @@ class PostResults:
 
 
 def table_4(results: PostResults, protocol: str) -> Table:
-    """Multi-document questions: base, mid-training, post-training; all questions."""
+    """Tabulate multi-document questions after mid-training and post-training, over all questions."""
     first = results.base()
     keys = list(first["qa"])
 
@@ -325,7 +325,7 @@ def table_4(results: PostResults, protocol: str) -> Table:
 
 
 def post_cost_table(study: Study) -> Table:
-    """What the inner update takes."""
+    """Tabulate the time that the inner update takes."""
     cost = study.result(Job("post_cost", ()))
     sft = cost["seconds"]["SFT"]
     rows: list[list[Cell]] = []
@@ -338,7 +338,7 @@ def post_cost_table(study: Study) -> Table:
 
 
 def question_contrasts(results: PostResults) -> dict[str, dict[str, list[float]]]:
-    """What the closed form and nesting change: by contrast and figure, over seeds."""
+    """Compute what the closed form and nesting change, by contrast and figure, over seeds."""
 
     def means(figures: list[Figures], key: str) -> list[float]:
         return [mean(qa_mean(f, k, key) for k in f["qa"]) for f in figures]
@@ -369,7 +369,7 @@ def questions_differences(results: PostResults) -> Table:
 
 
 def test_time_figures(results: PostResults, figure: str) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """By start and post-training: over seeds without an update ("none") and after one by each method, on the same questions."""
+    """Collect figures over seeds without an update ("none") and after one by each method, on the same questions."""
     n, length = results.study.scale.test_time_prompts, results.study.scale.qa_lengths[0]
 
     def plain(figures: Figures) -> float:
@@ -384,7 +384,7 @@ def test_time_figures(results: PostResults, figure: str) -> dict[tuple[str, str]
 
 
 def test_time_table(results: PostResults, figure: str) -> Table:
-    """Test-time training on the first questions of each source."""
+    """Tabulate test-time training on the first questions of each source."""
     percent = figure != "log_p"
     rows: list[list[Cell]] = []
     for names, found in test_time_figures(results, figure).items():
@@ -438,7 +438,7 @@ def test_time_drawing(results: PostResults) -> plots.Plot:
 
 
 def heat_maps(results: Results) -> dict[str, plots.Plot]:
-    """RULER's needles by task and length, before and after."""
+    """Draw RULER's needles by task and length, before and after."""
     drawn = {}
     arms = {"base": results.base(), "NTP": results.mid(NTP), "CE": results.mid(CE), "expected": results.mid(EXPECTED)}
     for name, figures in arms.items():
@@ -457,13 +457,13 @@ AFTER_POST, AFTER_TEST_TIME = {"post", "post_cost", "sharpen_answers"}, {"post",
 
 
 def has_sharpened(study: Study, family: str) -> bool:
-    """Whether the controls have been measured at the entropy of `expected`, with every seed."""
+    """Tell whether the controls have been measured at the entropy of `expected`, with every seed."""
     return not any(job.kind == "sharpen" and job.arguments[0] == family for job in unfinished(study))
 
 
 @dataclass(frozen=True)
 class Section:
-    """drawings: by the name of their file."""
+    """Hold a section of the document, with its drawings by the name of their file."""
 
     title: str
     tables: list[Table]
@@ -471,7 +471,7 @@ class Section:
 
 
 def sections_of(study: Study, everything: Sequence[Results]) -> list[Section]:
-    """What is complete, in the order of the document."""
+    """List the sections that are complete, in the order of the document."""
     kinds = {job.kind for job in unfinished(study)}
     sections = [Section("The test", [primary(everything)[0], settings_table(study)], {"test": drawing(everything)})]
     for r in everything:
@@ -495,7 +495,7 @@ def sections_of(study: Study, everything: Sequence[Results]) -> list[Section]:
 
 
 def not_run_yet(study: Study) -> str:
-    """What the plan names and these tables lack, in a sentence; empty if nothing."""
+    """Say in a sentence what the plan names and these tables lack; return an empty text if nothing."""
     missing = unfinished(study)
     kinds = {job.kind for job in missing}
     lacking = [f"the arm {arm}" for arm in (*ARMS, SAME_TIME) if any(j.kind == "mid" and j.arguments[1] == arm for j in missing)]
@@ -519,7 +519,7 @@ nothing measurable after it and lowered log p of the answer before it. Their tab
 
 
 def write_results(study: Study, scale: str, document: Path) -> Path:
-    """The document with its plots beside it, and the run's page, once the test's jobs are done; returns the page's path."""
+    """Write the document with its plots, and the run's page, once the test's jobs are done; return the page's path."""
     everything = [Results(study, family) for family in study.scale.families]
     finding = primary(everything)[1]
     lines = [introduction(study, scale), f"**{finding}**\n", not_run_yet(study)]
@@ -538,7 +538,7 @@ def write_results(study: Study, scale: str, document: Path) -> Path:
 
 
 def introduction(study: Study, scale: str) -> str:
-    """What the tables are, and how they were made."""
+    """Say what the tables are, and how they were made."""
     s, facts = study.scale, environment()
     made = {k: facts[k] for k in ("python", "torch", "transformers", "machine", "cpus")}
     files = " ".join(

@@ -82,15 +82,13 @@ def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
 SAMPLED = Reader("estimator='sampled'", lambda c: c.estimator == "sampled")
 CLOSED_FORM = Reader("estimator='closed_form'", lambda c: c.estimator == "closed_form")
 SELECTS = Reader("estimator='sampled' or token_weights='selected'", lambda c: c.selects)
+BY_A_SCORE = Reader("a selection that names a score and no draw", lambda c: c.selection not in PUBLISHED_SELECTIONS)
 BY_CHANCE = Reader("a selection by scores, with draw='sample'", lambda c: c.score != "none" and c.drawn == "sample")
 BY_ENTROPY = Reader("selection='entropy'", lambda c: c.score == "entropy")
 OURS = Reader("published=False", lambda c: not c.published)
 SMOOTHED = Reader("entropies that are smoothed, with published=True by draw='sample'", lambda c: c.smoothed != "none")
 CONTEXT_SCORES = Reader(
     "context scores, by selection='context_kl' or token_weights='context'", lambda c: c.context_score is not None
-)
-IN_SEGMENTS = Reader(
-    "a schedule other than 'reprefill', which runs every prefix in one piece", lambda c: c.schedule != "reprefill"
 )
 # Where a pass learns from the rollouts that were sampled from itself, the ratio of the policies is 1 and nothing is clipped.
 BEFOREHAND = Reader(
@@ -156,17 +154,17 @@ class NSPConfig:
         "context", read_by=CLOSED_FORM, common=True, card=True, resume=True
     )
     schedule: Literal["auto", "fused", "snapshot", "reprefill"] = setting("auto", read_by=SAMPLED, common=True)
-    segment_tokens: int | None = setting(None, read_by=IN_SEGMENTS)
+    segment_tokens: int | None = setting(None)
     reward_funcs: RewardSpec | list[RewardSpec] | None = setting(None, common=True, card=True, resume=True)
     reward_weights: list[float] | None = setting(None, read_by=SAMPLED, resume=True)
     selection: Literal["entropy", "context_kl", "context_gain", "none", "uniform", "argmax", "argmin"] = setting(
         "entropy", read_by=SELECTS, common=True, card=True, resume=True
     )
-    draw: Literal["sample", "greatest", "least"] | None = setting(None, read_by=SELECTS, resume=True)
+    draw: Literal["sample", "greatest", "least"] | None = setting(None, read_by=SELECTS & BY_A_SCORE, resume=True)
     tau: float = setting(1.0, read_by=SELECTS & BY_CHANCE, resume=True)
     smoothing: Literal["centred", "published", "none"] = setting("centred", read_by=SELECTS & BY_ENTROPY & OURS, resume=True)
     smoothing_window: int | None = setting(None, read_by=SELECTS & BY_ENTROPY & SMOOTHED, resume=True)
-    published: bool = setting(False, read_by=SAMPLED, card=True, resume=True)
+    published: bool = setting(False, read_by=SELECTS, card=True, resume=True)
     min_prefix: int = setting(20, read_by=SELECTS, also="validation", resume=True)
     local_window: int = setting(64, read_by=CONTEXT_SCORES, resume=True)
     local_span: int = setting(2, read_by=CONTEXT_SCORES, resume=True)
@@ -197,6 +195,10 @@ class NSPConfig:
             raise RefineError("reward_funcs is empty: name at least one")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise RefineError(f"{len(self.rewards)} rewards but {len(self.reward_weights)} reward_weights")
+        if self.segment_tokens is not None and self.samples_rollouts and self.schedule == "reprefill":
+            raise RefineError("schedule='reprefill' runs every prefix in one piece; with segment_tokens use schedule='snapshot'")
+        if self.published and not self.samples_rollouts:
+            raise RefineError(f"published=True belongs to rollouts; estimator={self.estimator!r} is not in the published code")
         check_read(self)
         if not self.samples_rollouts:
             self._check_closed_form()

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ OPTIONAL_PACKAGES = ("flash-linear-attention", "fla-core", "triton", "lm-eval")
 GIB = 2**30
 
 
+@lru_cache  # a running process keeps the code that it has loaded, and training writes this into every checkpoint's folder
 def installed(package: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:
@@ -36,6 +38,7 @@ def environment(seed: int | None = None) -> dict[str, object]:
     return facts | {"commit": commit_of(Path(__file__).resolve())}
 
 
+@lru_cache  # likewise: what runs is what was there when it was loaded
 def commit_of(file: Path) -> str | None:
     """Return the commit of the repository that keeps a file; None where none does, even if the file lies within a repository."""
     at = ["git", "-C", str(file.parent)]

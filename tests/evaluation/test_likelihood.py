@@ -7,7 +7,7 @@ import pytest
 import refine_nsp
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.likelihood import ChoiceExample, choice_scores, read_choices
-from tests.prompts.kinds import tokenizer_of
+from tests.prompts.tokenizer_kinds import tokenizer_of
 
 OURS = {
     "arc_easy": {"question": "Which is hot?", "choices": ["ice", "fire", "snow"], "label": 1},

@@ -120,7 +120,7 @@ def write(path, rows):
         ["hotpotqa.jsonl", "hotpotqa_old.jsonl", "hotpotqa_e.jsonl", "hotpotqa-notes.txt"],
     ],
 )
-def test_folders_of_files(tmp_path, names):
+def test_folders_of_files_are_read_in_every_layout(tmp_path, names):
     for name in names:
         write(tmp_path / name, ROWS if name == names[0] else ROWS[:1])
     assert len(read_longbench(["hotpotqa"], str(tmp_path))["hotpotqa"]) == 3
@@ -132,7 +132,7 @@ def test_all_shards_are_read(tmp_path):
     assert [e.id for e in read_longbench(["hotpotqa"], str(tmp_path))["hotpotqa"]] == [f"hotpotqa-r{i}" for i in range(3)]
 
 
-def test_which_file_is_meant_must_be_clear(tmp_path):
+def test_several_files_for_one_task_are_refused(tmp_path):
     write(tmp_path / "hotpotqa_4096.jsonl", ROWS)
     write(tmp_path / "hotpotqa_8192.jsonl", ROWS)
     write(tmp_path / "qasper_e.jsonl", ROWS)

@@ -64,7 +64,7 @@ def test_a_refusal_names_the_settings_that_differ():
         pair_up([summarise("say", PROMPTS)], elsewhere, {}, {"seed": 7})
 
 
-def test_prompts_cut_otherwise_are_not_paired():
+def test_prompts_cut_to_different_lengths_are_not_paired():
     cut = changed(PROMPTS[-1], meta={"prompt_tokens": 5})
     with pytest.raises(
         RefineError, match=r"cut to different lengths \(say/5\); their settings differ: max_prompt_tokens 0 and 5"
@@ -100,12 +100,11 @@ def test_folders_of_earlier_releases_are_compared_and_that_is_said():
     assert len(paired[0].rows) == 6 and len(said) == 1 and "by an earlier release keeps no prompts" in said[0]
 
 
-def test_questions_are_told_by_what_is_asked(tmp_path):
-    a = EvaluationArguments(tasks=["ntp"])
+def test_digests_of_documents_depend_on_what_is_asked(tmp_path):
     asked = [
-        DocumentTask(name, [text], replace(a, **changes)).questions()[f"{name}-0"]
+        DocumentTask(name, [text], EvaluationArguments(tasks=[name], **changes)).questions()[f"{name}-0"]
         for name, text, changes in (
-            ("ntp", "a text", {}), ("ntp", "a text", {"window": 64}), ("ntp", "a text", {"seed": 7}),  # of the same targets
+            ("ntp", "a text", {}), ("ntp", "a text", {"window": 64}), ("ntp", "a text", {"bucket": 7}),  # of the same targets
             ("ntp", "another", {}), ("ntp", "a text", {"document_tokens": 5}),
             ("continuation", "a text", {}), ("continuation", "a text", {"seed": 7}), ("continuation", "a text", {"window": 64}),
         )
@@ -113,7 +112,7 @@ def test_questions_are_told_by_what_is_asked(tmp_path):
     assert asked[0] == asked[1] == asked[2] and len(set(asked[2:])) == 6
 
 
-def test_prompts_and_references_tell_a_question(tmp_path):
+def test_digests_of_prompts_depend_on_prompt_and_references(tmp_path):
     def asked(**row):
         (tmp_path / "p.jsonl").write_text(json.dumps({"id": 1, "prompt": "Say 1.", "answer": ["1"], "task": "say"} | row))
         return build_tasks(EvaluationArguments(tasks=["prompts"], prompts=str(tmp_path / "p.jsonl")), None)[0].questions()[

@@ -13,7 +13,7 @@ from refine_nsp.evaluation.statistics import UNBOUNDED, compare_pairs, estimate,
 from refine_nsp.evaluation.tasks import Row
 
 
-def test_estimate_is_the_textbook_s():
+def test_an_estimate_equals_the_textbook_s():
     x = np.random.default_rng(0).normal(2.0, 3.0, 400)
     e = estimate(x.tolist())
     assert e.mean == pytest.approx(x.mean()) and e.stderr == pytest.approx(x.std(ddof=1) / 20)

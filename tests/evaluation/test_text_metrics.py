@@ -30,12 +30,12 @@ from refine_nsp.evaluation.text_metrics import (
         ("12345678", ["2345"], 1, 1),
     ],
 )
-def test_matches(output, references, any_, fraction):
+def test_matches_count_references_in_any_case(output, references, any_, fraction):
     assert any_match(output, references) == any_
     assert fraction_match(output, references) == fraction
 
 
-def test_normalised_answers():
+def test_answers_are_normalised_before_they_are_compared():
     assert normalize_answer("  The  U.S.A., an 'Apple' a-day ") == "usa apple aday"
     assert exact_match("The Cat!", ["dog", "cat"]) == 1 and exact_match("cats", ["cat"]) == 0
 
@@ -50,7 +50,7 @@ def test_normalised_answers():
         ("the", ["a"], 0.0),  # nothing is left of either
     ],
 )
-def test_f1(output, references, expected):
+def test_f1_is_that_of_bags_of_words(output, references, expected):
     assert qa_f1(output, references) == pytest.approx(expected)
 
 
@@ -199,5 +199,5 @@ def test_the_published_protocol_scores_as_its_code_does(task, output, references
         ("New\tYork", ["new\tyork"], 0),
     ],
 )
-def test_questions_of_the_published_protocol(output, references, expected):
+def test_the_published_protocol_scores_the_first_line_of_an_answer(output, references, expected):
     assert published_any_match(output, references) == expected

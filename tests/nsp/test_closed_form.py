@@ -15,6 +15,7 @@ from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, assert_same_gradients, generator, gradients, ids
+from tests.settings import fitting
 
 SMALL = {"local_window": 8, "min_prefix": 5, "positions_per_sequence": 3}
 
@@ -41,7 +42,7 @@ def by_hand(model, x, lengths, config, weights):
 @pytest.mark.parametrize(("K", "order"), [(1, 1), (3, 1), (3, 2), (5, 8), (3, math.inf)])
 def test_the_loss_is_what_anyone_can_recompute(family, weights, K, order):
     model = build(family).train()
-    config = NSPConfig(estimator="closed_form", token_weights=weights, rollout_length=K, order=order, lambda_rl=1.7, **SMALL)
+    config = fitting(estimator="closed_form", token_weights=weights, rollout_length=K, order=order, lambda_rl=1.7, **SMALL)
     result = ReFINEStep(model, config)(ids(), LENGTHS, generator())
     assert result.rollouts is None and result.rewards is None
     if weights == "selected":
@@ -120,7 +121,7 @@ def test_the_mean_over_many_draws_approaches_it():
 @pytest.mark.parametrize("weights", ["context", "selected"])
 def test_a_batch_of_mixed_lengths_equals_its_sequences_one_by_one(family, weights):
     model = build(family).train()
-    step = ReFINEStep(model, NSPConfig(estimator="closed_form", token_weights=weights, rollout_length=3, **SMALL))
+    step = ReFINEStep(model, fitting(estimator="closed_form", token_weights=weights, rollout_length=3, **SMALL))
     together = step(ids(), LENGTHS, generator(3))
     together.loss.backward()
     from_batch = gradients(model)
@@ -157,7 +158,7 @@ def test_an_infinite_order_is_kept_where_settings_are_written_down():
 def test_nothing_to_weigh_is_next_token_prediction_and_counted(weights):
     model = build("delta_net").train()
     x = ids(2, 14)
-    step = ReFINEStep(model, NSPConfig(estimator="closed_form", token_weights=weights, local_window=8, min_prefix=20))
+    step = ReFINEStep(model, fitting(estimator="closed_form", token_weights=weights, local_window=8, min_prefix=20))
     result = step(x, generator=generator())
     assert float(result.loss_policy.detach()) == 0 and not result.token_weights.any()
     assert float(result.metrics["sequences_without_weights"]) == 1.0
@@ -189,5 +190,5 @@ def test_what_has_no_closed_form_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         NSPConfig(estimator="closed_form", **settings)
     assert NSPConfig(estimator="closed_form", reward_funcs="exact_match", rollout_length=1).rewards == ["exact_match"]
-    with pytest.raises(ValueError, match="rolls nothing out"):
+    with pytest.raises(ValueError, match="samples no rollouts"):
         ReFINEStep(build("delta_net"), NSPConfig(estimator="closed_form")).sample(ids())

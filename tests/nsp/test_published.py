@@ -202,7 +202,7 @@ def test_presets_of_the_paper_are_ours_unless_published_is_said(preset):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"estimator": "closed_form"}, r"nothing reads published=True \(it needs estimator='sampled'\)"),
+        ({"estimator": "closed_form"}, "published=True belongs to rollouts; estimator='closed_form'"),
         ({"smoothing": "none"}, r"nothing reads smoothing='none' \(it needs published=False\)"),
         ({"rollout_length": 21}, "keeps min_prefix=20 tokens free at the end .* set rollout_length to at most 20"),
     ],

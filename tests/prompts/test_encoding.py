@@ -28,7 +28,7 @@ from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.ruler import BUDGETS, Sources, build_ruler, essay_words
 from refine_nsp.training.answers import AnswerArguments, encode_row
 from refine_nsp.training.data import tokenize
-from tests.prompts.kinds import LEADING, TEMPLATES, plain, tokenizer_of
+from tests.prompts.tokenizer_kinds import LEADING, TEMPLATES, plain, tokenizer_of
 
 KINDS = list(LEADING)
 QUESTION = "Which is the capital of Syldavia?"

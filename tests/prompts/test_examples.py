@@ -18,7 +18,7 @@ from refine_nsp.prompts.examples import as_answers, read_prompts, read_row
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
-from tests.prompts.kinds import TEMPLATES, tokenizer_of
+from tests.prompts.tokenizer_kinds import TEMPLATES, tokenizer_of
 
 ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
@@ -191,7 +191,7 @@ def test_a_prompt_too_short_to_adapt_to_is_named(tmp_path):
         next(rows)
 
 
-def test_questions_without_an_answer_are_left_out_with_a_word(tmp_path):
+def test_questions_without_an_answer_are_left_out_with_a_warning(tmp_path):
     paragraphs = ["Syldavia has a king. Its capital is Klow.", "Borduria is a country."]
     rows, published = [], []
     for i, (text, answers) in enumerate(zip(paragraphs, ([{"text": "Klow", "answer_start": 9}], []), strict=True)):

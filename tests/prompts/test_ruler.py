@@ -141,7 +141,7 @@ def test_ids_name_the_seed(tokenizer, sources):
     assert not ids[0] & ids[1]
 
 
-def test_what_cannot_be_is_refused_by_name(tokenizer, sources):
+def test_impossible_requests_are_refused_by_name(tokenizer, sources):
     with pytest.raises(RefineError, match=r"no RULER task 'niah_singel_1'.*did you mean 'niah_single_\d'"):
         build_ruler(["niah_singel_1"], [1024], 1, tokenizer, sources)
     with pytest.raises(RefineError, match="qa_1 needs squad questions"):
@@ -178,7 +178,7 @@ SQUAD = {
 HOTPOT = [{"_id": "h", "question": "Which?", "answer": "Rome", "context": [["Rome", ["Old. ", "City."]], ["Oslo", ["Cold."]]]}]
 
 
-def test_squad_and_hotpotqa_as_published(tmp_path):
+def test_squad_and_hotpotqa_are_read_as_published(tmp_path):
     (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
     squad = read_qa(str(tmp_path / "squad.json"))
     assert [(q.text, q.answers) for q in squad.questions] == [("What is old?", ["Rome"]), ("Small?", ["Bern"])]
@@ -191,7 +191,7 @@ def test_squad_and_hotpotqa_as_published(tmp_path):
     assert hotpot.documents == ["Rome\nOld. City.", "Oslo\nCold."] and hotpot.questions[0].documents == (0, 1)
 
 
-def test_rows_of_questions(tmp_path):
+def test_rows_of_questions_are_read(tmp_path):
     rows = [
         {"question": "a?", "answers": ["x"], "context": "One.", "title": "T"},
         {"question": "b?", "answers": "y", "context": "Two.", "title": "T"},
@@ -210,7 +210,7 @@ def test_rows_of_questions(tmp_path):
         read_qa(str(tmp_path / "bare.json"))
 
 
-def test_the_real_samples(shared, tokenizer):
+def test_real_samples_make_prompts(shared, tokenizer):
     squad = read_qa(str(shared / "data/short_context/squad.jsonl"))
     hotpot = read_qa(str(shared / "data/short_context/hotpotqa.jsonl"))
     assert len(squad.questions) == 300 and len(squad.documents) == 117 and len(hotpot.questions) == 70

@@ -17,7 +17,7 @@ from refine_nsp.report.tables import Table
 TABLE = Table("A title", ["what", "words", "figure"], [["a|b", "none", 0.123456], ["c", "SFT", None]], ["a note"])
 
 
-def test_one_table_three_faces():
+def test_a_table_is_shown_in_three_ways():
     assert TABLE.prose() == [True, True, False]
     text = TABLE.markdown()
     assert "| a\\|b | none | 0.1235 |" in text and "| c | SFT |  |" in text and text.endswith("a note\n")

@@ -35,7 +35,7 @@ def windows(text: str, length: int) -> list[int]:
     return ids[: len(ids) // length * length]
 
 
-def test_by_default_from_a_dataset_that_can_be_had(tmp_path, monkeypatch, recipe):
+def test_the_recipe_reads_a_dataset_that_exists_by_default(tmp_path, monkeypatch, recipe):
     """Laid out as on the hub: shards of three splits in `data`, with a column `meta` of another shape in each."""
     for split, text in (("train", LONG), ("validation", "not this " * 900), ("test", "nor this " * 900)):
         (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def test_by_default_from_a_dataset_that_can_be_had(tmp_path, monkeypatch, recipe
     assert tokens_in(tmp_path / "out") == [windows(f"{shard} {LONG}", 64) for shard in range(2)]
 
 
-def test_from_files_of_ones_own_as_far_as_is_needed(tmp_path, recipe, capsys):
+def test_the_recipe_reads_own_files_only_as_far_as_it_needs(tmp_path, recipe, capsys):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text, "meta": i}) + "\n" for i, text in enumerate([SHORT, None, LONG] * 100))
     (tmp_path / "b.txt").write_text(LONG)
@@ -81,7 +81,7 @@ def test_from_files_of_ones_own_as_far_as_is_needed(tmp_path, recipe, capsys):
     assert len(tokens_in(tmp_path / "all")[0]) == of_one and "have no more documents of 64 tokens" in capsys.readouterr().out
 
 
-def test_what_cannot_be_had_is_named(tmp_path, monkeypatch, recipe):
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch, recipe):
     (tmp_path / "b.txt").write_text(SHORT)
     with pytest.raises(RefineError, match="no document has 64 tokens"):
         recipe.main([MODEL, str(tmp_path / "out"), "--files", str(tmp_path / "b.txt"), "--length", "64"])

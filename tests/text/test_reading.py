@@ -66,7 +66,7 @@ LAYOUTS = {
 
 @BOTH
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_split_that_is_asked_for(tmp_path, streaming, layout):
+def test_the_split_that_is_asked_for_is_read(tmp_path, streaming, layout):
     folder = make(tmp_path, {layout.format(s): rows(f"{s} 0", f"{s} 1") for s in ("train", "test", "validation")})
     for split in ("train", "test", "validation"):
         texts, said = read(folder, split=split, streaming=streaming)
@@ -76,38 +76,38 @@ def test_the_split_that_is_asked_for(tmp_path, streaming, layout):
     assert sorted({t.split()[0] for t in texts_of(folder, split="all", streaming=streaming)}) == ["test", "train", "validation"]
 
 
-def test_other_words_for_splits(tmp_path):
+def test_other_words_for_a_split_are_understood(tmp_path):
     folder = make(tmp_path, {"training.jsonl": rows("a"), "dev.jsonl": rows("b"), "EVAL.jsonl": rows("c")})
     found = [texts_of(folder, split=s) for s in ("train", "validation", "dev", "val", "test", "eval")]
     assert found == [["a"], ["b"], ["b"], ["b"], ["c"], ["c"]]
 
 
 @BOTH
-def test_what_belongs_to_no_split_is_named(tmp_path, streaming):
+def test_files_of_no_split_are_named(tmp_path, streaming):
     folder = make(tmp_path, {"train.jsonl": rows("a"), "test.jsonl": rows("b"), "more.jsonl": rows("c")})
     texts, said = read(folder, streaming=streaming)
     assert texts == ["a"]
     assert said == [f"{folder}: not read: more.jsonl (of no split); test.jsonl (split test)"]
 
 
-def test_files_beside_a_test_split_are_what_is_trained_on(tmp_path):
+def test_files_next_to_a_test_split_are_read_for_training(tmp_path):
     folder = make(tmp_path, {"books.jsonl": rows("a"), "test.jsonl": rows("b")})
     assert read(folder) == (["a"], [f"{folder}: not read: test.jsonl (split test)"])
     assert texts_of(folder, split="test") == ["b"]
 
 
-def test_words_within_words_name_no_split(tmp_path):
+def test_a_split_word_inside_another_word_names_no_split(tmp_path):
     folder = make(tmp_path, {"trained.txt": "a", "contest.txt": "b", "evaluate.txt": "c", "valley.txt": "d"})
     assert read(folder) == (["b", "c", "a", "d"], [])
 
 
-def test_a_file_and_the_same_compressed_are_one(tmp_path):
+def test_a_file_and_its_compressed_copy_are_read_once(tmp_path):
     folder = make(tmp_path, {"a.txt": "a", "a.txt.gz": gzip.compress(b"a"), "b.txt.gz": gzip.compress(b"b")})
     assert read(folder) == (["a", "b"], [f"{folder}: not read: a.txt.gz (the same as a.txt)"])
 
 
 @BOTH
-def test_a_missing_split(tmp_path, streaming):
+def test_a_missing_split_is_refused_or_replaced_by_the_only_one(tmp_path, streaming):
     one = make(tmp_path / "one", {"validation.jsonl": rows("a")})
     texts, said = read(one, streaming=streaming)
     assert texts == ["a"] and said == [f"{one}: no split train; the only one, validation, is read"]
@@ -118,7 +118,7 @@ def test_a_missing_split(tmp_path, streaming):
     assert read(f"{two}/validation.jsonl", split="test", streaming=streaming) == (["b"], [])
 
 
-def test_slices_of_splits(tmp_path):
+def test_slices_of_splits_are_cut_as_load_dataset_cuts_them(tmp_path):
     folder = make(tmp_path, {"train.jsonl": rows(*"abcdefghij"), "test.jsonl": rows(*"klmno")})
     assert texts_of(folder, split="train[:20%]+test[-2:]") == ["a", "b", "n", "o"]
     assert texts_of(f"{folder}/train.jsonl", split="train[3:5]") == ["d", "e"]
@@ -127,12 +127,12 @@ def test_slices_of_splits(tmp_path):
     refused(folder, "expected a name", split="train[")
 
 
-def test_the_first_of_several_splits(tmp_path):
+def test_the_first_split_that_is_there_is_read(tmp_path):
     folder = make(tmp_path, {"train.jsonl": rows("a"), "test.jsonl": rows("b")})
     assert texts_of(folder, split=("validation", "test", "train")) == ["b"]
 
 
-def test_shards_of_splits_with_other_names(tmp_path):
+def test_shards_name_splits_of_any_name(tmp_path):
     files = {f"data/{s}-00000-of-00001.jsonl": rows(s) for s in ("train_sft", "train_gen", "test_sft")}
     folder = make(tmp_path, files)
     assert texts_of(folder, split="train_sft") == ["train_sft"] == texts_of(f"{folder}/data", split="train_sft")
@@ -142,7 +142,7 @@ def test_shards_of_splits_with_other_names(tmp_path):
 
 
 @BOTH
-def test_folders_saved_by_datasets(tmp_path, streaming):
+def test_folders_saved_by_datasets_are_read(tmp_path, streaming):
     of = {s: Dataset.from_dict({"text": [s], "other": [1]}) for s in ("train", "test")}
     DatasetDict(of).save_to_disk(tmp_path / "both")
     DatasetDict(validation=of["test"]).save_to_disk(tmp_path / "one")
@@ -177,7 +177,7 @@ def test_hidden_names_are_left_out_at_any_depth(tmp_path, streaming):
 
 
 @BOTH
-def test_what_describes_the_data_is_no_text(tmp_path, streaming):
+def test_files_that_describe_the_data_are_not_read(tmp_path, streaming):
     beside = ("README.md", "LICENSE", "license.txt", "dataset_infos.json", "_SUCCESS", "meta.yaml", ".DS_Store", "picture.png")
     folder = make(tmp_path, {"a.jsonl": rows("a"), **dict.fromkeys(beside, "{}"), "b.jsonl": ""})
     texts, said = read(folder, streaming=streaming)
@@ -186,7 +186,7 @@ def test_what_describes_the_data_is_no_text(tmp_path, streaming):
         assert name in said[0] or "more (" in said[0]
 
 
-def test_notes_in_markdown_are_text_with_their_readme(tmp_path):
+def test_a_folder_of_markdown_is_read_with_its_readme(tmp_path):
     notes = make(tmp_path / "notes", {"README.md": "first", "b.md": "second"})
     assert read(notes) == (["first", "second"], [])
     card = make(tmp_path / "card", {"README.md": "no data"})
@@ -194,7 +194,7 @@ def test_notes_in_markdown_are_text_with_their_readme(tmp_path):
     assert texts_of(f"{card}/README.md") == ["no data"]
 
 
-def test_empty_files(tmp_path):
+def test_empty_files_are_left_out_or_refused(tmp_path):
     folder = make(tmp_path, {"a.txt": "", "b.txt": "b", "c.txt.gz": gzip.compress(b"")})
     assert read(folder) == (["b"], [f"{folder}: not read: a.txt, c.txt.gz (empty)"])
     refused(f"{folder}/a.txt", "a.txt is empty")
@@ -203,7 +203,7 @@ def test_empty_files(tmp_path):
     refused(folder, "holds no file to train on", "a.txt (empty)")
 
 
-def test_links(tmp_path):
+def test_links_are_followed_once(tmp_path):
     folder = tmp_path / "data"
     make(folder, {"a.txt": "a"})
     make(tmp_path / "elsewhere", {"b.txt": "b"})
@@ -217,7 +217,7 @@ def test_links(tmp_path):
     assert "again.txt (the same as a.txt)" in said[0]
 
 
-def test_a_folder_of_the_hubs_cache(tmp_path):
+def test_a_folder_of_the_hubs_cache_is_read_at_its_snapshot(tmp_path):
     repository = tmp_path / "datasets--a--b"
     make(repository, {"blobs/1": rows("old"), "blobs/2": rows("new"), "refs/main": "2222"})
     for snapshot, blob in (("1111", "1"), ("2222", "2")):
@@ -241,7 +241,7 @@ configs:
 """
 
 
-def test_the_configurations_of_a_card(tmp_path):
+def test_configurations_that_a_card_lists_are_read(tmp_path):
     files = {"small/part-1.jsonl": rows("a"), "small/held/x.jsonl": rows("b"), "large/deep/y.jsonl": rows("c")}
     folder = make(tmp_path, {"README.md": CARD, **files})
     assert texts_of(folder, config="small") == ["a"]
@@ -252,7 +252,7 @@ def test_the_configurations_of_a_card(tmp_path):
     refused(folder + "/small", "dataset_config='small'", "has no configurations", config="small")
 
 
-def test_globs(tmp_path):
+def test_globs_read_what_they_match(tmp_path):
     folder = make(tmp_path, {"train.jsonl": rows("a"), "test.jsonl": rows("b"), "x/c.jsonl": rows("c"), "README.md": "no"})
     assert texts_of(f"{folder}/*.jsonl") == ["b", "a"]
     assert texts_of(f"{folder}/**/*.jsonl") == ["b", "a", "c"]
@@ -276,7 +276,7 @@ PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 @BOTH
 @pytest.mark.parametrize("packing", PACK)
-def test_compressed_files(tmp_path, streaming, packing):
+def test_compressed_files_are_read(tmp_path, streaming, packing):
     pack = PACK[packing]
     two_members = pack(b"first\r\nline\n") + pack("é".encode())
     folder = make(tmp_path / "text", {"a.txt" + packing: two_members, "B.TXT" + packing.upper(): pack(b"\xef\xbb\xbfmark")})
@@ -292,7 +292,7 @@ def test_compressed_files(tmp_path, streaming, packing):
     refused(tmp_path / f"bad.txt{packing}", "not UTF-8: byte 0xff at offset 2", streaming=streaming)
 
 
-def test_zstd(tmp_path):
+def test_zstd_files_are_read_to_the_last_frame(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     pack = zstandard.ZstdCompressor().compress
     make(tmp_path, {"a.jsonl.zst": pack(rows("a").encode()) + pack(rows("b").encode()), "cut.txt.zst": pack(b"ab" * 10_000)[:-5]})
@@ -300,7 +300,7 @@ def test_zstd(tmp_path):
     refused(tmp_path / "cut.txt.zst", "cannot read", "cut.txt.zst")
 
 
-def test_zstd_without_its_package(tmp_path, monkeypatch):
+def test_zstd_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "zstandard", None)
@@ -310,7 +310,7 @@ def test_zstd_without_its_package(tmp_path, monkeypatch):
 
 
 @BOTH
-def test_capitals_and_other_endings(tmp_path, streaming):
+def test_endings_in_capitals_are_read(tmp_path, streaming):
     Dataset.from_dict({"text": ["d"]}).to_parquet(tmp_path / "d.Parquet")
     folder = make(tmp_path, {"a.JSONL": rows("a"), "b.ndjson": rows("b"), "c.JSON": rows("c")})
     assert texts_of(folder, streaming=streaming) == ["a", "b", "c", "d"]
@@ -319,7 +319,7 @@ def test_capitals_and_other_endings(tmp_path, streaming):
 
 
 @BOTH
-def test_csv_keeps_what_is_written(tmp_path, streaming):
+def test_csv_values_stay_as_they_are_written(tmp_path, streaming):
     lines = 'id,text\r\n1,"two\nlines, ""quoted"""\r\n2,007\r\n\r\n3,NA\r\n4,\r\n5,null\r\n6,"' + "long " * 40_000 + '"\r\n'
     make(
         tmp_path,
@@ -349,7 +349,7 @@ JSON = {
 
 @BOTH
 @pytest.mark.parametrize("form", JSON)
-def test_forms_of_json(tmp_path, streaming, form):
+def test_every_form_of_json_is_read(tmp_path, streaming, form):
     make(tmp_path, {"a.json": JSON[form]})
     assert texts_of(tmp_path / "a.json", streaming=streaming) == ["a", "b"]
 
@@ -370,7 +370,7 @@ def test_one_object_is_one_row(tmp_path, streaming):
 
 
 @BOTH
-def test_encodings(tmp_path, streaming):
+def test_utf8_is_read_and_other_encodings_are_refused(tmp_path, streaming):
     make(
         tmp_path,
         {
@@ -388,7 +388,7 @@ def test_encodings(tmp_path, streaming):
 
 
 @BOTH
-def test_files_of_several_formats(tmp_path, streaming):
+def test_files_of_several_formats_are_read_together(tmp_path, streaming):
     Dataset.from_dict({"text": ["c"], "score": [0.5]}).to_parquet(tmp_path / "c.parquet")
     folder = make(tmp_path, {"a.jsonl": rows("a", score="x"), "b.csv": "text,score\nb,1\n", "meta.tsv": "text\tid\nd\t1\n"})
     assert texts_of(folder, streaming=streaming, also=()) == ["a", "b", "c", "d"]
@@ -420,7 +420,7 @@ OTHERS = {
 @pytest.mark.parametrize("also", [(), None], ids=["text alone", "all"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_columns_may_differ(tmp_path, streaming, also, kind, case):
+def test_columns_that_nobody_asked_for_may_differ(tmp_path, streaming, also, kind, case):
     texts = []
     for name, more in zip("ab", OTHERS[case], strict=True):
         made = [{"text": f"{name} {i}", **row} for i, row in enumerate(more)]
@@ -436,7 +436,7 @@ def test_other_columns_may_differ(tmp_path, streaming, also, kind, case):
         assert next(iter(read_documents(str(tmp_path), streaming=streaming, also=()))).keys() == {"text"}
 
 
-def test_other_columns_where_they_agree(tmp_path):
+def test_other_columns_are_read_where_their_types_agree(tmp_path):
     make(
         tmp_path,
         {"a.jsonl": rows("a", score=1, meta={"x": 1}), "b.jsonl": rows("b", score=0.5, odd="s"), "c.jsonl": rows("c", odd=3)},
@@ -468,7 +468,7 @@ def test_a_value_that_is_no_text_is_named_with_its_row(tmp_path, streaming):
 
 
 @BOTH
-def test_a_number_column_among_text_columns(tmp_path, streaming):
+def test_a_number_in_a_text_column_is_refused_by_row(tmp_path, streaming):
     Dataset.from_dict({"text": ["good"] * 3}).to_parquet(tmp_path / "a.parquet")
     Dataset.from_dict({"text": [None, 7]}).to_parquet(tmp_path / "b.parquet")
     refused(tmp_path, "b.parquet, row 1: column 'text' holds '7', a int", streaming=streaming)
@@ -490,7 +490,7 @@ def test_rows_without_text_are_counted(tmp_path, streaming):
 
 
 @BOTH
-def test_forms_of_text_in_parquet(tmp_path, streaming):
+def test_every_arrow_form_of_text_is_read_from_parquet(tmp_path, streaming):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -512,7 +512,7 @@ def test_forms_of_text_in_parquet(tmp_path, streaming):
 
 
 @BOTH
-def test_arrow_streams_and_files(tmp_path, streaming):
+def test_arrow_streams_and_files_are_read(tmp_path, streaming):
     import pyarrow as pa
 
     table = pa.table({"text": ["a", "b"], "x": [1, 2]})
@@ -522,7 +522,7 @@ def test_arrow_streams_and_files(tmp_path, streaming):
     assert texts_of(tmp_path, streaming=streaming) == ["a", "b"] * 2
 
 
-def test_rows_of_tokens_and_of_messages(tmp_path):
+def test_rows_of_tokens_and_of_messages_are_read(tmp_path):
     make(tmp_path, {"a.jsonl": "".join(json.dumps({"input_ids": ids}) + "\n" for ids in ([], [1, 2], None, [0.5]))})
     refused(tmp_path / "a.jsonl", "row 3 (line 4)", "[0.5]", column="input_ids")
     turns = [

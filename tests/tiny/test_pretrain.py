@@ -23,7 +23,6 @@ from refine_nsp.tiny.measures import recall_in
 from refine_nsp.tiny.pretrain import pretrain
 from refine_nsp.tiny.pretrain_settings import PretrainConfig, PretrainPhase
 from refine_nsp.tiny.rows import PhaseRows, Sources, family_at, step_rows
-from refine_nsp.training.checkpoints import checkpoints_of
 
 ASSETS = Path(refine_nsp.__file__).parent / "assets"
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -49,12 +48,16 @@ def library(monkeypatch, texts, small_tokenizer):
     monkeypatch.setattr(module, "train_tokenizer", lambda texts, vocab_size: small_tokenizer)
 
 
+TINY = dict(
+    vocab_size=600, hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, max_length=256,
+    gradient_accumulation_steps=2, save_steps=2, logging_steps=1, eval_steps=2, warmup_steps=1, probe_lengths=[300], probes_per_kind=2,
+    disable_tqdm=True,
+)  # fmt: skip
+
+
 def tiny(folder, shares, length=64, **settings):
-    sizes = dict(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, max_length=256,
-                 gradient_accumulation_steps=2, save_steps=2, logging_steps=1, eval_steps=2, warmup_steps=1, probe_lengths=[300],
-                 probes_per_kind=2, disable_tqdm=True)  # fmt: skip
     phases = [PretrainPhase(4, length, shares, 1.0, 2.0)]
-    return PretrainConfig(output_dir=str(folder), phases=phases, **{**sizes, **settings})
+    return PretrainConfig(output_dir=str(folder), phases=phases, **{**TINY, **settings})
 
 
 def weights(folder):
@@ -265,7 +268,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path, library):
 
 def test_a_checkpoint_is_a_base(tmp_path, library):
     pretrain(tiny(tmp_path, {"facts": 0.5}))
-    last, first = checkpoints_of(tmp_path)
+    first, last = tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"
     assert same(weights(last), weights(tmp_path)) and not same(weights(first), weights(last))
     assert "2 of 4 steps of 512 tokens" in (first / "README.md").read_text()
 

@@ -100,7 +100,10 @@ def test_a_run_with_a_lambda_as_reward_saves_its_arguments(tmp_path):
         ({"advantage_scale": "global"}, "fused"),
         ({"gradient_accumulation_steps": 2}, "fused"),
         ({"advantage_scale": "global", "gradient_accumulation_steps": 2}, "snapshot"),
-        ({"preset": "expected", "reward_funcs": "prefix_match", "gradient_accumulation_steps": 2}, "auto"),  # there is none to settle
+        (
+            {"preset": "expected", "reward_funcs": "prefix_match", "gradient_accumulation_steps": 2},
+            "auto",
+        ),  # there is none to settle
     ],
 )
 def test_the_schedule_is_settled_by_how_long_rollouts_serve(tmp_path, settings, schedule):

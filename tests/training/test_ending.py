@@ -64,7 +64,7 @@ def check_the_end(folder: Path, launched: subprocess.Popen, processes: list[int]
         last = RunFolder(folder / "run").last_complete()
     assert last is not None and last.problem() is None, said[-3000:]
     assert not (folder / "run" / "model.safetensors").exists()
-    step = int(last.rpartition("-")[2])
+    step = last.step
     again = argv_of(folder)
     again[again.index("10000")] = str(step + 1)
     assert main([*again, "--resume_from_checkpoint", "last", "--gradient_accumulation_steps", "2"]) == 0  # by one process

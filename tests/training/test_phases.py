@@ -159,7 +159,8 @@ def test_a_phase_of_ones_own_is_resumed_with_its_settings_compared(tmp_path):
 
 def test_a_phase_says_what_it_uses():
     refine, context, plain = NextSequence(CONFIG), NextSequence(NSPConfig.preset("context")), NextToken(CONFIG)
-    assert plain.reads == {"lambda_ntp", "segment_tokens"} < refine.reads <= context.reads
+    assert plain.reads == {"lambda_ntp", "segment_tokens"} < refine.reads == CONFIG.live
+    assert {"smoothing"} <= refine.reads - context.reads and {"local_window"} <= context.reads - refine.reads
     assert "tau" in refine.reads and "tau" in documented()(CONFIG).reads
     assert [p.samples for p in (refine, context, plain)] == [True, True, False]
     assert [p.reads_scores for p in (refine, context, plain)] == [False, True, False]

@@ -188,10 +188,8 @@ def test_in_a_file_and_as_a_flag_too(tmp_path, capsys, command, name):
         assert main([command, *given, "--dataset_name", "none", "--model_name_or_path", "none"]) != 0
         said = capsys.readouterr().err
         # A mapping of truth values is none that a flag can say: that flag is refused by name too.
-        assert (
-            said.startswith((f"refine-nsp: {name}=", f"refine-nsp: argument --{name}/", f"refine-nsp: {name} is given in a file"))
-            and said.count("\n") == 1
-        ), said
+        refused = (f"{name}=", f"argument --{name}/", f"{name} is given in a file")
+        assert said.startswith(tuple(f"refine-nsp: {words}" for words in refused)) and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,9 @@ from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 DEFAULT_MODEL = "refine-nsp/tiny-delta-net"
 
@@ -82,7 +85,7 @@ def build_model(arguments: ModelArguments, args: ReFINEConfig) -> nn.Module:
     if not adapters_of(arguments.model_name_or_path):
         return with_adapters(load_model(arguments.model_name_or_path, dtype=dtype), arguments, args.seed)
     model = load_adapter(arguments.model_name_or_path, dtype=dtype)
-    own = model.peft_config["default"]
+    own = cast("LoraConfig", model.peft_config["default"])
     if (own.r, own.lora_alpha) != (arguments.lora_r, arguments.lora_alpha) or arguments.lora_target_modules:
         warnings.warn(
             f"use_peft continues the adapters of {arguments.model_name_or_path}: lora_r={own.r}, lora_alpha={own.lora_alpha} and their "

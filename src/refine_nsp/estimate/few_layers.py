@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from refine_nsp.models import with_states
 from refine_nsp.models.families import FAMILIES
 
-WithAdapters = Callable[[PreTrainedModel], nn.Module]
+WithAdapters = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)

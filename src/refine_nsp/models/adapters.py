@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,21 +23,25 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from refine_nsp.errors import RefineError, first_line
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.weight_names import without_wrappers
+
+if TYPE_CHECKING:
+    from peft import LoraModel, PeftConfig, PeftModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAME_BASE = (True, False, "gaussian", "orthogonal")  # init_lora_weights after which the base is still itself
-# Settings of LoRA that change more than what is added to a layer's weight, or that do nothing to layers which are not quantized.
+# These settings of LoRA change more than what is added to a layer's weight, or do nothing to layers which are not quantized.
 NOT_MERGEABLE = (
     "megatron_config", "layer_replication", "arrow_config", "alora_invocation_tokens", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "use_qalora", "ensure_weight_tying",
 )  # fmt: skip
-ONE_NAME = "default"  # of the adapter that PEFT saves in a run's folder itself, and not in one inside it
+ONE_NAME = "default"  # PEFT saves the adapter of this name in a run's folder itself, others in folders inside it
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter. where: as it was named; folder: with its two files; base, revision: the model it belongs on."""
+    """A checked adapter. where: as it was named; folder: the one with its two files; base, revision: the model it belongs on."""
 
     where: str
     folder: Path
@@ -44,7 +49,22 @@ class Adapter:
     revision: str | None
 
 
-def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
+class AdaptedLayer(Protocol):
+    """What is asked of a layer with LoRA: `peft.tuners.lora.LoraLayer`, which is imported only where it is needed."""
+
+    lora_bias: Mapping[str, bool]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_variant: Mapping[str, object]
+    active_adapters: Sequence[str]
+    disable_adapters: bool
+    merged: bool
+
+    def get_base_layer(self) -> nn.Linear: ...
+
+    def get_delta_weight(self, adapter: str) -> Tensor: ...
+
+
+def new_adapters(model: nn.Module, config: PeftConfig, seed: int) -> PeftModel:
     """Put new adapters by PEFT's config on a model. Their weights are drawn by `seed` alone: alike in every process and every run.
 
     Raises:
@@ -64,8 +84,8 @@ def new_adapters(model: nn.Module, config: Any, seed: int) -> Any:
     return wrapped
 
 
-def _check_names(wrapped: Any, config: Any) -> None:
-    """RefineError for a layer or parameter that is named and not there: PEFT adapts the others, and says nothing of it."""
+def _check_names(wrapped: PeftModel, config: PeftConfig) -> None:
+    """Raise a RefineError for a layer or parameter that is named and not there: PEFT adapts the others, and says nothing of it."""
     modules, parameters = ([name for name, _ in named()] for named in (wrapped.named_modules, wrapped.named_parameters))
     asked = {"target_modules": modules, "modules_to_save": modules, "target_parameters": parameters}
     for setting, there in asked.items():
@@ -75,17 +95,17 @@ def _check_names(wrapped: Any, config: Any) -> None:
                 raise RefineError(f"{setting} names {name!r}, which the model does not have; leave it out")
 
 
-def _wrap(model: Any, config: Any) -> Any:
-    """PEFT's model, without its advice on tied weights, which are seen to here."""
+def _wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Make PEFT's model, without its advice on tied weights: `_untie` sees to them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         return peft().get_peft_model(model, config)
 
 
-def problem_of(settings: Mapping[str, Any]) -> str | None:
-    """Say what in a configuration of PEFT keeps its adapters from being added to their base when a folder is loaded; None if nothing.
+def problem_of(settings: Mapping[str, object]) -> str | None:
+    """Say why adapters by a configuration of PEFT cannot be added to their base when a folder is loaded; None if they can.
 
-    A kind of initialisation that changes the base is among it: the folder names the base, which is still as it was.
+    An initialisation that changes the base is one reason: the folder names the base, which is still as it was.
     """
     kind, initial = settings.get("peft_type"), settings.get("init_lora_weights", True)
     name = str(getattr(kind, "value", kind))
@@ -97,12 +117,13 @@ def problem_of(settings: Mapping[str, Any]) -> str | None:
     return f"an adapter with {found}; expected LoRA that adds to its base and changes nothing else (init_lora_weights one of {kinds})"
 
 
-def check_adapters(model: Any) -> None:
-    """See that what a run of a model with PEFT's adapters ends with is what its folder loads as; its tied weights are untied for that.
+def check_adapters(wrapped: nn.Module | None) -> None:
+    """Check that the model which a run ends with is the one that its folder loads as; tied weights are untied for that.
 
     Raises:
         RefineError: another kind than LoRA, several adapters, or a layer whose adapter the losses or the merged model would leave out.
     """
+    model = cast("PeftModel", wrapped)
     for config in model.peft_config.values():
         if (problem := problem_of(config.to_dict())) is not None:
             raise RefineError(f"the model has {problem}")
@@ -117,7 +138,8 @@ def check_adapters(model: Any) -> None:
             "on (tie_word_embeddings=False)",
             stacklevel=2,
         )
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    base = cast(PreTrainedModel, without_adapters(model))
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     if any(hasattr(layer, "token_adapter") for layer in model.modules()) and _adapted(embeddings, head):
         raise RefineError(
             "trainable_token_indices cannot go with an adapter on the embeddings or the head, whose weight they are written into; leave "
@@ -126,24 +148,26 @@ def check_adapters(model: Any) -> None:
     for name, layer in model.named_modules():
         own = name.removeprefix("base_model.model.")
         if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"):
-            _check_layer(own, layer, layer.get_base_layer(), layer is head)
+            _check_layer(own, cast(AdaptedLayer, layer), layer is head)
         elif isinstance(layer, peft().utils.other.AuxiliaryTrainingWrapper):
             _check_called(own, layer.original_module)
 
 
-def merged(model: Any) -> Any:
+def merged(model: PeftModel) -> PreTrainedModel:
     """Merge the adapters of PEFT's model into its base, and return that, whose parameters all learn.
 
     One pass of PEFT leaves the layers alone that lie inside a module whose own parameters are adapted; so there may be a second.
     """
-    plain = model.merge_and_unload()
+    tuner = cast("LoraModel", model.base_model)
+    plain = cast(PreTrainedModel, tuner.merge_and_unload())
     while any(hasattr(layer, "lora_A") for layer in plain.modules()):
-        plain = model.base_model.merge_and_unload()
+        plain = cast(PreTrainedModel, tuner.merge_and_unload())
     return plain.requires_grad_(True)
 
 
-def _check_layer(name: str, layer: Any, base: nn.Module, is_head: bool) -> None:
-    """RefineError where a layer's adapter cannot be merged, or would not be part of the losses."""
+def _check_layer(name: str, layer: AdaptedLayer, is_head: bool) -> None:
+    """Raise a RefineError where a layer's adapter cannot be merged, or would not be part of the losses."""
+    base = layer.get_base_layer()
     _check_called(name, base)
     if layer.lora_bias.get(ONE_NAME) and getattr(base, "bias", None) is None:
         raise RefineError(f"lora_bias=True: {name} has no bias that it could be merged into; leave it out")
@@ -155,7 +179,7 @@ def _check_layer(name: str, layer: Any, base: nn.Module, is_head: bool) -> None:
 
 
 def _check_called(name: str, module: nn.Module) -> None:
-    """RefineError for a module without inputs, which PEFT's wrappers cannot stand for."""
+    """Raise a RefineError for a module without inputs, which PEFT's wrappers cannot replace."""
     if not inspect.signature(module.forward).parameters:
         raise RefineError(
             f"{name} makes weights and takes no input, so PEFT cannot adapt it; adapt linear layers (target_modules='all-linear'), or the "
@@ -163,40 +187,44 @@ def _check_called(name: str, module: nn.Module) -> None:
         )
 
 
-def _adapted(*layers: Any) -> bool:
+def _adapted(*layers: nn.Module) -> bool:
     """Whether one of the layers has LoRA inside or around it."""
     return any(hasattr(part, "lora_A") for layer in layers for part in layer.modules())
 
 
-def _untie(model: Any) -> bool:
-    """Give embeddings and head a weight each where they share one and an adapter is on one of them. Merged into a shared weight, it would
-    change both. Returns whether they were untied."""
-    base: Any = without_adapters(model)
+def _untie(model: PeftModel) -> bool:
+    """Give embeddings and head a weight each where they share one and an adapter is on one of them.
+
+    Merged into a shared weight, the adapter would change both. Returns whether they were untied.
+    """
+    base = cast(PreTrainedModel, without_adapters(model))
     layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    inner = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
+    inner = [cast(AdaptedLayer, layer).get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
     if not _adapted(*layers) or inner[0].weight is not inner[1].weight:
         return False
-    inner[1].weight = nn.Parameter(inner[0].weight.detach().clone(), requires_grad=inner[0].weight.requires_grad)
+    shared = cast(nn.Parameter, inner[0].weight)
+    inner[1].weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     base.config.tie_word_embeddings = False
     return True
 
 
-def head_weight(model: Any) -> Tensor:
+def head_weight(model: CausalModel) -> Tensor:
     """Return the weight [V, D] that makes logits of hidden states, with what adapters on the head add to it."""
     head = model.lm_head
     if not hasattr(head, "lora_A"):
-        return head.weight
-    names = [] if head.disable_adapters or head.merged else head.active_adapters
-    return sum((head.get_delta_weight(name) for name in names), head.get_base_layer().weight)
+        return cast(nn.Linear, head).weight
+    adapted = cast(AdaptedLayer, head)
+    names = [] if adapted.disable_adapters or adapted.merged else adapted.active_adapters
+    return sum((adapted.get_delta_weight(name) for name in names), adapted.get_base_layer().weight)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's, whose layers hold the adapters; one without adapters as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+    """Return the model inside PEFT's, whose layers hold the adapters; one without adapters as it is."""
+    return cast("PeftModel", model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_adapter(where: str, revision: str | None = None) -> Adapter | None:
-    """The adapter of a folder or a hub name; None where that holds none.
+    """Find the adapter of a folder or a hub name; None where that holds none.
 
     Raises:
         RefineError: an adapter without a base, without safetensors, or of a kind that cannot be merged into its base.
@@ -222,7 +250,7 @@ def find_adapter(where: str, revision: str | None = None) -> Adapter | None:
 
 
 def _file(where: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder, or of a hub name by its cache; None where there is none, or no such place (loading the model says which)."""
+    """Find a file of a folder, or of a hub name; None where there is none, or no such place (loading the model says which)."""
     if Path(where).exists():
         path = Path(where) / name
         return path if path.is_file() else None
@@ -236,8 +264,8 @@ def _file(where: str, name: str, revision: str | None) -> Path | None:
     return None if found is None else Path(found)
 
 
-def peft() -> Any:
-    """The library, or a RefineError that says how to get it."""
+def peft() -> ModuleType:
+    """Import PEFT, or raise a RefineError that says how to get it."""
     try:
         import peft as library
     except ImportError as error:
@@ -245,8 +273,8 @@ def peft() -> Any:
     return library
 
 
-def attach(model: PreTrainedModel, adapter: Adapter) -> Any:
-    """An adapter on its base, by PEFT, ready to be trained on.
+def attach(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Put an adapter on its base, by PEFT, ready to be trained on.
 
     Raises:
         RefineError: PEFT is not installed, or the adapter has not the layers or shapes of this base.

@@ -1,29 +1,30 @@
-"""What all fast-weight language models share: blocks, the layer loop, padding, snapshots and the language-model head.
+"""Blocks, the layer loop and the language-model head that all fast-weight language models share.
 
-A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer. Everything about padding happens once, here at the edge: real tokens are moved to
-the left, rows carry their lengths, and outputs are moved back, so that no mixer ever sees a pad between real tokens and none writes to
-a state. Lengths, offsets and positions are tensors on the host below this edge: they decide shapes, and asking a device
-for them in every layer would make the host wait in every layer.
+A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer. Padding is dealt with once, in `layout.py`: real tokens are moved to the left, rows
+carry their lengths, and outputs are moved back, so that no mixer ever sees a pad between real tokens and none writes to a state. Lengths,
+offsets and positions are tensors on the host below that edge: they decide shapes, and asking a device for them in every layer would make
+the host wait in every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refine_nsp.errors import RefineError
+from refine_nsp.models.branches import Branches
 from refine_nsp.models.document_marks import MARKS
 from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
 from refine_nsp.models.padding import Alignment, columns_to_tokens
-from refine_nsp.models.protocols import CausalModel, StateMixer, Trunk
+from refine_nsp.models.protocols import CausalModel, StateMixer
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, TracedStates
 from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
@@ -33,7 +34,7 @@ SUPPORTED_ACTIVATIONS = ("swish", "silu")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, statistics in float32 or better."""
+    """Computes x / rms(x) * weight over the last axis, with statistics in float32 or better."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -45,7 +46,10 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLUMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); without `intermediate_size` the width is 2/3 * hidden_ratio * D, rounded up to 256."""
+    """Computes down(silu(gate(x)) * up(x)).
+
+    Without `intermediate_size` its width is 2/3 * hidden_ratio * D, rounded up to a multiple of 256.
+    """
 
     def __init__(self, hidden_size: int, hidden_ratio: float | None, intermediate_size: int | None) -> None:
         super().__init__()
@@ -73,21 +77,39 @@ class Mixer(StateMixer, Protocol):
     def __call__(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None
     ) -> tuple[Tensor, LayerTrace | None]:
-        """Tokens x [B, T, D] -> y [B, T, D], and what the state at any of them can be rebuilt from.
+        """Mix tokens x [B, T, D] into y [B, T, D], and return what the state at any of them can be rebuilt from.
 
         Args:
             lengths: [B] long on the host, real tokens of each row, on the left; None: all T.
-            state: to go on from, or None. offsets: its rows' tokens so far, long, on the host.
-            branches: None: state and x have the same rows. Else each of the state's S rows is gone on from by so many neighbouring
-                rows of x, B = S * branches; all tokens are real, and the trace is not needed.
+            state: what the rows continue from, or None. offsets: its rows' tokens so far, long, on the host.
+            branches: None where state and x have the same rows. Else so many neighbouring rows of x continue from each of the state's S
+                rows, B = S * branches; all tokens are real, and the trace is not needed.
         """
         ...
 
 
-class FastWeightBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); called as `Mixer` is."""
+if TYPE_CHECKING:
 
-    def __init__(self, config: Any, mixer: Mixer) -> None:
+    class FamilyConfig(PreTrainedConfig):
+        """The fields that blocks and head read of every family's configuration."""
+
+        vocab_size: int
+        hidden_size: int
+        num_hidden_layers: int
+        hidden_ratio: float | None
+        intermediate_size: int | None
+        norm_eps: float
+        initializer_range: float
+        pad_token_id: int | None
+
+else:
+    FamilyConfig = PreTrainedConfig  # each family declares the fields itself, with the original's defaults and in its order
+
+
+class FastWeightBlock(GradientCheckpointingLayer):
+    """Computes x + mixer(norm(x)), then x + mlp(norm(x)); it is called as a `Mixer` is."""
+
+    def __init__(self, config: FamilyConfig, mixer: Mixer) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn: Mixer = mixer
@@ -100,6 +122,12 @@ class FastWeightBlock(GradientCheckpointingLayer):
         y, trace = self.attn(self.attn_norm(x), lengths, state, offsets, branches)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), trace
+
+
+class HasInitialWeights(Protocol):
+    """A module that draws its own weights."""
+
+    def init_weights_(self) -> None: ...
 
 
 class FastWeightPreTrainedModel(PreTrainedModel):
@@ -119,10 +147,10 @@ class FastWeightPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif hasattr(module, "init_weights_"):
-            cast(Any, module).init_weights_()
+            cast(HasInitialWeights, module).init_weights_()
 
 
-def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, ...]]) -> None:
+def refuse_unsupported(config: PreTrainedConfig, required: Mapping[str, tuple[object, ...]]) -> None:
     """Raise a RefineError naming the first field of `config` whose value is not among the supported ones."""
     for name, supported in required.items():
         value = getattr(config, name)
@@ -134,15 +162,15 @@ def refuse_unsupported(config: PreTrainedConfig, required: dict[str, tuple[Any, 
 
 
 class FastWeightModel(FastWeightPreTrainedModel):
-    """Embedding, blocks, final norm. A family names its `mixer_class`, a `Mixer` made from the config."""
+    """A trunk of embedding, blocks and final norm. A family names its `mixer_class`, whose instances are `Mixer`s."""
 
-    mixer_class: ClassVar[type[Any]]
+    mixer_class: ClassVar[Callable[..., Mixer]]
     cuts_at_positions = False
     rereads_prefixes = False
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)
-        chosen()  # a choice of kernels that cannot be had is refused before anything is loaded
+        chosen()  # a choice of kernels that cannot be had should be refused before anything is loaded
         self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([FastWeightBlock(config, self.mixer_class(config)) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -156,12 +184,12 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     @property
     def mixers(self) -> list[Mixer]:
-        """One a layer; where PEFT adapts a mixer's own parameters, the mixer inside its wrapper."""
+        """The mixer of each layer; where PEFT adapts a mixer's own parameters, the one inside its wrapper."""
         return [_unwrapped(cast(FastWeightBlock, layer).attn) for layer in self.layers]
 
     @property
     def kernels(self) -> str:
-        """What computes it, and why: one line."""
+        """What computes the model, and why, in one line."""
         exceptions = sorted({mixer.without_kernels for mixer in self.mixers if mixer.without_kernels is not None})
         return "; ".join([str(chosen()), *(exceptions if chosen().name == "fla" else [])])
 
@@ -192,15 +220,15 @@ class FastWeightModel(FastWeightPreTrainedModel):
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> FastWeightModelOutput:
-        """Run T tokens on from `past_key_values` (or from nothing).
+    ) -> FastWeightModelOutput | tuple[object, ...]:
+        """Run T tokens from the states `past_key_values`, or from nothing.
 
         Args:
             input_ids: [B, T] long; or `inputs_embeds` [B, T, D].
             attention_mask: [B, T] or [B, past + T], 1 for real tokens, any pattern; or `lengths` [B] long for right padding, best
                 on the host, where they are needed.
-            past_key_values: states to go on from. With `use_cache` they are replaced in the given object (tensors never are
-                written in place); without, they are only read, and may be of S rows with B = S*n: n neighbours go on from each.
+            past_key_values: states that the rows continue from. With `use_cache` they are replaced in the given object (no tensor is
+                written in place); without, they are only read, and may have S rows with B = S*n: n neighbours continue from each.
             use_cache: default `config.use_cache` in eval mode, False in training mode and for packed documents.
             snapshot_positions: [B, P] long, input column of the last token of each prefix (-1: before the first).
             output_states: also return `states`, from which snapshots can be taken after the outputs are known.
@@ -210,7 +238,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
         Raises:
             RefineError: both or neither of input_ids and inputs_embeds, a foreign cache, positions out of range, bad masks, marks of
-                documents that contradict each other, a keyword that nobody reads.
+                documents that contradict each other, or a keyword that nobody reads.
         """
         refuse_unknown(type(self).forward, kwargs)
         marks = {
@@ -260,12 +288,12 @@ class FastWeightModel(FastWeightPreTrainedModel):
         )
 
     def branch(self, cache: FastWeightCache, n: int) -> Branches:
-        """Rows that go on token by token from the states of `cache`, n neighbours from each; the cache is only read."""
+        """Start n neighbouring rows from each state of `cache`, to continue token by token; the cache is only read."""
         return Branches(self, cache, n)
 
     @staticmethod
     def _rows(past: FastWeightCache | None, n_rows: int, reads_only: bool) -> tuple[FastWeightCache | None, int | None]:
-        """The states to go on from, and how many neighbours share each; where states are kept, every row has one of its own."""
+        """Return the states to continue from, and how many rows share each; where states are kept, every row gets one of its own."""
         if past is None or not past.is_initialized:
             return past, None
         n = n_rows // past.batch_size
@@ -278,36 +306,17 @@ class FastWeightModel(FastWeightPreTrainedModel):
         return cache
 
 
-def _unwrapped(mixer: Any) -> Mixer:
-    return cast(Mixer, mixer.get_base_layer() if hasattr(mixer, "get_base_layer") else mixer)
-
-
-class Branches:
-    """R = S*n rows that go on together from S states, a token at a time. Made by `FastWeightModel.branch`."""
-
-    def __init__(self, model: Trunk, cache: FastWeightCache, n: int) -> None:
-        self.model = model
-        self.shared = all(mixer.shares_states for mixer in model.mixers)
-        self.cache = cache if self.shared else cache.expand(n)
-        self.tokens: list[Tensor] = []
-
-    def advance(self, token: Tensor) -> Tensor:
-        """Consume a token a row, [R] long -> final-norm output after it [R, D]."""
-        if not self.shared:
-            return self.model(token[:, None], past_key_values=self.cache, use_cache=True).last_hidden_state[:, 0]
-        # From shared states the few tokens so far are run again, which is cheaper than a state a row to keep and carry on.
-        self.tokens.append(token)
-        again = torch.stack(self.tokens, 1)
-        return self.model(again, past_key_values=self.cache, use_cache=False).last_hidden_state[:, -1]
+def _unwrapped(mixer: Mixer) -> Mixer:
+    return mixer.get_base_layer() if hasattr(mixer, "get_base_layer") else mixer
 
 
 class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
-    """Trunk and language-model head. `generate()` works as for any causal model, batched with left padding included."""
+    """A trunk and its language-model head. `generate()` works as for any causal model, also batched with left padding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     trunk_class: ClassVar[type[FastWeightModel]]
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)
         self.model = self.trunk_class(config)
         self.vocab_size = config.vocab_size
@@ -342,7 +351,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         lengths: Tensor | None = None,
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
-        step: Callable[[CausalModel], Any] | None = None,
+        step: Callable[[CausalModel], object] | None = None,
         num_items_in_batch: int | Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -354,15 +363,17 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """Logits [B, T, V] (or of the last `logits_to_keep` columns), and the mean cross-entropy when `labels` are given.
+    ) -> object:
+        """Return logits [B, T, V] (or of the last `logits_to_keep` columns), and the mean cross-entropy when `labels` are given.
 
-        The other arguments are those of `FastWeightModel.forward`. `labels` [B, T] are shifted inside (-100: ignored); what the
-        first column of a row or of a packed document holds is nobody's target.
-        `num_items_in_batch`: what the sum of cross-entropies is divided by instead of its own count (transformers' Trainer gives
-        the targets of a whole gradient accumulation).
-        `step`: a callable that gets this module; its result is returned. A whole training step is then one forward call, which
-        is what DDP, FSDP and PEFT wrappers need to see.
+        Args:
+            labels: [B, T], shifted inside (-100: ignored); what the first column of a row or of a packed document holds is no target.
+            num_items_in_batch: what the sum of cross-entropies is divided by instead of its own count (transformers' Trainer gives
+                the targets of a whole gradient accumulation).
+            step: a callable that gets this module; its result is returned. A whole training step is then one forward call, which
+                is what DDP, FSDP and PEFT wrappers need to see.
+
+        The other arguments are those of `FastWeightModel.forward`.
         """
         if step is not None:
             return step(self)
@@ -377,8 +388,8 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         return as_asked(_with_logits(self.lm_head, out, labels, logits_to_keep, num_items_in_batch), return_dict, self.config)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: object, *args: Any, **kwargs: Any
+    ) -> bool:
         if generation_config.cache_implementation is not None:
             raise RefineError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not apply: fast-weight models keep a "
@@ -392,12 +403,13 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = FastWeightCache()
+        return False
 
 
 def _with_logits(
     head: nn.Module, out: FastWeightModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor, divisor: int | Tensor | None
 ) -> FastWeightCausalLMOutput:
-    """What a causal model returns, made of what its trunk did."""
+    """Make a causal model's output of its trunk's."""
     h = out.last_hidden_state
     assert h is not None
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -416,7 +428,7 @@ def _with_logits(
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
-    """Cross-entropy of logits [B, T, V] against the labels [B, T] one column on, in float32 or better: a mean, or sum / divisor."""
+    """Average the cross-entropy of logits [B, T, V] for the labels [B, T] one column on, in float32 or better; or sum / divisor."""
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     targets = labels[:, 1:].flatten().to(logits.device)
     if divisor is None:

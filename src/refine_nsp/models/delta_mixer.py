@@ -1,4 +1,4 @@
-"""What DeltaNet and Gated DeltaNet share: the short convolutions, the read-out, and the trace their snapshots come from."""
+"""The short convolutions, the read-out and the traces that DeltaNet and Gated DeltaNet share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refine_nsp.ops.short_conv import short_conv
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution of width W over time, then `activation`; its state is the last W - 1 inputs."""
+    """A depthwise causal convolution of width W over time, followed by `activation`; its state is the last W - 1 inputs."""
 
     def __init__(self, channels: int, width: int, activation: str | None) -> None:
         super().__init__()
@@ -29,12 +29,13 @@ class ShortConv(nn.Module):
     def init_weights_(self) -> None:
         init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x: Tensor, history: Tensor | None) -> Tensor:  # [B, T, D], [B, W-1, D] -> [B, T, D]
+    def forward(self, x: Tensor, history: Tensor | None) -> Tensor:
+        """Convolve x [B, T, D] behind `history` [B, W-1, D]."""
         return short_conv(x, self.weight[:, 0], None, self.activation, history)
 
 
 class GatedRMSNorm(nn.Module):
-    """rms_norm(o) * weight * silu(gate), over the last axis."""
+    """Computes rms_norm(o) * weight * silu(gate) over the last axis."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -50,13 +51,13 @@ class GatedRMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class DeltaTrace:
-    """One pass of a delta-rule mixer: its chunk states, and the inputs of its convolutions with what came before them."""
+    """The trace of a delta-rule mixer: its states, and the inputs of its convolutions with their histories."""
 
     states: DeltaStates | OneToken
     conv_inputs: dict[str, tuple[Tensor, Tensor | None, int]]  # name -> inputs [B, T, D], history [B, W-1, D], width
 
     def at(self, positions: Tensor) -> LayerState:
-        """`recurrent` [B*P, HV, Dk, Dv] and `conv_q`, `conv_k`, `conv_v` [B*P, W-1, D]."""
+        """Rebuild `recurrent` [B*P, HV, Dk, Dv] and `conv_q`, `conv_k`, `conv_v` [B*P, W-1, D] after the tokens at `positions`."""
         state = {"recurrent": self.states.at(positions).flatten(0, 1)}
         for name, (x, history, width) in self.conv_inputs.items():
             state[name] = last_inputs(x, history, width - 1, positions).flatten(0, 1)
@@ -64,20 +65,20 @@ class DeltaTrace:
 
 
 def conv_trace(inputs: dict[str, Tensor], state: LayerState | None, width: int) -> dict[str, tuple[Tensor, Tensor | None, int]]:
-    """What `DeltaTrace` keeps of the convolutions with inputs `q`, `k`, `v`; width 1 has no state."""
+    """Collect what `DeltaTrace` keeps of the convolutions with inputs `q`, `k`, `v`; those of width 1 have no state."""
     if width == 1:
         return {}
     return {f"conv_{n}": (z, None if state is None else state[f"conv_{n}"], width) for n, z in inputs.items()}
 
 
 def real_token_mask(lengths: Tensor | None, n_tokens: int, device: torch.device) -> Tensor | None:
-    """[B, T, 1] bool on `device`, true at real tokens; None when all are. lengths: [B] on the host."""
+    """Mark real tokens, [B, T, 1] bool on `device`; None when all tokens are real. lengths: [B] on the host."""
     if lengths is None:
         return None
     return (torch.arange(n_tokens) < lengths[:, None])[..., None].to(device, non_blocking=True)
 
 
 def delta_rule_exception(key_width: int, gated: bool) -> str | None:
-    """`Mixer.without_kernels` of heads of this width."""
+    """Say for `Mixer.without_kernels` why heads of this width run without kernels; None if they do not."""
     problem = delta_rule_problem(None, key_width, gated)
     return None if problem is None else f"the delta rule on PyTorch's operations ({problem})"

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import (
     SUPPORTED_ACTIVATIONS,
+    FamilyConfig,
     FastWeightForCausalLM,
     FastWeightModel,
     RMSNorm,
@@ -26,8 +26,8 @@ from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
 
 
-class DeltaNetConfig(PreTrainedConfig):
-    """Fields, names and defaults of flash-linear-attention's `delta_net`.
+class DeltaNetConfig(FamilyConfig):
+    """The configuration of DeltaNet, with the fields and defaults of flash-linear-attention's `delta_net`.
 
     `attn_mode`, `fuse_*`, `use_output_norm` and `max_position_embeddings` do not change what is computed (as there).
     `attn` (softmax-attention layers), `attnres_block_size` and `use_l2warp` are refused when set.
@@ -99,14 +99,17 @@ class DeltaNetConfig(PreTrainedConfig):
 
 
 def sum_norm(x: Tensor) -> Tensor:
-    """x / sum(x) over the last axis."""
+    """Compute x / sum(x) over the last axis."""
     return x / x.sum(-1, keepdim=True)
 
 
 class DeltaNetMixer(nn.Module):
-    """The delta-rule layer: x [B, T, D] -> (y [B, T, D], trace). States: `recurrent` [R, H, Dk, Dv], `conv_*` [R, W-1, D']."""
+    """The delta-rule layer. It turns x [B, T, D] into y [B, T, D] and a trace.
 
-    fast_weight_names = ("q_proj", "k_proj", "v_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+    Its states are `recurrent` [R, H, Dk, Dv] and `conv_*` [R, W-1, D'].
+    """
+
+    fast_weight_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d")
     shares_states = False
 
     def __init__(self, config: DeltaNetConfig) -> None:

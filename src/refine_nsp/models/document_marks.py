@@ -1,13 +1,13 @@
-"""Where documents packed in one row begin, in the words of transformers, flash-attention, Mamba-2 and flash-linear-attention.
+"""Marks of the documents packed in one row, as transformers, flash-attention, Mamba-2 and flash-linear-attention give them.
 
 `position_ids` that begin again at 0, `cu_seq_lens_q` and `cu_seq_lens_k` (with `max_length_q`, `max_length_k`) or `cu_seqlens`, which count
-tokens from the first column of all rows, and `seq_idx`, a number for each document, say the same thing. What is said twice must agree.
+tokens from the first column of all rows, and `seq_idx`, a number for each document, all say where documents begin. Where several are given
+they must agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ LONGEST = ("max_length_q", "max_length_k")
 MARKS = ("position_ids", *BOUNDARIES, *LONGEST, "seq_idx")
 
 
-class _Real:
-    """The real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
+class _RealTokens:
+    """The n real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
 
     def __init__(self, real: Tensor) -> None:
         self.n_rows, self.n_tokens = real.shape
@@ -38,13 +38,13 @@ class _Real:
 
 
 def find_documents(
-    marks: Mapping[str, Any], aligned: Alignment | None, n_rows: int, n_tokens: int, past: FastWeightCache | None
+    marks: Mapping[str, object], aligned: Alignment | None, n_rows: int, n_tokens: int, past: FastWeightCache | None
 ) -> Documents | None:
-    """The documents of [B, T] columns; None when every row is a single one, as without marks.
+    """Find the documents of [B, T] columns; None when every row is a single one, as without marks.
 
     Args:
         marks: values of `MARKS`, None where not given, and `cache_position`.
-        aligned: the real tokens, or None: all.
+        aligned: where the real tokens are; None if every token is one.
         past: states that the rows continue from.
 
     Raises:
@@ -60,7 +60,7 @@ def find_documents(
     numbers = _grid("seq_idx", given["seq_idx"], n_rows, n_tokens) if "seq_idx" in given else None
     if numbers is not None:
         real = real & (numbers >= 0)  # causal-conv1d leaves out what has a negative number
-    tokens, begins = _Real(real), {}
+    tokens, begins = _RealTokens(real), {}
     for name in BOUNDARIES:
         if name in given:
             begins[name] = _by_boundaries(name, given[name], tokens)
@@ -82,29 +82,32 @@ def find_documents(
     return documents
 
 
-def begins_again(position_ids: Any, attention_mask: Any) -> bool:
-    """Whether positions [B, T] do not run on somewhere within a row, as where documents are packed; with a mask, where they fall."""
+def begins_again(position_ids: object, attention_mask: object) -> bool:
+    """Whether positions [B, T] begin again within a row, as where documents are packed.
+
+    Without a mask any break in their counting does, since transformers' attention finds documents so; with one, only a fall.
+    """
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return False
     if attention_mask is None:
-        return bool((position_ids.diff(dim=1) != 1).any())  # so transformers' attention finds documents
+        return bool((position_ids.diff(dim=1) != 1).any())
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return False  # a mask that says itself who sees whom
+        return False  # such a mask says itself which tokens see each other
     real = (attention_mask[:, -position_ids.shape[1] :] != 0).cpu()
     places = position_ids.cpu().expand_as(real)[real]
     rows = real.nonzero()[:, 0]
     return bool(((places.diff() <= 0) & (rows.diff() == 0)).any())
 
 
-def is_packed(keywords: Mapping[str, Any]) -> bool:
-    """Whether the keywords of a call speak of packed documents."""
+def is_packed(keywords: Mapping[str, object]) -> bool:
+    """Whether the keywords of a call mark packed documents."""
     if any(keywords.get(name) is not None for name in (*BOUNDARIES, "seq_idx")):
         return True
     return begins_again(keywords.get("position_ids"), keywords.get("attention_mask"))
 
 
-# --- each way to say it: [n] bool over real tokens, true where a document begins -----------------------------------------
-def _by_boundaries(name: str, value: Any, tokens: _Real) -> Tensor:
+# --- each kind of mark: [n] bool over real tokens, true where a document begins -----------------------------------------
+def _by_boundaries(name: str, value: object, tokens: _RealTokens) -> Tensor:
     ends = _whole_numbers(name, value)
     total = tokens.n_rows * tokens.n_tokens
     if ends.ndim != 1 or len(ends) < 2:
@@ -124,7 +127,7 @@ def _by_boundaries(name: str, value: Any, tokens: _Real) -> Tensor:
     return _changes(first.cumsum(0)[tokens.columns])
 
 
-def _by_numbers(numbers: Tensor, tokens: _Real) -> Tensor:
+def _by_numbers(numbers: Tensor, tokens: _RealTokens) -> Tensor:
     flat = numbers.flatten()[tokens.columns]
     begins = _changes(flat) | tokens.begins_row
     runs = torch.stack([tokens.rows[begins], flat[begins]], 1)
@@ -135,8 +138,11 @@ def _by_numbers(numbers: Tensor, tokens: _Real) -> Tensor:
     return begins
 
 
-def _by_positions(places: Tensor, tokens: _Real, consumed: Tensor, columns: int) -> Tensor:
-    """Rows that count their columns are one document each. Others count real tokens, on from those consumed, or again from 0."""
+def _by_positions(places: Tensor, tokens: _RealTokens, consumed: Tensor, columns: int) -> Tensor:
+    """Find where positions begin a document.
+
+    Rows that count their columns are one document each. Others count real tokens, from those consumed before or again from 0.
+    """
     counted = tokens.columns % tokens.n_tokens
     flat = places.flatten()[tokens.columns]
     misses = torch.zeros(tokens.n_rows, dtype=torch.long).index_add(0, tokens.rows, (flat != counted + columns).long())
@@ -161,7 +167,7 @@ def _by_positions(places: Tensor, tokens: _Real, consumed: Tensor, columns: int)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def _agree(begins: Mapping[str, Tensor], tokens: _Real) -> None:
+def _agree(begins: Mapping[str, Tensor], tokens: _RealTokens) -> None:
     names = list(begins)
     for name in names[1:]:
         differs = (begins[name] != begins[names[0]]).nonzero()
@@ -173,14 +179,14 @@ def _agree(begins: Mapping[str, Tensor], tokens: _Real) -> None:
             )
 
 
-def _check_longest(given: Mapping[str, Any], documents: Documents) -> None:
+def _check_longest(given: Mapping[str, object], documents: Documents) -> None:
     longest = int(documents.lengths.max())
     for name in LONGEST:
-        if name in given and int(_whole_numbers(name, given[name])) < longest:
-            raise RefineError(f"{name}={int(given[name])} is less than the longest document, which has {longest} tokens")
+        if name in given and (limit := int(_whole_numbers(name, given[name]))) < longest:
+            raise RefineError(f"{name}={limit} is less than the longest document, which has {longest} tokens")
 
 
-def _check_cache_position(value: Any, columns: int, n_tokens: int) -> None:
+def _check_cache_position(value: object, columns: int, n_tokens: int) -> None:
     places = _whole_numbers("cache_position", value)
     if places.shape != (n_tokens,) or bool((places != columns + torch.arange(n_tokens)).any()):
         raise RefineError(
@@ -189,7 +195,7 @@ def _check_cache_position(value: Any, columns: int, n_tokens: int) -> None:
         )
 
 
-def _grid(name: str, value: Any, n_rows: int, n_tokens: int) -> Tensor:
+def _grid(name: str, value: object, n_rows: int, n_tokens: int) -> Tensor:
     numbers = _whole_numbers(name, value)
     if numbers.ndim != 2 or numbers.shape[1] != n_tokens or numbers.shape[0] not in (1, n_rows):
         raise RefineError(
@@ -198,8 +204,8 @@ def _grid(name: str, value: Any, n_rows: int, n_tokens: int) -> Tensor:
     return numbers.expand(n_rows, n_tokens)
 
 
-def _whole_numbers(name: str, value: Any) -> Tensor:
-    """The value as long, on the host."""
+def _whole_numbers(name: str, value: object) -> Tensor:
+    """Return the value as long, on the host."""
     try:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -210,7 +216,7 @@ def _whole_numbers(name: str, value: Any) -> Tensor:
 
 
 def _changes(values: Tensor) -> Tensor:
-    """[n] bool: true at the first value and wherever a value is not the one before."""
+    """Mark the first value and every value that differs from the one before, [n] bool."""
     first = torch.ones(min(1, len(values)), dtype=torch.bool)
     return torch.cat([first, values[1:] != values[:-1]])
 

@@ -1,15 +1,14 @@
-"""Documents packed in one row: rows of their own inside, the caller's layout outside.
+"""Documents packed in one row get rows of their own, and their outputs go back to the caller's layout.
 
-A boundary is a fresh state. So nothing below this edge knows of packing: a document becomes a row, padded on the right, and its outputs go
-back to the columns it came from. Documents of about one length run together; those of very different lengths run apart, since a row per
-document would otherwise be mostly pads (one of 7,000 tokens with a hundred of 12: 86 times the tokens).
+Every document starts from a fresh state. So nothing below this edge knows of packing: a document becomes a row, padded on the right, and
+its outputs go back to the columns it came from. Documents of about one length run together; those of very different lengths run apart,
+since the rows would otherwise be mostly pads (one of 7,000 tokens with a hundred of 12: 86 times the tokens).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from refine_nsp.models.outputs import FastWeightModelOutput
 from refine_nsp.models.state import FastWeightCache, StatesOfPass
 
-PADS_PER_TOKEN = 0.25  # of documents that run together, at the most
+PADS_PER_TOKEN = 0.25  # at most, among documents that run together
 
 # x [N, T'] ids or [N, T', D], lengths [N] long on the host, tokens [N, P] of snapshots or None -> the outputs of N rows
 RunRows = Callable[[Tensor, Tensor, "Tensor | None"], FastWeightModelOutput]
@@ -25,7 +24,10 @@ RunRows = Callable[[Tensor, Tensor, "Tensor | None"], FastWeightModelOutput]
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents in B rows of T columns, in their order; a row without a real token has one without tokens, at the end. On the host."""
+    """N documents in B rows of T columns, in their order. All tensors are on the host.
+
+    A row without a real token has a document without tokens; these come last.
+    """
 
     n_rows: int
     n_tokens: int
@@ -36,7 +38,7 @@ class Documents:
 
     @classmethod
     def of(cls, real: Tensor, begins: Tensor) -> Documents:
-        """Documents of real tokens [B, T] bool, given which of these (flattened, [n] bool) begin one."""
+        """Find the documents of real tokens [B, T] bool, given which of these (flattened, [n] bool) begin one."""
         n_rows, n_tokens = real.shape
         columns = real.flatten().nonzero()[:, 0]
         first = begins.nonzero()[:, 0]
@@ -48,13 +50,13 @@ class Documents:
 
     @property
     def starts(self) -> Tensor:
-        """[B, T] bool, true in the columns where a document begins."""
+        """Mark the columns where a document begins, [B, T] bool."""
         starts = torch.zeros(self.n_rows * self.n_tokens, dtype=torch.bool)
         starts[self.columns[self.first[self.lengths > 0]]] = True
         return starts.view(self.n_rows, self.n_tokens)
 
     def groups(self, together: bool) -> list[Tensor]:
-        """Documents that run together, longest first: all, or as many as keep pads few."""
+        """Group the documents that run together, longest first: all, or as many as keep pads few."""
         order = self.lengths.argsort(descending=True, stable=True)
         if together:
             return [order]
@@ -71,13 +73,13 @@ class Documents:
         return [torch.tensor(group) for group in groups]
 
     def columns_of(self, group: Tensor) -> Tensor:
-        """[N', T'] long: the columns of the flattened input that a group's rows hold; pads repeat a token."""
+        """Find the columns [N', T'] of the flattened input that a group's rows hold; pads repeat a token."""
         width = max(1, int(self.lengths[group].max()))
         tokens = self.first[group][:, None] + torch.arange(width).minimum((self.lengths[group][:, None] - 1).clamp(min=0))
         return self.columns[tokens.clamp(max=len(self.columns) - 1)] if len(self.columns) else torch.zeros_like(tokens)
 
     def slots(self, groups: Sequence[Tensor]) -> Tensor:
-        """[B*T] long: where each input column is among the groups' rows, flattened one behind the other; for pads the first."""
+        """Find each input column among the groups' rows, flattened one behind the other, [B*T] long; a pad's is the first."""
         slots = torch.zeros(self.n_rows * self.n_tokens, dtype=torch.long)
         base = 0
         for group in groups:
@@ -88,7 +90,7 @@ class Documents:
         return slots
 
     def tokens_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Input columns [B, P] (-1: before the first) as documents [B*P] and tokens in them. A pad stands for the token before it."""
+        """Turn input columns [B, P] (-1: before the first) into documents [B*P] and tokens in them; a pad is the token before it."""
         upto = torch.zeros(self.n_rows * self.n_tokens, dtype=torch.long)
         upto[self.columns] = 1
         upto = upto.cumsum(0) - 1
@@ -104,12 +106,12 @@ class Documents:
         return documents, torch.where(inside, index - self.first[documents], -1)
 
     def last_tokens(self) -> tuple[Tensor, Tensor]:
-        """The last document of each row [B] and its last token."""
+        """Find the last document of each row [B] and its last token."""
         documents = self._ends(torch.arange(self.n_rows), first=False)
         return documents, self.lengths[documents] - 1
 
     def _ends(self, rows: Tensor, first: bool) -> Tensor:
-        """The first or last document of each of `rows`."""
+        """Find the first or last document of each of `rows`."""
         order = list(enumerate(self.rows.tolist()))
         by_row = {row: document for document, row in (reversed(order) if first else order)}
         return torch.tensor([by_row[row] for row in rows.tolist()], dtype=torch.long)
@@ -117,7 +119,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """States of some documents of a group: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
+    """The states wanted of a group's documents: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
 
     tokens: Tensor
     rows: Tensor
@@ -125,7 +127,7 @@ class _Wanted:
 
 
 def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list[_Wanted | None]:
-    """By group, the states wanted after `tokens` [M] of `documents` [M]."""
+    """Plan by group which states are taken after `tokens` [M] of `documents` [M]; None for a group without any."""
     plans: list[_Wanted | None] = []
     for group in groups:
         row_of = {document: row for row, document in enumerate(group.tolist())}
@@ -155,12 +157,9 @@ class PackedStates:
     def at(self, positions: Tensor) -> FastWeightCache:
         """See `StatesOfPass.at`."""
         plans = _wanted(self.groups, *self.documents.tokens_at(positions.cpu()))
-        parts = [(p, s.at(p.tokens).index(p.rows)) for p, s in zip(plans, self.states, strict=True) if p is not None]
-        return _joined([states for _, states in parts], [plan.slots for plan, _ in parts])
-
-
-def _joined(parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
-    return _rows(FastWeightCache.in_order(parts, slots), torch.arange(sum(map(len, slots))))
+        taken = [(s.at(p.tokens).index(p.rows), p.slots) for p, s in zip(plans, self.states, strict=True) if p is not None]
+        parts, slots = [states for states, _ in taken], [slots for _, slots in taken]
+        return _rows(FastWeightCache.in_order(parts, slots), torch.arange(sum(map(len, slots))))
 
 
 def _rows(states: FastWeightCache, rows: Tensor) -> FastWeightCache:
@@ -178,7 +177,7 @@ def run_documents(
         run: the model on rows that are padded on the right.
         x: ids [B, T] or embeddings [B, T, D].
         positions: [B, P] long on the host, input columns of snapshots, or None.
-        ends: whether the state after each row's last document is wanted, which comes back as the second value.
+        ends: whether the state after each row's last document is wanted, which is returned as the second value.
         together: whether all documents must run in one pass.
     """
     groups = documents.groups(together)
@@ -187,12 +186,13 @@ def run_documents(
     wanted = [torch.cat(parts) for parts in zip(*asked, strict=True)]
     plans = _wanted(groups, *wanted) if asked else [None] * len(groups)
     flat, parts, slots = x.flatten(0, 1), [], []
-    outs: list[Any] = []
+    outs: list[FastWeightModelOutput] = []
     for group, plan in zip(groups, plans, strict=True):
         rows = flat[documents.columns_of(group).to(x.device, non_blocking=True)]
-        outs.append(run(rows, documents.lengths[group], None if plan is None else plan.tokens))
-        if plan is not None:
-            parts.append(outs[-1].snapshots.index(plan.rows))
+        out = run(rows, documents.lengths[group], None if plan is None else plan.tokens)
+        outs.append(out)
+        if plan is not None and out.snapshots is not None:
+            parts.append(out.snapshots.index(plan.rows))
             slots.append(plan.slots)
     where = documents.slots(groups).to(x.device, non_blocking=True)
     B, T = documents.n_rows, documents.n_tokens
@@ -205,13 +205,13 @@ def run_documents(
         taken, n = FastWeightCache.in_order(parts, slots), len(wanted[0]) - (B if ends else 0)
         snapshots = _rows(taken, torch.arange(n)) if n else None
         final = _rows(taken, torch.arange(n, n + B)) if ends else None
-    layers = [out.hidden_states for out in outs]
-    states: Any = None if outs[0].states is None else PackedStates(documents, groups, [out.states for out in outs])
+    layers = [out.hidden_states for out in outs if out.hidden_states is not None]
+    states = [out.states for out in outs if out.states is not None]
     out = FastWeightModelOutput(
         last_hidden_state=restored([out.last_hidden_state for out in outs]),
-        hidden_states=None if layers[0] is None else tuple(restored(pieces) for pieces in zip(*layers, strict=True)),
+        hidden_states=tuple(restored(pieces) for pieces in zip(*layers, strict=True)) if layers else None,
         snapshots=snapshots,
-        states=states,
+        states=PackedStates(documents, groups, states) if states else None,
         document_starts=documents.starts,
     )
     return out, final

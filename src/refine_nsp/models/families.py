@@ -1,4 +1,4 @@
-"""The families by `model_type`, registered with transformers' Auto classes: a model is added here."""
+"""The families by `model_type`, registered with transformers' Auto classes. A new family is added here."""
 
 from contextlib import suppress
 
@@ -18,15 +18,15 @@ FAMILIES = {
 
 
 def register() -> None:
-    """With the Auto classes. flash-linear-attention, once imported, has put models of its own under two of the names."""
+    """Register the families with the Auto classes, also where flash-linear-attention has put its own models under their names."""
     for model_type, (config, model, causal_lm) in FAMILIES.items():
         AutoConfig.register(model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
 
 
-# Imports flash-linear-attention where its kernels will be used, so that ours come after it. What is wrong with the choice is said where
-# a model is made: an import is no place for it.
+# This imports flash-linear-attention where its kernels will be used, so that our models are registered after its own. A choice of kernels
+# that cannot be had is refused where a model is made; an import should not fail for it.
 with suppress(RefineError):
     chosen()
 register()

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import (
     SUPPORTED_ACTIVATIONS,
+    FamilyConfig,
     FastWeightForCausalLM,
     FastWeightModel,
     RMSNorm,
@@ -30,8 +30,8 @@ from refine_nsp.ops.delta_rule import delta_rule
 from refine_nsp.ops.norm import l2_norm
 
 
-class GatedDeltaNetConfig(PreTrainedConfig):
-    """Fields, names and defaults of flash-linear-attention's `gated_deltanet`.
+class GatedDeltaNetConfig(FamilyConfig):
+    """The configuration of Gated DeltaNet, with the fields and defaults of flash-linear-attention's `gated_deltanet`.
 
     `attn_mode`, `fuse_*` and `max_position_embeddings` do not change what is computed (as there). `attn` (softmax-attention
     layers), `attnres_block_size`, `use_l2warp` and another `output_gate_activation` than swish are refused.
@@ -103,9 +103,12 @@ class GatedDeltaNetConfig(PreTrainedConfig):
 
 
 class GatedDeltaNetMixer(nn.Module):
-    """The gated layer: x [B, T, D] -> (y [B, T, D], trace). States: `recurrent` [R, HV, Dk, Dv], `conv_*` [R, W-1, D']."""
+    """The gated delta-rule layer. It turns x [B, T, D] into y [B, T, D] and a trace.
 
-    fast_weight_names = (
+    Its states are `recurrent` [R, HV, Dk, Dv] and `conv_*` [R, W-1, D'].
+    """
+
+    fast_weight_names: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias",
     )  # fmt: skip
     shares_states = False
@@ -135,7 +138,7 @@ class GatedDeltaNetMixer(nn.Module):
         self.init_weights_()
 
     def init_weights_(self) -> None:
-        """A uniform in (0, 16), dt log-uniform in (0.001, 0.1), as in the original."""
+        """Draw A uniform in (0, 16) and dt log-uniform in (0.001, 0.1), as in the original."""
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-3, 16).log_())
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_(min=1e-4)
         init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
@@ -170,7 +173,7 @@ class GatedDeltaNetMixer(nn.Module):
         return conv(z, None if state is None else state.get(f"conv_{name}"))
 
     def _gates(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """beta and log decay, both [B, T, HV], float32 or better; both 0 at pads: they neither write nor decay."""
+        """Compute beta and log decay, both [B, T, HV] in float32 or better, and 0 at pads, which neither write nor decay."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         beta = self.b_proj(x).to(dtype).sigmoid()
         if self.config.allow_neg_eigval:

@@ -1,6 +1,6 @@
-"""Answers for many prompts: batched by length, memory bounded, and a prefix that several prompts share is prefilled once.
+"""Answers for many prompts, batched by length and within bounded memory; a prefix that several prompts share is read once.
 
-States are exact and of one size, so a prompt is read in blocks of tokens (activations of one block, never of the prompt), and a shared
+States are exact and of one size, so a prompt is read in blocks of tokens, with the activations of one block at a time, and a shared
 prefix is a state that is copied for each of its continuations.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,8 +30,11 @@ SHARED_TOKENS = 128  # a shorter common prefix is not worth a pass of its own
 
 @dataclass(frozen=True)
 class Decoding:
-    """Tokens are chosen greedily, or sampled: at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest
-    whose probabilities reach `top_p`; in that order and with the same ties as transformers' `generate`."""
+    """How tokens are chosen: greedily or sampled.
+
+    Sampling is at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest whose probabilities reach `top_p`;
+    in that order and with the same ties as transformers' `generate`.
+    """
 
     greedy: bool = True
     temperature: float = 1.0
@@ -40,7 +43,7 @@ class Decoding:
     top_p: float = 1.0
 
     def warpers(self) -> LogitsProcessorList:
-        """Transformers' own filters of logits. ValueError for a setting that they refuse."""
+        """Make transformers' own filters of logits, which raise a ValueError for a setting that they refuse."""
         found = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else [])
         if self.top_k != 0:
             found.append(TopKLogitsWarper(self.top_k))
@@ -51,8 +54,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """key: its place among the requests. ids: the prompt's tokens. budget: tokens to generate at the most. stop: told the tokens so far,
-    whether they end the answer, as an end token would (stop strings)."""
+    """A prompt that waits for its answer.
+
+    Attributes:
+        key: its place among the requests.
+        ids: the prompt's tokens.
+        budget: tokens to generate at the most.
+        stop: says of the tokens so far whether they end the answer, as an end token would (for stop strings).
+    """
 
     key: int
     ids: list[int]
@@ -64,7 +73,10 @@ class Request:
 def prefill(
     model: CausalModel, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None
 ) -> tuple[Tensor, FastWeightCache]:
-    """Read rows of tokens, of any lengths >= 1, on from `cache`: the hidden state after each row's last token [B, D], and the states."""
+    """Read rows of tokens, of any lengths >= 1, continuing from `cache`.
+
+    Returns the hidden state after each row's last token [B, D], and the states there.
+    """
     device = model.device
     lengths = torch.tensor([len(r) for r in rows], device=device)
     ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r, dtype=torch.long) for r in rows], batch_first=True).to(device)
@@ -86,15 +98,15 @@ def decode(
     model: CausalModel, hidden: Tensor, cache: FastWeightCache, requests: Sequence[Request], eos: set[int], decoding: Decoding,
     keep_rows: bool = False,
 ) -> list[list[int]]:  # fmt: skip
-    """Continue each row until an end token, what its request stops at, or its budget; returns the tokens without the end token.
+    """Continue each row until an end token, its request's stop or its budget; return the tokens without the end token.
 
     Finished rows leave the batch, unless `keep_rows` (rows that have weights of their own must stay in place). Sampling is seeded by
     request, so an answer does not depend on what it was batched with.
     """
     outputs: list[list[int]] = [[] for _ in requests]
     generators = [torch.Generator().manual_seed(decoding.seed * 1_000_003 + r.key) for r in requests]
-    rows = list(range(len(requests)))  # row of the batch -> request
-    going = [j for j in rows if requests[j].budget > 0]  # rows of the batch
+    rows = list(range(len(requests)))  # the request of each row of the batch
+    going = [j for j in rows if requests[j].budget > 0]  # rows of the batch that are not finished
     cache = cache.copy()  # the caller's stays as it is
     while True:
         tokens = choose(model.lm_head(hidden).float(), [generators[i] for i in rows], decoding)
@@ -117,7 +129,7 @@ def _ended(tokens: list[int], request: Request, eos: set[int]) -> bool:
 
 
 def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Decoding) -> list[int]:
-    """One token a row from logits [B, V]."""
+    """Choose one token a row from logits [B, V]."""
     if decoding.greedy:
         return logits.argmax(-1).tolist()
     p = probabilities(logits, decoding).cpu()
@@ -125,13 +137,16 @@ def choose(logits: Tensor, generators: Sequence[torch.Generator], decoding: Deco
 
 
 def probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Compute what `choose` samples from [B, V]: the softmax of the logits that the settings leave."""
-    no_tokens: Any = None  # these filters look at logits alone
-    return decoding.warpers()(no_tokens, logits).softmax(-1)
+    """Compute the distributions [B, V] that `choose` samples from: the softmax of the logits that the settings leave."""
+    no_tokens = torch.empty(len(logits), 0, dtype=torch.long)  # these filters look at logits alone
+    return decoding.warpers()(cast(torch.LongTensor, no_tokens), cast(torch.FloatTensor, logits)).softmax(-1)
 
 
 def end_tokens(model: CausalModel, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
-    """Tokens that end an answer: the model's generation settings and the tokenizer's EOS; may be empty, budgets end answers too."""
+    """Collect the tokens that end an answer, from the model's generation settings and the tokenizer's EOS.
+
+    There may be none, since budgets end answers too.
+    """
     eos = model.generation_config.eos_token_id
     tokens = set(eos) if isinstance(eos, list) else {eos}
     own = tokenizer.eos_token_id if tokenizer is not None else None
@@ -142,7 +157,7 @@ def end_tokens(model: CausalModel, tokenizer: PreTrainedTokenizerBase | None = N
 
 
 def shared_groups(requests: Sequence[Request]) -> list[tuple[int, list[Request]]]:
-    """Requests that begin alike, with the number of tokens they share (0 for one alone). Each keeps at least one token of its own."""
+    """Group requests that begin alike, with the number of tokens they share (0 for one alone); each keeps a token of its own."""
     ordered = sorted(requests, key=lambda r: r.ids)
     groups: list[tuple[int, list[Request]]] = []
     for request in ordered:
@@ -169,7 +184,7 @@ def answer_all(
     model: CausalModel, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Iterator[list[tuple[Request, list[int]]]]:  # fmt: skip
-    """Batches of (request, generated tokens without the end token), longest prompts first.
+    """Yield batches of (request, generated tokens without the end token), longest prompts first.
 
     Args:
         batch_tokens: a batch holds at most so many prompt tokens (one prompt may be longer).
@@ -205,7 +220,7 @@ def _tell(listener: Callable[[int], None] | None, tokens: int) -> None:
 
 
 def _by_size(requests: Sequence[Request], batch_tokens: int, skip: int = 0) -> Iterator[list[Request]]:
-    """Consecutive requests (longest first) whose padded size stays within batch_tokens."""
+    """Yield consecutive requests (longest first) whose padded size stays within batch_tokens."""
     batch: list[Request] = []
     for r in requests:
         if batch and (len(batch) + 1) * (len(batch[0].ids) - skip + batch[0].budget) > batch_tokens:

@@ -1,4 +1,4 @@
-"""Keywords of `forward` that nobody reads: those that ask for nothing are taken, every other one is refused by name.
+"""Keywords of `forward` that nobody reads: those that ask for nothing are accepted, every other one is refused by name.
 
 transformers' models swallow what they do not know, so a misspelt `attention_mask` costs a wrong figure and no message.
 """
@@ -8,23 +8,25 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from refine_nsp.errors import RefineError, closest
 
-# What libraries pass to any causal model: the values that ask for nothing, and why the others cannot be served.
-ASKS_NOTHING: dict[str, tuple[Callable[[Any], bool], str]] = {
+# Libraries pass these to any causal model. Each has a test of values that ask for nothing, and why the others cannot be served.
+ASKS_NOTHING: dict[str, tuple[Callable[[object], bool], str]] = {
     "output_attentions": (lambda value: not value, "fast weights have no attention maps to return"),
     "output_router_logits": (lambda value: not value, "router logits are not returned here"),
     "is_causal": (bool, "these models read from left to right alone"),
-    "token_type_ids": (lambda value: not bool(Tensor.any(value)), "these models know one type of token, 0"),
+    "token_type_ids": (
+        lambda value: isinstance(value, Tensor) and not bool(value.any()),
+        "these models know one type of token, 0",
+    ),
 }
 NEAR = 0.8  # how alike a keyword must be to a known one to be taken for a slip of the pen
 
 
-def refuse_unknown(forward: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+def refuse_unknown(forward: Callable[..., object], keywords: Mapping[str, object]) -> None:
     """Raise a RefineError for a keyword that `forward` does not name, unless its value asks for nothing; None always does."""
     for name, value in keywords.items():
         if value is None:
@@ -38,8 +40,8 @@ def refuse_unknown(forward: Callable[..., Any], keywords: Mapping[str, Any]) -> 
             raise RefineError(f"forward cannot serve {name} {shown}: {why}; leave it out")
 
 
-def refuse_misspelt(known: Iterable[str], keywords: Mapping[str, Any]) -> None:
-    """Raise a RefineError for a keyword that nearly is one of `known`. Others pass: they may be for a layer of the model."""
+def refuse_misspelt(known: Iterable[str], keywords: Mapping[str, object]) -> None:
+    """Raise a RefineError for a keyword that is nearly one of `known`. Others pass: they may be for a layer of the model."""
     names = set(known)
     for name in keywords:
         near = difflib.get_close_matches(name, names, n=1, cutoff=NEAR) if name not in names else []
@@ -47,6 +49,6 @@ def refuse_misspelt(known: Iterable[str], keywords: Mapping[str, Any]) -> None:
             raise RefineError(f"forward has no argument {name!r} (did you mean {near[0]!r}?)")
 
 
-def _parameters(forward: Callable[..., Any]) -> list[str]:
+def _parameters(forward: Callable[..., object]) -> list[str]:
     parameters = inspect.signature(forward).parameters.values()
     return [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]

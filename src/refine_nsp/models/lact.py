@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import (
     SUPPORTED_ACTIVATIONS,
+    FamilyConfig,
     FastWeightForCausalLM,
     FastWeightModel,
     RMSNorm,
@@ -34,8 +34,8 @@ BASE_LEARNING_RATE = 0.001
 NORM_EPS = 1e-5  # of the q/k norms and of the read-out norm: the original does not pass norm_eps to them
 
 
-class LaCTConfig(PreTrainedConfig):
-    """Fields, names and defaults of the original `lact_swiglu`.
+class LaCTConfig(FamilyConfig):
+    """The configuration of LaCT, with the fields and defaults of the original `lact_swiglu`.
 
     `fuse_*`, `last_layer_fuse_norm`, `use_fused_kernel`, `elementwise_affine`, `max_position_embeddings` and `fp32_states` do not
     change what is computed in float32 (fast weights are kept in float32 or better here). Other `ttt_loss_type` or
@@ -118,12 +118,12 @@ class LaCTConfig(PreTrainedConfig):
 
     @property
     def fw_head_dim(self) -> int:
-        """Dk = Dv of a fast-weight head."""
+        """The width Dk = Dv of a fast-weight head."""
         return self.hidden_size // self.num_lact_heads
 
     @property
     def fw_hidden_dim(self) -> int:
-        """Width inside a fast-weight network."""
+        """The width inside a fast-weight network."""
         return int(self.fw_head_dim * self.inter_multi)
 
     @property
@@ -133,7 +133,7 @@ class LaCTConfig(PreTrainedConfig):
 
 
 class LowRankFastWeight(nn.Module):
-    """Initial fast weight w_left @ w_right + 0.5 I, [H, Dh, D]."""
+    """An initial fast weight w_left @ w_right + 0.5 I, [H, Dh, D]."""
 
     def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class LowRankFastWeight(nn.Module):
 
 @dataclass(frozen=True)
 class LaCTTrace:
-    """One pass of a mixer: the fast weights' states, and the attention window's keys and values with what came before them."""
+    """The trace of a LaCT mixer: the fast weights' states, and the window's keys and values with those before the pass."""
 
     states: LaCTStates
     keys: Tensor  # [B, T, Ha, d]
@@ -162,7 +162,7 @@ class LaCTTrace:
     window: int
 
     def at(self, positions: Tensor) -> LayerState:
-        """The fast weights' state (see `ops/lact.py`), and `window_k`, `window_v` [B*P, W - 1, Ha, d]."""
+        """Rebuild the fast weights' state (see `ops/lact.py`) and `window_k`, `window_v` [B*P, W - 1, Ha, d]."""
         state = {name: x.flatten(0, 1) for name, x in self.states.at(positions).items()}
         before = (None, None) if self.window_before is None else self.window_before
         for name, x, history in (("window_k", self.keys, before[0]), ("window_v", self.values, before[1])):
@@ -171,10 +171,12 @@ class LaCTTrace:
 
 
 class LaCTMixer(nn.Module):
-    """x [B, T, D] -> (y [B, T, D], trace): window attention plus what the fast weights read."""
+    """The LaCT layer: window attention plus what the fast weights recall. It turns x [B, T, D] into y [B, T, D] and a trace."""
 
-    fast_weight_names = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
+    fast_weight_names: tuple[str, ...] = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
     shares_states = True
+    w0: nn.Parameter | LowRankFastWeight
+    w2: nn.Parameter | LowRankFastWeight
     without_kernels = "fast weights on PyTorch's matrix products, window attention as torch chooses"
 
     def __init__(self, config: LaCTConfig) -> None:
@@ -187,10 +189,8 @@ class LaCTMixer(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
         low_rank = config.w0_w2_low_rank > 0
         for name in ("w0", "w2"):
-            weight: Any = nn.Parameter(torch.empty(H, dh, d))
-            if low_rank:
-                weight = LowRankFastWeight(H, dh, d, config.w0_w2_low_rank, config.fw_init_gain)
-            setattr(self, name, weight)
+            rank, gain = config.w0_w2_low_rank, config.fw_init_gain
+            setattr(self, name, LowRankFastWeight(H, dh, d, rank, gain) if low_rank else nn.Parameter(torch.empty(H, dh, d)))
         self.w1 = nn.Parameter(torch.empty(H, d, dh))
         self.lr_proj = nn.Linear(D, 3 * config.lr_dim * H)
         self.qk_scale = nn.Parameter(torch.empty(D, 2))
@@ -228,7 +228,7 @@ class LaCTMixer(nn.Module):
         return self._combine(x, attended, recalled), LaCTTrace(states, keys, values, before, c.window_size)
 
     def _branch(self, x: Tensor, state: LayerState, offsets: Tensor, branches: int) -> Tensor:
-        """As `forward` for at most a chunk of tokens, reading the fast weights and window of a state where they are.
+        """Compute `forward` for at most a chunk of tokens, and read the fast weights and window of a state where they are.
 
         Both are as large as many thousand tokens; here they are neither copied nor joined to anything.
         """
@@ -244,7 +244,7 @@ class LaCTMixer(nn.Module):
         return self._combine(x, attended.transpose(1, 2).flatten(2), recalled)
 
     def _project(self, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """q, k, v [B, T, D], and the rotary tables of their positions."""
+        """Compute q, k, v [B, T, D], and the rotary tables of their positions."""
         c = self.config
         q, k, v = self.qkv(x).chunk(3, -1)
         if c.attn_qk_norm:
@@ -253,7 +253,7 @@ class LaCTMixer(nn.Module):
         return q, k, v, rotary_tables(positions, c.hidden_size // c.num_attn_heads, c.rope_theta, x.dtype)
 
     def _combine(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
-        """attended [B, T, D] and recalled [B, H, T, d] -> y [B, T, D]."""
+        """Combine attended [B, T, D] and recalled [B, H, T, d] to y [B, T, D]."""
         recalled = self.ttt_norm(recalled)
         if self.config.learnable_ttt_scale:
             recalled = recalled * F.silu(self.ttt_scale_proj(x)).transpose(1, 2)[..., None]
@@ -262,7 +262,7 @@ class LaCTMixer(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, offsets: Tensor, tables: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention output [B, T, D], and this pass's rotated keys and values [B, T, Ha, d]."""
+        """Compute the attention output [B, T, D], and this pass's rotated keys and values [B, T, Ha, d]."""
         q, k, v = (z.unflatten(-1, (self.config.num_attn_heads, -1)) for z in (q, k, v))
         q, keys = apply_rotary(q, *tables), apply_rotary(k, *tables)
         all_keys, all_values, past = keys, v, torch.zeros_like(offsets)
@@ -274,7 +274,7 @@ class LaCTMixer(nn.Module):
         return o.transpose(1, 2).flatten(2), keys, v
 
     def _fast_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tokens]:
-        """Queries [B, H, T, d] and what is learned from, before this pass's tokens join the open chunk."""
+        """Compute queries [B, H, T, d], and the tokens to learn from before they join the open chunk."""
         c = self.config
         q = q * self.qk_scale[:, 0] + self.qk_offset[:, 0]
         k = k * self.qk_scale[:, 1] + self.qk_offset[:, 1]
@@ -298,15 +298,14 @@ class LaCTMixer(nn.Module):
         return q.transpose(1, 2), Tokens(k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), momentum)
 
     def _initial_weights(self) -> Triple:
-        """Fast weights before any update, [1, H, ...], float32 or better."""
-        initial: tuple[Any, Any] = (self.w0, self.w2)
-        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in initial)
+        """Return the fast weights before any update, [1, H, ...], in float32 or better."""
+        w0, w2 = (w() if isinstance(w, LowRankFastWeight) else w for w in (self.w0, self.w2))
         wide = torch.promote_types(self.w1.dtype, torch.float32)
         return Triple(*(w.to(wide)[None] for w in (w0, self.w1, w2)))
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / (|x| + 1e-5) over the last axis, the norm in float32 or better."""
+    """Compute x / (|x| + 1e-5) over the last axis, with the norm in float32 or better."""
     norm = x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1, keepdim=True)
     return (x / (norm + 1e-5)).to(x.dtype)
 

@@ -1,9 +1,8 @@
-"""The edge of a trunk, where what callers say of pads and packed documents becomes rows of real tokens, and outputs their layout again."""
+"""The edge of a trunk: inputs with pads and packed documents become rows of real tokens, and outputs get the caller's layout back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -18,13 +17,19 @@ from refine_nsp.processes import is_sharded
 
 
 def run_in_rows(
-    trunk: Trunk, x: Tensor, marks: Mapping[str, Any], attention_mask: Tensor | None = None, lengths: Tensor | None = None,
+    trunk: Trunk, x: Tensor, marks: Mapping[str, object], attention_mask: Tensor | None = None, lengths: Tensor | None = None,
     past: FastWeightCache | None = None, use_cache: bool | None = None, snapshot_positions: Tensor | None = None,
     output_states: bool = False, output_hidden_states: bool | None = None,
 ) -> FastWeightModelOutput:  # fmt: skip
-    """Run a trunk on what its `forward` was given. `marks`: the keywords of `document_marks.MARKS`, and `cache_position`.
+    """Run a trunk on the inputs of its `forward`, one document a row.
 
-    Packed documents leave a cache only where one is asked for: the state after the last document of each row.
+    Args:
+        marks: the keywords of `document_marks.MARKS`, and `cache_position`.
+        use_cache: by default what the trunk's config says in eval mode, and False in training mode and for packed documents, which leave
+            the state after the last document of each row.
+
+    Raises:
+        RefineError: masks, positions or marks that do not fit the inputs, or rows that do not fit the cache.
     """
     B, T = x.shape[:2]
     aligned = alignment(attention_mask, lengths, B, T)
@@ -56,7 +61,7 @@ def run_in_rows(
 
 
 def one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Ids [B, T] or embeddings [B, T, D], whichever was given. Raises a RefineError for both, neither, or no tokens."""
+    """Return ids [B, T] or embeddings [B, T, D], whichever was given; a RefineError for both, neither, or no tokens."""
     if (input_ids is None) == (inputs_embeds is None):
         raise RefineError("pass either input_ids or inputs_embeds")
     if inputs_embeds is not None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from huggingface_hub.errors import (
@@ -17,17 +17,23 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.models.adapters import Adapter, attach, find_adapter, merged
+from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.borrowed.check import check
 from refine_nsp.models.borrowed.classes import class_for
+from refine_nsp.models.borrowed.trunk import StatefulCausalModel
 from refine_nsp.models.families import FAMILIES, register
 from refine_nsp.models.weight_names import renaming, some
 from refine_nsp.ops.memory import part
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "tiny-gated-deltanet", "tiny-lact")}
@@ -36,26 +42,42 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
+LoadingInfo = Mapping[str, Collection[str | tuple[object, ...]]]  # names that a checkpoint and a model do not share, by kind
+
+
+class Configured(Protocol):
+    """A model with a configuration, whatever wraps it."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+
 def resolve(name_or_path: str | Path) -> str:
-    """Folder of a shipped model, or the name unchanged (a folder or a hub name)."""
+    """Return the folder of a shipped model, or the name unchanged (a folder or a hub name)."""
     name = str(name_or_path)
     if name in SHIPPED:
         return str(SHIPPED[name])
     if Path(name).parts[-3:-1] == ("refine_nsp", ASSETS.name) and not Path(name).exists():
-        return resolve(f"refine-nsp/{Path(name).name}")  # that of another installation, as adapters name their base
+        return resolve(f"refine-nsp/{Path(name).name}")  # adapters may name the folder of another installation as their base
     if name.startswith("refine-nsp/"):
         raise RefineError(f"no shipped model {name!r}{closest(name, SHIPPED)}; shipped: {', '.join(SHIPPED)}")
     return name
 
 
-def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model (eval mode) and tokenizer of a shipped name, a folder in the hub's layout, or a hub name; of LoRA adapters the base that they
-    name with the adapters merged into it: a plain model.
+LoadedModel = FastWeightForCausalLM | StatefulCausalModel
+
+
+def load(
+    name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any
+) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
+    """Load a model (in eval mode) and its tokenizer by a shipped name, a folder in the hub's layout, or a hub name.
+
+    LoRA adapters are merged into the base that they name, so the result is a plain model.
 
     Args:
-        name_or_path: for example `"refine-nsp/tiny-delta-net"`; of any causal language model of transformers too
-            (docs/models_and_states.md), or LoRA adapters of PEFT.
-        dtype: of the weights; None is the one the model's configuration names (of a shipped name float32, however it is stored).
+        name_or_path: for example `"refine-nsp/tiny-delta-net"`; any causal language model of transformers will do
+            (docs/models_and_states.md), and so will LoRA adapters of PEFT.
+        dtype: the weights'; None is the one that the model's configuration names (float32 for a shipped name, however it is stored).
         kwargs: passed to `from_pretrained` (device_map, revision, ...).
 
     Raises:
@@ -65,13 +87,13 @@ def load(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwa
     return load_model(name_or_path, dtype, **kwargs), load_tokenizer(name_or_path)
 
 
-def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
-    """The model alone; see `load`."""
+def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> LoadedModel:
+    """Load the model alone; see `load`."""
     if isinstance(dtype, str):
         check_choice("dtype", dtype, DTYPES)
     where = resolve(name_or_path)
     if adapters_of(where, kwargs.get("revision")):
-        model = merged(load_adapter(where, dtype, **kwargs))
+        model = cast(LoadedModel, merged(load_adapter(where, dtype, **kwargs)))
         model.name_or_path = where  # an adapter that is put on it next belongs on this, not on the base
         _check_numbers(where, model)
         return model.eval()
@@ -80,22 +102,23 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         _check_folder(folder)
     config = load_config(where)
     ours = config.model_type in FAMILIES
-    model_class: Any = AutoModelForCausalLM if ours else class_for(config)
+    model_class: type[LoadedModel] = FAMILIES[config.model_type][2] if ours else class_for(config)
     if not ours and model_class.config_class is not type(config):
-        config = config.get_text_config(decoder=True)  # of a model of several kinds of input
+        config = config.get_text_config(decoder=True)  # a model of several kinds of input has one for text
 
-    def read(**more: Any) -> tuple[Any, Mapping[str, Collection[Any]]]:
-        # Shapes that differ are let through to be named below with all else that differs.
+    def read(**more: Any) -> tuple[LoadedModel, LoadingInfo]:
+        # Shapes that differ are accepted here, to be named below with all else that differs.
         with part("loading"), _without_reports():
-            return model_class.from_pretrained(  # type: ignore[no-any-return]
+            loaded: object = model_class.from_pretrained(
                 where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True, **more, **kwargs,
             )  # fmt: skip
+        return cast(tuple[LoadedModel, LoadingInfo], loaded)
 
     try:
         model, names = read()
         if names["unexpected_keys"] and names["missing_keys"]:
-            added, patterns = renaming(where, sorted(names["unexpected_keys"]))
+            added, patterns = renaming(where, sorted(map(str, names["unexpected_keys"])))
             unwrapped = read(key_mapping=patterns) if patterns else (model, names)
             if patterns and not any(unwrapped[1].values()):
                 model, names = unwrapped
@@ -111,13 +134,13 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     _check_names(where, names)
     _check_numbers(where, model)
     if not ours:
-        check(model)
+        check(cast(StatefulCausalModel, model))
     return model.eval()
 
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Transformers' tables of names, of many lines, are not shown: what is wrong with names is an error here, in one line."""
+    """Silence transformers' long tables of names: what is wrong with names is an error here, in one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -126,13 +149,14 @@ def _without_reports() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _forget(model: Any, patterns: Mapping[str, str]) -> None:
-    """See that the model is saved under its own names: transformers would put back what it left out when it loaded them."""
-    model._weight_conversions = [c for c in model._weight_conversions if c.target_patterns != [""] or not patterns]
+def _forget(model: PreTrainedModel, patterns: Mapping[str, str]) -> None:
+    """Let the model be saved under its own names: transformers would put back the parts that it left out when it loaded them."""
+    conversions = vars(model)["_weight_conversions"]
+    vars(model)["_weight_conversions"] = [c for c in conversions if c.target_patterns != [""] or not patterns]
 
 
-def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> Any:
-    """LoRA adapters on their base as PEFT's own model, to be trained on; `kwargs` as in `load`. RefineError where there are none."""
+def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PeftModel:
+    """Load LoRA adapters on their base as PEFT's own model, to be trained on; a RefineError where there are none. See `load`."""
     where = resolve(name_or_path)
     adapters = adapters_of(where, kwargs.get("revision"))
     if not adapters:
@@ -149,7 +173,10 @@ def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = Non
 
 
 def adapters_of(name_or_path: str | Path, revision: str | None = None) -> list[Adapter]:
-    """The adapters that lead to a plain model, the outermost first: none of a plain model, several where a base is an adapter itself."""
+    """Find the adapters that lead to a plain model, the outermost first.
+
+    A plain model has none; there are several where a base is an adapter itself.
+    """
     where, found = resolve(name_or_path), []
     while (adapter := find_adapter(where, revision)) is not None:
         found.append(adapter)
@@ -163,7 +190,7 @@ def adapters_of(name_or_path: str | Path, revision: str | None = None) -> list[A
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; see `load`. Adapters without one have their base's."""
+    """Load the tokenizer alone; see `load`. Adapters without one have their base's."""
     where = resolve(name_or_path)
     folder = Path(where)
     if folder.is_dir() and not _has_tokenizer(folder) and (adapters := adapters_of(where)):
@@ -184,17 +211,18 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a RefineError when the tokenizer can produce ids the model has no embedding for."""
-    if len(tokenizer) > model.config.vocab_size:
+def check_vocabulary(model: nn.Module | Configured, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a RefineError when the tokenizer can produce ids that the model has no embedding for."""
+    vocab_size = cast(Configured, model).config.vocab_size
+    if len(tokenizer) > vocab_size:
         raise RefineError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}; "
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {vocab_size}; "
             "use the tokenizer the model was trained with"
         )
 
 
-def _check_tokens(where: str, model: Any) -> None:
-    """RefineError for special tokens that are no ids."""
+def _check_tokens(where: str, model: LoadedModel) -> None:
+    """Raise a RefineError for special tokens that are no ids."""
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = vars(config).get(name)
@@ -203,8 +231,8 @@ def _check_tokens(where: str, model: Any) -> None:
                 raise RefineError(f"{where}: {name} is {value!r} in its {type(config).__name__}; expected the number of a token")
 
 
-def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
-    """RefineError unless a checkpoint has the model's parameters, all of them and no others."""
+def _check_names(where: str, found: LoadingInfo) -> None:
+    """Raise a RefineError unless a checkpoint has the model's parameters, all of them and no others."""
     kinds = {"missing_keys": "missing", "unexpected_keys": "unknown to the model", "mismatched_keys": "of another shape"}
     named = {what: sorted(key if isinstance(key, str) else str(key[0]) for key in found[kind]) for kind, what in kinds.items()}
     problems = [f"{len(keys):,} {what}: {some(keys)}" for what, keys in named.items() if keys]
@@ -216,9 +244,9 @@ def _check_names(where: str, found: Mapping[str, Collection[Any]]) -> None:
 
 
 @torch.no_grad()
-def _check_numbers(where: str, model: Any) -> None:
-    """RefineError unless every weight is finite: a model with one that is not answers nonsense, and says nothing of it."""
-    # A sum is not finite where a term is not; one that overflows is looked at again.
+def _check_numbers(where: str, model: PreTrainedModel) -> None:
+    """Raise a RefineError unless every weight is finite: a model with one that is not would answer nonsense without a word."""
+    # A sum is not finite where a term is not; a sum that only overflows is looked at again below.
     suspects = [(name, p) for name, p in model.named_parameters() if not p.is_meta and not p.sum(dtype=torch.float32).isfinite()]
     broken = {name: int((~p.isfinite()).sum()) for name, p in suspects if not p.isfinite().all()}
     if broken:
@@ -229,8 +257,8 @@ def _check_numbers(where: str, model: Any) -> None:
         )
 
 
-def load_config(name_or_path: str | Path) -> Any:
-    """The configuration alone, of what `load` takes; weights need not be there."""
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """Load the configuration of anything that `load` takes; weights need not be there."""
     where = resolve(name_or_path)
     if adapters := adapters_of(where):
         where = resolve(adapters[-1].base)
@@ -247,7 +275,7 @@ def load_config(name_or_path: str | Path) -> Any:
 
 
 def hub_problem(name: str, error: BaseException) -> RefineError | None:
-    """What the hub had against a name, with the fix, where that is what an error of transformers comes from; else None."""
+    """Say why the hub refused a name, with the fix, where an error of transformers comes from that; else None."""
     problem, causes = None, [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)

@@ -1,11 +1,12 @@
-"""What a forward pass returns, and what it keeps of its layers' states on the way."""
+"""Outputs of forward passes, and the states that a pass keeps on its way through the layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -15,9 +16,13 @@ from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, Sta
 
 @dataclass
 class FastWeightModelOutput(ModelOutput):
-    """`last_hidden_state` [B, T, D] is after the final norm. `snapshots`: B*P rows; `states`: see `StatesOfPass`.
+    """The output of a trunk.
 
-    `document_starts`: [B, T] bool, on the host, true in the columns where packed documents begin; None where none are packed.
+    Attributes:
+        last_hidden_state: [B, T, D], after the final norm.
+        snapshots: states at the positions that were asked for, B*P rows.
+        states: what states can be taken from afterwards.
+        document_starts: [B, T] bool, on the host, true in the columns where packed documents begin; None where none are packed.
     """
 
     last_hidden_state: Tensor
@@ -31,21 +36,24 @@ class FastWeightModelOutput(ModelOutput):
 
 @dataclass
 class FastWeightCausalLMOutput(CausalLMOutputWithPast):
-    """As in transformers, with `last_hidden_state` [B, T, D] (after the final norm), `snapshots` and `states`."""
+    """The output of a causal model, as in transformers, with its trunk's `last_hidden_state`, `snapshots` and `states`."""
 
     last_hidden_state: Tensor | None = None
     snapshots: FastWeightCache | None = None
     states: StatesOfPass | None = None
 
 
-def as_asked(output: Any, return_dict: bool | None, config: Any) -> Any:
-    """The output, or a tuple of what it holds where `return_dict` (by default the config's) is False, as in transformers."""
+Output = TypeVar("Output", bound=ModelOutput)
+
+
+def as_asked(output: Output, return_dict: bool | None, config: PreTrainedConfig) -> Output | tuple[object, ...]:
+    """Return the output, or a tuple of what it holds where `return_dict` (by default the config's) is False, as in transformers."""
     wants_dict = config.return_dict if return_dict is None else return_dict
     return output if wants_dict else output.to_tuple()
 
 
 def check_rows(past: FastWeightCache, n_rows: int, use_cache: bool) -> None:
-    """RefineError unless `n_rows` rows can go on from the states of `past`: as many if these are replaced, else a multiple of them."""
+    """Raise a RefineError unless `n_rows` rows can continue from `past`: as many if its states are replaced, else a multiple of them."""
     if n_rows % past.batch_size or (use_cache and past.batch_size != n_rows):
         raise RefineError(
             f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
@@ -54,7 +62,7 @@ def check_rows(past: FastWeightCache, n_rows: int, use_cache: bool) -> None:
 
 
 class Kept:
-    """What a pass keeps of its layers' states: those after `final` [B, 1], snapshots after `tokens` [B, P], or all they come from."""
+    """The states that a pass keeps, layer by layer: after `final` [B, 1], after `tokens` [B, P], and the traces if `everything`."""
 
     def __init__(self, final: Tensor | None, tokens: Tensor | None, everything: bool) -> None:
         self.final, self.tokens, self.everything = final, tokens, everything
@@ -63,7 +71,7 @@ class Kept:
         self.traces: list[LayerTrace] = []
 
     def take(self, trace: LayerTrace | None) -> None:
-        """A layer's trace; what is not wanted of it is let go before the next layer runs."""
+        """Take what is wanted of a layer's trace; the rest of it is freed before the next layer runs."""
         if trace is None:
             return
         if self.final is not None:
@@ -74,7 +82,7 @@ class Kept:
             self.traces.append(trace)
 
     def snapshots_after(self, offsets: Tensor) -> FastWeightCache | None:
-        """The snapshots as B*P rows; offsets [B]: tokens before the pass."""
+        """Return the snapshots as B*P rows; offsets [B]: tokens before the pass."""
         if self.tokens is None:
             return None
         lengths = (offsets[:, None] + self.tokens + 1).reshape(-1)

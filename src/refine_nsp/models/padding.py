@@ -12,21 +12,23 @@ from refine_nsp.errors import RefineError
 
 @dataclass(frozen=True)
 class Alignment:
-    """How real tokens move to the left and back. `order` [B, T]: input column of aligned slot; `slot` its inverse. All on the host."""
+    """How a row's real tokens move to the left, and back; all tensors are on the host."""
 
     lengths: Tensor  # [B] long, real tokens of each row
-    order: Tensor | None  # [B, T] long; None: already aligned (right padding)
-    slot: Tensor | None  # [B, T] long
+    order: Tensor | None  # [B, T] long, the input column of each aligned slot; None: already aligned (right padding)
+    slot: Tensor | None  # [B, T] long, the inverse of `order`
 
-    def align(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D], real tokens first
+    def align(self, x: Tensor) -> Tensor:
+        """Move real tokens to the left, [B, T, D] -> [B, T, D]."""
         return x if self.order is None else _gather(x, self.order)
 
     def real(self, n_tokens: int) -> Tensor:
-        """[B, T] bool, true in the input columns of real tokens."""
+        """Mark the input columns of real tokens, [B, T] bool."""
         slots = torch.arange(n_tokens) if self.slot is None else self.slot
         return slots < self.lengths[:, None]
 
-    def restore(self, x: Tensor) -> Tensor:  # the inverse; outputs at pads are finite and meaningless
+    def restore(self, x: Tensor) -> Tensor:
+        """Move outputs [B, T, D] back to the input columns; those at pads are finite and meaningless."""
         return x if self.slot is None else _gather(x, self.slot)
 
 
@@ -35,7 +37,7 @@ def _gather(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def alignment(mask: Tensor | None, lengths: Tensor | None, n_rows: int, n_tokens: int) -> Alignment | None:
-    """Alignment for a 0/1 mask [B, >= T] (its last T columns count) or lengths [B]; None when every token is real."""
+    """Find the alignment for a 0/1 mask [B, >= T] (its last T columns count) or lengths [B]; None when every token is real."""
     if mask is not None and lengths is not None:
         raise RefineError("got both attention_mask and lengths; pass one of them")
     if lengths is not None:
@@ -74,14 +76,18 @@ def _by_lengths(lengths: Tensor, n_rows: int, n_tokens: int) -> Alignment | None
 
 
 def columns_to_tokens(aligned: Alignment | None, n_tokens: int) -> Tensor | None:
-    """[B, T] long: index among the row's real tokens of each input column (for a pad: that of the real token before it)."""
+    """Number the input columns by the row's real tokens, [B, T] long; a pad has the number of the real token before it."""
     if aligned is None or aligned.slot is None:
         return None
     return aligned.real(n_tokens).long().cumsum(1) - 1
 
 
 def snapshot_tokens(positions: Tensor | None, aligned: Alignment | None, n_rows: int, n_tokens: int) -> Tensor | None:
-    """Input columns [B, P] of snapshots as indices among each row's real tokens, on the host. Raises a RefineError naming what is off."""
+    """Turn the input columns [B, P] of snapshots into indices among each row's real tokens, on the host.
+
+    Raises:
+        RefineError: positions of another shape, out of range, or at pads.
+    """
     if positions is None:
         return None
     positions = positions.cpu()

@@ -1,11 +1,11 @@
-"""A pass by segments: activations of one segment at a time, whatever the length, and the gradient of the whole.
+"""A pass in segments (`segment_tokens`) holds the activations of one segment at a time, and has the gradient of the whole sequence.
 
-A segment goes from the states that the one before left to its hidden states, the snapshots inside it, and the states it leaves. Autograd
-keeps these alone, and runs a segment again when its turn comes in the backward pass, the last one first; the gradient of the states
-handed over is that of everything behind them, so nothing is truncated. Segments may end anywhere: an open chunk is part of its state.
+A segment starts from the states that the one before left; it gives its hidden states, the snapshots inside it, and the states it leaves.
+Autograd keeps these alone and runs each segment again in the backward pass, the last one first. The gradient of the states handed over is
+that of everything behind them, so nothing is truncated. Segments may end anywhere: an open chunk is part of its state.
 
-What still grows with T: the hidden states [B, T, D], and the states between segments (their size times T / segment, but keys and values
-of attention layers, which are there once).
+What still grows with T are the hidden states [B, T, D] and the states between segments: their size times the number of segments, except
+that keys and values of attention layers are there once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from refine_nsp.processes import is_sharded
 
 
 @dataclass(frozen=True)
-class Handed:
-    """States of B rows between two segments, in the parts that segments wrote.
+class HandedOver:
+    """The states of B rows between two segments, in the parts that segments wrote.
 
-    layers: by name a tensor, or several where every segment adds its own (keys and values of all tokens): a whole state each time would
-    hold all those before it again. added: the names, by layer, of what was written behind the states before.
+    Attributes:
+        layers: each state by its name, in one tensor, or in several where every segment adds its own (keys and values of all tokens): a
+            whole state after each segment would hold all those before it again.
+        added: for each layer the names of the states that the last segment added to.
     """
 
     layers: list[dict[str, tuple[Tensor, ...]]]
@@ -38,45 +40,48 @@ class Handed:
     added: list[set[str]]
 
     def cache(self) -> FastWeightCache:
-        """To go on from."""
+        """Join the parts to the states that the next segment starts from."""
         layers = [
             {name: torch.cat(parts, 2) if len(parts) > 1 else parts[0] for name, parts in layer.items()} for layer in self.layers
         ]
         return FastWeightCache(layers, self.lengths, self.columns)
 
-    def behind(self, before: Handed | None) -> Handed:
-        """With all the parts, where a segment returned only its own."""
+    def behind(self, before: HandedOver | None) -> HandedOver:
+        """Put the parts before in front, where a segment returned only its own."""
         if before is None:
             return self
         layers = [
             {name: (*old[name], *parts) if name in added else parts for name, parts in new.items()}
             for old, new, added in zip(before.layers, self.layers, self.added, strict=True)
         ]
-        return Handed(layers, self.lengths, self.columns, self.added)
+        return HandedOver(layers, self.lengths, self.columns, self.added)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Sequences [B, T] long of a trunk, real tokens on the left; lengths: [B] long, on the host."""
+    """Runs segments of sequences [B, T] long with real tokens on the left; lengths: [B] long, on the host."""
 
     trunk: Trunk
     input_ids: Tensor
     lengths: Tensor
 
     def run(
-        self, start: int, end: int, before: Handed | None, slots: Sequence[int], positions: Tensor, hands_over: bool = True
-    ) -> tuple[Tensor, FastWeightCache | None, Handed | None]:
-        """Hidden states of tokens start..end-1, states at the positions [B, P] numbered `slots` (row-major), and the states at the end."""
+        self, start: int, end: int, before: HandedOver | None, slots: Sequence[int], positions: Tensor, hands_over: bool = True
+    ) -> tuple[Tensor, FastWeightCache | None, HandedOver | None]:
+        """Run tokens start..end-1.
+
+        Returns hidden states, states at the positions [B, P] numbered `slots` (row-major), and the states at the end.
+        """
         ids, lengths = self.input_ids[:, start:end], self._lengths(start, end)
         relative, rows = _relative(positions - start, slots) if slots else (None, None)
 
-        def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, Handed | None]:
+        def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, HandedOver | None]:
             past = None if before is None else before.cache()
             out = self.trunk(ids, lengths=lengths, past_key_values=past, use_cache=hands_over, snapshot_positions=relative)
             left = _written(out.past_key_values, before) if hands_over and out.past_key_values is not None else None
             return out.last_hidden_state, None if rows is None or out.snapshots is None else out.snapshots.index(rows), left
 
-        # Its activations are computed again in the backward pass.
+        # The segment's activations are computed again in the backward pass.
         hidden, snapshots, left = checkpoint(forward, ids, use_reentrant=False) if torch.is_grad_enabled() else forward(ids)
         return hidden, snapshots, None if left is None else left.behind(before)
 
@@ -90,21 +95,26 @@ class Segments:
 
 @dataclass(frozen=True)
 class PassBySegments:
-    """What a pass leaves. hidden: [B, T, D]; snapshots: of the positions it was given, or None; before: states before each segment,
-    which begins at `starts`."""
+    """The results of a pass in segments.
+
+    hidden: [B, T, D]. snapshots: states at the positions the pass was given, or None. before: states before each segment, which begins
+    at `starts`.
+    """
 
     segments: Segments
     hidden: Tensor
     snapshots: FastWeightCache | None
     starts: list[int]
-    before: list[Handed | None]
+    before: list[HandedOver | None]
 
     def at(self, positions: Tensor) -> FastWeightCache:
-        """States after the tokens at `positions` [B, P] long (-1: before the first), as B*P rows, row-major; differentiable where the pass
-        is. The segments that hold them are run once more, up to the last of them."""
+        """Take the states after the tokens at `positions`; see `StatesOfPass.at`.
+
+        The segments that hold them are run once more, each up to the last of its positions.
+        """
         positions = positions.cpu()
         flat = positions.flatten()
-        # Two tokens or more: a single one is code of its own in some models (see `ByReference.segments`).
+        # Two tokens or more: a single one is code of its own in some models (see `ByReference.pieces`).
         which = (torch.searchsorted(torch.tensor(self.starts), flat) - 1).clamp(min=0)
         parts, order = [], []
         used = which.unique().tolist()
@@ -130,12 +140,12 @@ def read_by_segments(
     """Run a trunk over [B, T] ids in segments of about `size` tokens (two or more).
 
     Args:
-        trunk: a model below its head, as `FastWeightForCausalLM.model`.
+        trunk: a model below its head.
         lengths: [B] long, on the host; rows are padded on the right.
         positions: [B, P] long, input columns of the last tokens of prefixes (-1: before the first), when known beforehand.
 
     Raises:
-        RefineError: a model whose states are tokens: it would read all before a segment with it.
+        RefineError: a model whose states are tokens; it would read everything before a segment with the segment.
     """
     if trunk.rereads_prefixes:
         raise RefineError(
@@ -146,7 +156,7 @@ def read_by_segments(
     segments, flat = Segments(trunk, input_ids, lengths), positions.flatten()
     ends = segment_ends(input_ids.shape[1], size, set(flat.tolist()))
     hidden: list[Tensor] = []
-    before: list[Handed | None] = [None]
+    before: list[HandedOver | None] = [None]
     parts: list[FastWeightCache] = []
     order: list[Tensor] = []
     for start, end in pairwise([0, *ends]):
@@ -163,8 +173,11 @@ def read_by_segments(
 
 
 def segment_ends(n_tokens: int, size: int, positions: set[int]) -> list[int]:
-    """Where segments of about `size` tokens end: none has a single token, nor a position at its first (see `PassBySegments.at`), where
-    that can be. How many there are follows from `n_tokens` alone: processes that hold shards of a model run together."""
+    """Choose where segments of about `size` tokens end.
+
+    None has a single token, nor, where that can be, a position at its first token (see `PassBySegments.at`). How many there are follows
+    from `n_tokens` alone, since processes that hold shards of a model run together.
+    """
     ends: list[int] = []
     for end in range(size, n_tokens - 1, size):
         free = (e for e in range(end, max(end - size, ends[-1] if ends else 0) + 1, -1) if e not in positions)
@@ -173,7 +186,7 @@ def segment_ends(n_tokens: int, size: int, positions: set[int]) -> list[int]:
 
 
 def _relative(positions: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The positions [B, P] numbered `slots` as [B, P'], -1 where a row has fewer, and which of these B*P' they are, in their order."""
+    """Lay out the positions [B, P] numbered `slots` as [B, P'], -1 where a row has fewer; the second result is their places in it."""
     B, P = positions.shape
     by_row: list[list[int]] = [[] for _ in range(B)]
     for slot in slots:
@@ -183,8 +196,8 @@ def _relative(positions: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
     return relative, torch.tensor([b * width + i for b, row in enumerate(by_row) for i in range(len(row))])
 
 
-def _written(after: FastWeightCache, before: Handed | None) -> Handed:
-    """The states after a segment; of keys and values that it added to, what it added."""
+def _written(after: FastWeightCache, before: HandedOver | None) -> HandedOver:
+    """Keep the states after a segment; of keys and values that it added to, only what it added."""
     assert after.lengths is not None
     columns = 0 if before is None else before.columns
     new = after.columns - columns
@@ -195,4 +208,4 @@ def _written(after: FastWeightCache, before: Handed | None) -> Handed:
         # A copy: a slice would keep all of what it was cut from.
         layers.append({name: (x[:, :, -new:].clone() if name in grew else x,) for name, x in layer.items()})
         added.append(grew)
-    return Handed(layers, after.lengths, after.columns, added)
+    return HandedOver(layers, after.lengths, after.columns, added)

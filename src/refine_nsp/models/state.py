@@ -1,8 +1,8 @@
-"""The memory of a fast-weight model: everything its layers need to go on from a position, and nothing that grows with it.
+"""The memory of a fast-weight model: everything its layers need to continue after a position, and nothing that grows with it.
 
 A state is a plain dictionary of tensors whose first axis is the row, so that every hand-over (one prefix to N rollouts, beam
 reordering, dropping finished rows) is one `index_select`. Tensors are replaced, never written in place: a state taken from a
-forward pass with gradients stays part of its graph, which is what lets the policy loss reach the prefix.
+forward pass with gradients stays part of its graph, and so the policy loss reaches the prefix.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 LayerState = dict[str, Tensor]  # every tensor [R, ...]
-NEWEST_LAST = ("keys", "values", "tokens")  # of as many tokens as the longest row has: shorter rows have their hole at the start
+NEWEST_LAST = ("keys", "values", "tokens")  # as wide as the longest row has tokens: shorter rows have a hole at the start
 
 
 class LayerTrace(Protocol):
-    """What one layer keeps of a forward pass over T tokens, enough to rebuild its state at any position of it."""
+    """Whatever one layer keeps of a pass over T tokens to rebuild its state at any position."""
 
     def at(self, positions: Tensor) -> LayerState:
-        """State after the token at `positions` [B, P] long, on the host (-1: the state the pass started from), as B*P rows."""
+        """Rebuild the state after the tokens at `positions` [B, P] long, on the host (-1: the pass's first state), as B*P rows."""
         ...
 
 
 class FastWeightCache(Cache):
-    """States of all layers for R rows; what `past_key_values` is for these models.
+    """The states of all layers for R rows; it is these models' `past_key_values`.
 
     Attributes:
         layers: one `LayerState` per layer, empty before the first forward pass.
         lengths: [R] long, on the host: real tokens consumed by each row; None before the first forward pass.
-        columns: input columns seen, pads included: what `generate` calls the sequence length.
+        columns: input columns seen, pads included, which `generate` calls the sequence length.
     """
+
+    layers: list[LayerState]  # type: ignore[assignment]  # a list of other things in transformers
 
     def __init__(self, layers: list[LayerState] | None = None, lengths: Tensor | None = None, columns: int = 0) -> None:
         super().__init__(layers=[])
-        self.layers: list[LayerState] = layers if layers is not None else []  # type: ignore[assignment]
+        self.layers = layers if layers is not None else []
         self.lengths = None if lengths is None else lengths.cpu()
         self.columns = columns
 
     # --- ours: pure, each returns a new cache -------------------------------------------------------------------------
     def index(self, rows: Tensor) -> FastWeightCache:
-        """The given rows [R'] long, in that order and as often as named. Differentiable."""
+        """Take the given rows [R'] long, in that order and as often as named. Differentiable."""
         layers = [
             {name: x.index_select(0, rows.to(x.device, non_blocking=True)) for name, x in layer.items()} for layer in self.layers
         ]
@@ -53,29 +55,29 @@ class FastWeightCache(Cache):
         return FastWeightCache(layers, lengths, self.columns)
 
     def expand(self, repeats: int) -> FastWeightCache:
-        """Every row `repeats` times, neighbours together: B*P rows become R = B*P*N in row-major order. Differentiable."""
+        """Repeat every row, copies next to each other: B*P rows become R = B*P*N in row-major order. Differentiable."""
         if repeats == 1:
             return self.copy()
         return self.index(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def detach(self) -> FastWeightCache:
-        """The same states outside any graph (no copies)."""
+        """Return the same states outside any graph, without copying them."""
         layers = [{name: x.detach() for name, x in layer.items()} for layer in self.layers]
         return FastWeightCache(layers, self.lengths, self.columns)
 
     def copy(self) -> FastWeightCache:
-        """A cache that can be continued without changing this one; tensors are shared, since none is written in place."""
+        """Make a cache that can be continued without changing this one; tensors are shared, since none is written in place."""
         return FastWeightCache([dict(layer) for layer in self.layers], self.lengths, self.columns)
 
     @classmethod
     def stack(cls, caches: Sequence[FastWeightCache]) -> FastWeightCache:
-        """P caches of B rows each -> B*P rows, row b*P + p. States of different fill are zero-padded to the longest. Differentiable."""
+        """Join P caches of B rows each to B*P rows, row b*P + p, zero-padded to the longest fill. Differentiable."""
         rows = torch.arange(caches[0].batch_size * len(caches)).view(len(caches), -1).T.flatten()
         return cls.concatenate(caches).index(rows)
 
     @classmethod
     def concatenate(cls, caches: Sequence[FastWeightCache]) -> FastWeightCache:
-        """The rows of all caches, one cache's behind the other's, zero-padded to the longest fill. Differentiable."""
+        """Join the rows of all caches, one cache's behind the other's, zero-padded to the longest fill. Differentiable."""
         layers = [
             {name: _all_rows([c.layers[i][name] for c in caches], name in NEWEST_LAST) for name in layer}
             for i, layer in enumerate(caches[0].layers)
@@ -89,7 +91,7 @@ class FastWeightCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all states of all rows."""
+        """The bytes of all states of all rows."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
     def _lengths(self) -> Tensor:
@@ -168,7 +170,7 @@ class FastWeightCache(Cache):
 
 
 def _all_rows(parts: Sequence[Tensor], at_start: bool) -> Tensor:
-    """Tensors [S, ...] -> the rows of all, every other axis zero-padded (at its end, or start) to the longest."""
+    """Join the rows of tensors [S, ...], every other axis zero-padded (at its end, or start) to the longest."""
     shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
     padding = [
         [
@@ -189,16 +191,16 @@ def consumed_tokens(past: FastWeightCache | None, n_rows: int) -> Tensor:
 
 
 def rows_of_their_own(state: LayerState, offsets: Tensor, branches: int) -> tuple[LayerState, Tensor]:
-    """Each of the S rows of a state and its offset `branches` times, neighbours together."""
+    """Repeat each of the S rows of a state, and its offset, `branches` times, copies next to each other."""
     if branches == 1:
         return state, offsets
     return {name: x.repeat_interleave(branches, 0) for name, x in state.items()}, offsets.repeat_interleave(branches)
 
 
 def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor) -> Tensor:
-    """The `count` tokens of x [B, T, ...] up to and including `positions` [B, P], on the host -> [B, P, count, ...].
+    """Take the `count` tokens of x [B, T, ...] up to and including `positions` [B, P], on the host -> [B, P, count, ...].
 
-    Before the first token stands `history` [B, count, ...], or zeros.
+    `history` [B, count, ...], or zeros, stand before the first token.
     """
     if positions.shape[1] == 1 and bool((positions == positions[0]).all()):
         return _last_of_all(x, history, count, int(positions[0, 0]))[:, None]
@@ -212,8 +214,10 @@ def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor
 
 
 def _last_of_all(x: Tensor, history: Tensor | None, count: int, position: int) -> Tensor:
-    """`last_inputs` [B, count, ...] at one position of all rows: as after a token of generation, where a dozen small operations would cost
-    more than the convolution whose state this is."""
+    """Compute `last_inputs` [B, count, ...] at one position of all rows.
+
+    After a token of generation, a dozen small operations would cost more than the convolution whose state this is.
+    """
     own = x[:, max(0, position + 1 - count) : position + 1]
     missing = count - own.shape[1]
     if missing == 0:

@@ -1,4 +1,4 @@
-"""Names of weights in a checkpoint that was saved through a wrapper (torch.compile, DDP, FSDP, PEFT), as the model itself has them."""
+"""The names of weights in checkpoints saved through wrappers (torch.compile, DDP, FSDP, PEFT), turned into the model's own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 from refine_nsp.errors import RefineError
 
-# What wrappers put in front of the name of what they wrap, wherever in the model that is.
+# Wrappers put these in front of the name of the module they wrap, wherever in the model it is.
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# In front of all names: DDP, DeepSpeed and Lightning, PEFT.
+# DDP, DeepSpeed and Lightning, and PEFT put these in front of all names.
 IN_FRONT = ("module.", "_forward_module.", "base_model.model.")
 OF_ADAPTERS = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.", ".original_module.")
 
 
 def renaming(where: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Find the wrappers in a checkpoint's names: what they added, and the patterns that take it out, as `from_pretrained` takes them.
+    """Find what wrappers added to a checkpoint's names, and the patterns by which `from_pretrained` takes it out again.
 
     Args:
-        names: those that the model does not know. A `model.` too many or too few is no matter: transformers sees to that.
+        names: the checkpoint's names that the model does not know. transformers itself deals with a `model.` too many or too few.
 
     Raises:
         RefineError: weights of adapters that were not merged.

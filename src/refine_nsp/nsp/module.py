@@ -29,9 +29,7 @@ class ReFINEStep(nn.Module):
         RefineError: an unknown reward, or a KL term without a reference model.
     """
 
-    def __init__(
-        self, model: nn.Module, config: NSPConfig | None = None, reference_model: CausalModel | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: NSPConfig | None = None, reference_model: CausalModel | None = None) -> None:
         super().__init__()
         self.model = model
         self.config = config if config is not None else NSPConfig()
@@ -130,9 +128,7 @@ class ReFINEStep(nn.Module):
         check_rollouts(positions, rollouts, batch)
         return self.model(step=lambda m: self._score(m, batch, positions, rollouts, old_log_probs))
 
-    def _score(
-        self, model: CausalModel, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None
-    ) -> StepResult:
+    def _score(self, model: CausalModel, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None) -> StepResult:
         c, shape = self.config, tokens.shape
         forward = run(model, batch, c, positions=positions)
         prefixes = forward.states(positions)

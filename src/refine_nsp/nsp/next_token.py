@@ -14,9 +14,7 @@ from refine_nsp.ops.memory import part
 
 
 @part("logits")
-def next_token_loss(
-    model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None
-) -> tuple[Tensor, TokenStats]:
+def next_token_loss(model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None) -> tuple[Tensor, TokenStats]:
     """Sum of cross-entropies over real targets / normalizer, and per-token statistics at every token [B*T]."""
     weights = target_weights(batch, normalizer, hidden.dtype)
     return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)

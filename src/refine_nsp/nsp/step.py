@@ -82,9 +82,7 @@ def first_pass(model: CausalModel, batch: Batch, config: NSPConfig, draws: Draws
         return judge(forward, sampled, config)
 
 
-def second_pass(
-    model: CausalModel, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning
-) -> StepResult:
+def second_pass(model: CausalModel, batch: Batch, rollouts: Rollouts, config: NSPConfig, learning: Learning) -> StepResult:
     """Learn from rollouts that were made before, by this policy or an earlier one."""
     forward = run(model, batch, config, learning.ntp_normalizer, rollouts.positions)
     return learn(forward, forward.states(rollouts.positions), rollouts, config, learning)

@@ -32,14 +32,14 @@ from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 
 def _default_chunk(head: int) -> int:
-    """Tokens per chunk. Longer chunks mean fewer updates of the state but more work inside them, which small heads don't repay."""
+    """Choose the tokens of a chunk. Longer chunks mean fewer updates of the state but more work inside, which small heads don't repay."""
     return 32 if head <= 64 else 64
 
 
 def naive_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token by token: the definition, and the yardstick for `delta_rule`. Same arguments; returns o and the final state."""
+    """Compute the rule token by token: the definition that `delta_rule` is tested against. Returns o and the final state."""
     group = v.shape[2] // q.shape[2]
     q, k = q.repeat_interleave(group, 2) * q.shape[-1] ** -0.5, k.repeat_interleave(group, 2)
     S = v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1]) if initial_state is None else initial_state
@@ -55,9 +55,9 @@ def naive_delta_rule(
 
 @dataclass(frozen=True)
 class DeltaStates:
-    """What a pass of `delta_rule` leaves behind, enough for its state after any token."""
+    """The states of a pass of `delta_rule`, rebuilt after any token from those before its chunks."""
 
-    starts: Tensor  # [n or more, B, HV, Dk, Dv], state before each chunk; of kernels in the inputs' dtype
+    starts: Tensor  # [n or more, B, HV, Dk, Dv], state before each chunk; from kernels in the inputs' dtype
     final: Tensor  # [B, HV, Dk, Dv], state after each row's last real token, float32 or better
     written: Callable[[], Tensor]  # -> u [n, B, HV, C, Dv], what each token wrote
     k: Tensor  # [B, T, H, Dk]
@@ -67,11 +67,14 @@ class DeltaStates:
 
     @without_autocast
     def at(self, positions: Tensor) -> Tensor:
-        """State after the token at `positions` [B, P] long, best on the host (-1: the start) -> [B, P, HV, Dk, Dv], differentiable."""
+        """Rebuild the state after the tokens at `positions` [B, P] long, best on the host (-1: before the first).
+
+        Returns [B, P, HV, Dk, Dv], differentiable.
+        """
         C, (B, P), T, device = self.chunk, positions.shape, self.k.shape[1], self.k.device
         consumed = positions.cpu() + 1
         if bool((consumed >= (T if self.lengths is None else self.lengths[:, None])).all()):
-            return self.final[:, None].expand(-1, P, -1, -1, -1)  # as when decoding, or before it: nothing to add
+            return self.final[:, None].expand(-1, P, -1, -1, -1)  # so it is when decoding, and right before: nothing to add
         # A position at a chunk's end counts as its last token: no chunk begins behind the last one.
         chunk = torch.div(consumed - 1, C, rounding_mode="floor").clamp(min=0)
         r = (consumed - chunk * C).to(device, non_blocking=True)
@@ -98,13 +101,13 @@ class DeltaStates:
 
 @dataclass(frozen=True)
 class OneToken:
-    """`DeltaStates` of a pass of one token."""
+    """The states of a pass of one token; see `DeltaStates`."""
 
     initial: Tensor | None  # [B, HV, Dk, Dv], or zeros
     final: Tensor
 
     def at(self, positions: Tensor) -> Tensor:
-        """As `DeltaStates.at`."""
+        """Take the state after or before the token; see `DeltaStates.at`."""
         after, final = positions.cpu() >= 0, self.final[:, None]
         if bool(after.all()):
             return final.expand(-1, positions.shape[1], -1, -1, -1)
@@ -122,7 +125,9 @@ def delta_rule(
     chunk_size: int | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, DeltaStates | OneToken]:
-    """The (gated) delta rule in chunks, on the kernels chosen (`ops/kernels.py`) or PyTorch's operations with a hand-written backward.
+    """Run the (gated) delta rule over a sequence.
+
+    It runs in chunks, on the kernels chosen (`ops/kernels.py`) or on PyTorch's operations with a hand-written backward.
 
     Args:
         q, k: [B, T, H, Dk], already normalised; q is scaled by Dk**-0.5 inside.
@@ -130,8 +135,7 @@ def delta_rule(
         beta: [B, T, HV], write strength; 0 writes nothing (pads).
         g: [B, T, HV] log decay (<= 0), or None for the plain rule.
         initial_state: [B, HV, Dk, Dv] or None for zeros.
-        chunk_size: tokens per chunk of PyTorch's operations; by default 32 for heads of up to 64 and 64 for larger ones, the fastest
-            measured.
+        chunk_size: tokens per chunk of PyTorch's operations; the default is the fastest measured, 32 for heads of up to 64, else 64.
         lengths: [B] long, on the host: how many of a row's tokens are real, all others writing nothing; None: all.
 
     Returns:
@@ -180,12 +184,12 @@ def _in_chunks(
     gates = [None if x is None else _to_chunks(x[..., None], C, HV, dtype).squeeze(-1) for x in (beta, g)]
     o, starts, u = _ChunkedDeltaRule.apply(*chunks, *gates, None if S0 is None else S0.to(dtype))
     o = o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
-    # A copy: who keeps the last state should not keep those of all chunks with it.
+    # It is copied, since a slice would keep the states of all chunks alive with the last one.
     return o, DeltaStates(starts, starts[-1].clone(), lambda: u, k, g, C, lengths)
 
 
 def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, D] -> [n, B, HV, C, D] contiguous, zeros behind the last token.
+    """Cut [B, T, H, D] into chunks [n, B, HV, C, D], contiguous, with zeros behind the last token.
 
     Chunks come first so that the loop over them works on contiguous batches of matrices.
     """
@@ -199,15 +203,15 @@ def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
 
 
 def _inverse_unit_lower(A: Tensor) -> Tensor:
-    """(I + A)^-1 for strictly lower triangular A [..., C, C]."""
-    # unitriangular: the diagonal is taken as 1 and never read, so A stands for I + A. Substitution, since a series in powers of A would
-    # cancel badly where keys are alike. As a matrix, because it is applied three times, the last transposed.
+    """Invert I + A for a strictly lower triangular A [..., C, C]."""
+    # `unitriangular` takes the diagonal as 1 and never reads it, so A stands for I + A. It is solved by substitution, since a series in
+    # powers of A would cancel badly where keys are alike, and kept as a matrix, because it is applied three times, the last transposed.
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
 
 
 class _Decay(NamedTuple):
-    """Decays inside chunks; all None for the plain rule, whose work they would double."""
+    """The decays inside chunks; all are None for the plain rule, whose work they would double."""
 
     pair: Tensor | None  # [..., n, C, C] exp(b_i - b_j), lower triangle with diagonal
     from_start: Tensor | None  # [..., n, C, 1] exp(b_i)
@@ -219,8 +223,8 @@ def _decay(g: Tensor | None) -> _Decay:
     if g is None:
         return _Decay(None, None, None, None)
     b = g.cumsum(-1)
-    # Differences before exp: exp(b_i) / exp(b_j) is 0 / 0 under strong decay. Above the diagonal they are positive and exp may overflow,
-    # and inf times a 0 is nan: so they are cleared before it, and what exp makes of 0 is cleared after it.
+    # Differences are taken before exp: exp(b_i) / exp(b_j) is 0 / 0 under strong decay. Above the diagonal they are positive, exp may
+    # overflow, and inf times 0 is nan: so they are cleared before exp, and what exp makes of 0 is cleared after it.
     pair = (b[..., :, None] - b[..., None, :]).tril_().exp_().tril_()
     last = b[..., -1:]
     return _Decay(pair, b.exp()[..., None], (last - b).exp()[..., None], last.exp()[..., None])
@@ -231,12 +235,12 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _scale(x: Tensor, factor: Tensor | None) -> Tensor:
-    """`_times` in place."""
+    """Compute `_times` in place."""
     return x if factor is None else x.mul_(factor)
 
 
 def _minus_product(a: Tensor, b: Tensor) -> Tensor:
-    """-(a @ b) in one pass."""
+    """Compute -(a @ b) in one pass over memory."""
     zero = a.new_zeros(1, 1, 1)  # with beta=0 it is not read
     return torch.baddbmm(zero, *_flat(a, b), beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
 
@@ -246,7 +250,7 @@ class _DeltaContext(Context):
 
 
 class _ChunkedDeltaRule(torch.autograd.Function):
-    """q, k, v [n, B, HV, C, D], beta and g [n, B, HV, C], S0 -> o [n, B, HV, C, Dv], starts [n+1, B, HV, Dk, Dv], u."""
+    """Turns q, k, v [n, B, HV, C, D], beta and g [n, B, HV, C] and S0 into o and u [n, B, HV, C, Dv], starts [n+1, B, HV, Dk, Dv]."""
 
     @staticmethod
     def forward(
@@ -321,12 +325,12 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
 
 def _flat(*matrices: Tensor) -> list[Tensor]:
-    """[n, B, HV, a, b] -> [n * B * HV, a, b], for batched products that add to what is there."""
+    """Flatten [n, B, HV, a, b] to [n * B * HV, a, b], for batched products that add to their output."""
     return [x.flatten(0, 2) for x in matrices]
 
 
 def _backward_through_chunks(dS: Tensor, du: Tensor, w: Tensor, k_end: Tensor, whole: Tensor | None) -> None:
-    """In place: dS [n+1, .., Dk, Dv] and du [n, .., C, Dv] gain what flows back through the states."""
+    """Add to dS [n+1, .., Dk, Dv] and du [n, .., C, Dv], in place, the gradients that flow back through the states."""
     dS, du, w, k_end = (x.flatten(1, 2) for x in (dS, du, w, k_end))
     for c in range(du.shape[0] - 1, -1, -1):
         after = dS[c + 1]  # complete: this chunk's u needs it, and the state before needs that u
@@ -335,12 +339,12 @@ def _backward_through_chunks(dS: Tensor, du: Tensor, w: Tensor, k_end: Tensor, w
         dS[c] += after if whole is None else after * whole[c].flatten(0, 1)
 
 
-# Every decay is exp(b_i - b_j) of running sums b of g: a gradient with respect to the decayed thing, times that thing, lands on b_i and,
-# negatively, on b_j.
+# Every decay is exp(b_i - b_j) of running sums b of g, so the gradient of a decayed quantity, times that quantity, is added to the gradient
+# of b_i and subtracted from that of b_j.
 
 
 def _pair_gradient(dA: Tensor, A: Tensor, dP: Tensor, P: Tensor) -> Tensor:
-    """Gradient of b [n, .., C] through the two C x C matrices."""
+    """Compute the gradient of b [n, .., C] through the two C x C matrices."""
     pairs = torch.addcmul(dA * A, dP, P)
     return pairs.sum(-1) - pairs.sum(-2)
 
@@ -348,7 +352,7 @@ def _pair_gradient(dA: Tensor, A: Tensor, dP: Tensor, P: Tensor) -> Tensor:
 def _end_gradients(
     decay: _Decay, dkw: Tensor, kb: Tensor, dq_start: Tensor, q_start: Tensor, dk_end: Tensor, k_end: Tensor, S: Tensor, dS: Tensor
 ) -> Tensor:  # fmt: skip
-    """Gradient of b [n, .., C] through what is decayed from a chunk's start or to its end."""
+    """Compute the gradient of b [n, .., C] through what decays from a chunk's start or to its end."""
     assert decay.from_start is not None and decay.whole is not None
     vecdot = torch.linalg.vecdot
     db = vecdot(dkw, kb) * decay.from_start[..., 0] + vecdot(dq_start, q_start)

@@ -1,14 +1,14 @@
 """The (gated) delta rule on flash-linear-attention's Triton kernels (0.6), with the state at any position chosen after the pass.
 
-Their forward computes the state before each chunk and what each token wrote, and throws both away. Here the same kernels are called one
+Their forward computes the state before each chunk and what each token wrote, and frees both. Here the same kernels are called one
 by one, so both can be kept as long as someone holds them: `DeltaStates` is all a snapshot needs, and a pass whose states nobody wants
 costs what theirs costs, forward and backward. Where a snapshot has a gradient, it enters the reverse recurrence of the states at its
 chunk's boundary: that one loop (`_reverse_states`) is ours, since theirs takes a gradient at the end alone.
 
-Precision. The running state is float32 throughout, and so are the final state and whatever is gone on from. The states *before chunks*
+The running state is float32 throughout, and so are the final state and every state that a pass continues from. The states *before chunks*
 are stored in the inputs' dtype: a snapshot inside a sequence is that state, rounded once to bfloat16 (a relative error of at most 2^-9
 per entry, which does not accumulate), plus what the tokens of its chunk wrote (bfloat16, summed in float32). States after a row's last
-token are never rounded. Decays come as running sums in units of log 2, as these kernels want them.
+token are never rounded. Decays are running sums in units of log 2, as these kernels take them.
 
 b [B, T, HV] is the running sum of g inside chunks of C = 64 tokens, n their number; the layout of states is [Dk, Dv].
 """
@@ -38,7 +38,7 @@ C = 64  # tokens per chunk, the only size for which all their kernels are fused
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rule over T tokens, differentiable in everything.
+    """Run the rule over T tokens, differentiable in every input.
 
     Args:
         q, k: [B, T, H, Dk], v: [B, T, HV, Dv], of one dtype, bfloat16 or float16. beta: [B, T, HV]. g: [B, T, HV] or None.
@@ -55,13 +55,13 @@ def chunked(
 def one_token(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The rule for one token in one launch, without gradient: o [B, 1, HV, Dv], and the state after it, float32."""
+    """Run the rule for one token in one launch, without gradient; return o [B, 1, HV, Dv] and the state after it, float32."""
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     return fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=initial_state, output_final_state=True)
 
 
 def in_chunks(u: Tensor) -> Tensor:
-    """[B, T, HV, Dv] -> [n, B, HV, C, Dv], a view where T is a multiple of C."""
+    """Cut [B, T, HV, Dv] into chunks [n, B, HV, C, Dv], a view where T is a multiple of C."""
     T = u.shape[1]
     if T % C:
         u = F.pad(u, (0, 0, 0, 0, 0, -T % C))
@@ -84,7 +84,7 @@ class _KernelDeltaRule(torch.autograd.Function):
             k=k, w=w, u=xv, g=b, initial_state=S0, output_final_state=True, chunk_size=C
         )
         o = chunk_fwd_o(q=q, k=k, v=u, h=starts, g=b, scale=q.shape[-1] ** -0.5, chunk_size=C)
-        # starts and u are computed once more in the backward, as theirs does: n states a layer would not fit for long.
+        # starts and u are computed once more in the backward, as theirs does: n states a layer would soon fill the memory.
         ctx.save_for_backward(q, k, v, beta, b, X, S0)
         ctx.set_materialize_grads(False)
         ctx.dtype_of_g = None if g is None else g.dtype
@@ -122,7 +122,9 @@ def reverse_states(
     q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, h0: Tensor | None, dht: Tensor | None, do: Tensor, dv: Tensor, scale: float,
     dstarts: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """What flows back through the states: `chunk_gated_delta_rule_bwd_dhu`, with a gradient at every chunk's start besides.
+    """Compute the gradients that flow back through the states.
+
+    This is `chunk_gated_delta_rule_bwd_dhu` with a gradient at every chunk's start as well.
 
     Args:
         q, k: [B, T, H, Dk]. w: [B, T, HV, Dk], X (beta exp(b) K). g: b [B, T, HV] in units of log 2, or None. do: [B, T, HV, Dv].
@@ -156,12 +158,12 @@ def reverse_states(
     key=["H", "HV", "Dk", "Dv", "GATED"],
 )
 @triton.jit(do_not_specialize=["T"])
-def _reverse_states(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows but its own
+def _reverse_states(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows only its own
     q, k, w, b, do, du_inside, dstarts, dfinal, dafter, dinitial, du, scale, T,
     H: tl.constexpr, HV: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATED: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, BV columns of its state, last chunk first."""
+    """Walk back through the chunks of one head of one row, for BV columns of its state."""
     columns, head_of_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, head = head_of_row // HV, head_of_row % HV
     n = tl.cdiv(T, CHUNK)

@@ -1,6 +1,6 @@
 """Norms, short convolution and SwiGLU on flash-linear-attention's Triton kernels (0.6): the functions of `norm`, `short_conv` and `swiglu`.
 
-They compute in float32 and return the dtype of what they are given, as ours do. Imported where they run, since they need Triton.
+They compute in float32 and return the dtype of their inputs, as ours do. This file is imported only where they run, since they need Triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None) -> Tensor:
     """See `short_conv.short_conv`."""
-    # Their state has a column for each tap, channels first; the oldest of the W is never read.
+    # Their state has a column for each of the W taps, channels first, and the oldest is never read.
     before = None if history is None else F.pad(history.mT, (1, 0)).to(x.dtype).contiguous()
     return causal_conv1d(x.contiguous(), weight.contiguous(), bias, initial_state=before, activation=activation)[0]
 

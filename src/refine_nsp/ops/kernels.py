@@ -1,12 +1,12 @@
-"""Which kernels the operations run on: PyTorch's own, or flash-linear-attention's (Triton) on a CUDA device.
+"""The choice of kernels for the operations: PyTorch's own, or flash-linear-attention's (Triton) on a CUDA device.
 
-Decided once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flash-linear-attention 0.6 where it and a CUDA device are
-there, `torch` never, `fla` demands it. Nothing needs it: without, the same is computed by PyTorch. What a kernel cannot do (a head size,
-a dtype) falls back to PyTorch by name, said once.
+It is made once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flash-linear-attention 0.6 where it and a CUDA device are
+there, `torch` never does, `fla` demands it. Nothing needs it: without it PyTorch computes the same. Where a kernel cannot serve an input
+(a head size, a dtype), PyTorch does, and one warning names the reason.
 
 FlashAttention within a window comes with torch and runs on CUDA devices unless the choice is `torch`.
 
-Under Triton's interpreter (`TRITON_INTERPRET=1`) kernels run on the CPU, on tiny inputs, which is how they are tested without a device.
+Under Triton's interpreter (`TRITON_INTERPRET=1`) kernels run on the CPU, on tiny inputs; so they are tested without a device.
 """
 
 from __future__ import annotations
@@ -26,17 +26,24 @@ from refine_nsp.errors import RefineError
 
 VARIABLE = "REFINE_NSP_KERNELS"
 CHOICES = ("auto", "torch", "fla")
-WIDEST_KEY = 256  # of flash-linear-attention's delta-rule kernels
-WIDEST_NORM = 65536  # bytes of a row, of its norms
+WIDEST_KEY = 256  # channels of a head that flash-linear-attention's delta-rule kernels take
+WIDEST_NORM = 65536  # bytes of a row that its norms take
 HALF = (torch.bfloat16, torch.float16)
-WIDEST_ATTENTION_HEAD = 256  # of FlashAttention
+WIDEST_ATTENTION_HEAD = 256  # channels of a head that FlashAttention takes
 ELEMENTWISE = ("short convolution", "norms", "SwiGLU")
-FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of elementwise kernels, which compute in float32
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # elementwise kernels take these, and compute in float32
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """name: "torch" or "fla". why: for people, one line. device: where its kernels run. gated: why not for the gated rule, or None."""
+    """The kernels of a process.
+
+    Attributes:
+        name: "torch" or "fla".
+        why: the reason, in one line for people.
+        device: the kind of device that its kernels run on.
+        gated: why they do not run the gated delta rule, or None.
+    """
 
     name: str
     why: str
@@ -49,7 +56,7 @@ class Kernels:
 
 @functools.cache
 def chosen() -> Kernels:
-    """The kernels of this process. RefineError: an unknown choice, or `fla` where it cannot run."""
+    """Choose the kernels of this process; a RefineError for an unknown choice, or for `fla` where it cannot run."""
     if wanted() == "torch":
         return Kernels("torch", f"{VARIABLE}=torch")
     problem = _problem()
@@ -61,7 +68,7 @@ def chosen() -> Kernels:
 
 
 def wanted() -> str:
-    """One of `CHOICES`. RefineError: anything else."""
+    """Read which of `CHOICES` is wanted; a RefineError for anything else."""
     choice = os.environ.get(VARIABLE, "auto").strip().lower() or "auto"
     if choice not in CHOICES:
         raise RefineError(f"{VARIABLE}={choice!r}: expected one of {', '.join(CHOICES)}")
@@ -75,14 +82,14 @@ def interpreted() -> bool:
 
 def fused(x: Tensor) -> bool:
     """Whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
-    # The device first: on a CPU nothing else is asked, so nothing is imported.
+    # The device is asked first: on a CPU nothing else needs asking, so nothing is imported.
     return (
         (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
     )
 
 
 def norm_runs(x: Tensor) -> bool:
-    """Whether a norm over the last axis of x runs on a kernel; where its width forbids it, that is said once."""
+    """Whether a norm over the last axis of x runs on a kernel; where its width forbids that, one warning says so."""
     if not fused(x):
         return False
     if (size := x.shape[-1] * x.element_size()) > WIDEST_NORM:
@@ -92,7 +99,7 @@ def norm_runs(x: Tensor) -> bool:
 
 
 def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) -> bool:
-    """Whether the delta rule of inputs on x's device, multiplied in `dtype`, runs on kernels; where it does not, why is said once."""
+    """Whether the delta rule runs on kernels for inputs on x's device, multiplied in `dtype`; where not, one warning says why."""
     if not fused(x):
         return False
     problem = delta_rule_problem(dtype, key_width, gated)
@@ -102,7 +109,7 @@ def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) 
 
 
 def window_attention_runs(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether window attention of heads [..., d] on x's device, in `dtype`, runs on FlashAttention; where it does not, why is said once."""
+    """Whether window attention of heads x [..., d], in `dtype`, runs on FlashAttention; where it does not, one warning says why."""
     if not x.is_cuda or wanted() == "torch":
         return False
     problem = window_attention_problem(dtype, x.shape[-1])
@@ -112,7 +119,10 @@ def window_attention_runs(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def window_attention_problem(dtype: torch.dtype | None, width: int | None) -> str | None:
-    """Why FlashAttention, which torch brings, is not used for such heads on this CUDA device, or None. None: those of a run to come."""
+    """Say why torch's FlashAttention does not serve heads of this dtype and width on this CUDA device; None if it does.
+
+    Where dtype or width is None, it is not known yet and not asked.
+    """
     if not _varlen_takes_windows():
         return f"torch {torch.__version__} has no varlen_attn with a window (2.13 has)"
     if torch.version.hip is not None:
@@ -136,7 +146,10 @@ def _varlen_takes_windows() -> bool:
 
 
 def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -> str | None:
-    """Why flash-linear-attention's kernels are not used for such a delta rule, or None. dtype None: that of a run to come."""
+    """Say why flash-linear-attention's kernels do not serve this delta rule; None if they do.
+
+    A dtype of None is not known yet and not asked.
+    """
     if key_width > WIDEST_KEY:
         return f"query/key heads of {key_width} are wider than the {WIDEST_KEY} its kernels support"
     if dtype == torch.float32 and not interpreted():
@@ -145,7 +158,7 @@ def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -
 
 
 def by_operation() -> dict[str, tuple[str, str]]:
-    """What computes each operation, "fla" or "torch", and why."""
+    """List what computes each operation, "fla" or "torch", and why."""
     kernels = chosen()
     ours = {
         "fast weights of LaCT": ("torch", "large matrix products in the dtype of the activations, states in float32"),
@@ -173,21 +186,21 @@ def _say_once(text: str) -> None:
 
 
 def _problem() -> str | None:
-    """Why flash-linear-attention cannot be used here, or None."""
+    """Say why flash-linear-attention cannot be used here; None if it can."""
     if not (torch.cuda.is_available() or interpreted()):
         return "no CUDA device"
     if find_spec("fla") is None or find_spec("triton") is None:
         return "flash-linear-attention is not installed: pip install 'refine-nsp[gpu]'"
     import fla
 
-    # Its inner functions are called, whose signatures belong to a minor version.
+    # We call its inner functions, whose signatures belong to a minor version.
     if not fla.__version__.startswith("0.6."):
         return f"flash-linear-attention {fla.__version__} is installed; 0.6 is what this was written for: pip install 'refine-nsp[gpu]'"
     return None
 
 
 def _gated_problem() -> str | None:
-    """Its own refusal, asked before a backward pass is half done."""
+    """Ask flash-linear-attention for its own refusal of the gated rule, before a backward pass is half done."""
     if interpreted():
         return None
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1

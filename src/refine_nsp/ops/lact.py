@@ -1,14 +1,14 @@
 """LaCT's fast weights over a sequence, with their state at any position.
 
-Queries are read with the weights of their chunk; a chunk of C tokens is learned from when it is complete *and another token arrives*. So
-after n tokens the weights have had (n - 1) // C updates, and the 1..C tokens since the last one are *open*: the state keeps them, because
-whatever comes next may complete their chunk. That makes every hand-over exact, which the original cannot do: it learns from whole
+Queries read the weights of their chunk; a chunk of C tokens is learned from when it is complete *and another token arrives*. So after n
+tokens the weights have had (n - 1) // C updates, and the 1..C tokens since the last one are *open*: the state keeps them, because
+the next tokens may complete their chunk. That makes every hand-over exact, which the original cannot do: it learns from whole
 sequences only.
 
 A state is a dictionary of tensors, row first: `w02` (w0 above w2) and `w1`, what queries read; `main_*` (pre-norm) and `momentum_*`
 where the rule has them; `open_k`, `open_v`, `open_lr`, `open_momentum`, zeros behind a row's open tokens. How many are open follows from
-how many tokens a row has seen. Such counts, and positions, are tensors on the host: they decide shapes, and a device would have to be
-waited for.
+how many tokens a row has seen. These counts, and positions, are tensors on the host: they decide shapes, and the host would have to wait
+for a device.
 """
 
 from __future__ import annotations
@@ -37,47 +37,50 @@ State = dict[str, Tensor]
 
 
 class Tokens(NamedTuple):
-    """What is learned from, per token: k, v [B, H, T, Dk], lr [B, H, T, 3 * width] and momentum [B, H, T, 1] (or None)."""
+    """The inputs of learning, per token: k, v [B, H, T, Dk], lr [B, H, T, 3 * width] and momentum [B, H, T, 1] (or None)."""
 
     k: Tensor
     v: Tensor
-    lr: Tensor  # of w0, w1 and w2 side by side; width 1, or that of the weights' last axis
+    lr: Tensor  # the rates of w0, w1 and w2 side by side; width 1, or that of the weights' last axis
     momentum: Tensor | None
 
     def each(self, f: Callable[[Tensor], Tensor]) -> Tokens:
-        """f of every tensor."""
+        """Apply f to every tensor."""
         return Tokens(f(self.k), f(self.v), f(self.lr), None if self.momentum is None else f(self.momentum))
 
     def cut(self, tokens: slice, rows: slice = slice(None)) -> Tokens:
-        """Some of the tokens, of some rows."""
+        """Take some of the tokens, of some rows."""
         return self.each(lambda x: x[rows, :, tokens])
 
     def split(self, size: int) -> list[Tokens]:
-        """Stretches of `size` tokens, the last perhaps shorter."""
+        """Split into stretches of `size` tokens; the last may be shorter."""
         parts = {name: x.split(size, 2) for name, x in self.named().items()}
         return [Tokens.of(dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
     def named(self) -> State:
-        """By their names in a state."""
+        """Return the tensors by their names in a state."""
         return {f"open_{name}": x for name, x in self._asdict().items() if x is not None}
 
     @classmethod
     def of(cls, state: State) -> Tokens:
-        """The open tokens of a state."""
+        """Take the open tokens of a state."""
         return cls(state["open_k"], state["open_v"], state["open_lr"], state.get("open_momentum"))
 
 
 @dataclass(frozen=True)
 class LaCTStates:
-    """What a pass of `lact` leaves behind, enough for its state after any token."""
+    """The states of a pass of `lact`, rebuilt after any token."""
 
-    chunks: list[FastState]  # what the queries of each chunk read, [B, H, ..] each
+    chunks: list[FastState]  # the weights that each chunk's queries read, [B, H, ..]
     tokens: Tokens  # from the start of the first chunk: the open ones of before, then the pass's own
     opened: Tensor  # [B] long, on the host: how many were open before the pass
     chunk: int  # C
 
     def at(self, positions: Tensor) -> State:
-        """State after the token at `positions` [B, P] long (-1: the state before the pass) -> tensors [B, P, ...], differentiable."""
+        """Rebuild the state after the tokens at `positions` [B, P] long (-1: the state before the pass).
+
+        Returns tensors [B, P, ...], differentiable.
+        """
         C, device = self.chunk, self.tokens.k.device
         seen = self.opened[:, None] + positions.cpu() + 1  # tokens since the start of the first chunk
         chunk = torch.div(seen - 1, C, rounding_mode="floor").clamp(min=0)
@@ -89,7 +92,7 @@ class LaCTStates:
         return state | self._open_tokens(chunk * C, seen - chunk * C)
 
     def _open_tokens(self, first: Tensor, count: Tensor) -> State:
-        """The `count` [B, P] tokens from `first` [B, P] on, zeros behind the shorter ones."""
+        """Take `count` [B, P] tokens from `first` [B, P] on, with zeros behind the shorter ones."""
         x = self.tokens.k
         slots = torch.arange(int(count.max()) if count.numel() else 0)
         index = (first[..., None] + slots).clamp(max=x.shape[2] - 1).to(x.device, non_blocking=True)
@@ -109,14 +112,14 @@ def lact(
     seen: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, LaCTStates]:
-    """Read and learn, chunk by chunk.
+    """Read and learn over a sequence, chunk by chunk.
 
     Args:
-        q: [B, H, T, Dk], what reads. tokens: [B, H, T, ...], what is learned from.
+        q: [B, H, T, Dk], the queries that read. tokens: [B, H, T, ...], the tokens that are learned from.
         initial: fast weights before any update, [1, H, ...] or [B, H, ...]; updates keep the norms of their rows.
         rule: see `UpdateRule`. chunk: C.
-        state: what `LaCTStates.at` gave, [B, ...], or None: nothing seen yet. seen: [B] long on the host, tokens it has seen.
-        lengths: [B] long on the host, real tokens of each row, or None: all T. What is read at pads means nothing.
+        state: from `LaCTStates.at`, [B, ...], or None before any token. seen: [B] long on the host, tokens it has seen.
+        lengths: [B] long on the host, real tokens of each row, or None: all T. Outputs at pads mean nothing.
 
     Returns:
         o [B, H, T, Dk], and the states.
@@ -163,7 +166,7 @@ def naive_lact(
     seen: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[State]]:
-    """Token by token: the definition, and the yardstick for `lact`. Same arguments; o with zeros at pads, and each row's last state."""
+    """Compute `lact` token by token, by its definition; return o with zeros at pads, and each row's last state."""
     rows = _for_rows(Pair.of(initial), len(q))
     start = _named(initial_state(rows, rule)) if state is None else state
     norms = row_norms(rows)
@@ -186,10 +189,10 @@ def naive_lact(
 
 
 def lact_branches(q: Tensor, tokens: Tokens, initial: Triple, rule: UpdateRule, chunk: int, state: State, seen: Tensor) -> Tensor:
-    """`lact` of rows that share states: what queries [S*n, H, T, Dk] read, T at most a chunk, n neighbours going on from each state.
+    """Compute the outputs of `lact` for rows that share states: queries [S*n, H, T, Dk], T at most a chunk, n neighbours a state.
 
-    Fast weights are as large as many tokens, so neighbours read the same ones in one product. Only rows that go on beyond their chunk
-    learn from it, and so need weights of their own. state: of S rows; seen: [S] long on the host.
+    Fast weights are as large as many tokens, so neighbours read the same ones in one product. Only rows that continue beyond their chunk
+    learn from it, and so need weights of their own. state: S rows; seen: [S] long on the host.
     """
     S, (R, H, T, D) = len(seen), q.shape
     n = R // S
@@ -208,18 +211,18 @@ def lact_branches(q: Tensor, tokens: Tokens, initial: Triple, rule: UpdateRule, 
 
 
 def open_count(seen: Tensor, chunk: int) -> Tensor:
-    """How many of the tokens seen [B] are open: a complete chunk stays so until the next token arrives."""
+    """Count how many of the tokens seen [B] are open; those of a complete chunk are until the next token arrives."""
     return torch.where(seen > 0, (seen - 1) % chunk + 1, 0)
 
 
 def _join(before: Tokens, after: Tokens) -> Tokens:
-    """One behind the other, along time."""
+    """Put tokens one behind the other, along time."""
     later = after.named()
     return Tokens.of({name: torch.cat([x, later[name]], 2) for name, x in before.named().items()})
 
 
 def _behind_open(before: Tokens, tokens: Tokens, opened: Tensor) -> Tokens:
-    """Each row's open tokens, then its own, without a gap: so chunk boundaries coincide across rows."""
+    """Put each row's tokens behind its open ones without a gap, so that chunk boundaries coincide across rows."""
     width, T = before.k.shape[2], tokens.k.shape[2]
     slot = torch.arange(int(opened.max()) + T)
     source = torch.where(slot < opened[:, None], slot, width + slot - opened[:, None]).clamp(max=width + T - 1)
@@ -228,10 +231,10 @@ def _behind_open(before: Tokens, tokens: Tokens, opened: Tensor) -> Tokens:
 
 
 def _with_a_part_in(o: Tensor, tokens: Tokens) -> Tensor:
-    """o, on which learning rates and momentum depend with a weight of zero.
+    """Make o depend on learning rates and momentum, with a weight of zero.
 
     Where no chunk was completed nothing was learned, and their projections would get no gradient: distributed training, which waits for
-    every parameter's, would stop at the first batch of short rows.
+    the gradient of every parameter, would stop at the first batch of short rows.
     """
     for x in (tokens.lr, tokens.momentum):
         if x is not None and x.requires_grad:
@@ -244,7 +247,7 @@ def _for_rows(weights: Pair, B: int) -> Pair:
 
 
 def _read_span(weights: Pair, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Read queries start[b] .. end[b] - 1 of q [B, H, T, Dk] -> the same shape with zeros elsewhere, ready to be summed."""
+    """Read queries start[b] .. end[b] - 1 of q [B, H, T, Dk] into the same shape, with zeros elsewhere, so that spans can be summed."""
     width = int((end - start).max())
     index = start[:, None] + torch.arange(width)  # [B, width]
     outside = (index >= end[:, None])[:, None, :, None].to(q.device, non_blocking=True)
@@ -273,7 +276,7 @@ def _fast_state(state: State) -> FastState:
 
 
 def _where(rows: Tensor, learned: FastState, before: FastState) -> FastState:
-    """`learned` for the rows [B] bool that go on, `before` for the others."""
+    """Choose `learned` for the rows [B] bool that continue, and `before` for the others."""
 
     def choose(a: Pair | None, b: Pair | None) -> Pair | None:
         if a is None or b is None:

@@ -1,5 +1,7 @@
-"""One update of LaCT's fast weights (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)),
-that is read by queries and trained on keys and values, a large chunk at a time. `ops/lact.py` runs it over a sequence.
+"""One update of LaCT's fast weights (Zhang et al. 2025, arXiv 2505.23884).
+
+They are a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)), which queries read and which is trained on keys and values, a large
+chunk at a time. `ops/lact.py` runs it over a sequence.
 
 One update, with gradient terms of the dot-product loss, per-token learning rates lr and the chunk's mean momentum m:
 d = gradient + m d_prev; [Newton-Schulz of d, not fed back into the momentum]; w <- w + d, every row rescaled to its initial norm.
@@ -30,7 +32,7 @@ NEWTON_SCHULZ = (
 
 
 class Triple(NamedTuple):
-    """Something for each of w0 [.., Dh, D], w1 [.., D, Dh] and w2 [.., Dh, D]."""
+    """A tensor for each of w0 [.., Dh, D], w1 [.., D, Dh] and w2 [.., Dh, D]."""
 
     w0: Tensor
     w1: Tensor
@@ -38,25 +40,27 @@ class Triple(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The same with w0 above w2, [.., 2 Dh, D]: queries and keys meet both in one product. Fewer, larger operations are what counts where
-    chunks are small or a device waits for its launches."""
+    """A `Triple` with w0 above w2, [.., 2 Dh, D], so that one product multiplies queries or keys by both.
+
+    Fewer, larger operations are faster where chunks are small or a device waits for its launches.
+    """
 
     w02: Tensor
     w1: Tensor
 
     @classmethod
     def of(cls, weights: Triple) -> Pair:
-        """w0 and w2 put together."""
+        """Put w0 and w2 together."""
         return cls(torch.cat([weights.w0, weights.w2], -2), weights.w1)
 
     def parts(self) -> Triple:
-        """w0, w1 and w2."""
+        """Take w0, w1 and w2 apart."""
         w0, w2 = self.w02.chunk(2, -2)
         return Triple(w0, self.w1, w2)
 
 
 class FastState(NamedTuple):
-    """weights: what queries read; main: unnormalised sums (pre-norm only); momentum: last d (momentum only)."""
+    """The fast weights that queries read, their unnormalised sums (`main`, pre-norm only) and the last d (`momentum`, if there is any)."""
 
     weights: Pair
     main: Pair | None
@@ -64,38 +68,38 @@ class FastState(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-    """muon: None, or the dtype of Newton-Schulz (bfloat16 as published, or float32: at least that)."""
+    """The settings of an update. muon: None, or the dtype of Newton-Schulz (bfloat16 as published, or float32: at least that)."""
 
     momentum: bool
     muon: torch.dtype | None
     prenorm: bool
 
     def muon_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        """That of Newton-Schulz for keys of a dtype: a choice of float32 means "exact", and in a float64 run that is float64."""
+        """Choose the dtype of Newton-Schulz for keys of a dtype: float32 asks for exact results, which in a float64 run is float64."""
         return self.muon if self.muon in (None, torch.bfloat16) else torch.promote_types(dtype, self.muon)
 
 
 def row_norms(weights: Pair) -> Pair:
-    """Norm of every row (last axis) of each weight, kept as [.., 1]."""
+    """Compute the norm of every row (last axis) of each weight, kept as [.., 1]."""
     return Pair(*(w.norm(dim=-1, keepdim=True) for w in weights))
 
 
 def initial_state(weights: Pair, rule: UpdateRule) -> FastState:
-    """The state before any update."""
+    """Make the state before any update."""
     zeros = Pair(*(torch.zeros_like(w) for w in weights)) if rule.momentum else None
     return FastState(weights, weights if rule.prenorm else None, zeros)
 
 
 def read(weights: Pair, q: Tensor) -> Tensor:
-    """f(q): q [.., T, D] -> [.., T, D], in q's dtype."""
-    w02, w1 = (w.to(q.dtype) for w in weights)  # kept wide, multiplied narrow: as the original does
+    """Compute f(q) of queries [.., T, D], in their dtype."""
+    w02, w1 = (w.to(q.dtype) for w in weights)  # kept wide and multiplied narrow, as the original does
     return (w1 @ gated(w02 @ q.mT)).mT
 
 
 def gradient_terms(weights: Pair, k: Tensor, v: Tensor, lr: Tensor) -> Pair:
-    """lr-weighted descent direction of -<f(k), v> summed over the chunk.
+    """Compute the descent direction of -<f(k), v>, weighted by lr and summed over the chunk.
 
-    k, v: [.., C, D]; lr: [.., C, 3 * width], those of w0, w1 and w2 side by side; width 1, or that of the weights' last axis.
+    k, v: [.., C, D]; lr: [.., C, 3 * width], the rates of w0, w1 and w2 side by side; width 1, or that of the weights' last axis.
     """
     w02, w1 = (w.to(k.dtype) for w in weights)
     # Written out, not left to autograd: an update is part of the forward pass, and the outer backward differentiates through it.
@@ -110,7 +114,7 @@ def gradient_terms(weights: Pair, k: Tensor, v: Tensor, lr: Tensor) -> Pair:
 
 
 def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Approximate orthogonalisation of each matrix g [.., a, b] (Muon), computed in `dtype`."""
+    """Orthogonalise each matrix g [.., a, b] approximately (Muon), in `dtype`."""
     x = g.to(dtype)
     # The Gram matrix below has the size of the rows: transposed, it is the smaller of the two.
     wide = x.shape[-2] > x.shape[-1]
@@ -124,10 +128,10 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def orthogonal(step: Pair, dtype: torch.dtype) -> Pair:
-    """`newton_schulz` of w0's, w1's and w2's part at once: w1's is as large as theirs, if not square transposed."""
+    """Apply `newton_schulz` to the parts of w0, w1 and w2 at once: w1's has their shape, transposed where it is not square."""
     w02 = step.w02.unflatten(-2, (2, -1))
     square = step.w1.shape[-1] == step.w1.shape[-2]
-    # Not transposed where it need not be: in bfloat16 it would be rounded otherwise than published.
+    # It is not transposed where it need not be: in bfloat16 it would be rounded differently than published.
     w1 = step.w1 if square else step.w1.mT
     w02, w1 = newton_schulz(torch.cat([w02, w1.unsqueeze(-3)], -3), dtype).split([2, 1], -3)
     w1 = w1.squeeze(-3)
@@ -137,16 +141,16 @@ def orthogonal(step: Pair, dtype: torch.dtype) -> Pair:
 def update(
     state: FastState, norms: Pair, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, rule: UpdateRule
 ) -> FastState:
-    """The state after one chunk of keys and values [.., C, D]; `norms` from `row_norms` of the initial weights.
+    """Compute the state after one chunk of keys and values [.., C, D]; `norms` come from `row_norms` of the initial weights.
 
-    lr: as `gradient_terms` takes it. momentum: [.., C, 1], averaged over the chunk; None without.
+    lr: see `gradient_terms`. momentum: [.., C, 1], averaged over the chunk; None without.
     """
     step = gradient_terms(state.weights, k, v, lr)
     kept = None
     if rule.momentum:
         assert momentum is not None and state.momentum is not None
         mean = momentum.mean(-2, keepdim=True)
-        # The momentum that is kept is that before Newton-Schulz, which would otherwise be fed its own output.
+        # The momentum is kept as it is before Newton-Schulz, which would otherwise be fed its own output.
         step = kept = Pair(*(m * mean + d for d, m in zip(step, state.momentum, strict=True)))
     if (dtype := rule.muon_dtype(k.dtype)) is not None:
         step = orthogonal(step, dtype)
@@ -161,7 +165,7 @@ def update(
 
 
 def naive_read(weights: Pair, q: Tensor) -> Tensor:
-    """`read`."""
+    """Compute `read` by its definition."""
     w0, w1, w2 = (w.to(q.dtype) for w in weights.parts())
     return (F.silu(q @ w0.mT) * (q @ w2.mT)) @ w1.mT
 
@@ -169,7 +173,7 @@ def naive_read(weights: Pair, q: Tensor) -> Tensor:
 def naive_update(
     state: FastState, norms: Pair, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, rule: UpdateRule
 ) -> FastState:
-    """`update`."""
+    """Compute `update` by its definition."""
     mains = (state.weights if state.main is None else state.main).parts()
     momenta = None if state.momentum is None else state.momentum.parts()
     rates, lengths, dtype = lr.chunk(3, -1), norms.parts(), rule.muon_dtype(k.dtype)
@@ -192,35 +196,38 @@ def naive_update(
 
 
 def naive_hidden_terms(gate: Tensor, up: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden = silu(gate) up, and the gradients of gate and up for hidden's gradient `dhidden`; all [.., C, Dh]."""
+    """Compute hidden = silu(gate) up, and the gradients of gate and up for hidden's gradient `dhidden`; all [.., C, Dh]."""
     sigma = torch.sigmoid(gate)
     return gate * sigma * up, dhidden * up * sigma * (1 + gate * (1 - sigma)), dhidden * gate * sigma
 
 
 def naive_with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
-    """w [.., a, b], its rows made as long as `norms` [.., a, 1] says."""
+    """Scale the rows of w [.., a, b] to the norms [.., a, 1]."""
     return w / (w.norm(dim=-1, keepdim=True) + NORM_EPSILON) * norms
 
 
 def gated(x: Tensor) -> Tensor:
-    """silu(gate) up, of gate above up in x [.., 2 Dh, C]: tokens last, so that both are whole stretches of memory."""
+    """Compute silu(gate) up, for gate above up in x [.., 2 Dh, C].
+
+    Tokens come last, so that gate and up are whole stretches of memory.
+    """
     return _Gated.apply(x)
 
 
 def hidden_terms(x: Tensor, dhidden: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
-    """`naive_hidden_terms`, tokens last, of gate above up in x [.., 2 Dh, C], weighted by learning rates.
+    """Compute `naive_hidden_terms` for gate above up in x [.., 2 Dh, C], tokens last, weighted by learning rates.
 
     Args:
-        dhidden: [.., Dh, C]. lr: [.., 3 * width, C], those of w0, w1 and w2 above each other; width 1 or Dh.
+        dhidden: [.., Dh, C]. lr: [.., 3 * width, C], the rates of w0, w1 and w2 above each other; width 1 or Dh.
 
     Returns:
-        hidden times w1's rate [.., Dh, C], and the gradient of x; of width 1 with the rates of w0 and w2 in it. In x's dtype.
+        hidden times w1's rate [.., Dh, C], and the gradient of x, which for width 1 has the rates of w0 and w2 in it. In x's dtype.
     """
     return _HiddenTerms.apply(x, dhidden, lr)
 
 
 def with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
-    """`naive_with_row_norms`; norms may broadcast."""
+    """Compute `naive_with_row_norms`; norms may broadcast."""
     return _WithRowNorms.apply(w, norms)
 
 
@@ -240,7 +247,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _gradient_of_gated(x: Tensor, active: Tensor, dy: Tensor) -> Tensor:
-    """That of x, for `dy` of active times up."""
+    """Compute the gradient of x, for the gradient `dy` of active times up."""
     gate, up = x.chunk(2, -2)
     dx = torch.empty_like(x)
     dgate, dup = dx.chunk(2, -2)
@@ -271,7 +278,7 @@ class _HiddenTerms(torch.autograd.Function):
         rest = active * sigma
         slope = (sigma + active).sub_(rest)
         curve = (sigma + slope).sub_(rest).mul_(1 - sigma)  # the slope's slope
-        # The rates' gradients: what they weigh, times its gradient.
+        # A rate's gradient is what the rate weighs, times the gradient of that.
         dlr = torch.zeros_like(lr)
         of_w1, dlr_w1 = lr.chunk(3, -2)[1], dlr.chunk(3, -2)[1]
         weighed = (active * up).mul_(of_hidden)
@@ -294,12 +301,12 @@ class _HiddenTerms(torch.autograd.Function):
 
 
 def _halves(x: Tensor) -> Tensor:
-    """[.., 2 Dh, C] as [.., 2, Dh, C]."""
+    """View [.., 2 Dh, C] as [.., 2, Dh, C]."""
     return x.unflatten(-2, (2, -1))
 
 
 def _rates(lr: Tensor) -> Tensor:
-    """Those of w0 and w2 [.., 2, 1, C] among lr [.., 3, C]."""
+    """Take the rates of w0 and w2 [.., 2, 1, C] among lr [.., 3, C]."""
     return lr[..., ::2, :].unsqueeze(-2)
 
 

@@ -2,7 +2,7 @@
 
 The head is applied to one block of tokens at a time. Since the weight of every token in the loss is known beforehand (1 / number of
 targets, or 0), the gradient is formed in the forward pass while the block's logits are there: logits are computed once, and the
-backward only multiplies by the incoming scalar. n counts tokens, m those of a block.
+backward only multiplies by the incoming scalar. n counts tokens, m the tokens of a block.
 
 `linear_next_sequence` adds next-sequence prediction in closed form (docs/method.md). With log-probabilities l_i of the true tokens, a
 rollout from t matches its first j tokens with probability P_j = exp(l_t + ... + l_{t+j-1}), and J_t = (1/K) sum_{j=1..K} f_M(P_j) with
@@ -28,14 +28,14 @@ from refine_nsp.ops.autograd import Context, Gradients
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 BLOCK_LOGITS = 2**22  # logits held at once: 16 MB in float32
-# Of a logit in a block: itself in bfloat16, then wide, its exponential, that of a second head to compare with, and its gradient.
+# A logit of a block is held in bfloat16, then wide, with its exponential, a second head's logit to compare with, and its gradient.
 BYTES_A_LOGIT = 2 + 4 + 4 + 4 + 2
-DEVICE_SHARE, FREE_SHARE = 32, 4  # a block takes at most one part of so many of a device's memory, and of what is free of it
+DEVICE_SHARE, FREE_SHARE = 32, 4  # a block takes at most 1/32 of a device's memory and 1/4 of what is free of it
 
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Per token, without gradient; nats. All [n], float32 or better but `argmax` (long)."""
+    """Statistics of n tokens in nats, without gradient. All are [n] in float32 or better, except `argmax` (long)."""
 
     nll: Tensor
     entropy: Tensor
@@ -43,9 +43,9 @@ class TokenStats:
 
 
 def block_tokens(vocabulary: int, device: torch.device) -> int:
-    """Tokens per block: so that its logits stay in a processor's cache, or as many as a CUDA device has memory for.
+    """Choose the tokens of a block so that its logits stay in a processor's cache, or as many as a CUDA device has memory for.
 
-    There every block reads the head's weights and adds to their gradient, so few large products are what is fast.
+    On a device every block reads the head's weights and adds to their gradient, so few large products are fast.
     """
     if device.type == "cuda":
         tokens = _device_logits(device) // vocabulary
@@ -57,7 +57,7 @@ def block_tokens(vocabulary: int, device: torch.device) -> int:
 def naive_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
 ) -> tuple[Tensor, TokenStats]:
-    """All logits at once; same arguments and results as `linear_cross_entropy`."""
+    """Compute the loss with all logits at once; same arguments and results as `linear_cross_entropy`."""
     logits = hidden @ weight.T
     log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     nll = -log_p.gather(-1, targets[:, None])[:, 0]
@@ -66,25 +66,26 @@ def naive_linear_cross_entropy(
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, TokenStats]:
-    """sum_i token_weights[i] * NLL_i of a linear head, by blocks of tokens.
+    """Compute sum_i token_weights[i] * NLL_i of a linear head, by blocks of tokens.
 
     Args:
         hidden: [n, D], after the final norm.
-        weight: [V, D] of the head.
+        weight: [V, D], the head's.
         targets: [n] long, each in [0, V); where the weight is 0 the target only needs to be in range.
         token_weights: [n], for example mask / mask.sum(). Not differentiated.
 
     Returns:
         The scalar loss (float32 or better) and detached per-token NLL, entropy and argmax.
     """
-    # Cast outside the function, so that autograd casts the gradients back; inside, autocast is off, since what is wide is chosen by hand.
+    # Inputs are cast outside the function, so that autograd casts the gradients back; inside, autocast is off, since the code chooses
+    # itself what is wide.
     hidden, weight = _inputs(hidden, weight)
     loss, nll, entropy, argmax = _run(hidden, weight, targets, token_weights)
     return loss, TokenStats(nll, entropy, argmax)
 
 
 def _device_logits(device: torch.device) -> int:
-    """Logits of a block, a power of two: what is free differs from step to step, and sums should be split alike."""
+    """Count the logits of a block, a power of two: free memory differs from step to step, and sums should be split alike."""
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     logits = min(total // DEVICE_SHARE, free // FREE_SHARE) // BYTES_A_LOGIT
@@ -92,8 +93,10 @@ def _device_logits(device: torch.device) -> int:
 
 
 def _inputs(*tensors: Tensor) -> list[Tensor]:
-    """In the dtype the products run in. Without gradients, cut off: autograd asks a function whether its inputs *could* have one, and
-    half the products would be for nothing."""
+    """Cast tensors to the dtype the products run in, and detach them where gradients are off.
+
+    Autograd asks a function whether its inputs *could* have a gradient, and half the products would be for nothing.
+    """
     dtype = autocast_dtype(tensors[0])
     return [(x if torch.is_grad_enabled() else x.detach()).to(dtype) for x in tensors]
 
@@ -104,22 +107,22 @@ def _run(*args: Tensor) -> tuple[Tensor, ...]:
 
 
 def _blocks(n: int, weight: Tensor) -> list[slice]:
-    """Consecutive blocks of n tokens, for the head `weight` [V, D]."""
+    """Cut n tokens into consecutive blocks, for the head `weight` [V, D]."""
     size = block_tokens(weight.shape[0], weight.device)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class _Block:
-    """Softmax of one block's logits, unnormalised (`p` [m, V], `mass` [m]), and what is known of each token. All in `wide`."""
+    """The unnormalised softmax of one block's logits (`p` [m, V], `mass` [m]) and the statistics of its tokens, all in `wide`."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, wide: torch.dtype) -> None:
         self.hidden, self.weight, self.targets = hidden, weight, targets
-        # The product in the model's dtype, as its own head would do it; only sums over V need more.
+        # The product runs in the model's dtype, as in its own head; only sums over V need more.
         logits = (hidden @ weight.T).to(wide)
         top = logits.max(-1)
         self.argmax = top.indices
         at_target = logits.gather(-1, targets[:, None])[:, 0] - top.values
-        logits -= top.values[:, None]  # exp then stays at most 1. In place: this is the largest tensor of a step
+        logits -= top.values[:, None]  # so exp is at most 1; in place, since this is the largest tensor of a step
         self.p = torch.exp(logits)
         self.mass = self.p.sum(-1)
         log_mass = self.mass.log()
@@ -128,34 +131,34 @@ class _Block:
         self.entropy = log_mass - torch.linalg.vecdot(self.p, logits) / self.mass
 
     def divergence(self, local: Tensor, gain: bool) -> Tensor:
-        """KL(p || q) [m], q the softmax of the head on `local` [m, D]; or max(0, log p - log q) of the target."""
+        """Compute KL(p || q) [m], q the softmax of the head on `local` [m, D]; with `gain` max(0, log p - log q) of the target."""
         logits = (local @ self.weight.T).to(self.p.dtype)
         log_mass = logits.logsumexp(-1)
         if gain:
             log_q = logits.gather(-1, self.targets[:, None])[:, 0] - log_mass
             return (-self.nll - log_q).clamp(min=0.0)
-        # E_p[-log q] - H(p). Rounding can bring it below 0 where the two agree.
+        # This is E_p[-log q] - H(p), which rounding can bring below 0 where the two agree.
         return (log_mass - torch.linalg.vecdot(self.p, logits) / self.mass - self.entropy).clamp(min=0.0)
 
 
 class _Outputs:
-    """What the blocks leave: statistics of every token, and the two gradients of a weighted sum of NLLs."""
+    """The results of all blocks: statistics of every token, and the two gradients of a weighted sum of NLLs."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
         n, self.wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         self.dhidden = torch.empty_like(hidden) if need_hidden else None
-        # Wide, as it is a sum over blocks; of dhidden each row comes from one block.
+        # It is wide, since it sums over blocks; each row of dhidden comes from one block.
         self.dweight = torch.zeros(weight.shape, dtype=self.wide, device=weight.device) if need_weight else None
         self.weight = weight
         self.nll, self.entropy = (torch.empty(n, dtype=self.wide, device=hidden.device) for _ in range(2))
         self.argmax = torch.empty(n, dtype=torch.long, device=hidden.device)
 
     def keep(self, s: slice, block: _Block, inside: slice) -> None:
-        """Statistics of the tokens `inside` the block, which are tokens `s` of all."""
+        """Keep the statistics of the tokens `inside` the block, which are tokens `s` of all."""
         self.nll[s], self.entropy[s], self.argmax[s] = block.nll[inside], block.entropy[inside], block.argmax[inside]
 
     def add_gradient(self, s: slice, block: _Block, inside: slice, token_weights: Tensor) -> None:
-        """That of sum(token_weights * NLL) over the tokens `inside`. The block's softmax is used up."""
+        """Add the gradient of sum(token_weights * NLL) over the tokens `inside`; the block's softmax is overwritten."""
         if self.dhidden is None and self.dweight is None:
             return
         p = block.p[inside]  # a view: it is scaled where it lies
@@ -168,7 +171,7 @@ class _Outputs:
             self.dweight += p.T @ block.hidden[inside]
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden and of the head, in their dtypes."""
+        """Return the gradients of hidden and of the head, in their dtypes."""
         return self.dhidden, None if self.dweight is None else self.dweight.to(self.weight.dtype)
 
 
@@ -215,8 +218,11 @@ class SequenceTerm:
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """loss = ntp_scale * ntp + policy_scale * policy, scalars with gradient. token_weights [n]: the w_t used; values [n]: J_t; matches [n]:
-    (1/K) sum_j P_j, the share of K tokens that a rollout is expected to match before its first miss; all three detached."""
+    """The losses of `linear_next_sequence`, scalars with gradient: loss = ntp_scale * ntp + policy_scale * policy.
+
+    Detached are token_weights [n], the w_t used; values [n], J_t; and matches [n], (1/K) sum_j P_j, the share of K tokens that a rollout is
+    expected to match before its first miss.
+    """
 
     loss: Tensor
     ntp: Tensor
@@ -334,7 +340,7 @@ class _LinearNextSequence(torch.autograd.Function):
         target_weights, token_weights = target_weights.to(out.wide), token_weights.to(out.wide)
         used, values, matches, coefficients = (torch.empty_like(out.nll) for _ in range(4))
         for s in _blocks(n, weight):
-            # Windows that begin up to K - 1 tokens before reach into the block, those that begin in it reach as far behind it.
+            # Windows that begin up to K - 1 tokens before the block reach into it; windows that begin in it reach as far behind it.
             around = slice(max(0, s.start - K + 1), min(n, s.stop + K - 1))
             inside = slice(s.start - around.start, s.stop - around.start)
             block = _Block(hidden[around], weight, targets[around], out.wide)
@@ -370,6 +376,6 @@ class _LinearNextSequence(torch.autograd.Function):
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of `tokens` [...] under softmax(logits [..., V] / temperature), and its entropy; both differentiable."""
+    """Compute the log-probability of `tokens` [...] under softmax(logits [..., V] / temperature), and its entropy; both differentiable."""
     log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
     return log_p.gather(-1, tokens[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)

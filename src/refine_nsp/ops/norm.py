@@ -1,6 +1,6 @@
-"""Normalisations with hand-written backwards: on a CPU they cost memory passes, not arithmetic, so few are made.
+"""Normalisations with hand-written backwards, which make few passes over memory: these, not arithmetic, cost time on a CPU.
 
-Statistics are in float32 or better; results come back in the input's dtype.
+Statistics are in float32 or better; results have the input's dtype.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from refine_nsp.ops.precision import without_autocast
 
 
 def naive_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis."""
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return y if weight is None else y * weight
 
 
 def naive_rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) * weight * silu(gate)."""
+    """Compute rms_norm(x) * weight * silu(gate)."""
     return naive_rms_norm(x, weight, eps) * F.silu(gate)
 
 
 def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) over the last axis."""
+    """Compute x / sqrt(sum(x^2) + eps) over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
+    """Compute x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
     if norm_runs(x):
         from refine_nsp.ops import fla_elementwise
 
@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
+    """Compute x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
     if norm_runs(x):
         from refine_nsp.ops import fla_elementwise
 
@@ -50,7 +50,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) * weight * silu(gate), all [..., D]."""
+    """Compute rms_norm(x) * weight * silu(gate), all [..., D]."""
     if norm_runs(x):
         from refine_nsp.ops import fla_elementwise
 
@@ -63,7 +63,7 @@ class _NormContext(Context):
 
 
 class _ScaledNorm(torch.autograd.Function):
-    """x * (sum(x^2) / divisor + eps)^-1/2 * weight."""
+    """Computes x * (sum(x^2) / divisor + eps)^-1/2 * weight."""
 
     @staticmethod
     def forward(ctx: _NormContext, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:

@@ -1,5 +1,7 @@
-"""Where automatic mixed precision must not reach: states and cumulative products are kept in float32 or better; and steps that a dtype is
-too coarse for."""
+"""Guards of precision: code that automatic mixed precision must not change, and steps that a dtype is too coarse for.
+
+States and cumulative products are kept in float32 or better.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def without_autocast(function: F) -> F:
     """Run `function` with autocast off on the device of its first tensor argument.
 
-    Its arguments stay as autocast left them, perhaps in bfloat16: what must be wider, `function` widens itself.
+    Its arguments stay as autocast left them, perhaps in bfloat16; `function` itself widens what must be wider.
     """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> object:
-        # None: a backward pass none of whose outputs has a gradient.
+        # A backward pass none of whose outputs has a gradient gets no tensor, and so no device.
         device = next((a.device.type for a in args if isinstance(a, Tensor)), None)
         # Entering the context costs as much as a small op, so only where it changes something.
         if device is None or not torch.is_autocast_enabled(device):
@@ -34,9 +36,9 @@ def without_autocast(function: F) -> F:
 
 @torch.no_grad()
 def share_unmoved(weights: Iterable[Tensor], step: float, at_most: int = 4096) -> float:
-    """Share of weights that a step of this size leaves as they are, up or down: it is less than half of what their dtype can tell apart.
+    """Estimate the share of weights that a step of this size leaves as they are, up or down.
 
-    Of each tensor about `at_most` weights are looked at.
+    There the step is less than half of what the weights' dtype can tell apart. About `at_most` weights of each tensor are looked at.
     """
     unmoved, total = 0.0, 0
     for x in weights:
@@ -47,6 +49,6 @@ def share_unmoved(weights: Iterable[Tensor], step: float, at_most: int = 4096) -
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matrix products of x run in: autocast's where it is on, else x's own."""
+    """Find the dtype that matrix products of x run in: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

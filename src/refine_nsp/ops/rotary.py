@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split (channel i is paired with i + head_dim / 2), at absolute positions."""
+"""Rotary position embedding at absolute positions, half-split: channel i is paired with i + head_dim / 2."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, head_dim / 2] for positions [B, T] long; float32 or better."""
+    """Compute cos and sin [B, T, 1, head_dim / 2] for positions [B, T] long, in float32 or better."""
     # In bfloat16 positions beyond 256 are no longer told apart, and angles are wrong long before.
     dtype = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=positions.device) / head_dim
     angle = positions[..., None].to(dtype) / theta**exponent
-    # Half as wide as a head: both halves turn by the same angles.
+    # The tables are half as wide as a head: both halves turn by the same angles.
     return angle.cos()[:, :, None], angle.sin()[:, :, None]
 
 

@@ -1,6 +1,6 @@
 """The short causal depthwise convolution in front of q, k and v: W shifted multiply-adds, in the [B, T, D] layout.
 
-A framework convolution wants [B, D, T] and pays two transposes; W is 4. Here W is the width of the kernel, in tokens.
+PyTorch's own convolution takes [B, D, T], which costs two transposes. W is the width of the kernel in tokens, mostly 4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from refine_nsp.ops.precision import without_autocast
 def naive_short_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None
 ) -> Tensor:
-    """y[t] = activation(bias + sum_i weight[:, i] * x[t - W + 1 + i]) by conv1d; same arguments as `short_conv`."""
+    """Compute y[t] = activation(bias + sum_i weight[:, i] * x[t - W + 1 + i]) by conv1d; same arguments as `short_conv`."""
     W = weight.shape[1]
     before = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if history is None else history
     y = F.conv1d(torch.cat([before, x], 1).mT, weight[:, None], bias, groups=x.shape[2]).mT
@@ -26,7 +26,7 @@ def naive_short_conv(
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None = None) -> Tensor:
-    """Causal depthwise convolution over time.
+    """Convolve x over time, causally and each channel by itself.
 
     Args:
         x: [B, T, D].
@@ -61,7 +61,7 @@ class _ShortConv(torch.autograd.Function):
         wide, taps = x.to(dz.dtype), _taps(weight, dz.dtype)
         dx = dz * taps[-1]
         dtaps = torch.zeros_like(taps)
-        buffer = dz * wide  # of the products of all taps, one after another; what a tap does not reach is set to zero
+        buffer = dz * wide  # it holds the products of one tap after another; what a tap does not reach is set to zero
         dtaps[-1] = _sum_rows(buffer)
         for tap, back in _reaching(W, T):
             dx[:, : T - back].addcmul_(dz[:, back:], taps[tap])
@@ -79,17 +79,17 @@ class _ShortConv(torch.autograd.Function):
 
 
 def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[W, D], a tap's channels side by side: strided ones cost two to three times as much."""
+    """Lay out the taps as [W, D], a tap's channels side by side: strided ones cost two to three times as much."""
     return weight.to(dtype).T.contiguous()
 
 
 def _reaching(W: int, T: int) -> list[tuple[int, int]]:
-    """(tap, how many tokens back it looks) for the taps that reach into x; fewer than W - 1 if there are fewer tokens."""
+    """List (tap, how many tokens back it looks) for the taps that reach into x; fewer than W - 1 if there are fewer tokens."""
     return [(W - 1 - back, back) for back in range(1, min(W, T))]
 
 
 def _history_taps(W: int, T: int) -> list[tuple[int, int, int]]:
-    """(tap, first history slot, tokens): tap i of tokens 0..count-1 falls on history slots i..i+count-1."""
+    """List (tap, first history slot, tokens): tap i of tokens 0..count-1 falls on history slots i..i+count-1."""
     return [(tap, tap, min(W - 1 - tap, T)) for tap in range(W - 1)]
 
 
@@ -108,6 +108,6 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | 
 
 
 def _sum_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [D], as a matrix product, several times faster on a CPU than a sum over the outer axes."""
+    """Sum [..., D] to [D] by a matrix product, several times faster on a CPU than a sum over the outer axes."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.new_ones(1, len(rows)).mm(rows)[0]

@@ -1,4 +1,4 @@
-"""silu(gate) * up, keeping only its inputs for the backward."""
+"""The product silu(gate) * up, which keeps only its inputs for the backward."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from refine_nsp.ops.precision import without_autocast
 
 
 def naive_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Compute silu(gate) * up by its definition."""
     return gate * torch.sigmoid(gate) * up
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, any equal shapes."""
+    """Compute silu(gate) * up elementwise, for any equal shapes."""
     if fused(gate):
         from refine_nsp.ops import fla_elementwise
 
@@ -37,8 +37,8 @@ class _SwiGLU(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Context, dy: Tensor) -> Gradients:
         gate, up = ctx.saved_tensors
-        # silu once more, since keeping it from the forward would be a third tensor of the MLP's width for every layer. In place on fresh
-        # results, and torch's own kernel for the derivative: memory passes are what this costs.
+        # silu is computed once more, since keeping it from the forward would be a third tensor of the MLP's width for every layer. Passes
+        # over memory cost the time here: so products are in place on fresh results, and the derivative is torch's own kernel.
         dup = F.silu(gate).mul_(dy)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, dup

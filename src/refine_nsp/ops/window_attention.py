@@ -1,4 +1,4 @@
-"""Causal sliding-window attention, block by block, so that memory and time are linear in T. d is the width of a head."""
+"""Causal sliding-window attention in blocks of queries, so that memory and time are linear in T. d is the width of a head."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn import functional as F
 from refine_nsp.ops.kernels import window_attention_runs
 from refine_nsp.ops.precision import autocast_dtype
 
-MIN_BLOCK = 64  # queries: blocks of a short window would be too small to pay for themselves
-LONGEST_AT_ONCE = 128  # window up to which all blocks' logits are held, twice as many a query
+MIN_BLOCK = 64  # queries of a block at least: with a short window smaller ones would cost more than they save
+LONGEST_AT_ONCE = 128  # up to this window the logits of all blocks are held, two windows of them a query
 
 
 def naive_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
-    """One [T, past + T] mask; same arguments as `window_attention`."""
+    """Attend with one [T, past + T] mask; same arguments as `window_attention`."""
     return _attend(q, k, v, window, past.to(q.device), 0, q.shape[2])
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
-    """Each query sees itself and the `window - 1` keys before it.
+    """Attend from each query to itself and the `window - 1` keys before it.
 
     Args:
         q: [B, H, T, d].
@@ -44,7 +44,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor)
 def branched_window_attention(
     q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor
 ) -> Tensor:
-    """`window_attention` of S*n rows, of which n neighbours share their past: it is neither copied nor joined to their own keys.
+    """Compute `window_attention` of S*n rows, n neighbours sharing a past, which is neither copied nor joined to their own keys.
 
     Args:
         q, k, v: [S*n, H, T, d]. past_k, past_v: [S, H, window - 1, d], the newest last. past: [S] long, how many of them are filled.
@@ -70,23 +70,23 @@ def branched_window_attention(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """FlashAttention's kernel, for rows whose slots are all filled: it sees neither mask nor gaps, and reads windows alone."""
+    """Run FlashAttention's kernel on rows whose slots are all filled: it takes neither mask nor gaps, and reads windows alone."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, _, T, _ = q.shape
     n_keys = k.shape[2]
     rows = torch.arange(B + 1, dtype=torch.int32, device=q.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, H, d]: rows one behind the other
-    # The last query stands beside the last key; (left, right) leaves the query itself out of the count.
+    # The last query is aligned with the last key; (left, right) does not count the query itself.
     o = varlen_attn(q, k, v, rows * T, rows * n_keys, T, n_keys, window_size=(window - 1, 0))
     assert isinstance(o, Tensor)
     return o.unflatten(0, (B, T)).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: int, end: int) -> Tensor:
-    """Queries start .. end - 1."""
+    """Attend from queries start .. end - 1."""
     slots = k.shape[2] - q.shape[2]
-    first = max(0, slots + start - window + 1)  # what lies before the first query's window is not even read
+    first = max(0, slots + start - window + 1)  # keys before the first query's window are not even read
     keys = torch.arange(first, slots + end, device=q.device) - slots  # position relative to the first query
     queries = torch.arange(start, end, device=q.device)
     back = queries[:, None] - keys
@@ -96,12 +96,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: i
 
 
 def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, block: int) -> Tensor:
-    """All blocks in one batch of plain products: on a CPU, forward and backward take half as long as the fused kernel's, or less."""
+    """Attend in all blocks by one batch of plain products.
+
+    On a CPU, forward and backward take at most half as long as the fused kernel's.
+    """
     T, d = q.shape[2:]
     n, slots = -(-T // block), k.shape[2] - T
     after = n * block - T
     q = F.pad(q * d**-0.5, (0, 0, 0, after)).unflatten(2, (n, block))
-    # A block's keys are those of the block before it and its own.
+    # A block reads the keys of the block before it and its own.
     k, v = (F.pad(x, (0, 0, block - slots, after)).unflatten(2, (n + 1, block)) for x in (k, v))
     k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], 3) for x in (k, v))  # [B, H, n, 2 * block, d]
     keys = torch.arange(-block, block, device=q.device)  # position relative to the block's first query

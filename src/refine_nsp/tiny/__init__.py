@@ -1,1 +1,1 @@
-"""The demonstration: the default text, generated recall documents and probes, the tiny bases, the quickstart."""
+"""The demonstration holds the default text, generated documents and recall probes, the tiny bases and their pretraining, the quickstart."""

@@ -1,7 +1,7 @@
-"""The default text: what every Python installation has on disk, the standard library's source and documentation strings.
+"""The default text is what every Python installation has on disk: the standard library's source and documentation strings.
 
-Nothing is downloaded and nothing of it is stored in this package; it is read when needed. Whole modules are held out, by name, so
-that the held-out text is the same wherever the standard library is.
+Nothing is downloaded, and no text is stored in this package; it is read when needed. Whole modules are held out, by name, so that the
+held-out text is the same wherever the standard library is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SMALLEST_FILE_BYTES = 2_000
 
 
 def standard_library(held_out: bool) -> list[str]:
-    """Module sources in a fixed order: those held out for validation, or all others."""
+    """Read the sources of modules in a fixed order: those held out for validation, or all others."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for path in sorted(root.rglob("*.py")):

@@ -139,8 +139,6 @@ class Writer:
         before = [*filler[len(filler) - left + 1 :], self.end] if left else []
         return [*before, *ids], [i for ids in values for i in ids]
 
-    # --- statements and questions -------------------------------------------------------------------------------------------------
-
     def _draw(
         self, rng: random.Random, family: str, length: int, dense: float, held_out: bool, items: int | None = None,
         questions: int | None = None,
@@ -215,8 +213,6 @@ class Writer:
             said.append([list(next(encoded)) for _ in item.statements])
             asked.append([(list(next(encoded)), [(list(next(encoded)), r) for _, r in q.answer]) for q in item.questions])
         return head, foot, said, asked
-
-    # --- haystacks -------------------------------------------------------------------------------------------
 
     def _hide(
         self, rng: random.Random, parts: Parts, haystack: str, glue: str, filler: Sequence[int], room: int, depth: float | None = None

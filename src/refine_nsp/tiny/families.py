@@ -101,8 +101,6 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-# --- needles ----------------------------------------------------------------------------------------------------------
-
 RULER_HEAD, _, RULER_TAIL = NEEDLE_QUESTION.partition("\n{context}\n")
 # Each wording has a head, a statement and a question. {kinds} is always the plural, {stand} agrees with the number of keys, and the
 # other words with the number of values that are asked for.
@@ -162,8 +160,6 @@ def needle_item(wording: int, kind: str, facts: Sequence[tuple[str, Sequence[str
     return Item(said, [Question(f"\n{asked}", listed_answer(values))])
 
 
-# --- listings ---------------------------------------------------------------------------------------------------------
-
 # Each wording has a line, a question and the end of the answer. An answer begins with a space unless the question ends with a quotation
 # mark.
 LISTING_WORDINGS = (
@@ -194,8 +190,6 @@ def listing(rng: random.Random, wording: int, count: int) -> Draft:
         items.append(Item([line.format(key=name, value=value)], [asked]))
     return Draft(items)
 
-
-# --- chains of variables ----------------------------------------------------------------------------------------------
 
 CHAIN_HEAD, _, CHAIN_TAIL = VARIABLE_PROMPT.partition("\n{context}")
 # Each wording has a head, a statement, the prefix of a variable that another is set to, a question and the end of the answer. Questions
@@ -246,8 +240,6 @@ def distinct_names(rng: random.Random, count: int, letters: int) -> list[str]:
         names["".join(rng.choices(LETTERS, k=letters))] = None
     return list(names)
 
-
-# --- questions on paragraphs ------------------------------------------------------------------------------------------
 
 FIRST_NAMES = (
     "Ada Anton Bela Bruno Carla Cyrus Dora Edgar Elena Farid Greta Hanna Ivan Jonas Karin Leo Marta Nadia Olga Pavel Quinn Rosa Simon "

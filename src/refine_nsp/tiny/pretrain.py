@@ -42,6 +42,7 @@ from refine_nsp.tiny.models import NEW_MODELS
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 from refine_nsp.tiny.probes import ProbeSet
 from refine_nsp.tiny.rows import PhaseRows, Sources, encode_texts
+from refine_nsp.training.data import Collated
 from refine_nsp.training.phases import Counts, MicroBatch, NextToken
 from refine_nsp.training.trainer import ReFINETrainer
 
@@ -99,6 +100,9 @@ class WeightedTokens(NextToken):
     A validation scores held-out text and, under `probes`, sets of recall probes by name.
     """
 
+    reads = frozenset({"segment_tokens"})
+    reads_scores = False
+
     def __init__(self, config: NSPConfig, probes: Mapping[str, ProbeSet]) -> None:
         super().__init__(config)
         self.probes = probes
@@ -114,7 +118,7 @@ class WeightedTokens(NextToken):
         loss, _ = linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch.sequences), weights.flatten())
         return loss, {"loss_ntp": loss.detach()}
 
-    def validate(self, model: CausalModel, batches: Iterable[dict[str, Any]]) -> Counts:
+    def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
         """Score text and probes in float32, as the stored model will be used."""
         with torch.autocast(model.device.type, enabled=False):
             # Every process scores all probes, so `probed` counts the processes that the figures are summed over.
@@ -163,9 +167,6 @@ class PreTrainer(ReFINETrainer):
         if not path.exists() or is_ours(path):
             model = self.accelerator.unwrap_model(self.model)
             write_atomically(path, model_card(model, self.args, self.state.global_step, read_json_lines(out / "metrics.jsonl")))
-
-
-# --- model and tokenizer ----------------------------------------------------------------------------------------------
 
 
 def starting_model(args: PretrainConfig, vocab_size: int) -> FastWeightForCausalLM:

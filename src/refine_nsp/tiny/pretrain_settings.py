@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_type_hints
 
-from refine_nsp.config import Objective, Ranges, check_ranges
+from refine_nsp.config import Objective, check_ranges
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.fields import Reader, setting
 from refine_nsp.tiny.documents import SHORTEST_ROW
@@ -74,13 +74,8 @@ class PretrainPhase:
         return cls(**{name: as_meant(f"phases: {name}", value, hints[name]) for name, value in given.items()})
 
 
-SIZES: Ranges = (
-    (
-        ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "window", "probes_per_kind"),
-        lambda x: x >= 1,
-        "must be at least 1",
-    ),
-)
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "window", "probes_per_kind")
+LACT = Reader("model_type='lact_swiglu'", lambda args: args.model_type == "lact_swiglu")
 
 
 @with_notes
@@ -115,9 +110,7 @@ class PretrainConfig(ReFINEConfig):
     num_hidden_layers: int = setting(4, common=True, resume=True)
     num_heads: int = setting(2, common=True, resume=True)
     intermediate_size: int = setting(384, common=True, resume=True)
-    window: int = setting(
-        64, read_by=Reader("model_type='lact_swiglu'", lambda args: args.model_type == "lact_swiglu"), resume=True
-    )
+    window: int = setting(64, read_by=LACT, resume=True)
     store_dtype: Literal["float32", "bfloat16"] = setting("float32", common=True)
     probe_lengths: list[int] = setting(default_factory=lambda: [256, 512, 1024], common=True)
     probes_per_kind: int = setting(64, common=True)
@@ -157,15 +150,11 @@ class PretrainConfig(ReFINEConfig):
         if self.total_steps < 1:
             raise RefineError("pretraining needs phases with at least one step")
         super().__post_init__()
-        check_ranges(self, SIZES)
-        if self.model_type == "lact_swiglu" and self.num_heads != 2:
+        check_ranges(self, ((SIZES, lambda x: x >= 1, "must be at least 1"),))
+        if LACT(self) and self.num_heads != 2:
             raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")
         if not 1 <= self.max_steps <= self.total_steps:
             raise RefineError(f"max_steps={self.max_steps}: the phases have {self.total_steps} steps; expected 1 to so many")
-        if self.train_sampling_strategy != "sequential":
-            raise RefineError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r}: phases come one after another; leave it out"
-            )
         if self.warmup_steps >= self.max_steps:
             raise RefineError(f"warmup_steps={self.warmup_steps:g} must be fewer than the {self.max_steps} steps of the run")
         if any(phase.length > self.max_length for phase in self.phases):

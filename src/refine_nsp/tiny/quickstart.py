@@ -1,7 +1,7 @@
 """The main job, end to end, on the shipped base: mid-train it by next-token prediction and by the presets, on the same data in the
 same order, then compare what each did to held-out text and to recall.
 
-Whatever comes out is printed. Differences are paired by seed, with their t-interval; one that does not exceed it is called so.
+Whatever comes out is printed. Differences are paired by seed and come with their t-interval, and the tables mark those that exceed it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.files import write_atomically
-from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.load import load, load_tokenizer
+from refine_nsp.models.load import LoadedModel, load, load_tokenizer
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import curve_plots as run_curves
 from refine_nsp.report.runs import read_run
@@ -49,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 BASELINE, EXPECTED, LIKELIHOOD = "NTP only", "expected", "likelihood"
 MAPPED = (BASELINE, EXPECTED, LIKELIHOOD)  # arms whose needles are drawn
-ROWS_SEED = 2000  # rows are those of pretraining steps with seeds from here on, which the base was not pretrained with
+ROWS_SEED = 2000  # rows are made as pretraining makes them, with seeds from here on, which no base was pretrained with
 Figures = dict[str, Any]
 FIGURES = {
     "text_loss": "text: NTP loss",
@@ -64,11 +63,11 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the job; lengths in tokens. The base was trained on rows of up to 1,024, so longer prompts extrapolate.
+    """Sizes of the job; lengths are in tokens. The base was trained on rows of up to 1,024, so longer prompts extrapolate.
 
     Attributes:
-        shares: of the rows by family of generated documents; the others are plain text.
-        depths: where a needle stands in its prompt, 0 (at the start) to 1. prompts_per_cell: for each depth and length.
+        shares: share of the rows that each family of generated documents has; the other rows are plain text.
+        depths: places of a needle in its prompt, 0 (at the start) to 1. prompts_per_cell: prompts for each depth and length.
     """
 
     seeds: int = 3
@@ -84,7 +83,11 @@ class Settings:
 
 
 def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> Settings:
-    """The default job (minutes) or the full one, with the given overrides. RefineError for a count below what it can use."""
+    """Choose the default job (minutes) or the full one, with the given overrides.
+
+    Raises:
+        RefineError: no seed or no step.
+    """
     chosen = Settings(seeds=6, steps=150, prompts_per_cell=32) if full else Settings()
     if (seeds is not None and seeds < 1) or (steps is not None and steps < 1):
         raise RefineError(f"--seeds and --steps must be at least 1, got {seeds} and {steps}")
@@ -93,8 +96,12 @@ def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Material:
-    """sources: of training rows. windows [n, T]: held-out text. needles, unseen: probes with one needle, in wordings that are trained
-    on and in others; a row a depth, a column a length."""
+    """Data to train on (`sources` of rows) and to measure with.
+
+    Attributes:
+        windows: held-out text, [n, T]. needles, unseen: probes with one needle, in wordings that are trained on and in others; a row for
+            each depth, a column for each length.
+    """
 
     sources: Sources
     windows: torch.Tensor
@@ -102,16 +109,26 @@ class Material:
     unseen: list[list[ProbeSet]]
 
 
+@dataclass(frozen=True)
+class Job:
+    """A quickstart: its settings `s`, its folder `out`, the base, the user's text (or None) and what follows from them."""
+
+    s: Settings
+    out: Path
+    model_name: str
+    data: str | None
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+
+
 def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, text_column: str) -> Table:
-    """Run all arms (those finished before are kept), print the table, write the page; returns the table."""
+    """Run all arms, but keep those that an earlier job finished; print the tables, write the page and return the first table."""
     out, console = Path(output_dir), Console()
     out.mkdir(parents=True, exist_ok=True)  # known before any work whether results can be kept
     torch.set_flush_denormal(True)
     tokenizer = load_tokenizer(model_name)
-    material = prepare(s, tokenizer, data, text_column)
-    results: dict[str, list[Figures]] = {"base": [base_figures(out, s, model_name, data, material)]}
-    for arm in ARMS:
-        results[arm] = [run_arm(out, s, arm, seed, model_name, data, tokenizer, material) for seed in range(s.seeds)]
+    job = Job(s, out, model_name, data, tokenizer, prepare(s, tokenizer, data, text_column))
+    results = {"base": [run_arm(job, None, None)]} | {arm: [run_arm(job, arm, seed) for seed in range(s.seeds)] for arm in ARMS}
     tables = [results_table(results), differences_table(results), lengths_table(results, s)]
     for table in tables:
         console.print(table.rich())
@@ -122,11 +139,12 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     return tables[0]
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, text_column: str) -> Material:
-    """Text to train on and to be judged by; they share no document."""
+    """Prepare text to train on and to measure with; they share no document.
+
+    Raises:
+        RefineError: too little text.
+    """
     library, other = standard_library(held_out=False), standard_library(held_out=True)
     train, held_out = (library, other) if data is None else split_texts(data, text_column)
     stream, held_out_stream = encode_texts(tokenizer, train), encode_texts(tokenizer, held_out)
@@ -137,7 +155,7 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
             f"too little text: {len(stream):,} tokens to train on and {len(held_out_stream):,} held out; at least "
             f"{2 * s.max_length:,} and {longest:,} are needed"
         )
-    # Windows from all over the held-out text, not its first module only.
+    # Windows come from all over the held-out text, since its first module alone says little.
     stride = len(held_out_stream) // count
     windows = torch.stack([held_out_stream[i * stride : i * stride + s.max_length] for i in range(count)])
     writer, filler = Writer.of(tokenizer, other), held_out_stream.tolist()
@@ -150,7 +168,7 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
 
 
 def split_texts(data: str, text_column: str) -> tuple[list[str], list[str]]:
-    """Nine tenths of the documents, and the others; of a single one, its last tenth."""
+    """Split off a tenth of the documents to measure with; of a single document, its last tenth."""
     most, rest = split_documents(read_documents(data, (text_column,), also=()), 0.1, seed=0)
     train = list(most[text_column])
     if rest is not None:
@@ -160,7 +178,7 @@ def split_texts(data: str, text_column: str) -> tuple[list[str], list[str]]:
 
 
 def needle_probes(writer: Writer, filler: list[int], s: Settings, held_out: bool) -> list[list[ProbeSet]]:
-    """One needle in a haystack, by where it stands (rows) and by the length of the prompt (columns)."""
+    """Make probes with one needle in a haystack: a row for each depth of the needle, a column for each length of the prompt."""
 
     def made(depth: float, length: int) -> ProbeSet:
         rng = random.Random(f"needles-{held_out}-{depth}-{length}")
@@ -172,56 +190,41 @@ def needle_probes(writer: Writer, filler: list[int], s: Settings, held_out: bool
 
 
 def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
-    """The rows of one seed, the same for all arms: windows of text, and generated documents in some of them."""
+    """Make the rows of one seed, the same for all arms: windows of text, and generated documents in the place of some."""
     phase = PretrainPhase(s.steps, s.max_length, s.shares, dense=0.5, answer_weight=1.0)
     steps = [step_rows(ROWS_SEED + seed, step, s.sequences_per_step, phase, sources)[0] for step in range(s.steps)]
     return Dataset.from_list([{"input_ids": row} for row in torch.cat(steps).tolist()])
 
 
-# --- arms -------------------------------------------------------------------------------------------------------------
-
-
-def run_arm(
-    out: Path,
-    s: Settings,
-    arm: str,
-    seed: int,
-    model_name: str,
-    data: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    material: Material,
-) -> Figures:
-    """Train one arm with one seed and measure it, or read what an earlier, interrupted job measured."""
-    folder = out / f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}"
-    key = {"settings": asdict(s), "arm": ARMS[arm], "seed": seed, "model": model_name, "data": data}
+def run_arm(job: Job, arm: str | None, seed: int | None) -> Figures:
+    """Train an arm with a seed and measure it, or without an arm measure the base; read figures that an earlier job has measured."""
+    folder = job.out / ("base" if arm is None else f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}")
+    key = {"settings": asdict(job.s), "arm": arm and ARMS[arm], "seed": seed, "model": job.model_name, "data": job.data}
     if (known := read_result(folder, key)) is not None:
         return known
-    model, _ = load(model_name)
+    model, _ = load(job.model_name)
+    seconds = 0.0 if arm is None or seed is None else train(job, model, folder, arm, seed)
+    figures = {**measure(model.eval(), job.material), "seconds": seconds}
+    write_atomically(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
+    return figures
+
+
+def train(job: Job, model: LoadedModel, folder: Path, arm: str, seed: int) -> float:
+    """Mid-train the model as an arm says, and return the seconds it took."""
+    s = job.s
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     args = ReFINEConfig(
         output_dir=str(folder), run_name=f"{arm} (seed {seed})", max_steps=s.steps, max_length=s.max_length,
         per_device_train_batch_size=s.sequences_per_step, learning_rate=s.learning_rate, seed=seed, logging_steps=5,
         save_strategy="no", report_to="none", dataloader_num_workers=0, train_sampling_strategy="sequential", **ARMS[arm],
     )  # fmt: skip
-    rows = training_rows(s, seed, material.sources)
-    trainer = ReFINETrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-    runtime = trainer.train().metrics["train_runtime"]
-    figures = {**measure(model.eval(), material), "seconds": runtime}
-    write_atomically(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
-    return figures
-
-
-def base_figures(out: Path, s: Settings, model_name: str, data: str | None, material: Material) -> Figures:
-    key = {"settings": asdict(s), "arm": None, "seed": None, "model": model_name, "data": data}
-    if (known := read_result(out / "base", key)) is not None:
-        return known
-    figures = {**measure(load(model_name)[0].eval(), material), "seconds": 0.0}
-    write_atomically(out / "base" / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
-    return figures
+    rows = training_rows(s, seed, job.material.sources)
+    trainer = ReFINETrainer(model=model, args=args, train_dataset=rows, processing_class=job.tokenizer)
+    return float(trainer.train().metrics["train_runtime"])
 
 
 def read_result(folder: Path, key: dict[str, Any]) -> Figures | None:
-    """Figures of a finished arm with exactly these settings."""
+    """Read the figures of an arm that was finished with exactly these settings."""
     path = folder / "result.json"
     if not path.exists():
         return None
@@ -229,8 +232,8 @@ def read_result(folder: Path, key: dict[str, Any]) -> Figures | None:
     return record["figures"] if record["key"] == json.loads(json.dumps(key)) else None
 
 
-def measure(model: FastWeightForCausalLM, material: Material) -> Figures:
-    """All figures of one model; `map`: the share of needles found, greedy, a row a depth, a column a length."""
+def measure(model: LoadedModel, material: Material) -> Figures:
+    """Measure a model; `map` is the share of needles found, greedy, with a row for each depth and a column for each length."""
     text = score_text(model, material.windows)
     known, unseen = ([[score_probes(model, p) for p in row] for row in grid] for grid in (material.needles, material.unseen))
     every = [score for row in (*known, *unseen) for score in row]
@@ -246,15 +249,13 @@ def measure(model: FastWeightForCausalLM, material: Material) -> Figures:
     }
 
 
-# --- tables and page --------------------------------------------------------------------------------------------------
-
-
 def spread(values: Sequence[float]) -> str:
-    """mean +- standard deviation over seeds."""
+    """Write the mean and standard deviation over seeds."""
     return f"{mean(values):.4f} ± {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
 def results_table(results: dict[str, list[Figures]]) -> Table:
+    """Make a table with a row for each figure, and a column for the base and each arm."""
     rows: list[list[Cell]] = [
         [title, *(spread([f[key] for f in seeds]) for seeds in results.values())] for key, title in FIGURES.items()
     ]
@@ -264,11 +265,12 @@ def results_table(results: dict[str, list[Figures]]) -> Table:
 
 
 def paired(results: dict[str, list[Figures]], arm: str, key: str) -> tuple[float, float]:
-    """Mean difference to the baseline, paired by seed, and half the width of its 95 % t-interval (nan with one seed)."""
+    """Return the mean difference to the baseline, paired by seed, and half its 95 % t-interval, which is nan with one seed."""
     return t_interval([a[key] - b[key] for a, b in zip(results[arm], results[BASELINE], strict=True)])
 
 
 def differences_table(results: dict[str, list[Figures]]) -> Table:
+    """Make a table of each arm's differences to the baseline, with those marked that exceed their interval."""
     arms = [arm for arm in ARMS if arm != BASELINE]
     seeds, rows, exceeding = len(results[BASELINE]), [], []
     for key, title in FIGURES.items():
@@ -291,7 +293,7 @@ def differences_table(results: dict[str, list[Figures]]) -> Table:
 
 
 def lengths_table(results: dict[str, list[Figures]], s: Settings) -> Table:
-    """Needles found by length, over depths."""
+    """Make a table of the needles found by length, over all depths."""
     rows: list[list[Cell]] = []
     for i, length in enumerate(s.lengths):
         found = ([mean(row[i] for row in f["map"]) for f in seeds] for seeds in results.values())
@@ -301,11 +303,12 @@ def lengths_table(results: dict[str, list[Figures]], s: Settings) -> Table:
 
 
 def finding(results: dict[str, list[Figures]]) -> str:
-    """What the job says of the closed forms, a sentence for each."""
+    """Say in a sentence each what the job found of the closed forms."""
     return "Finding: " + " ".join(against_baseline(results, arm) for arm in (EXPECTED, LIKELIHOOD))
 
 
 def against_baseline(results: dict[str, list[Figures]], arm: str) -> str:
+    """Say how an arm's recall and text loss differ from the baseline's, and whether chance would give as much."""
     (d, half), (loss, loss_half) = (paired(results, arm, key) for key in ("recall_greedy", "text_loss"))
     seeds = len(results[BASELINE])
     if seeds == 1:
@@ -317,7 +320,7 @@ def against_baseline(results: dict[str, list[Figures]], arm: str) -> str:
 
 
 def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[plots.Plot]:
-    """Heat maps before and after, mean over seeds."""
+    """Draw heat maps of the needles found before and after training, as means over seeds."""
     drawn = []
     for name in ("base", *MAPPED):
         maps = [f["map"] for f in results[name]]
@@ -328,6 +331,7 @@ def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[plots.Pl
 
 
 def write_report(out: Path, s: Settings, results: dict[str, list[Figures]], model_name: str, data: str | None) -> Path:
+    """Write the page: finding, maps, tables, curves, and how it was made."""
     arms = [a for a in ARMS if a != BASELINE]
     drawn = []
     for keys, title in ((("recall_greedy", "recall_sampled"), "recall"), (("text_loss", "text_accuracy"), "held-out text")):

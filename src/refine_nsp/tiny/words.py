@@ -1,8 +1,8 @@
-"""Keys and values of generated documents, drawn at random: numbers, uuids, and pairs of an adjective and a noun as RULER has them.
+"""Keys and values of generated documents are drawn at random: numbers, uuids, and pairs of an adjective and a noun as RULER has them.
 
-RULER draws its pairs from the lists of `wonderwords`. No word here is in those lists (of the words made of parts, one in 10,000), so
-that its keys are new to a model trained on these: some are words of the default text, most are made of parts, so that no key can be
-known by heart.
+RULER draws its pairs from the lists of `wonderwords`. No word here is in those lists (except one in 10,000 of the words that are made of
+parts), so RULER's keys are new to a model that is trained on these. Some words stand in the default text; most are made of parts, so that
+no key can be known by heart.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NOUNS = (
     "units users values variables vectors versions views volumes walks weekdays weights widgets windows words workers worlds writers "
     "years zones"
 ).split()
-# Onset, vowel, coda and an ending make a word; these make a dozen in 100,000 that `wonderwords` knows.
+# Onset, vowel, coda and an ending make a word. Of 100,000 words made of these, `wonderwords` knows a dozen.
 ONSETS = "bl br cl cr d dr fl fr gl gr j k l m n p pl pr sl sm sn sp st str sw tr tw v w z".split()
 VOWELS = "a ai e ea i o oo ou u".split()
 CODAS = "d ft ld lf lk lm lp lt p rb rd rf rg rl rm rn rp sh sp th x z".split()
@@ -63,14 +63,14 @@ NOUN_ENDINGS = (
 
 
 def made_word(rng: random.Random, endings: Sequence[str]) -> str:
-    """A word nobody has seen, such as `grarnet` with the endings of nouns."""
+    """Make a word that nobody has seen, such as `grarnet` with the endings of nouns."""
     return rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) + rng.choice(endings)
 
 
 def draw(rng: random.Random, kind: str) -> str:
-    """A value of RULER's `numbers` or `uuids`, or a pair like those of its `words`.
+    """Draw a value of RULER's `numbers` or `uuids`, or a pair of words such as RULER's `words`.
 
-    Nouns are nearly always made: those of the default text share a plural ending that RULER's do not have.
+    Nouns are nearly always made of parts, since the default text's share a plural ending that RULER's do not have.
     """
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
@@ -82,7 +82,7 @@ def draw(rng: random.Random, kind: str) -> str:
 
 
 def distinct(rng: random.Random, kind: str, count: int) -> list[str]:
-    """So many of a kind, no two alike."""
+    """Draw `count` values of a kind, no two alike."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
         drawn[draw(rng, kind)] = None

@@ -1,4 +1,4 @@
-"""Settings of a training run: transformers' own, a few of ours, and the method's as one `NSPConfig`."""
+"""The settings of a training run are transformers' own, a few of ours, and the method's as one `NSPConfig`."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def with_nsp(cls: T) -> T:
 
 
 def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
-    """The method's settings from what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
+    """Make the method's settings of what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
     if isinstance(rewards := flat.get("reward_funcs"), list | tuple) and len(rewards) == 1:
         flat = {**flat, "reward_funcs": rewards[0]}
     if nsp is not None:
@@ -172,13 +172,14 @@ class ReFINEConfig(TrainingArguments):
             super().__post_init__()
         except RefineError:
             raise
-        except Exception as error:  # of transformers, in its words
+        except Exception as error:  # transformers refuses in its own words
             raise RefineError(f"these settings do not go together: {' '.join(str(error).split())}") from error
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nowhere to copy to, and torch would warn
         check_choices(self)
         check_ranges(self, RANGES)
         check_read(self)
+        self._check_noise()
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
@@ -193,18 +194,38 @@ class ReFINEConfig(TrainingArguments):
         return PHASES[self.objective](self.nsp)
 
     def _schedule(self) -> Literal["fused", "snapshot"]:
-        """`fused` where what is sampled in a pass can be learned from in it: it serves one step, and is compared with nothing else. By
-        segments, states are cheaper where positions are known."""
+        """Choose `fused` where a pass can learn from the rollouts that are sampled from it: they serve one step, and are compared with no
+        others. By segments, states are cheaper where positions are known, which `snapshot` sees to."""
         first = self.steps_per_generation > 1 or self._compares_micro_batches or self.nsp.segment_tokens is not None
         return "snapshot" if first else "fused"
 
     @property
     def _compares_micro_batches(self) -> bool:
-        """Whether advantages need the rewards of all micro-batches of a step: they have one scale."""
+        """Tell whether advantages need the rewards of all micro-batches of a step, since they have one scale."""
         return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
 
+    def _check_noise(self) -> None:
+        """Refuse noise on embeddings where a step reads a sequence more than once, and must read the same each time.
+
+        Raises:
+            RefineError: the setting, and which of the others reads a sequence again.
+        """
+        if self.neftune_noise_alpha is None or (self.phase.reads_once and self.nsp.segment_tokens is None):
+            return
+        more = f"objective={self.objective!r} samples and scores by one pass what it learns from in another"
+        if self.nsp.segment_tokens is not None:
+            more = f"segment_tokens={self.nsp.segment_tokens} runs segments again"
+        raise RefineError(
+            f"neftune_noise_alpha={self.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
+            "out, or train by the cross-entropy alone"
+        )
+
     def _check_method(self) -> None:
-        """RefineError where the run's settings and the method's do not fit together."""
+        """Refuse settings of the run and of the method that do not fit together.
+
+        Raises:
+            RefineError: both settings, why they do not fit, and what to change.
+        """
         nsp = self.nsp
         if self.steps_per_generation > 1 and nsp.schedule == "fused":
             raise RefineError(
@@ -232,10 +253,10 @@ class ReFINEConfig(TrainingArguments):
             )
 
     def weights_dtype(self, dtype: str | None) -> str | None:
-        """What a model that is to be trained is loaded in: `dtype` where one is given; else, under autocast (`bf16`, `fp16`), float32,
-        since small steps would round away in what most checkpoints have; else None, the checkpoint's."""
+        """Name the dtype that a model is loaded in to be trained: `dtype` where one is given; else float32 under autocast (`bf16`, `fp16`),
+        since small steps would round away in the dtype of most checkpoints; else None, for the checkpoint's own."""
         return "float32" if dtype is None and self.mixed_precision != "no" else dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers (loggers and model cards take it), the method's settings among the others."""
+        """Return all settings by name, as transformers does for loggers and model cards, with the method's among them."""
         return {**super().to_dict(), "nsp": self.nsp.as_dict()}

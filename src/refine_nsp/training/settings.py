@@ -1,5 +1,8 @@
-"""Settings of transformers' Trainer are honoured or refused: those without a place in these objectives by name, and those that cannot be
-had together, before anything is loaded. Where the value that is meant is plain, it is taken: `1e-4` in YAML is text."""
+"""Settings of transformers' Trainer are honoured, or refused by name before anything is loaded.
+
+Refused are settings that nothing here could read, and settings that do not go together. Where it is plain which value is meant, that is
+taken: `1e-4` in YAML is text.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Mapping
-from typing import Any, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, cast, get_type_hints
 
 import torch
 from torch import nn
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.debug_utils import DebugOption
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
@@ -41,7 +45,7 @@ NO_PLACE = {
     "enable_jit_checkpoint": "a run that gets SIGTERM saves a checkpoint after its step anyway",
     "parallelism_config": "tensor, context and sequence parallelism would cut what a state is carried through; use DDP, FSDP or DeepSpeed",
 }
-# Arguments of the Trainer itself, likewise.
+# Arguments of the Trainer itself are refused likewise.
 NO_ARGUMENT = {
     "compute_loss_func": "the loss is a phase's: give phase=, a subclass of refine_nsp.training.phases.Phase",
     "compute_metrics": f"{_PREDICTIONS}: give phase=, whose validate and summarise make the figures",
@@ -54,8 +58,8 @@ OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # 
 
 
 # --- what is meant ----------------------------------------------------------------------------------------------------
-def _mapping(name: str, text: str) -> Any:
-    """A mapping written as JSON; other text, such as a file's name, as it is."""
+def _mapping(name: str, text: str) -> object:
+    """Read a mapping that is written as JSON; return other text, such as a file's name, as it is."""
     if not text.startswith("{"):
         return text
     try:
@@ -64,8 +68,8 @@ def _mapping(name: str, text: str) -> Any:
         raise RefineError(f"{name} is {text[:80]!r}, which is no JSON: {first_line(error)}") from error
 
 
-def take_as_meant(args: Any) -> None:
-    """Set an arguments object's fields to what is meant by them, before transformers looks at them."""
+def take_as_meant(args: TrainingArguments) -> None:
+    """Set the fields of arguments to what is meant by them, before transformers looks at them."""
     hints = get_type_hints(type(args))
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -82,8 +86,12 @@ def take_as_meant(args: Any) -> None:
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
-def check_places(args: Any) -> None:
-    """RefineError for a setting at another value than its default that nothing here could read."""
+def check_places(args: TrainingArguments) -> None:
+    """Refuse settings that nothing here could read, at another value than their default.
+
+    Raises:
+        RefineError: the setting, and why it has no place here.
+    """
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else None for f in dataclasses.fields(TrainingArguments)
     }
@@ -92,61 +100,53 @@ def check_places(args: Any) -> None:
             raise RefineError(f"{name}={value!r} has no place here: {why}; leave it out")
 
 
-def check(args: Any) -> None:
-    """Refuse what is not honoured, by name.
+def check(args: TrainingArguments) -> None:
+    """Refuse settings that would not be honoured, by name.
 
     Raises:
-        RefineError: a setting that another leaves without effect, or a schedule or an optimizer that cannot be
-            made of its arguments.
+        RefineError: a setting is left without effect by another, or a schedule or an optimizer cannot be made of its arguments.
     """
-    if any(option.value == "tpu_metrics_debug" for option in args.debug):
+    if DebugOption.TPU_METRICS_DEBUG in args.debug:
         raise RefineError("debug='tpu_metrics_debug' has no place here: validation does not print TPU metrics; leave it out")
-    _check_noise(args)
     _check_loading(args)
     _check_schedule(args)
     _check_optimizer(args)
 
 
-def check_machine(args: Any) -> None:
+def check_machine(args: TrainingArguments) -> None:
     """Refuse what this machine cannot do, before anything is loaded. Settings may also be for another machine (`refine-nsp estimate`).
 
     Raises:
-        RefineError: half precision with loss scaling on a CPU, an optimizer of a package that is not installed, or made of wrong values.
+        RefineError: half precision with loss scaling is asked for on a CPU, or an optimizer whose package is not installed, or that cannot
+            be made of its settings.
     """
     if args.fp16 and args.device.type == "cpu":
         raise RefineError("fp16=True needs a GPU, and this run is on the CPU; use bf16=True, or neither")
     optim = OptimizerNames(args.optim).value
     try:
         _made(args)
-    except Exception as error:  # each optimizer's own
-        if not optim.startswith(BY_MODEL) or isinstance(error, ImportError):  # else what it lacks is the model
+    except Exception as error:  # each optimizer has its own kinds
+        if not optim.startswith(BY_MODEL) or isinstance(error, ImportError):  # otherwise only the model is missing
             raise RefineError(f"optim={optim!r} cannot be made: {first_line(error)}") from error
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
-    """RefineError for an argument of transformers' Trainer that a phase stands in the place of."""
+def check_arguments(given: Mapping[str, object]) -> None:
+    """Refuse arguments of transformers' Trainer that a phase takes the place of.
+
+    Raises:
+        RefineError: the argument, and what to give instead.
+    """
     for name, why in NO_ARGUMENT.items():
         if given.get(name) is not None:
             raise RefineError(f"{name} has no place here: {why}")
 
 
-def _check_noise(args: Any) -> None:
-    """RefineError for noise on embeddings where a step reads a sequence more than once, and must read the same each time."""
-    if args.neftune_noise_alpha is None:
-        return
-    more = None
-    if not args.phase.reads_once:
-        more = f"objective={args.objective!r} samples and scores by one pass what it learns from in another"
-    more = f"segment_tokens={args.nsp.segment_tokens} runs segments again" if args.nsp.segment_tokens is not None else more
-    if more is not None:
-        raise RefineError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
-            "out, or train by the cross-entropy alone"
-        )
+def _check_loading(args: TrainingArguments) -> None:
+    """Refuse settings of data loading that would have no effect, or leave processes with steps of their own.
 
-
-def _check_loading(args: Any) -> None:
-    """RefineError for settings of data loading that would have no effect, or leave processes with steps of their own."""
+    Raises:
+        RefineError: the setting, and what would read it or why it cannot be.
+    """
     if args.dataloader_num_workers == 0:
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if value := getattr(args, name):
@@ -176,8 +176,12 @@ def _check_loading(args: Any) -> None:
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------
-def _check_schedule(args: Any) -> None:
-    """RefineError where the schedule cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up."""
+def _check_schedule(args: TrainingArguments) -> None:
+    """Refuse a schedule that cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up.
+
+    Raises:
+        RefineError: the schedule, what it does not take or needs, and how to write that.
+    """
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
     how = "; in YAML lr_scheduler_kwargs: {NAME: VALUE}, as a flag --lr_scheduler_kwargs '{\"NAME\": VALUE}'"
     if not isinstance(given, dict):
@@ -199,35 +203,38 @@ def _check_schedule(args: Any) -> None:
         raise RefineError(f"lr_scheduler_type={kind.value} needs {', '.join(missing)}{how.replace('NAME', missing[0])}")
     try:
         _try_schedule(args, kind, given)
-    except Exception as error:  # of its arguments, each kind in its own words
+    except Exception as error:  # each kind refuses its arguments in its own words
         said = " ".join(str(error).split())
         named = next((name for name in takes if re.search(rf"\b{name}\b", said)), "NAME")
         raise RefineError(f"lr_scheduler_type={kind.value} cannot be made: {said}{how.replace('NAME', named)}") from error
 
 
 def _arguments_of(kind: SchedulerType) -> dict[str, inspect.Parameter]:
-    """What a schedule takes in `lr_scheduler_kwargs`."""
-    made: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
-    if kind in ON_A_FIGURE:
-        made = GreedyLR if kind is SchedulerType.GREEDY else torch.optim.lr_scheduler.ReduceLROnPlateau
+    """Return the parameters that a schedule takes in `lr_scheduler_kwargs`."""
+    by_figure = {SchedulerType.GREEDY: GreedyLR, SchedulerType.REDUCE_ON_PLATEAU: torch.optim.lr_scheduler.ReduceLROnPlateau}
+    made = cast(Callable[..., object], by_figure.get(kind, TYPE_TO_SCHEDULER_FUNCTION[kind]))
     parameters = inspect.signature(made).parameters
     return {name: p for name, p in parameters.items() if name not in OURS}
 
 
-def _try_schedule(args: Any, kind: SchedulerType, given: Mapping[str, Any]) -> None:
-    """Make the schedule for nothing, and go one step."""
+def _try_schedule(args: TrainingArguments, kind: SchedulerType, given: Mapping[str, object]) -> None:
+    """Make the schedule on an optimizer of no use, and take one step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     steps = args.max_steps if args.max_steps > 0 else 1000
     warmup = args.get_warmup_steps(steps)
     schedule = get_scheduler(kind, optimizer, warmup, steps, dict(given))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no step of the optimizer came before
+        warnings.simplefilter("ignore")  # torch would say that the optimizer made no step before
         schedule.step(*([1.0] if kind in ON_A_FIGURE else []))
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
-def _check_optimizer(args: Any) -> None:
-    """RefineError for an optimizer that is not installed, that updates weights before a step is whole, or that would not read a setting."""
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Refuse an optimizer that updates weights before a step is whole, or that would not read a setting.
+
+    Raises:
+        RefineError: the optimizer or the setting, and what to do.
+    """
     optim = OptimizerNames(args.optim).value
     if "layerwise" in optim or "lomo" in optim:
         raise RefineError(
@@ -242,7 +249,7 @@ def _check_optimizer(args: Any) -> None:
         raise RefineError(f"optim_args is {args.optim_args!r}; expected name=value, several with commas between them")
     try:
         _made(args)
-    except Exception:  # of a package that is not here, or by a model that is not yet: `check_machine` says so
+    except Exception:  # its package or its model is not here yet; `check_machine` says so
         return
     for name, _, value in pairs:
         if not _reads(args, "optim_args", (f"{name}=0", f"{name}=1")):
@@ -253,18 +260,18 @@ def _check_optimizer(args: Any) -> None:
             raise RefineError(f"{name}={getattr(args, name)} is not read by optim={optim!r}; leave it out")
 
 
-def _made(args: Any, **changed: Any) -> Any:
-    """The optimizer's class and what it is made with, were some settings others."""
+def _made(args: TrainingArguments, **changed: object) -> tuple[object, Mapping[str, object]]:
+    """Return the optimizer's class and its arguments as they would be with some settings changed."""
     altered = copy.copy(args)
     for name, value in changed.items():
         setattr(altered, name, value)
     return Trainer.get_optimizer_cls_and_kwargs(altered, None)
 
 
-def _reads(args: Any, name: str, values: tuple[Any, Any]) -> bool:
-    """Whether it matters to the optimizer which of two values a setting has."""
+def _reads(args: TrainingArguments, name: str, values: tuple[object, object]) -> bool:
+    """Tell whether it matters to the optimizer which of two values a setting has."""
     try:
         first, second = (_made(args, **{name: value}) for value in values)
-    except Exception:  # it minds even more
+    except Exception:  # then it reads the setting, and refuses a value
         return True
     return bool(first != second)

@@ -1,4 +1,4 @@
-"""What transformers' own layers keep, taken and handed back by reference.
+"""A cache that takes the states of transformers' own layers, and hands them back, by reference.
 
 The stock cache copies states in place, which breaks gradients and changes snapshots under their owners' hands. Here a pass starts from
 plain dictionaries of tensors and ends in others; nothing that was handed over is written to.
@@ -9,13 +9,14 @@ counts tokens, and a prefix' keys are a slice of the whole pass' keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
@@ -31,48 +32,48 @@ EXACT_KINDS = ("full_attention", "sliding_attention", "linear_attention", "conv"
 RECURRENT_KINDS = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
 
-def kinds_of(config: Any) -> tuple[list[str], list[int | None]]:
-    """What each layer of a model keeps, and the window of its keys and values (None: all of them)."""
+def kinds_of(config: PreTrainedConfig) -> tuple[list[str], list[int | None]]:
+    """List what each layer of a model keeps, and the window of its keys and values (None: all of them)."""
     kinds, settings = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
     return list(kinds), [s.get("sliding_window") for s in settings]
 
 
 class Lent(Tensor):
-    """A copy of a state, lent to a layer that may write to it: what it writes with `copy_` is kept aside, as part of its graph."""
+    """A copy of a state, lent to a layer that may write to it; what it writes with `copy_` is kept aside, as part of its graph."""
 
     written: Tensor | None
 
     @classmethod
     def of(cls, state: Tensor) -> Lent:
-        """A clone, since a kernel may write where no function sees it."""
+        """Lend a clone, since a kernel may write where no function sees it."""
         lent = state.clone().as_subclass(cls)
         lent.written = None
         return lent
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        cls, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         if func == Tensor.copy_ and isinstance(args[0], Lent):
-            args[0].written = args[1]
+            args[0].written = cast(Tensor, args[1])
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
 
 def returned(state: Tensor) -> Tensor:
-    """A state as its layer left it."""
+    """Return a state as its layer left it."""
     if not isinstance(state, Lent):
         return state
     return state.as_subclass(Tensor) if state.written is None else state.written
 
 
 class _Replacing:
-    """Mixed into a cache's recurrent layers: their states are replaced, not copied into."""
+    """Mixed into a cache's recurrent layers, whose states are replaced then and not copied into."""
 
-    conv_states: dict[int, Any]
-    recurrent_states: dict[int, Any]
-    conv_kernel_size: dict[int, Any]
+    conv_states: dict[int, Tensor | None]
+    recurrent_states: dict[int, Tensor | None]
+    conv_kernel_size: dict[int, int]
     has_previous_state: dict[int, bool]
     is_conv_states_initialized: dict[int, bool]
     is_recurrent_states_initialized: dict[int, bool]
@@ -81,19 +82,19 @@ class _Replacing:
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> Tensor:
-        """The state's inputs and the new ones; the last `conv_kernel_size` become the state."""
+        """Return the state's inputs and the new ones behind them; the last `conv_kernel_size` become the state."""
         width = conv_kernel_size if conv_kernel_size is not None else conv_states.shape[-1]
         past = self.conv_states[state_idx]
         inputs = conv_states if past is None else torch.cat([past, conv_states], -1)
         inputs = F.pad(inputs, (max(0, width - inputs.shape[-1]), 0))
-        self._set("conv", state_idx, inputs[..., inputs.shape[-1] - width :])
+        self.set_state("conv", state_idx, inputs[..., inputs.shape[-1] - width :])
         return inputs
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        self._set("recurrent", state_idx, recurrent_states)
+        self.set_state("recurrent", state_idx, recurrent_states)
         return recurrent_states
 
-    def _set(self, what: str, state_idx: int, state: Tensor) -> None:
+    def set_state(self, what: str, state_idx: int, state: Tensor) -> None:
         self.has_previous_state[state_idx] = True
         if what == "conv":
             self.conv_states[state_idx], self.is_conv_states_initialized[state_idx] = state, True
@@ -102,56 +103,60 @@ class _Replacing:
             self.recurrent_states[state_idx], self.is_recurrent_states_initialized[state_idx] = state, True
 
 
+L = TypeVar("L")
+
+
 @cache
 def _replacing_class(layer_class: type) -> type:
     return type(layer_class.__name__, (_Replacing, layer_class), {})
 
 
-def replacing(layer: Any) -> Any:
-    """A fresh layer of a cache, replacing its states if it has such."""
+def replacing(layer: L) -> L:
+    """Make a fresh layer of a cache replace its states, if it is recurrent."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return layer
-    same: Any = object.__new__(_replacing_class(type(layer)))
-    same.__dict__.update(layer.__dict__)
+    same: L = object.__new__(_replacing_class(type(layer)))
+    vars(same).update(vars(layer))
     return same
 
 
 class ReferenceCache(DynamicCache):
-    """transformers' cache for one pass that goes on from the states of its layers; they are read, never written.
+    """transformers' cache for one pass that continues from the states of its layers; they are read, never written.
 
     Args:
-        config: of the model.
-        layers: a state each, tensors [B, ...], or empty: nothing yet.
+        config: the model's.
+        layers: a state for each, tensors [B, ...]; empty before the first pass.
         columns: tokens of the longest row so far; keys and values of all tokens are so wide.
     """
 
-    def __init__(self, config: Any, layers: Sequence[LayerState] = (), columns: int = 0) -> None:
+    def __init__(self, config: PreTrainedConfig, layers: Sequence[LayerState] = (), columns: int = 0) -> None:
         super().__init__(config=config)
         self.columns = columns
         self.layers = [replacing(layer) for layer in self.layers]
         for layer in self.layers:
             if hasattr(layer, "record_past"):
-                layer.record_past = True  # windows stay whole until the pass is over; no convolution is updated in place
+                vars(layer)["record_past"] = True  # windows stay whole until the pass is over; no convolution is updated in place
         for layer, state in zip(self.layers, layers, strict=False):
             self._fill(layer, state)
 
-    def _fill(self, layer: Any, state: LayerState) -> None:
+    def _fill(self, layer: object, state: LayerState) -> None:
         for name, tensor in state.items():
-            if name not in ("keys", "values"):
+            if isinstance(layer, _Replacing) and name not in ("keys", "values"):
                 what, index = name.rsplit("_", 1)
-                layer._set(what, int(index), tensor)
+                layer.set_state(what, int(index), tensor)
         if "keys" in state:
+            assert isinstance(layer, CacheLayerMixin)
             layer.lazy_initialization(state["keys"], state["values"])
             layer.keys, layer.values = state["keys"], state["values"]
             if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = self.columns
+                vars(layer)["cumulative_length"] = self.columns
 
     def states(self) -> list[LayerState]:
-        """Of every layer: `keys`, `values` [B, Ha, S, Dk], `conv_i` [B, channels, W], `recurrent_i` [B, ...]."""
+        """Return every layer's state: `keys`, `values` [B, Ha, S, Dk], `conv_i` [B, channels, W], `recurrent_i` [B, ...]."""
         return [self._state(layer) for layer in self.layers]
 
     @staticmethod
-    def _state(layer: Any) -> LayerState:
+    def _state(layer: object) -> LayerState:
         state: LayerState = {}
         if isinstance(layer, DynamicLayer) and layer.keys is not None:
             assert layer.values is not None
@@ -169,11 +174,12 @@ class ReferenceCache(DynamicCache):
         return self._lend(super().get_recurrent_state(layer_idx, state_idx), self.layers[layer_idx], "recurrent", state_idx)
 
     @staticmethod
-    def _lend(state: Tensor | None, layer: Any, what: str, state_idx: int) -> Tensor | None:
+    def _lend(state: Tensor | None, layer: object, what: str, state_idx: int) -> Tensor | None:
         if state is None:
             return None
+        assert isinstance(layer, _Replacing)
         lent = Lent.of(state)
-        layer._set(what, state_idx, lent)
+        layer.set_state(what, state_idx, lent)
         return lent
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -188,7 +194,7 @@ class ReferenceCache(DynamicCache):
 
 
 def prefix(layers: Sequence[LayerState], windows: Sequence[int | None], drop: int) -> list[LayerState]:
-    """States without their `drop` newest tokens (which only keys and values can be without), windows cut to what the next token reads."""
+    """Cut states back by their `drop` newest tokens (which only keys and values allow), and windows to what the next token reads."""
 
     def cut(x: Tensor, window: int | None) -> Tensor:
         end = x.shape[2] - drop
@@ -201,7 +207,7 @@ def prefix(layers: Sequence[LayerState], windows: Sequence[int | None], drop: in
 
 
 def trimmed(layers: Sequence[LayerState], columns: int) -> list[LayerState]:
-    """Keys and values without the columns that are a hole in every row."""
+    """Cut keys and values to their newest `columns`: the others are a hole in every row."""
     return [
         {name: x[:, :, -columns:] if name in ("keys", "values") and x.shape[2] > columns else x for name, x in layer.items()}
         for layer in layers
@@ -209,7 +215,7 @@ def trimmed(layers: Sequence[LayerState], columns: int) -> list[LayerState]:
 
 
 def nothing_yet(layers: Sequence[LayerState]) -> list[LayerState]:
-    """States before any token, of the shapes of `layers`."""
+    """Make the states before any token, of the shapes of `layers`."""
     return [
         {name: x[:, :, :0] if name in ("keys", "values") else torch.zeros_like(x) for name, x in layer.items()}
         for layer in layers

@@ -1,4 +1,4 @@
-"""Whether a function of transformers' layers runs on a kernel, asked at each call.
+"""Functions of transformers' layers that decide at each call whether they run on a kernel.
 
 Where flash-linear-attention, mamba-ssm or causal-conv1d is installed, transformers puts its kernels in the place of the layers' own PyTorch
 code when a layer's file is imported, whatever device the tensors will be on. But a kernel takes tensors of a CUDA device alone, and a
@@ -35,32 +35,32 @@ def decide_at_each_call(trunk: nn.Module) -> list[str]:
     return sorted(set(names))
 
 
-def substitute_of(function: Any) -> Callable[..., Any] | None:
-    """The kernel that transformers calls in the place of a layer's own function, or None."""
+def substitute_of(function: object) -> Callable[..., object] | None:
+    """Find the kernel that transformers calls in the place of a layer's own function, or None."""
     if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
         return None
     kernel = inspect.getclosurevars(function).nonlocals.get("implementation")  # of `use_kernel_func_from_hub_with_fallback`
-    return None if kernel is function.__wrapped__ else kernel
+    return None if kernel is vars(function)["__wrapped__"] else kernel
 
 
-def deciding(function: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which calls `kernel`, where that runs; elsewhere the layer's own PyTorch code."""
-    own, package = function.__wrapped__, kernel.__module__.partition(".")[0]  # type: ignore[attr-defined]
+def deciding(function: Callable[..., object], kernel: Callable[..., object]) -> Callable[..., object]:
+    """Make a function that calls `function`, which calls `kernel`, where that runs, and elsewhere the layer's own PyTorch code."""
+    own, package = vars(function)["__wrapped__"], kernel.__module__.partition(".")[0]
     runs = functools.partial(_delta_rule_runs, gated="gated" in kernel.__name__) if package == "fla" else _runs
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> object:
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         # Packed sequences are kept apart by kernels alone; the layers' own code would mix them without a word.
         packed = any(kwargs.get(name) is not None for name in ("cu_seqlens", "seq_idx"))
         return (function if packed or runs(x) else own)(*args, **kwargs)
 
-    call.kernel_name = f"{kernel.__name__} ({package})"  # type: ignore[attr-defined]
+    vars(call)["kernel_name"] = f"{kernel.__name__} ({package})"
     return call
 
 
 def _delta_rule_runs(queries: Tensor, gated: bool) -> bool:
-    """queries [B, T, H, Dk]."""
+    """Whether the delta rule's kernels run on queries [B, T, H, Dk]."""
     return kernels.delta_rule_runs(queries, queries.dtype, queries.shape[-1], gated)
 
 

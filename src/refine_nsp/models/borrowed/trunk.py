@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import Branches, FastWeightModel
+from refine_nsp.models.blocks import FastWeightModel
+from refine_nsp.models.branches import Branches
 from refine_nsp.models.document_marks import MARKS
 from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.layout import one_input, run_in_rows

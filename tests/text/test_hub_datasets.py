@@ -31,7 +31,7 @@ def rows(text):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_split_and_columns(hub, streaming):
+def test_a_hub_dataset_gives_the_split_and_columns_that_are_asked_for(hub, streaming):
     hub["a/b"] = DatasetDict(train=rows("train"), test=rows("test"))
     hub["a/c"] = DatasetDict(train_sft=rows("only"))
 
@@ -49,6 +49,6 @@ def test_split_and_columns(hub, streaming):
         read("a/b", ("txt",))
 
 
-def test_slices_are_the_hubs(hub):
+def test_slices_of_a_hub_dataset_are_taken_by_the_hub(hub):
     hub["a/b"] = DatasetDict(train=rows("train"))
     assert len(read_documents("a/b", split="train[:50%]")) == 1

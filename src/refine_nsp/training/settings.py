@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast, get_type_hints
+from typing import cast, get_type_hints
 
 import torch
 from torch import nn

@@ -54,12 +54,12 @@ class Flag:
 
     @property
     def accepts(self) -> Accepted:
-        """Its values."""
+        """Return the values it accepts."""
         return Accepted(tuple(self.kinds), tuple(self.choices))
 
     @property
     def repeated(self) -> bool:
-        """Whether it takes several words."""
+        """Tell whether it takes several words."""
         return any(kind.startswith("list") for kind in self.kinds)
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
@@ -102,17 +102,17 @@ class CommandLine:
 
     @property
     def program(self) -> str:
-        """The words that start the command."""
+        """Return the words that start the command."""
         return f"refine-nsp {self.name}"
 
     @property
     def presets(self) -> list[str]:
-        """The flags that name presets."""
+        """Name the flags that choose presets."""
         return [f"{prefix}preset" for prefix, _ in self.methods]
 
     @property
     def defaults(self) -> dict[str, Value]:
-        """Every setting's default."""
+        """Return every setting's default."""
         return {name: flag.default for name, flag in self.flags.items()}
 
     @property
@@ -160,7 +160,7 @@ class Call:
 
     @property
     def values(self) -> dict[str, Value]:
-        """Every setting's value."""
+        """Return every setting's value."""
         return self.line.defaults | self.given
 
     def changed(self) -> dict[str, Value]:

@@ -18,7 +18,7 @@ from refine_nsp.report.runs import names_of
 
 @dataclass
 class CompareArguments:
-    """The evaluations to compare.
+    """Name the evaluations to compare.
 
     Attributes:
         a: output_dir of the `refine-nsp evaluate` that the others are compared with.

@@ -18,7 +18,7 @@ from refine_nsp.commands.grammar import Command, Settings
 
 @dataclass
 class CompletionArguments:
-    """The shell to write a script for.
+    """Name the shell to write a script for.
 
     Attributes:
         shell: bash: `refine-nsp completion bash > ~/.refine-nsp.bash`, and source that file in ~/.bashrc.

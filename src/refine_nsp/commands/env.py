@@ -16,7 +16,7 @@ from refine_nsp.report.tables import Cell, Table
 
 @dataclass
 class EnvArguments:
-    """The form of the answer.
+    """Choose the form of the answer.
 
     Attributes:
         json: print JSON instead of tables.

@@ -34,7 +34,7 @@ FREE = ("tasks", "batch_tokens", "num_proc", "output_dir")
 
 @dataclass
 class RunArguments:
-    """The model, and where results go.
+    """Name the model, and the folder that results go to.
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.

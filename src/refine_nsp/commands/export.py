@@ -14,7 +14,7 @@ from refine_nsp.training.export import export_checkpoint
 
 @dataclass
 class ExportArguments:
-    """The model to export, and its place.
+    """Name the model to export, and its place.
 
     Attributes:
         checkpoint: a run with --use_peft, or a checkpoint with adapters or with sharded weights.

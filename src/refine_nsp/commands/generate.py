@@ -18,7 +18,7 @@ from refine_nsp.prompts.encoding import encode_prompt
 
 @dataclass
 class GenerateArguments:
-    """The prompt, and how it is continued.
+    """Give the prompt, and say how it is continued.
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.
@@ -26,7 +26,7 @@ class GenerateArguments:
         prompt_file: a UTF-8 file to continue.
         max_new_tokens: tokens to generate at most.
         greedy: take the likeliest token instead of sampling.
-        temperature: of sampling.
+        temperature: temperature of sampling.
         top_k: sample among so many of the likeliest tokens; 0: among all.
         top_p: sample among the likeliest tokens that have this probability together.
         seed: seed of sampling.

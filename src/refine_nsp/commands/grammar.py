@@ -22,7 +22,7 @@ from refine_nsp.commands.command_line import Call, command_line
 from refine_nsp.commands.parser import method_of, parse
 from refine_nsp.config import PRESETS, NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.fields import ALWAYS, default_of
+from refine_nsp.fields import ALWAYS, Reader, default_of
 from refine_nsp.values import Value, accepted
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def is_method(self) -> bool:
-        """Whether these are the method's own settings, which have presets."""
+        """Tell whether these are the method's own settings, which have presets."""
         return self.cls is NSPConfig
 
     @property
@@ -85,15 +85,13 @@ class Settings:
             accepts, foreign = accepted(hints[f.name]), _is_foreign(self.cls, f.name)
             choices = accepts.choices or tuple(f.metadata.get("choices") or ())
             kinds = ["choice" if choices and kind == "text" else kind for kind in accepts.kinds]
-            reader = f.metadata.get("read_by") or ALWAYS
-            conditions = [part.words for part in (reader, *reader._and) if part is not ALWAYS]
             in_files = {*kinds} <= {"mapping", "other", "list of mapping", "list of other", "none"}
             default = default_of(f)
             rows[flag] = _row(
                 kinds=kinds, choices=choices, default=None if default is MISSING or in_files else _plain(default),
                 required=default is MISSING, group=self.group,
                 help=docs.get(f.name, ""),
-                read_by=" and ".join(conditions),
+                read_by=_readers(f),
                 common=bool(f.metadata.get("common")) or not marked,
                 positional=f.name in positional, bare=kinds[0] == "bool" or "const" in dict(f.metadata),
                 file="path" in " ".join(kinds) or f.name in FILES or f.name.endswith(FILE_ENDINGS),
@@ -183,6 +181,16 @@ def _is_foreign(cls: type, name: str) -> bool:
     """Return whether a field was last declared by transformers."""
     declaring = next((base for base in cls.__mro__ if name in inspect.get_annotations(base)), cls)
     return declaring.__module__.startswith("transformers.")
+
+
+def _readers(f: Field[object]) -> str:
+    """Say in words what reads a field; nothing where all settings do."""
+
+    def conditions(reader: Reader) -> list[str]:
+        return [reader.words, *(words for other in reader.others for words in conditions(other))]
+
+    reader, also = f.metadata.get("read_by", ALWAYS), f.metadata.get("also")
+    return "" if reader is ALWAYS else " and ".join(conditions(reader)) + (f", and by {also}" if also else "")
 
 
 def _row(**told: object) -> dict[str, object]:

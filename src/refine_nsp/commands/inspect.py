@@ -31,7 +31,7 @@ WITH_TEXT = Reader("a text to look at, by file", lambda a: a.file is not None)
 
 @dataclass
 class InspectArguments:
-    """The model and the text to look at.
+    """Name the model and the text to look at.
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.

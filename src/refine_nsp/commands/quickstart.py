@@ -13,7 +13,7 @@ from refine_nsp.tiny.quickstart import quickstart, settings
 
 @dataclass
 class QuickstartArguments:
-    """The size of the job, its text and its place.
+    """Choose the size of the job, its text and its place.
 
     Attributes:
         output_dir: where arms, table and report go.

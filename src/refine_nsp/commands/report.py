@@ -14,7 +14,7 @@ from refine_nsp.report.runs import report
 
 @dataclass
 class ReportArguments:
-    """The runs to compare.
+    """Name the runs to compare.
 
     Attributes:
         runs: output folders of runs.

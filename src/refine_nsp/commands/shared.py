@@ -34,7 +34,7 @@ ADAPTING = Reader("test-time training, by ttt=refine or ntp", lambda a: a.ttt is
 
 @dataclass
 class ModelArguments:
-    """The model to train, and how much of it.
+    """Name the model to train, and how much of it is trained.
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.
@@ -61,7 +61,7 @@ class ModelArguments:
 
     @property
     def tokenizer(self) -> str:
-        """The place that the tokenizer is loaded from."""
+        """Name the place that the tokenizer is loaded from."""
         return self.tokenizer_name or self.model_name_or_path
 
 

@@ -23,7 +23,7 @@ from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, nbyte
 
 @dataclass
 class PromptArguments:
-    """The prompt to answer.
+    """Give the prompt to answer.
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.

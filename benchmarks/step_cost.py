@@ -18,7 +18,7 @@ from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.next_token import next_token_loss
-from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.records import Batch, Work
 
 SCHEDULES = ("fused", "snapshot", "reprefill")
 CLOSED_FORM = ("closed form", "closed form, cached scores")
@@ -110,7 +110,7 @@ def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
 
     @torch.no_grad()
     def first_pass() -> None:
-        run(model, batch, step.config)
+        run(Work(model, batch, step.config))
 
     def learn() -> None:
         step.learn(ids, rollouts).loss.backward()

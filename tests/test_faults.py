@@ -27,8 +27,8 @@ from refine_nsp.stopping import TERMINATED_CODE
 from refine_nsp.training.checkpoints import Checkpoint
 from tests.models.families import build
 from tests.test_cli import TEXT, tiny
-from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
 from tests.tiny.test_pretrain import TINY as TINY_BASE
+from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
 from tests.tiny.test_pretrain import tiny as tiny_base
 from tests.training import test_trainer
 
@@ -126,12 +126,12 @@ def test_no_room_for_the_files_of_pretraining(tmp_path, library, largest_file): 
     args = tiny_base(tmp_path / "base", {"facts": 0.3})
     settings = {name: getattr(args, name) for name in TINY_BASE} | {"phases": [asdict(phase) for phase in args.phases]}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings | {"output_dir": str(tmp_path / "base"), "use_cpu": True}))
-    argv = ["pretrain", "--config", str(tmp_path / "c.yaml"), "--resume_from_checkpoint", "last"]
+    argv = ["pretrain", "--config", str(tmp_path / "c.yaml")]
     check_one_line(*limited(argv, largest_file))
     for folder in (tmp_path / "base").glob("checkpoint-*"):
         assert Checkpoint(folder).problem() is None
     assert not list((tmp_path / "base").glob("*.safetensors"))
-    assert main(argv) == 0 and load(tmp_path / "base")
+    assert main([*argv, "--resume_from_checkpoint", "last"]) == 0 and load(tmp_path / "base")
 
 
 def test_no_room_for_a_comparison(tmp_path):

@@ -65,3 +65,9 @@ def test_the_test_sees_what_it_looks_for(tmp_path):
     (tmp_path / "a.py").write_text("def f():\n    from refine_nsp.cli import main\n")
     assert imports_of(tmp_path / "a.py") == {"refine_nsp.cli"}
     assert floor("refine_nsp.cli") > floor("refine_nsp.ops.norm")
+
+
+def test_borrowed_models_are_known_where_models_are_loaded_alone():
+    borrowed = "refine_nsp.models.borrowed"
+    importers = {m for m, imports in modules().items() if not m.startswith(borrowed) for i in imports if i.startswith(borrowed)}
+    assert importers <= {"refine_nsp.models", "refine_nsp.models.load"}

@@ -62,7 +62,7 @@ def ruler_figures(
     """Compute the mean of RULER's score of greedy answers, by task and length (a string, as in json)."""
     figures: dict[str, dict[str, float]] = {}
     for task in tasks:
-        rows = list(task.rows(task.ids(), Context(model, tokenizer, BATCH_TOKENS)))
+        rows = list(task.rows(list(task.questions()), Context(model, tokenizer, BATCH_TOKENS)))
         by_length: dict[str, list[float]] = {}
         for row in rows:
             by_length.setdefault(str(row.meta["length"]), []).append(next(iter(row.scores.values())))

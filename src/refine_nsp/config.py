@@ -1,4 +1,4 @@
-"""Settings of the method (paper, sections 3-4 and Table 2), as one frozen dataclass, and the presets."""
+"""The settings of the method (paper, sections 3-4 and Table 2) are one frozen dataclass, which says who reads each; presets name some."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from refine_nsp.errors import RefineError, closest
 from refine_nsp.fields import Reader, SettingError, check_read, default_of, live, setting
 
 RewardSpec = str | Callable[..., Any]
-Objective = Literal["refine", "ntp"]  # what long text, or a prompt, is trained on: ReFINE, or the cross-entropy alone
+Objective = Literal["refine", "ntp"]  # text, or a prompt, is learned by ReFINE or by the cross-entropy alone
 
-# Spellings of the paper, and of its code, for a pair of score and draw.
+# The paper and its code have a word of their own for these pairs of a score and a draw.
 PUBLISHED_SELECTIONS = {"uniform": ("none", "sample"), "argmax": ("entropy", "greatest"), "argmin": ("entropy", "least")}
 
-MAX_ORDER = (
-    1000  # every order is a term to add up; beyond a few dozen the objective is the log-probability in all but the rarest tokens
-)
+# Every order adds a term; beyond a few dozen of them the objective is the log-probability in all but the rarest tokens.
+MAX_ORDER = 1000
 
-# Names of settings, what must hold of their values, and how an error message says that.
+# Each entry names settings, says what must hold of their values, and puts that in the words of an error message.
 Ranges = Sequence[tuple[Sequence[str], Callable[[Any], bool], str]]
 RANGES: Ranges = (
     (
@@ -52,11 +51,11 @@ def check_ranges(settings: object, ranges: Ranges) -> None:
 
 
 @lru_cache
-def choices_of(cls: Any) -> dict[str, tuple[Any, ...]]:
-    """The values a dataclass' `Literal` fields may take, by field; None is among them where it is."""
+def choices_of(cls: type) -> dict[str, tuple[object, ...]]:
+    """List the values that each `Literal` field of a dataclass may take; None is among them where the field may be None."""
     choices = {}
     for name, hint in get_type_hints(cls).items():
-        options: list[Any] = []
+        options: list[object] = []
         for part in (hint, *get_args(hint)):
             options += get_args(part) if get_origin(part) is Literal else [None] if part is NoneType else []
         if any(o is not None for o in options):
@@ -64,21 +63,22 @@ def choices_of(cls: Any) -> dict[str, tuple[Any, ...]]:
     return choices
 
 
-def check_choices(settings: Any) -> None:
-    """RefineError for the first field of a dataclass whose value its `Literal` does not hold, naming the nearest."""
+def check_choices(settings: object) -> None:
+    """Refuse the first value of a dataclass that its field's `Literal` does not hold; the RefineError names the nearest one."""
     kind: Any = type(settings)
     for name, options in choices_of(kind).items():
         check_choice(name, getattr(settings, name), options)
 
 
-def check_choice(name: str, value: Any, options: Iterable[Any]) -> None:
-    """RefineError unless `value` is one of the options."""
+def check_choice(name: str, value: object, options: Iterable[object]) -> None:
+    """Refuse a value that is none of the options. The RefineError names the nearest one."""
+    options = list(options)
     if value not in options:
         names = [str(o) for o in options if o is not None]
         raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(value, names)}")
 
 
-# Who reads the settings below, beside each field. The words stand in error messages, as the setting that would have to be made.
+# These conditions say who reads the fields below. An error message shows their words, as the setting that would have to be made.
 SAMPLED = Reader("estimator='sampled'", lambda c: c.estimator == "sampled")
 CLOSED_FORM = Reader("estimator='closed_form'", lambda c: c.estimator == "closed_form")
 SELECTS = Reader("estimator='sampled' or token_weights='selected'", lambda c: c.selects)
@@ -99,18 +99,20 @@ DUAL_CLIPS = Reader(BEFOREHAND.words, lambda c: c.schedule != "fused" or c.dual_
 
 @dataclass(frozen=True)
 class NSPConfig:
-    """Next-sequence prediction: where rollouts are sampled, how, what is rewarded, and how that becomes a loss.
+    """The settings of next-sequence prediction: where rollouts are sampled, how, what is rewarded, and how that becomes a loss.
+
+    Each field says by which other settings it is read; `live` names those that a configuration reads.
 
     Attributes:
-        positions_per_sequence: P, chunks of a sequence and positions chosen, one a chunk (the paper's c).
+        positions_per_sequence: P: a sequence is cut into so many chunks, and one position is chosen in each (the paper's c).
         rollout_length: K tokens per rollout (the paper's k).
         num_generations: N rollouts per position (the paper's n).
-        estimator: `sampled`: rollouts, rewarded (the paper). `closed_form`: no rollouts; what infinitely many of them would teach, for
-            every token, as one function of the true tokens' probabilities (docs/method.md).
+        estimator: `sampled`: rollouts are sampled and rewarded (the paper). `closed_form`: no rollouts; what infinitely many of them
+            would teach, for every token, is one function of the true tokens' probabilities (docs/method.md).
         order: M of the closed form, a whole number or `inf`. 1 is the expected reward, `inf` the log-probability, and between them the
             logarithm's series is cut after M terms: a token weighs by the chance that at least one of M rollouts matches.
-        token_weights: of the closed form: every token by its context score (`context`: by KL, `context_gain`), or the positions chosen by
-            `selection` alike (`selected`).
+        token_weights: how much tokens count in the closed form: every token by its context score (`context`: by KL, `context_gain`), or
+            the positions chosen by `selection`, all alike (`selected`).
         schedule: where the states of prefixes come from; all give the same loss and gradients. `fused`: from the gradient pass
             itself; `snapshot`: from one more pass without gradients; `reprefill`: every prefix is run again, as published; `auto`:
             `fused`, but `snapshot` by segments, and in training where rollouts serve several steps or are compared across micro-batches.
@@ -122,27 +124,28 @@ class NSPConfig:
         reward_weights: one weight per reward; None: all 1.
         selection: the score positions are drawn by: `entropy`, `context_kl`, `context_gain` or `none`; and the paper's spellings of a
             score with its draw: `uniform` (none, sample), `argmax` (entropy, greatest), `argmin` (entropy, least).
-        draw: from the scores of a chunk: `sample`, the `greatest` or the `least`. Default: `sample`.
+        draw: how a position is taken by the scores of its chunk: `sample`, the `greatest` or the `least`. Default: `sample`.
         tau: softmax temperature over the scores of a chunk.
-        smoothing: of the entropy: `centred` over real tokens, `published` (zeros beyond the edges), or `none`.
+        smoothing: how entropies are averaged: `centred` over real tokens, `published` (zeros beyond the edges), or `none`.
         smoothing_window: odd width of the pooling; None: K, or K + 1 when K is even.
         published: follow the rules of the paper's code instead of ours: which positions there are, short texts, the remainder of the
             chunks, smoothing, EOS in rollouts and behind answers, groups of one, test time (the table in docs/method.md).
         min_prefix: tokens that must stand before a position; with `published`, tokens of the shortest prefix, and as many at the end.
-        local_window: W of the context scores: they compare the whole prefix with its last W tokens.
-        local_span: those are read in windows of local_span * W tokens, so with at least W and less than local_span * W of context: more
-            costs less, local_span / (local_span - 1) tokens run a token.
-        temperature: of the rollouts; log-probabilities are those of the tempered distribution.
-        advantage_group: rollouts compared with each other: all of a `sequence`, or of a `position`; `auto`: sequence if N = 1.
-        advantage_scale: divide by the group's `std`, by one `global` standard deviation, or by nothing.
-        baseline: the group's `mean`, or the mean of the others (`leave_one_out`).
+        local_window: W: context scores compare the whole prefix with its last W tokens.
+        local_span: these last tokens are read in windows of local_span * W tokens, so with at least W and less than local_span * W of
+            context. A longer span costs less: local_span / (local_span - 1) tokens are run for each token.
+        temperature: rollouts are sampled at it; log-probabilities are those of the tempered distribution.
+        advantage_group: which rollouts are compared with each other: all of a `sequence`, or of a `position`; `auto`: sequence if N = 1.
+        advantage_scale: advantages are divided by the group's `std`, by one `global` standard deviation, or by nothing (`none`).
+        baseline: what is subtracted from a reward: the group's `mean`, or the mean of the others (`leave_one_out`).
         clip_low, clip_high: the ratio to the old policy is clipped to [1 - clip_low, 1 + clip_high].
-        dual_clip: bound on the loss where the advantage is negative, in units of |advantage|.
-        kl_coef: weight of KL to a frozen reference model; entropy_coef: weight of an entropy bonus.
-        lambda_rl, lambda_ntp: weights of the policy loss and of the cross-entropy.
+        dual_clip: the bound on the loss where the advantage is negative, in units of |advantage|.
+        kl_coef: the weight of the KL to a frozen reference model.
+        entropy_coef: the weight of an entropy bonus.
+        lambda_rl, lambda_ntp: the weights of the policy loss and of the cross-entropy.
 
     Raises:
-        RefineError: a value out of range, naming it.
+        RefineError: a value out of range, or one that nothing reads, naming it and what would read it.
     """
 
     positions_per_sequence: int = setting(8, read_by=SELECTS, also="validation", common=True, card=True, resume=True)
@@ -251,74 +254,68 @@ class NSPConfig:
         return self.estimator == "sampled"
 
     @property
-    def samples_first(self) -> bool:
-        """Whether rollouts are sampled in a pass of their own, without gradients, before they are learned from."""
-        by_itself = self.schedule == "auto" and self.segment_tokens is not None
-        return self.samples_rollouts and (by_itself or self.schedule in ("snapshot", "reprefill"))
-
-    @property
     def rewards(self) -> list[RewardSpec]:
-        """The rewards as a list, the default resolved."""
+        """The rewards as a list; the default stands there as what it means."""
         if self.reward_funcs is None:
             return ["cosine" if self.samples_rollouts else "prefix_match"]
         return list(self.reward_funcs) if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
 
     @property
-    def reward_names(self) -> list[Any]:
-        """The rewards by name; a callable by its dotted path."""
-        return [_plain(r) for r in self.rewards]
+    def reward_names(self) -> list[str]:
+        """The names of the rewards; a callable has its dotted path."""
+        return [str(_plain(r)) for r in self.rewards]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values by field; a callable reward as its dotted path."""
+        """Return plain values by field; a callable reward becomes its dotted path."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # transformers pickles a run's arguments beside its checkpoints, which a reward made in a function could not be part of.
         return self.as_dict()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update({**state, "order": math.inf if state["order"] == "inf" else state["order"]})
 
     def __copy__(self) -> NSPConfig:
         return self  # frozen; and a copy by way of the state above would lose a callable reward
 
-    def __deepcopy__(self, memo: Any) -> NSPConfig:
+    def __deepcopy__(self, memo: object) -> NSPConfig:
         return self
 
     @property
     def score(self) -> str:
-        """What positions are drawn by, whatever way `selection` spells it."""
+        """The score that positions are drawn by, whichever way `selection` spells it."""
         return PUBLISHED_SELECTIONS.get(self.selection, (self.selection, ""))[0]
 
     @property
     def drawn(self) -> str:
-        """How they are drawn: as `selection` implies, else by `draw`, else `sample`."""
+        """How positions are drawn: as `selection` implies, else by `draw`, else `sample`."""
         return PUBLISHED_SELECTIONS.get(self.selection, ("", self.draw or "sample"))[1]
 
     @property
     def smoothed(self) -> str:
-        """How the entropy is smoothed: by `smoothing`; as published, only where positions are sampled."""
+        """How entropies are smoothed: by `smoothing`, or as published, which smooths only where positions are sampled."""
         if not self.published:
             return self.smoothing
         return "published" if self.drawn == "sample" else "none"
 
     @property
     def window(self) -> int:
-        """Odd width of the entropy pooling."""
+        """The odd width of the window that entropies are averaged over."""
         K = self.rollout_length
         return self.smoothing_window if self.smoothing_window is not None else K + 1 - K % 2
 
     @property
     def group(self) -> str:
-        """`sequence` or `position`, with `auto` resolved."""
+        """The group that advantages are formed in, `sequence` or `position`; `auto` is resolved."""
         if self.advantage_group != "auto":
             return self.advantage_group
         return "sequence" if self.num_generations == 1 else "position"
 
     @property
     def shortest(self) -> int:
-        """Tokens a sequence needs for one position: a prefix, the position itself, and its continuation. With `published`: the position,
-        `min_prefix` tokens at the end, and a token for each chunk."""
+        """The tokens that a sequence needs for one position: a prefix, the position itself, and its continuation. With `published`: the
+        position and `min_prefix` tokens at the end, and at least a token for each chunk."""
         if self.published:
             return max(self.min_prefix + 1, self.positions_per_sequence)
         return self.min_prefix + 1 + self.rollout_length
@@ -338,7 +335,7 @@ class NSPConfig:
             raise SettingError(f"{error}{_way_out(name, overrides, error.names)}", error.names) from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if value == math.inf:
         return "inf"  # JSON has no other word for it
     if isinstance(value, list | tuple):
@@ -350,7 +347,7 @@ def _plain(value: Any) -> Any:
 
 
 def _way_out(name: str, given: Mapping[str, Any], refused: Sequence[str]) -> str:
-    """Say what helps where a preset has set what others given beside it leave without a reader; nothing where it has not."""
+    """Say what helps where a preset has set what the settings given with it leave unread; say nothing where it has not."""
     sets = preset_settings(name)
     unwanted = [n for n in refused if n in sets and given.get(n, sets[n]) == sets[n]]
     if not unwanted:
@@ -372,14 +369,14 @@ def _goes(settings: Mapping[str, Any]) -> bool:
 
 
 def preset_settings(name: str) -> dict[str, Any]:
-    """What a preset sets. RefineError for an unknown name."""
+    """Return what a preset sets. RefineError for an unknown name."""
     if name not in PRESETS:
         raise RefineError(f"no preset {name!r}{closest(name, PRESETS)}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def check_known(names: Iterable[str], known: Iterable[str]) -> None:
-    """RefineError for the first name that is no setting."""
+    """Refuse the first name that is no setting. The RefineError names the nearest one."""
     known = list(known)
     for name in names:
         if name not in known:

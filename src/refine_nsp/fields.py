@@ -15,49 +15,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from refine_nsp.errors import RefineError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Who reads a setting, as a condition on the object that holds it. `a & b` reads where both do.
+    """The condition under which a setting is read, on the object that holds it. `a & b` holds where both do.
 
     Attributes:
         words: the condition as an error message names it, such as "estimator='sampled'".
-        reads: takes the settings object, says whether the condition holds.
+        holds: takes the settings object.
+        others: the conditions that must hold as well.
     """
 
     words: str
-    reads: Callable[[Any], bool]
-    _and: tuple[Reader, ...] = ()
+    holds: Callable[[Any], bool]
+    others: tuple[Reader, ...] = ()
 
     def __and__(self, other: Reader) -> Reader:
-        return Reader(self.words, self.reads, (*self._and, other))
+        return Reader(self.words, self.holds, (*self.others, other))
 
     def __call__(self, settings: object) -> bool:
         return not self.missing(settings)
 
     def missing(self, settings: object) -> list[str]:
         """List the conditions that do not hold, in words; an empty list means that the setting is read."""
-        own = [] if self.reads(settings) else [self.words]
-        return own + [words for other in self._and for words in other.missing(settings)]
+        own = [] if self.holds(settings) else [self.words]
+        return own + [words for other in self.others for words in other.missing(settings)]
 
 
 ALWAYS = Reader("any settings", lambda settings: True)
 
 
-class Notes(Mapping[str, Any]):
+class Notes(Mapping[str, object]):
     """The metadata of a field: `common`, `card`, `resume`, `read_by`, `also` and `help` (see `setting`).
 
     Iterating gives `help` alone: transformers' HfArgumentParser hands `dict(field.metadata)` to argparse, which knows none of the others.
     """
 
-    def __init__(self, **known: Any) -> None:
+    def __init__(self, **known: object) -> None:
         self._known = known
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> object:
         return self._known[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -84,7 +88,17 @@ def notes(
     return Notes(**known, **({} if help is None else {"help": help}))
 
 
-def setting(default: Any = MISSING, *, default_factory: Any = MISSING, **told: Any) -> Any:
+def setting(
+    default: object = MISSING,
+    *,
+    default_factory: Callable[[], object] | None = None,
+    read_by: Reader = ALWAYS,
+    also: str = "",
+    common: bool = False,
+    card: bool = False,
+    resume: bool = False,
+    help: str | None = None,
+) -> Any:
     """Declare a dataclass field with what is to be known of it.
 
     Args:
@@ -96,13 +110,14 @@ def setting(default: Any = MISSING, *, default_factory: Any = MISSING, **told: A
         resume: the weights after a step depend on it, so a resumed run is compared by it.
         help: what the command line says of it, where the dataclass' docstring does not.
     """
-    given = {} if default is MISSING else {"default": default}
-    given |= {} if default_factory is MISSING else {"default_factory": default_factory}
-    return field(**given, metadata=notes(**told))
+    metadata = notes(read_by=read_by, also=also, common=common, card=card, resume=resume, help=help)
+    if default_factory is not None:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class SettingError(RefineError):
-    """Settings that do not go with the others. names: which."""
+    """Settings do not go with the others. names: which."""
 
     def __init__(self, message: str, names: Collection[str]) -> None:
         super().__init__(message)
@@ -110,26 +125,26 @@ class SettingError(RefineError):
 
 
 def is_known(f: Field[Any]) -> bool:
-    """Whether a field was declared by `setting`."""
+    """Tell whether a field was declared by `setting`."""
     return "read_by" in f.metadata
 
 
-def told(cls: Any, key: str) -> tuple[str, ...]:
-    """List a dataclass' fields, in their order, whose metadata has `key` ("common", "card" or "resume")."""
+def told(cls: type[DataclassInstance], key: Literal["common", "card", "resume"]) -> tuple[str, ...]:
+    """List a dataclass' fields, in their order, whose metadata has `key`."""
     return tuple(f.name for f in fields(cls) if is_known(f) and f.metadata[key])
 
 
-def default_of(f: Field[Any]) -> Any:
+def default_of(f: Field[Any]) -> object:
     """Return the value that a field has unless another is given; MISSING where it must be given."""
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def live(settings: Any) -> frozenset[str]:
+def live(settings: DataclassInstance) -> frozenset[str]:
     """Name the fields that these settings read. Fields not declared by `setting` count as read."""
     return frozenset(f.name for f in fields(settings) if not is_known(f) or f.metadata["read_by"](settings))
 
 
-def unread(settings: Any) -> dict[str, tuple[str, ...]]:
+def unread(settings: DataclassInstance) -> dict[str, tuple[str, ...]]:
     """Find the fields that differ from their default although nothing reads them: for each, the conditions that do not hold."""
     found = {}
     for f in fields(settings):
@@ -138,7 +153,7 @@ def unread(settings: Any) -> dict[str, tuple[str, ...]]:
     return {name: missing for name, missing in found.items() if missing}
 
 
-def check_read(settings: Any) -> None:
+def check_read(settings: DataclassInstance) -> None:
     """Refuse settings that nothing reads; their default is accepted everywhere.
 
     Raises:

@@ -76,7 +76,7 @@ def test_evaluate_takes_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for settings in ({}, {"longbench": None}, {"longbench": str(tmp_path / HUB_NAME)}):
         task = build_tasks(EvaluationArguments(tasks=["qasper"], **settings), None)[0]
-        assert len(task.ids()) == 3
+        assert len(task.questions()) == 3
 
 
 def test_a_script_s_rows_are_taken_from_its_parquet_branch(monkeypatch):

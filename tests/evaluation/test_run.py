@@ -244,8 +244,8 @@ def test_test_time_training_in_an_evaluation_restores_and_side_by_side_is_alone(
     found = []
     for together in (1, 3):
         context = Context(model, tokenizer, 4096, refine_nsp.TestTimeTrainer(model, config), together)
-        found.append({r.id: r.output for r in task.rows(task.ids(), context)})
-    plain = {r.id: r.output for r in task.rows(task.ids(), Context(model, tokenizer, 4096))}
+        found.append({r.id: r.output for r in task.rows(list(task.questions()), context)})
+    plain = {r.id: r.output for r in task.rows(list(task.questions()), Context(model, tokenizer, 4096))}
     assert found[0] == found[1] and found[0].keys() == plain.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -38,8 +38,7 @@ def test_inverse_cdf_follows_the_weights_and_never_draws_zero_weight():
     assert set(inverse_cdf(weights.expand(3, -1), edges).tolist()) <= {1, 3, 4}
 
 
-@pytest.mark.parametrize("selection", ["entropy", "uniform"])
-@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize(("selection", "tau"), [("entropy", 1.0), ("entropy", 0.5), ("uniform", 1.0)])
 def test_positions_follow_a_softmax_in_each_chunk(selection, tau):
     T, P, K = 43, 3, 5
     config = NSPConfig(positions_per_sequence=P, rollout_length=K, min_prefix=4, selection=selection, tau=tau)
@@ -269,14 +268,14 @@ def test_clip_higher_kl_entropy_and_missing_positions():
 
 def test_every_name_has_its_function():
     from refine_nsp.config import PUBLISHED_SELECTIONS, choices_of
-    from refine_nsp.nsp.forward import PASSES
+    from refine_nsp.nsp.schedule import SCHEDULES
     from refine_nsp.nsp.selection import DRAWS, SCORES
     from refine_nsp.training.phases import PHASES
     from refine_nsp.training.test_time import TestTimeConfig
 
     names = choices_of(NSPConfig)
     assert set(names["selection"]) == {*SCORES, *PUBLISHED_SELECTIONS}
-    assert set(names["draw"]) - {None} == set(DRAWS) and set(names["schedule"]) == set(PASSES)
+    assert set(names["draw"]) - {None} == set(DRAWS) and set(names["schedule"]) == {"auto", *SCHEDULES}
     assert set(PUBLISHED_SELECTIONS.values()) <= {(score, draw) for score in SCORES for draw in DRAWS}
     assert set(choices_of(TestTimeConfig)["objective"]) == set(PHASES)
 

@@ -185,7 +185,7 @@ def test_a_prompt_too_short_to_adapt_to_is_named(tmp_path):
     name = write(tmp_path / "p.jsonl", [{"prompt": "a " * 90, "answer": "b"}, {"prompt": "a", "answer": "b"}])
     (task,) = build_tasks(EvaluationArguments(tasks=["prompts"], prompts=name, prompts_budget=1), tokenizer)
     context = Context(model, tokenizer, 1000, TestTimeTrainer(model, TestTimeConfig()))
-    rows = task.rows(task.ids(), context)
+    rows = task.rows(list(task.questions()), context)
     next(rows)
     with pytest.raises(RefineError, match=r"p.jsonl, row 1: a prompt of \d+ tokens cannot be adapted to"):
         next(rows)

@@ -164,15 +164,19 @@ def test_packed_documents_stay_rows_of_their_own():
 def test_packing_does_not_change_the_loss(family):
     from refine_nsp.config import NSPConfig
     from refine_nsp.nsp.forward import run
-    from refine_nsp.nsp.records import Batch
+    from refine_nsp.nsp.records import Batch, Learning, Work
 
     model = build(family)
     g = torch.Generator().manual_seed(0)
     windows = [torch.randint(1, 64, (n,), generator=g).tolist() for n in (30, 12, 45, 8)]
     batch = collate(packed_examples(windows, 60))
     with torch.no_grad():
-        together = run(model, Batch.of(batch["input_ids"], batch["lengths"]), NSPConfig(), 1.0).loss_ntp
-        alone = sum(run(model, Batch.of(torch.tensor([w])), NSPConfig(), 1.0).loss_ntp for w in windows)
+
+        def loss(sequences):
+            return run(Work(model, sequences, NSPConfig(), learning=Learning(ntp_normalizer=1.0))).loss_ntp
+
+        together = loss(Batch.of(batch["input_ids"], batch["lengths"]))
+        alone = sum(loss(Batch.of(torch.tensor([w]))) for w in windows)
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 

@@ -19,7 +19,7 @@ CONFIG = NSPConfig(min_prefix=5, positions_per_sequence=2, rollout_length=3)
 def documented() -> type[NextToken]:
     """The class in the module's docstring."""
     _, _, rest = phases.__doc__.partition("something else):\n\n")
-    code, _, _ = textwrap.dedent(rest).partition("\nReFINETrainer(")
+    code = textwrap.dedent(rest.partition("\n    ReFINETrainer(")[0])
     assert "._" not in code and len(code.strip().splitlines()) < 15
     scope: dict = {}
     exec(code, scope)

@@ -796,8 +796,8 @@ def test_a_schedule_free_optimizer_is_told_when_it_is_validated(tmp_path):
 
 def test_settings_of_adapters_or_test_time_without_them_are_refused(capsys):
     for argv, said in (
-        (["midtrain", "--lora_r", "8"], "lora_r=8 is for adapters, and this run trains all weights; add --use_peft"),
-        (["posttrain", "--lora_target_modules", "q_proj"], "add --use_peft"),
+        (["midtrain", "--lora_r", "8"], r"nothing reads lora_r=8 \(it needs use_peft\)"),
+        (["posttrain", "--lora_target_modules", "q_proj"], "it needs use_peft"),
         (
             ["evaluate", "refine-nsp/tiny-delta-net", "--ttt_learning_rate", "1e-3"],
             "ttt_learning_rate=0.001 changes nothing .* add --ttt",

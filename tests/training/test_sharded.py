@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.export import export_checkpoint
-from refine_nsp.training.run_checks import for_shards
 from tests.children import run_side_by_side
 from tests.models.families import build
 from tests.training.jobs import JOBS
@@ -161,13 +161,13 @@ def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
 @pytest.mark.parametrize(("family", "settings"), [("delta_net", {"segment_tokens": 17}), ("qwen3_next", {})])
 def test_rollouts_from_segments_are_sampled_in_a_pass_of_their_own_in_shards(tmp_path, family, settings):
     model, nsp = trainer(tmp_path, family).model, NSPConfig(schedule="fused", **settings)
-    assert for_shards(model, nsp) == replace(nsp, schedule="snapshot")
+    assert with_schedule(nsp, Needs(shards=model)) == replace(nsp, schedule="snapshot")
     closed = NSPConfig.preset("expected", **settings)
-    assert for_shards(model, closed) is closed
-    assert for_shards(build("delta_net"), NSPConfig(schedule="fused")).schedule == "fused"
+    assert with_schedule(closed, Needs(shards=model)) is closed
+    assert with_schedule(NSPConfig(schedule="fused"), Needs(shards=build("delta_net"))).schedule == "fused"
 
 
 def test_rollouts_of_a_hybrid_by_segments_are_refused_in_shards(tmp_path):
     """Each segment would be cut at the positions of its process."""
     with pytest.raises(RefineError, match=r"segment_tokens=17: rollouts of qwen3_next .*leave segment_tokens out"):
-        for_shards(trainer(tmp_path, "qwen3_next").model, NSPConfig(segment_tokens=17))
+        with_schedule(NSPConfig(segment_tokens=17), Needs(shards=trainer(tmp_path, "qwen3_next").model))

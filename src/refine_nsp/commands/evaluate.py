@@ -123,7 +123,7 @@ def harness_row(sample: dict[str, Any]) -> Row:
 
 def plan(tasks: Sequence[Task], arguments: EvaluationArguments) -> Table:
     """What a dry run shows."""
-    rows: list[list[Cell]] = [[t.name, len(t.ids())] for t in tasks]
+    rows: list[list[Cell]] = [[t.name, len(t.questions())] for t in tasks]
     rows += [[f"lm_eval:{n}", "as lm-eval has"] for n in harness_names(arguments)]
     notes = [note for t in tasks for note in t.notes]
     return Table("Dry run: nothing was answered or written", ["task", "examples"], rows, notes)

@@ -1,4 +1,4 @@
-"""The settings of an evaluation: which tasks there are, by name, and which task reads what."""
+"""Declare the settings of an evaluation: the names of its tasks, and which tasks read which setting."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ NAMES = (*ruler.TASKS, *longbench.TASKS, *likelihood.TASKS, *GROUPS["documents"]
 PROTOCOLS = ("standard", "published")
 
 
-# Who reads settings of an evaluation: the tasks that are asked for.
+# The tasks that are asked for read the settings of an evaluation.
 def resolved(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of tasks, those of a group in its place."""
+    """Return the names of tasks, each group replaced by its tasks."""
     return tuple(dict.fromkeys(name for task in tasks for name in GROUPS.get(task, (task,))))
 
 
@@ -52,33 +52,33 @@ DRAWN = Reader(
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate on, and how.
+    """Say what a model is evaluated on, and how.
 
     Attributes:
         tasks: names or groups (`ruler`, `niah`, `longbench`, `longbench_14`, `short_context`, `documents`, `prompts`), or
             `lm_eval:NAME` for any task of lm-eval.
-        protocol: `standard`: greedy, each task's own budget. `published`: as the paper's code does (prompts without BOS, sampled at
+        protocol: `standard`: greedy answers with each task's own budget. `published`: as the paper's code (prompts without BOS, sampled at
             temperature 1 among the 50 likeliest, 32 new tokens, QA scored on the first line only) on QA prompts and LongBench.
-        lengths: RULER: prompt and answer together, in tokens.
-        samples: RULER: examples per task and length.
-        depths: RULER: fixed depths (0..1) of the needle asked for, each with `samples` examples; default: random.
-        essays: RULER: haystack text (file, folder, hub name); default: Python's reference documentation.
-        squad, hotpotqa: RULER qa_1 and qa_2: questions on documents (json as published, jsonl, parquet, hub name).
-        longbench: LongBench's rows: a folder of its files, or a data set of the hub.
+        lengths: the lengths of RULER's tasks, prompt and answer together, in tokens.
+        samples: RULER's examples for each task and length.
+        depths: fixed depths (0..1) of the needle that RULER asks for, each with `samples` examples; default: random depths.
+        essays: the text of RULER's haystack (file, folder, hub name); default: Python's reference documentation.
+        squad, hotpotqa: questions on documents for RULER's qa_1 and qa_2 (json as published, jsonl, parquet, hub name).
+        longbench: LongBench's rows, in a folder of its files or a data set of the hub.
         prompts: a file of ready-made prompts and answers.
-        prompts_metric: `any_match`, `fraction_match`, `f1` or `exact_match`, the main figure of ready-made prompts.
-        prompts_budget: tokens to generate where the file does not say.
+        prompts_metric: the main figure of ready-made prompts: `any_match`, `fraction_match`, `f1` or `exact_match`.
+        prompts_budget: tokens to generate where the file of prompts does not say.
         documents: text for `ntp` and `continuation` (file, folder, glob, hub name).
-        text_column: its column.
+        text_column: the column of the text of documents and essays.
         document_tokens: tokens taken from each document (0: all).
-        window: `ntp`: windows of so many tokens, half of each only read (0: the whole document, state carried on).
-        bucket: `ntp`: figures by position, in so many tokens.
-        short_context: folder with piqa.jsonl, arc_easy.jsonl, ...
-        limit: at most so many examples per task (0: all).
-        max_prompt_tokens: longer prompts lose their middle, by the published protocol their end (0: no limit).
-        batch_tokens: prompt tokens per batch: bounds the memory.
-        seed: of generated prompts and of sampling.
-        num_proc: processes that build RULER prompts.
+        window: tokens of a window in which `ntp` reads documents, the first half only as context (0: whole documents, the state carried).
+        bucket: tokens of a bucket of positions for which `ntp` gives figures.
+        short_context: a folder with piqa.jsonl, arc_easy.jsonl, ...
+        limit: at most so many examples for each task (0: all).
+        max_prompt_tokens: longer prompts lose their middle, or by the published protocol their end (0: no limit).
+        batch_tokens: prompt tokens of a batch, which bound the memory.
+        seed: the seed of generated prompts and of sampling.
+        num_proc: processes that build RULER's prompts.
     """
 
     tasks: list[str] = setting(default_factory=list, common=True)
@@ -111,7 +111,7 @@ class EvaluationArguments:
             check_read(self)
 
     def check(self) -> None:
-        """RefineError for a value that cannot be meant."""
+        """Raise RefineError for a value that no task could use."""
         if not self.tasks:
             raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
         if self.protocol not in PROTOCOLS:
@@ -131,7 +131,7 @@ class EvaluationArguments:
             raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
 
     def names(self) -> list[str]:
-        """Task names, groups resolved; RefineError for an unknown one, naming the nearest."""
+        """List the names of the tasks, groups resolved. Raises RefineError for an unknown one, naming the nearest."""
         for name in self.tasks:
             if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
                 raise RefineError(

@@ -19,7 +19,7 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.greedy import greedy_match
-from refine_nsp.nsp.records import Batch, uniforms
+from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -99,13 +99,14 @@ def _token_figures(model: CausalModel, hidden: Tensor, targets: Tensor) -> Tenso
 @torch.no_grad()
 def continuation_match(model: CausalModel, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
     """Measure the share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions."""
-    forward = run(model, Batch.of(torch.as_tensor(list(ids), device=model.device)[None]), config, 1.0)
+    batch = Batch.of(torch.as_tensor(list(ids), device=model.device)[None])
+    forward = run(Work(model, batch, config, learning=Learning(ntp_normalizer=1.0)))
     u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))
-    entropy = smooth_entropy(forward.entropy, forward.batch, config)
+    entropy = smooth_entropy(forward.entropy, batch, config)
     figures: dict[str, float] = {}
     anywhere, greatest = replace(config, selection="uniform", draw=None), replace(config, selection="argmax", draw=None)
     for name, scores, how in (("random", torch.zeros_like(entropy), anywhere), ("high_entropy", entropy, greatest)):
-        positions = select_positions(scores, forward.batch, u, how)
+        positions = select_positions(scores, batch, u, how)
         match, similarity, places = greedy_match(forward, positions, config.rollout_length)
         figures[f"match_{name}"], figures[f"cosine_{name}"] = match / max(1, places), similarity / max(1, places)
     return figures

@@ -65,7 +65,9 @@ def evaluate(
         answer_missing(task, missing[task.name], context, out, state, quiet)
     state.wait_for_everyone()
     results = [
-        summarise(task.name, [rows[i] for i in task.ids()], task.notes) for task in tasks for rows in [read_rows(out, task.name)]
+        summarise(task.name, [rows[i] for i in task.questions()], task.notes)
+        for task in tasks
+        for rows in [read_rows(out, task.name)]
     ]
     if state.is_main_process:
         seconds = time.monotonic() - started
@@ -96,7 +98,7 @@ def missing_ids(task: Task, out: Path) -> list[str]:
             f"{out} holds an answer called {other!r} to a question that is not asked any more (its prompt, references or text changed "
             "since, or an earlier release named it); choose another --output_dir, or remove it"
         )
-    return [i for i in task.ids() if i not in known]
+    return [i for i in asked if i not in known]
 
 
 def answer_missing(task: Task, missing: Sequence[str], context: Context, out: Path, state: PartialState, quiet: bool) -> None:
@@ -134,15 +136,8 @@ def read_rows(out: Path, task: str) -> dict[str, Row]:
             with expecting("an answer with its scores on every line", path):
                 row = Row(**record)
                 check_row(row)
-                rows.setdefault(
-                    str(row.id),
-                    replace(
-                        row,
-                        scores={str(k): float(v) for k, v in row.scores.items()},
-                        weight=float(row.weight),
-                        meta=dict(row.meta),
-                    ),
-                )
+                scores = {str(name): float(value) for name, value in row.scores.items()}
+                rows.setdefault(str(row.id), replace(row, scores=scores, weight=float(row.weight), meta=dict(row.meta)))
     return rows
 
 

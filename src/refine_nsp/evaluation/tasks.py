@@ -17,7 +17,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.evaluation import likelihood, longbench
 from refine_nsp.evaluation.arguments import GROUPS, EvaluationArguments
 from refine_nsp.evaluation.documents import continuation_match, score_document
-from refine_nsp.evaluation.text_metrics import MATCHES, any_match, fraction_match, published_any_match
+from refine_nsp.evaluation.text_metrics import MATCHES, published_any_match
 from refine_nsp.models.generation import Decoding, Request, answer_all, decode, end_tokens, prefill
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.prompts import ruler
@@ -92,14 +92,12 @@ class Context:
 
 
 class Task(Protocol):
-    """Know the ids of all examples and what they ask, and yield rows for some of the ids; `notes` belong under the task's table."""
+    """Know what each example asks, by id, and yield rows for some of the ids; `notes` belong under the task's table."""
 
     name: str
     notes: list[str]
 
     def questions(self) -> dict[str, str]: ...
-
-    def ids(self) -> list[str]: ...
 
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]: ...
 
@@ -128,9 +126,6 @@ class GenerationTask:
     def questions(self) -> dict[str, str]:
         """Return the digest of each prompt with its references, by id."""
         return {e.id: digest(e.prompt, e.template, e.references) for e in self.examples}
-
-    def ids(self) -> list[str]:
-        return [e.id for e in self.examples]
 
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
         """Answer prompts and score the answers. With `context.adapter` each prompt is answered by the weights adapted to it."""
@@ -194,14 +189,6 @@ class GenerationTask:
         return Row(e.id, output, e.references, self.score(output, e.references), 1.0, meta)
 
 
-def _ruler_scores(output: str, references: Sequence[str]) -> Scores:
-    return {"fraction_match": fraction_match(output, references), "any_match": any_match(output, references)}
-
-
-def _qa_scores(output: str, references: Sequence[str]) -> Scores:
-    return {"any_match": any_match(output, references), "fraction_match": fraction_match(output, references)}
-
-
 def _published_qa(output: str, references: Sequence[str]) -> Scores:
     return {"any_match": published_any_match(output, references)}
 
@@ -211,7 +198,8 @@ def truncate_right(ids: Sequence[int], limit: int) -> list[int]:
     return list(ids[:limit])
 
 
-def _prompt_scores(main: str) -> Callable[[str, Sequence[str]], Scores]:
+def _match_scores(main: str) -> Callable[[str, Sequence[str]], Scores]:
+    """Make a function that scores an answer by the metric `main` first, then by any and by fraction of its references."""
     order = [main, *(m for m in ("any_match", "fraction_match") if m != main)]
     return lambda output, references: {m: MATCHES[m](output, references) for m in order}
 
@@ -236,9 +224,6 @@ class ChoiceTask:
         """Return the digest of each example's texts and its right choice, by id."""
         return {e.id: digest(e.pairs, e.label) for e in self.examples}
 
-    def ids(self) -> list[str]:
-        return [e.id for e in self.examples]
-
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
         chosen = [e for e in self.examples if e.id in set(wanted)]
         scored = likelihood.choice_scores(context.model, context.tokenizer, chosen, context.batch_tokens, context.on_tokens)
@@ -260,10 +245,7 @@ class DocumentTask:
         """Return the digest of each text and of how much of it counts, by id."""
         a = self.arguments
         taken = (a.document_tokens,) if self.name == "ntp" else (a.document_tokens, a.window, a.seed)
-        return {key: digest(text, *taken) for key, text in zip(self.ids(), self.texts, strict=True)}
-
-    def ids(self) -> list[str]:
-        return [f"{self.name}-{i}" for i in range(len(self.texts))]
+        return {f"{self.name}-{i}": digest(text, *taken) for i, text in enumerate(self.texts)}
 
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
         a = self.arguments
@@ -321,8 +303,8 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
         built = ruler.build_ruler(wanted, a.lengths, a.samples, tokenizer, sources, a.seed, a.depths, a.num_proc, left_out)
         for name, examples in built.items():
             as_paper = published and name in ruler.QA_TASKS  # the paper's code has no rules for needle tasks
-            qa_score = _published_qa if as_paper else _qa_scores
-            generation(name, examples, qa_score if name in ruler.QA_TASKS else _ruler_scores, as_paper)
+            score = _published_qa if as_paper else _match_scores("any_match" if name in ruler.QA_TASKS else "fraction_match")
+            generation(name, examples, score, as_paper)
             tasks[name].notes.extend(left_out.get(name, []))
     wanted = [n for n in names if n in longbench.TASKS]
     if wanted:
@@ -332,7 +314,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
         if a.prompts is None:
             raise RefineError("the task `prompts` needs a file: --prompts")
         for name, examples in read_prompts(a.prompts, a.prompts_budget).items():
-            generation(name, examples, _published_qa if published else _prompt_scores(a.prompts_metric), published)
+            generation(name, examples, _published_qa if published else _match_scores(a.prompts_metric), published)
     for name in (n for n in names if n in likelihood.TASKS):
         if a.short_context is None:
             raise RefineError(f"{name} needs a folder with {name}.jsonl: --short_context (or `lm_eval:{name}` with the hub)")

@@ -1,4 +1,4 @@
-"""Fast-weight language models as transformers models; importing this package registers them with the Auto classes."""
+"""Fast-weight language models are transformers models here; importing this package registers them with the Auto classes."""
 
 from refine_nsp.models.borrowed.classes import with_states
 from refine_nsp.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM, DeltaNetModel

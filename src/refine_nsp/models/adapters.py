@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them: found, checked, and put on the model they were trained for.
+"""Find LoRA adapters as PEFT writes them, check them, and put them on the model they were trained for.
 
 A folder with adapter_config.json holds no model: it names its base, which may be such a folder again. It is read as models are: JSON and
 safetensors, nothing that could run code.
@@ -41,7 +41,7 @@ ONE_NAME = "default"  # PEFT saves the adapter of this name in a run's folder it
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter. where: as it was named; folder: the one with its two files; base, revision: the model it belongs on."""
+    """Names a checked adapter. where: as it was given; folder: the one with its two files; base, revision: the model it belongs on."""
 
     where: str
     folder: Path
@@ -50,7 +50,7 @@ class Adapter:
 
 
 class AdaptedLayer(Protocol):
-    """What is asked of a layer with LoRA: `peft.tuners.lora.LoraLayer`, which is imported only where it is needed."""
+    """States what is asked of a layer with LoRA, PEFT's `LoraLayer`, which is imported only where it is needed."""
 
     lora_bias: Mapping[str, bool]
     lora_dropout: Mapping[str, nn.Module]

@@ -1,4 +1,4 @@
-"""Blocks, the layer loop and the language-model head that all fast-weight language models share.
+"""All fast-weight language models share these blocks, this layer loop and this language-model head.
 
 A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer. Padding is dealt with once, in `layout.py`: real tokens are moved to the left, rows
 carry their lengths, and outputs are moved back, so that no mixer ever sees a pad between real tokens and none writes to a state. Lengths,
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.branches import Branches
-from refine_nsp.models.document_marks import MARKS
+from refine_nsp.models.document_marks import MARKS, split_marks, takes_marks
 from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
@@ -91,7 +91,7 @@ class Mixer(StateMixer, Protocol):
 if TYPE_CHECKING:
 
     class FamilyConfig(PreTrainedConfig):
-        """The fields that blocks and head read of every family's configuration."""
+        """Declares the fields that blocks and head read of every family's configuration."""
 
         vocab_size: int
         hidden_size: int
@@ -125,7 +125,7 @@ class FastWeightBlock(GradientCheckpointingLayer):
 
 
 class HasInitialWeights(Protocol):
-    """A module that draws its own weights."""
+    """Draws its own weights at the start."""
 
     def init_weights_(self) -> None: ...
 
@@ -162,7 +162,7 @@ def refuse_unsupported(config: PreTrainedConfig, required: Mapping[str, tuple[ob
 
 
 class FastWeightModel(FastWeightPreTrainedModel):
-    """A trunk of embedding, blocks and final norm. A family names its `mixer_class`, whose instances are `Mixer`s."""
+    """Runs embedding, blocks and final norm. A family names its `mixer_class`, whose instances are `Mixer`s."""
 
     mixer_class: ClassVar[Callable[..., Mixer]]
     cuts_at_positions = False
@@ -179,17 +179,17 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     @property
     def label(self) -> str:
-        """What messages call the model."""
+        """Name the model in messages."""
         return f"{self.config.model_type} ({type(self).__name__})"
 
     @property
     def mixers(self) -> list[Mixer]:
-        """The mixer of each layer; where PEFT adapts a mixer's own parameters, the one inside its wrapper."""
+        """List the mixer of each layer; where PEFT adapts a mixer's own parameters, the one inside its wrapper."""
         return [_unwrapped(cast(FastWeightBlock, layer).attn) for layer in self.layers]
 
     @property
     def kernels(self) -> str:
-        """What computes the model, and why, in one line."""
+        """Say what computes the model, and why, in one line."""
         exceptions = sorted({mixer.without_kernels for mixer in self.mixers if mixer.without_kernels is not None})
         return "; ".join([str(chosen()), *(exceptions if chosen().name == "fla" else [])])
 
@@ -199,6 +199,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings = value
 
+    @takes_marks
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -210,14 +211,6 @@ class FastWeightModel(FastWeightPreTrainedModel):
         lengths: Tensor | None = None,
         snapshot_positions: Tensor | None = None,
         output_states: bool = False,
-        position_ids: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        cu_seqlens: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cache_position: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> FastWeightModelOutput | tuple[object, ...]:
@@ -240,11 +233,8 @@ class FastWeightModel(FastWeightPreTrainedModel):
             RefineError: both or neither of input_ids and inputs_embeds, a foreign cache, positions out of range, bad masks, marks of
                 documents that contradict each other, or a keyword that nobody reads.
         """
-        refuse_unknown(type(self).forward, kwargs)
-        marks = {
-            "position_ids": position_ids, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "cu_seqlens": cu_seqlens,
-            "max_length_q": max_length_q, "max_length_k": max_length_k, "seq_idx": seq_idx, "cache_position": cache_position,
-        }  # fmt: skip
+        marks, others = split_marks(kwargs)
+        refuse_unknown(type(self).forward, others)
         if past_key_values is not None and not isinstance(past_key_values, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past_key_values).__name__}")
         out = run_in_rows(
@@ -311,7 +301,7 @@ def _unwrapped(mixer: Mixer) -> Mixer:
 
 
 class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
-    """A trunk and its language-model head. `generate()` works as for any causal model, also batched with left padding."""
+    """Puts a language-model head on a trunk. `generate()` works as for any causal model, also batched with left padding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     trunk_class: ClassVar[type[FastWeightModel]]
@@ -338,6 +328,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
     def get_decoder(self) -> FastWeightModel:
         return self.model
 
+    @takes_marks
     def forward(
         self: CausalModel,
         input_ids: Tensor | None = None,
@@ -353,14 +344,6 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         output_states: bool = False,
         step: Callable[[CausalModel], object] | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        cu_seqlens: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cache_position: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> object:
@@ -377,13 +360,12 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         """
         if step is not None:
             return step(self)
-        refuse_unknown(FastWeightForCausalLM.forward, kwargs)
+        marks, others = split_marks(kwargs)
+        refuse_unknown(FastWeightForCausalLM.forward, others)
         out = self.model(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache,
             output_hidden_states=output_hidden_states, lengths=lengths, snapshot_positions=snapshot_positions,
-            output_states=output_states, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
-            max_length_q=max_length_q, max_length_k=max_length_k, cu_seqlens=cu_seqlens, seq_idx=seq_idx, cache_position=cache_position,
-            return_dict=True,
+            output_states=output_states, return_dict=True, **marks,
         )  # fmt: skip
         return as_asked(_with_logits(self.lm_head, out, labels, logits_to_keep, num_items_in_batch), return_dict, self.config)
 

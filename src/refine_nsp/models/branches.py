@@ -1,4 +1,4 @@
-"""Rows that continue from states token by token: the rollouts of a prefix."""
+"""Continue rows from states token by token: the rollouts of a prefix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refine_nsp.models.state import FastWeightCache
 
 
 class Branches:
-    """R = S*n rows that continue together from S states, a token at a time; `Trunk.branch` makes them."""
+    """Continues R = S*n rows together from S states, a token at a time; `Trunk.branch` makes it."""
 
     def __init__(self, model: Trunk, cache: FastWeightCache, n: int) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""The short convolutions, the read-out and the traces that DeltaNet and Gated DeltaNet share."""
+"""DeltaNet and Gated DeltaNet share these short convolutions, this read-out and these traces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refine_nsp.ops.short_conv import short_conv
 
 
 class ShortConv(nn.Module):
-    """A depthwise causal convolution of width W over time, followed by `activation`; its state is the last W - 1 inputs."""
+    """Convolves each channel over time, causally and with width W, then applies `activation`; its state is the last W - 1 inputs."""
 
     def __init__(self, channels: int, width: int, activation: str | None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class GatedRMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class DeltaTrace:
-    """The trace of a delta-rule mixer: its states, and the inputs of its convolutions with their histories."""
+    """Traces a delta-rule mixer: it holds its states, and the inputs of its convolutions with their histories."""
 
     states: DeltaStates | OneToken
     conv_inputs: dict[str, tuple[Tensor, Tensor | None, int]]  # name -> inputs [B, T, D], history [B, W-1, D], width

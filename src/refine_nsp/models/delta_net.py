@@ -1,4 +1,4 @@
-"""DeltaNet (Yang et al. 2024, arXiv 2406.06484): linear attention whose memory is written by the delta rule.
+"""DeltaNet (Yang et al. 2024, arXiv 2406.06484) is linear attention whose memory is written by the delta rule.
 
 Per head, with S in [Dk, Dv]: S <- S + k (beta (v - S'k))', o = S'q / sqrt(Dk). Parameter names and config fields are those of
 flash-linear-attention's `delta_net`, so its checkpoints load unchanged.
@@ -27,7 +27,7 @@ from refine_nsp.ops.norm import l2_norm
 
 
 class DeltaNetConfig(FamilyConfig):
-    """The configuration of DeltaNet, with the fields and defaults of flash-linear-attention's `delta_net`.
+    """Configures DeltaNet, with the fields and defaults of flash-linear-attention's `delta_net`.
 
     `attn_mode`, `fuse_*`, `use_output_norm` and `max_position_embeddings` do not change what is computed (as there).
     `attn` (softmax-attention layers), `attnres_block_size` and `use_l2warp` are refused when set.
@@ -104,7 +104,7 @@ def sum_norm(x: Tensor) -> Tensor:
 
 
 class DeltaNetMixer(nn.Module):
-    """The delta-rule layer. It turns x [B, T, D] into y [B, T, D] and a trace.
+    """Applies the delta rule: turns x [B, T, D] into y [B, T, D] and a trace.
 
     Its states are `recurrent` [R, H, Dk, Dv] and `conv_*` [R, W-1, D'].
     """

@@ -1,4 +1,4 @@
-"""Marks of the documents packed in one row, as transformers, flash-attention, Mamba-2 and flash-linear-attention give them.
+"""Read the marks of documents packed in one row, as transformers, flash-attention, Mamba-2 and flash-linear-attention give them.
 
 `position_ids` that begin again at 0, `cu_seq_lens_q` and `cu_seq_lens_k` (with `max_length_q`, `max_length_k`) or `cu_seqlens`, which count
 tokens from the first column of all rows, and `seq_idx`, a number for each document, all say where documents begin. Where several are given
@@ -7,7 +7,9 @@ they must agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +23,29 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LONGEST = ("max_length_q", "max_length_k")
 MARKS = ("position_ids", *BOUNDARIES, *LONGEST, "seq_idx")
 
+F = TypeVar("F", bound=Callable[..., object])
+T = TypeVar("T")
+
+
+def takes_marks(forward: F) -> F:
+    """Put the marks into the signature of a `forward` that takes them by **kwargs: transformers' Trainer drops columns not in it."""
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    missing = [name for name in MARKS if name not in signature.parameters]
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    parameters[at:at] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in missing]
+    vars(forward)["__signature__"] = signature.replace(parameters=parameters)
+    return forward
+
+
+def split_marks(keywords: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """Split the keywords of a call into the marks, with `cache_position`, and the others."""
+    names = (*MARKS, "cache_position")
+    return {n: x for n, x in keywords.items() if n in names}, {n: x for n, x in keywords.items() if n not in names}
+
 
 class _RealTokens:
-    """The n real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
+    """Lists the n real tokens of all rows, one behind the other. columns: [n] long, in the flattened input; rows: [n] long."""
 
     def __init__(self, real: Tensor) -> None:
         self.n_rows, self.n_tokens = real.shape

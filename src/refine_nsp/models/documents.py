@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.models.outputs import FastWeightModelOutput
+from refine_nsp.models.padding import by_rows
 from refine_nsp.models.state import FastWeightCache, StatesOfPass
 
 PADS_PER_TOKEN = 0.25  # at most, among documents that run together
@@ -24,7 +25,7 @@ RunRows = Callable[[Tensor, Tensor, "Tensor | None"], FastWeightModelOutput]
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents in B rows of T columns, in their order. All tensors are on the host.
+    """Lists N documents in B rows of T columns, in their order. All tensors are on the host.
 
     A row without a real token has a document without tokens; these come last.
     """
@@ -119,7 +120,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The states wanted of a group's documents: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
+    """Plans the states wanted of a group's documents: after `tokens` [N', P'] of its rows, of which `rows` go to `slots`."""
 
     tokens: Tensor
     rows: Tensor
@@ -131,24 +132,15 @@ def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list
     plans: list[_Wanted | None] = []
     for group in groups:
         row_of = {document: row for row, document in enumerate(group.tolist())}
-        by_row: list[list[int]] = [[] for _ in row_of]
-        places, slots = [], []
-        for slot, (document, token) in enumerate(zip(documents.tolist(), tokens.tolist(), strict=True)):
-            if document in row_of:
-                row = row_of[document]
-                places.append((row, len(by_row[row])))
-                slots.append(slot)
-                by_row[row].append(token)
-        width = max(map(len, by_row))
-        table = torch.tensor([row + [-1] * (width - len(row)) for row in by_row])
-        rows = torch.tensor([row * width + i for row, i in places])
+        slots = [slot for slot, document in enumerate(documents.tolist()) if document in row_of]
+        table, rows = by_rows([row_of[int(documents[slot])] for slot in slots], tokens[slots], len(group))
         plans.append(_Wanted(table, rows, torch.tensor(slots)) if slots else None)
     return plans
 
 
 @dataclass(frozen=True)
 class PackedStates:
-    """The states of a pass over packed rows, by the columns of the input, each of the document that stands there."""
+    """Gives the states of a pass over packed rows by input columns, each that of the document which stands there."""
 
     documents: Documents
     groups: list[Tensor]

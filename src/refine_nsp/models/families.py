@@ -1,4 +1,4 @@
-"""The families by `model_type`, registered with transformers' Auto classes. A new family is added here."""
+"""Register the families, by `model_type`, with transformers' Auto classes. A new family is added here."""
 
 from contextlib import suppress
 

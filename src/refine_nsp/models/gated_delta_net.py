@@ -1,4 +1,4 @@
-"""Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464): the delta rule with a decay of the whole memory per token.
+"""Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464) adds a decay of the whole memory per token to the delta rule.
 
 Per value head, with S in [Dk, Dv]: S <- exp(g) S, then S <- S + k (beta (v - S'k))', o = S'q / sqrt(Dk), with
 g = -exp(A_log) * softplus(a + dt_bias). Parameter names and config fields are those of flash-linear-attention's
@@ -31,7 +31,7 @@ from refine_nsp.ops.norm import l2_norm
 
 
 class GatedDeltaNetConfig(FamilyConfig):
-    """The configuration of Gated DeltaNet, with the fields and defaults of flash-linear-attention's `gated_deltanet`.
+    """Configures Gated DeltaNet, with the fields and defaults of flash-linear-attention's `gated_deltanet`.
 
     `attn_mode`, `fuse_*` and `max_position_embeddings` do not change what is computed (as there). `attn` (softmax-attention
     layers), `attnres_block_size`, `use_l2warp` and another `output_gate_activation` than swish are refused.
@@ -103,7 +103,7 @@ class GatedDeltaNetConfig(FamilyConfig):
 
 
 class GatedDeltaNetMixer(nn.Module):
-    """The gated delta-rule layer. It turns x [B, T, D] into y [B, T, D] and a trace.
+    """Applies the gated delta rule: turns x [B, T, D] into y [B, T, D] and a trace.
 
     Its states are `recurrent` [R, HV, Dk, Dv] and `conv_*` [R, W-1, D'].
     """

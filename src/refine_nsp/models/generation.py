@@ -1,4 +1,4 @@
-"""Answers for many prompts, batched by length and within bounded memory; a prefix that several prompts share is read once.
+"""Answer many prompts, batched by length and within bounded memory; a prefix that several prompts share is read once.
 
 States are exact and of one size, so a prompt is read in blocks of tokens, with the activations of one block at a time, and a shared
 prefix is a state that is copied for each of its continuations.
@@ -30,7 +30,7 @@ SHARED_TOKENS = 128  # a shorter common prefix is not worth a pass of its own
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen: greedily or sampled.
+    """Says how tokens are chosen: greedily, or by sampling.
 
     Sampling is at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest whose probabilities reach `top_p`;
     in that order and with the same ties as transformers' `generate`.
@@ -54,7 +54,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt that waits for its answer.
+    """Asks for the answer to a prompt.
 
     Attributes:
         key: its place among the requests.

@@ -1,4 +1,4 @@
-"""Keywords of `forward` that nobody reads: those that ask for nothing are accepted, every other one is refused by name.
+"""Refuse keywords of `forward` that nobody reads, by name; those that ask for nothing are accepted.
 
 transformers' models swallow what they do not know, so a misspelt `attention_mask` costs a wrong figure and no message.
 """

@@ -1,4 +1,4 @@
-"""LaCT (Zhang et al. 2025, arXiv 2505.23884): sliding-window attention plus large-chunk fast weights in every layer.
+"""LaCT (Zhang et al. 2025, arXiv 2505.23884) has sliding-window attention plus large-chunk fast weights in every layer.
 
 Config fields and parameter names are those of the original `lact_swiglu`, so its checkpoints load unchanged. Chunks are anchored at
 a row's first real token. The state holds the tokens of the open chunk, so decoding crosses chunk boundaries exactly (`ops/lact.py`).
@@ -35,7 +35,7 @@ NORM_EPS = 1e-5  # of the q/k norms and of the read-out norm: the original does 
 
 
 class LaCTConfig(FamilyConfig):
-    """The configuration of LaCT, with the fields and defaults of the original `lact_swiglu`.
+    """Configures LaCT, with the fields and defaults of the original `lact_swiglu`.
 
     `fuse_*`, `last_layer_fuse_norm`, `use_fused_kernel`, `elementwise_affine`, `max_position_embeddings` and `fp32_states` do not
     change what is computed in float32 (fast weights are kept in float32 or better here). Other `ttt_loss_type` or
@@ -118,12 +118,12 @@ class LaCTConfig(FamilyConfig):
 
     @property
     def fw_head_dim(self) -> int:
-        """The width Dk = Dv of a fast-weight head."""
+        """Compute the width Dk = Dv of a fast-weight head."""
         return self.hidden_size // self.num_lact_heads
 
     @property
     def fw_hidden_dim(self) -> int:
-        """The width inside a fast-weight network."""
+        """Compute the width inside a fast-weight network."""
         return int(self.fw_head_dim * self.inter_multi)
 
     @property
@@ -133,7 +133,7 @@ class LaCTConfig(FamilyConfig):
 
 
 class LowRankFastWeight(nn.Module):
-    """An initial fast weight w_left @ w_right + 0.5 I, [H, Dh, D]."""
+    """Makes an initial fast weight w_left @ w_right + 0.5 I, [H, Dh, D]."""
 
     def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class LowRankFastWeight(nn.Module):
 
 @dataclass(frozen=True)
 class LaCTTrace:
-    """The trace of a LaCT mixer: the fast weights' states, and the window's keys and values with those before the pass."""
+    """Traces a LaCT mixer: it holds the fast weights' states, and the window's keys and values with those before the pass."""
 
     states: LaCTStates
     keys: Tensor  # [B, T, Ha, d]
@@ -171,7 +171,7 @@ class LaCTTrace:
 
 
 class LaCTMixer(nn.Module):
-    """The LaCT layer: window attention plus what the fast weights recall. It turns x [B, T, D] into y [B, T, D] and a trace."""
+    """Adds what the fast weights recall to window attention: turns x [B, T, D] into y [B, T, D] and a trace."""
 
     fast_weight_names: tuple[str, ...] = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
     shares_states = True

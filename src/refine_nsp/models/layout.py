@@ -1,4 +1,4 @@
-"""The edge of a trunk: inputs with pads and packed documents become rows of real tokens, and outputs get the caller's layout back."""
+"""Turn inputs with pads and packed documents into rows of real tokens at a trunk's edge, and outputs back into the caller's layout."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ LoadingInfo = Mapping[str, Collection[str | tuple[object, ...]]]  # names that a
 
 
 class Configured(Protocol):
-    """A model with a configuration, whatever wraps it."""
+    """Has a configuration, whether it is a model or wraps one."""
 
     @property
     def config(self) -> PreTrainedConfig: ...

@@ -1,4 +1,4 @@
-"""Outputs of forward passes, and the states that a pass keeps on its way through the layers."""
+"""This file holds the outputs of forward passes, and the states that a pass keeps on its way through the layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, Sta
 
 @dataclass
 class FastWeightModelOutput(ModelOutput):
-    """The output of a trunk.
+    """Holds the output of a trunk.
 
     Attributes:
         last_hidden_state: [B, T, D], after the final norm.
@@ -36,7 +36,7 @@ class FastWeightModelOutput(ModelOutput):
 
 @dataclass
 class FastWeightCausalLMOutput(CausalLMOutputWithPast):
-    """The output of a causal model, as in transformers, with its trunk's `last_hidden_state`, `snapshots` and `states`."""
+    """Holds the output of a causal model, as in transformers, with its trunk's `last_hidden_state`, `snapshots` and `states`."""
 
     last_hidden_state: Tensor | None = None
     snapshots: FastWeightCache | None = None
@@ -62,7 +62,7 @@ def check_rows(past: FastWeightCache, n_rows: int, use_cache: bool) -> None:
 
 
 class Kept:
-    """The states that a pass keeps, layer by layer: after `final` [B, 1], after `tokens` [B, P], and the traces if `everything`."""
+    """Keeps the states of a pass, layer by layer: after `final` [B, 1], after `tokens` [B, P], and the traces if `everything`."""
 
     def __init__(self, final: Tensor | None, tokens: Tensor | None, everything: bool) -> None:
         self.final, self.tokens, self.everything = final, tokens, everything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from refine_nsp.errors import RefineError
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a row's real tokens move to the left, and back; all tensors are on the host."""
+    """Moves a row's real tokens to the left, and outputs back; all tensors are on the host."""
 
     lengths: Tensor  # [B] long, real tokens of each row
     order: Tensor | None  # [B, T] long, the input column of each aligned slot; None: already aligned (right padding)
@@ -73,6 +74,18 @@ def _by_lengths(lengths: Tensor, n_rows: int, n_tokens: int) -> Alignment | None
     if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
         raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
     return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
+
+
+def by_rows(rows: Sequence[int], tokens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Lay out tokens [M] by their rows as [n_rows, P], -1 where a row has fewer; the second result is their places in it, [M] long."""
+    lists: list[list[int]] = [[] for _ in range(n_rows)]
+    places = []
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        places.append((row, len(lists[row])))
+        lists[row].append(token)
+    width = max(map(len, lists))
+    table = torch.tensor([row + [-1] * (width - len(row)) for row in lists])
+    return table, torch.tensor([row * width + i for row, i in places])
 
 
 def columns_to_tokens(aligned: Alignment | None, n_tokens: int) -> Tensor | None:

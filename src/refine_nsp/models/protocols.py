@@ -1,4 +1,4 @@
-"""What the method asks of a model: the calls that our three families answer, and transformers' own models once they keep states.
+"""These protocols state what the method asks of a model; our three families answer it, and transformers' models once they have states.
 
 Annotations elsewhere name these protocols, since a borrowed hybrid is no subclass of ours. `Trunk` is a model below its head; it runs
 tokens from states and gives states. `CausalModel` is the whole.
@@ -19,7 +19,7 @@ from refine_nsp.models.state import FastWeightCache
 
 
 class StateMixer(Protocol):
-    """The part of a layer that writes and reads its state.
+    """Writes and reads the state of a layer.
 
     Attributes:
         fast_weight_names: the submodules and parameters that write to and read from the fast weights.
@@ -32,7 +32,7 @@ class StateMixer(Protocol):
 
 
 class BranchedRows(Protocol):
-    """R = S*n rows that continue together from S states, n neighbours from each."""
+    """Continues R = S*n rows together from S states, n neighbours from each."""
 
     def advance(self, token: Tensor) -> Tensor:
         """Consume a token a row, [R] long, and return the final-norm output after it [R, D]."""
@@ -40,7 +40,7 @@ class BranchedRows(Protocol):
 
 
 class Trunk(Protocol):
-    """A model below its head."""
+    """Runs tokens from states, and gives states: a model below its head."""
 
     training: bool
 
@@ -49,12 +49,12 @@ class Trunk(Protocol):
 
     @property
     def label(self) -> str:
-        """What messages call the model."""
+        """Name the model in messages."""
         ...
 
     @property
     def kernels(self) -> str:
-        """What computes the model, and why, in one line."""
+        """Say what computes the model, and why, in one line."""
         ...
 
     @property
@@ -104,7 +104,7 @@ class Trunk(Protocol):
 
 
 class CausalModel(Protocol):
-    """A trunk and the head that makes logits [..., V] of its hidden states [..., D]: logits are `lm_head` times these and no more."""
+    """Makes logits [..., V] of its trunk's hidden states [..., D]: they are `lm_head` times these and no more."""
 
     training: bool
 
@@ -149,7 +149,7 @@ class CausalModel(Protocol):
 
 
 class RunsSteps(Protocol):
-    """A causal model, or a wrapper around one (DDP, FSDP, PEFT) that must see a whole training step as one forward call."""
+    """Runs a training step as one forward call: a causal model, or a wrapper around one (DDP, FSDP, PEFT) that must see it so."""
 
     def __call__(self, *, step: Callable[[CausalModel], Any]) -> Any:
         """Return step(model) of the model inside."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from refine_nsp.errors import RefineError
+from refine_nsp.models.padding import by_rows
 from refine_nsp.models.protocols import Trunk
 from refine_nsp.models.state import NEWEST_LAST, FastWeightCache
 from refine_nsp.processes import is_sharded
@@ -26,7 +27,7 @@ from refine_nsp.processes import is_sharded
 
 @dataclass(frozen=True)
 class HandedOver:
-    """The states of B rows between two segments, in the parts that segments wrote.
+    """Holds the states of B rows between two segments, in the parts that segments wrote.
 
     Attributes:
         layers: each state by its name, in one tensor, or in several where every segment adds its own (keys and values of all tokens): a
@@ -73,7 +74,10 @@ class Segments:
         Returns hidden states, states at the positions [B, P] numbered `slots` (row-major), and the states at the end.
         """
         ids, lengths = self.input_ids[:, start:end], self._lengths(start, end)
-        relative, rows = _relative(positions - start, slots) if slots else (None, None)
+        relative = rows = None
+        if slots:
+            inside = (positions.flatten()[slots] - start).clamp(min=-1)
+            relative, rows = by_rows([slot // positions.shape[1] for slot in slots], inside, len(positions))
 
         def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, HandedOver | None]:
             past = None if before is None else before.cache()
@@ -95,7 +99,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class PassBySegments:
-    """The results of a pass in segments.
+    """Holds the results of a pass in segments.
 
     hidden: [B, T, D]. snapshots: states at the positions the pass was given, or None. before: states before each segment, which begins
     at `starts`.
@@ -183,17 +187,6 @@ def segment_ends(n_tokens: int, size: int, positions: set[int]) -> list[int]:
         free = (e for e in range(end, max(end - size, ends[-1] if ends else 0) + 1, -1) if e not in positions)
         ends.append(next(free, end))
     return [*ends, n_tokens]
-
-
-def _relative(positions: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Lay out the positions [B, P] numbered `slots` as [B, P'], -1 where a row has fewer; the second result is their places in it."""
-    B, P = positions.shape
-    by_row: list[list[int]] = [[] for _ in range(B)]
-    for slot in slots:
-        by_row[slot // P].append(int(positions[slot // P, slot % P]))
-    width = max(map(len, by_row))
-    relative = torch.tensor([row + [-1] * (width - len(row)) for row in by_row]).clamp(min=-1)
-    return relative, torch.tensor([b * width + i for b, row in enumerate(by_row) for i in range(len(row))])
 
 
 def _written(after: FastWeightCache, before: HandedOver | None) -> HandedOver:

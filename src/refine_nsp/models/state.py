@@ -1,4 +1,4 @@
-"""The memory of a fast-weight model: everything its layers need to continue after a position, and nothing that grows with it.
+"""A state holds everything that a model's layers need to continue after a position; a fast-weight model's does not grow with it.
 
 A state is a plain dictionary of tensors whose first axis is the row, so that every hand-over (one prefix to N rollouts, beam
 reordering, dropping finished rows) is one `index_select`. Tensors are replaced, never written in place: a state taken from a
@@ -21,7 +21,7 @@ NEWEST_LAST = ("keys", "values", "tokens")  # as wide as the longest row has tok
 
 
 class LayerTrace(Protocol):
-    """Whatever one layer keeps of a pass over T tokens to rebuild its state at any position."""
+    """Holds what one layer keeps of a pass over T tokens to rebuild its state at any position."""
 
     def at(self, positions: Tensor) -> LayerState:
         """Rebuild the state after the tokens at `positions` [B, P] long, on the host (-1: the pass's first state), as B*P rows."""
@@ -29,7 +29,7 @@ class LayerTrace(Protocol):
 
 
 class FastWeightCache(Cache):
-    """The states of all layers for R rows; it is these models' `past_key_values`.
+    """Holds the states of all layers for R rows; it is these models' `past_key_values`.
 
     Attributes:
         layers: one `LayerState` per layer, empty before the first forward pass.
@@ -91,7 +91,7 @@ class FastWeightCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all states of all rows."""
+        """Count the bytes of all states of all rows."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.values())
 
     def _lengths(self) -> Tensor:
@@ -227,7 +227,7 @@ def _last_of_all(x: Tensor, history: Tensor | None, count: int, position: int) -
 
 
 class StatesOfPass(Protocol):
-    """The states of a pass, to be picked at positions that are chosen after its outputs are known.
+    """Gives the states of a pass at positions that are chosen after its outputs are known.
 
     It holds intermediate results until it is dropped, so take the snapshots and let go of it.
     """
@@ -242,7 +242,7 @@ class StatesOfPass(Protocol):
 
 @dataclass(frozen=True)
 class PrefixStates:
-    """The states of a pass by input columns, which callers count in; `by_token` counts each row's real tokens."""
+    """Gives the states of a pass by input columns, which callers count in; `by_token` counts each row's real tokens."""
 
     by_token: StatesOfPass
     columns_to_tokens: Tensor | None  # [B, T] long, on the host: index among the row's real tokens of each column; None: identity
@@ -257,7 +257,7 @@ class PrefixStates:
 
 @dataclass(frozen=True)
 class TracedStates:
-    """The states of a pass through our own layers, rebuilt from their traces."""
+    """Rebuilds the states of a pass through our own layers from their traces."""
 
     traces: list[LayerTrace]
     offsets: Tensor  # [B] long, on the host: real tokens consumed before this pass

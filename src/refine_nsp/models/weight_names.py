@@ -1,4 +1,4 @@
-"""The names of weights in checkpoints saved through wrappers (torch.compile, DDP, FSDP, PEFT), turned into the model's own."""
+"""Turn the names of weights that were saved through wrappers (torch.compile, DDP, FSDP, PEFT) into the model's own."""
 
 from __future__ import annotations
 

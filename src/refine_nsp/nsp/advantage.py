@@ -1,4 +1,4 @@
-"""Advantages (GRPO; paper, section 3.4): each rollout's reward against those of its group."""
+"""Compare each rollout's reward with the others of its group (GRPO; paper, section 3.4)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.records import Judged, Rollouts
+from refine_nsp.nsp.records import Judged, Rollouts, Work
 
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """values [B, P, N]; share_without_spread: groups whose advantages are 0 because all rewards are equal (or alone)."""
+    """Advantages, and how well the groups told rollouts apart.
+
+    Attributes:
+        values: [B, P, N].
+        group_std: scalar, the mean over groups of the standard deviation of rewards.
+        share_without_spread: scalar, the share of groups whose advantages are 0 because all rewards are equal, or there is only one.
+    """
 
     values: Tensor
     group_std: Tensor
@@ -24,13 +30,10 @@ class Advantages:
 
 
 @torch.no_grad()
-def compare(parts: Sequence[Judged], config: NSPConfig, sum_over: Callable[[Tensor], Tensor] | None = None) -> list[Rollouts]:
-    """Judged rollouts with their advantages, formed over all parts together: a global scale is one for all that are learned from.
-
-    sum_over: see `compute_advantages`.
-    """
+def compare(parts: Sequence[Judged], work: Work) -> list[Rollouts]:
+    """Give judged rollouts their advantages, formed over all parts together: a global scale is one for all that are learned from."""
     rewards, valid = torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts])
-    advantages = compute_advantages(rewards, valid, config, sum_over)
+    advantages = compute_advantages(rewards, valid, work.config, work.learning.sum_over)
     metrics = {
         "reward_group_std": advantages.group_std,
         "groups_without_spread": advantages.share_without_spread,
@@ -45,21 +48,21 @@ def compare(parts: Sequence[Judged], config: NSPConfig, sum_over: Callable[[Tens
 def compute_advantages(
     rewards: Tensor, valid: Tensor, config: NSPConfig, sum_over: Callable[[Tensor], Tensor] | None = None
 ) -> Advantages:
-    """(reward - baseline) / scale within groups, rewards [B, P, N] and valid [B, P] bool -> values [B, P, N], 0 where invalid.
+    """Compute (reward - baseline) / scale within groups of rewards [B, P, N]; 0 where valid [B, P] bool is not set.
 
-    Groups: the P*N rollouts of a sequence (the paper, at N = 1) or the N of a position. Baseline: the group's mean, or the mean of
-    the others. Scale: the group's unbiased std + 1e-6, one std of all baselined rewards + 1e-6, or 1. A group of one has advantage 0;
-    as published, baseline 0 and std 1, so its advantage is its reward.
+    A group is the P*N rollouts of a sequence (the paper, at N = 1) or the N of a position. The baseline is the group's mean, or the mean
+    of the others. The scale is the group's unbiased std + 1e-6, one std of all baselined rewards + 1e-6, or 1. A group of one has
+    advantage 0; as published it has baseline 0 and std 1, so that its advantage is its reward.
 
     Args:
         sum_over: adds a tensor up over all processes, where several learn from one step; the one std is then over the rewards of all.
-            They must all come here equally often. Called for `advantage_scale="global"` alone, with [sum of squares, count].
+            They must all come here equally often. It is called for `advantage_scale="global"` alone, with [sum of squares, count].
     """
     B, P, N = rewards.shape
     shape = (B, P * N) if config.group == "sequence" else (B * P, N)
     r = rewards.reshape(shape)
     mask = valid[..., None].expand(B, P, N).reshape(shape)
-    count = mask.sum(-1, keepdim=True).to(r.dtype)  # quotients of whole numbers would be float32
+    count = mask.sum(-1, keepdim=True).to(r.dtype)  # as whole numbers, their quotients would be float32
     mean = (r * mask).sum(-1, keepdim=True) / count.clamp(min=1)
     centred = (r - mean) * mask
     std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

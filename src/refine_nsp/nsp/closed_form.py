@@ -14,23 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.models.protocols import CausalModel
-from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import local_hidden
-from refine_nsp.nsp.forward import Forward, run_hidden
+from refine_nsp.nsp.forward import Predictions, run_hidden
 from refine_nsp.nsp.next_token import by_sequence, next_token_loss, next_tokens, target_weights
-from refine_nsp.nsp.records import Batch, Draws, Learning, Metrics, StepResult, masked_mean
+from refine_nsp.nsp.records import Batch, Metrics, StepResult, Work, masked_mean
 from refine_nsp.nsp.selection import count_positions, select
 from refine_nsp.ops.linear_cross_entropy import SequenceTerm, linear_next_sequence
 from refine_nsp.ops.memory import part
 
 
+def refine_in_closed_form(work: Work) -> StepResult:
+    """Take one step without rollouts: one pass over the sequences, and one over local windows where scores are not known beforehand."""
+    hidden = run_hidden(work.model, work.batch, work.config)
+    return learn_in_closed_form(work, hidden, weigh(work, hidden))
+
+
 @dataclass(frozen=True)
 class Weighing:
-    """Where the objective counts, and how much. scale: [B, T]; local: see `SequenceTerm`; positions: [B, P] or None;
-    count: what the sum is divided by unless told otherwise."""
+    """Where the objective counts, and how much, before it is divided.
+
+    Attributes:
+        scale: [B, T], the weight of each token, or what its context score is multiplied by.
+        local: [B, T, D], hidden states from local windows, of which context scores are computed; None: `scale` is the weight.
+        positions: [B, P] long where positions are weighed, else None.
+        count: the divisor, unless the step names another.
+    """
 
     scale: Tensor
     local: Tensor | None
@@ -38,26 +47,13 @@ class Weighing:
     count: int
 
 
-def refine_in_closed_form(
-    model: CausalModel,
-    batch: Batch,
-    config: NSPConfig,
-    draws: Draws,
-    learning: Learning,
-) -> StepResult:
-    """Run, weigh, and learn: one pass over the sequences, and one over their local windows where scores are not known beforehand."""
-    hidden = run_hidden(model, batch, config)
-    weighing = weigh(model, batch, hidden, config, draws)
-    return learn_in_closed_form(model, batch, hidden, weighing, config, learning)
-
-
 @torch.no_grad()
-def weigh(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, draws: Draws) -> Weighing:
-    """w_t before it is normalised: 1 at selected positions, or the context score of every token."""
+def weigh(work: Work, hidden: Tensor) -> Weighing:
+    """Weigh selected positions alike, or every token by its context score; hidden: [B, T, D], final-norm output."""
+    batch, config = work.batch, work.config
     if config.token_weights == "selected":
         detached = hidden.detach()
-        loss, stats = next_token_loss(model, detached, batch)
-        positions = select(Forward(model, batch, detached, loss, stats, _no_states), config, draws.positions)
+        positions = select(Predictions(work, detached, *next_token_loss(work.model, detached, batch)))
         chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
         return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
     # All K tokens of the continuation must be there: t + K <= length - 1.
@@ -68,21 +64,15 @@ def weigh(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, d
     first, T = 2 * config.local_window, batch.input_ids.shape[1]
     if first >= T:
         return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
-    local = local_hidden(model, batch, config.local_window, config.local_span)
+    local = local_hidden(work.model, batch, config.local_window, config.local_span)
     scored = torch.arange(T, device=hidden.device) >= first
     return Weighing(allowed * scored, F.pad(local, (0, 0, first, 0)), None, batch.num_targets)
 
 
-def _no_states(positions: Tensor) -> FastWeightCache:
-    raise TypeError("the closed form needs no states")
-
-
 @part("logits")
-def learn_in_closed_form(
-    model: CausalModel, batch: Batch, hidden: Tensor, weighing: Weighing, config: NSPConfig, learning: Learning
-) -> StepResult:
-    """lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t, by blocks of tokens."""
-    given = learning.policy_normalizer
+def learn_in_closed_form(work: Work, hidden: Tensor, weighing: Weighing) -> StepResult:
+    """Compute lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t by blocks of tokens; hidden: [B, T, D], final-norm output."""
+    batch, config, given = work.batch, work.config, work.learning.policy_normalizer
     divisor = max(weighing.count, 1) if given is None else by_sequence(given)
     term = SequenceTerm(
         token_weights=(weighing.scale.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten(),
@@ -93,9 +83,9 @@ def learn_in_closed_form(
     )
     losses, stats = linear_next_sequence(
         hidden.flatten(0, 1),
-        head_weight(model),
+        head_weight(work.model),
         next_tokens(batch),
-        target_weights(batch, learning.ntp_normalizer, hidden.dtype),
+        target_weights(batch, work.learning.ntp_normalizer, hidden.dtype),
         term,
         config.lambda_ntp,
         config.lambda_rl,
@@ -116,12 +106,13 @@ def learn_in_closed_form(
 
 
 def _metrics(batch: Batch, entropy: Tensor, token_weights: Tensor, matches: Tensor) -> Metrics:
+    """Average what is logged over targets, or over tokens by their weights; all arguments [B, T]."""
     total = token_weights.sum()
     tiny = torch.finfo(token_weights.dtype).tiny
     return {
         "entropy": masked_mean(entropy, batch.target_mask),
         "entropy_at_weights": (token_weights * entropy).sum() / total.clamp(min=tiny),
         "expected_reward": (token_weights * matches).sum() / total.clamp(min=tiny),
-        # Nothing to weigh (text shorter than 2W, no position): these rows learn by next-token prediction alone.
+        # Rows with nothing to weigh (a text shorter than 2W, no position) learn by next-token prediction alone.
         "sequences_without_weights": (token_weights.sum(1) <= 0).to(token_weights.dtype).mean(),
     }

@@ -1,8 +1,8 @@
-"""Label-free context scores: how much the whole prefix, against the last W tokens only, changes the prediction of a token.
+"""Score tokens without labels: how much the whole prefix, against the last W tokens only, changes the prediction of a token.
 
-They find the tokens whose prediction depends on far context; entropy finds mostly hard filler. The local prediction is read in windows
-that start from a fresh state: `local_span` * W tokens long, read but for their first W, so a token has at least W and less than
-`local_span` * W tokens of context.
+These scores find the tokens whose prediction depends on far context; entropy finds mostly hard filler. Local predictions are made in
+windows of `local_span` * W tokens that start from a fresh state. Those of the first W tokens of a window are not used, so that a token has
+at least W and less than `local_span` * W tokens of context.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from refine_nsp.ops.linear_cross_entropy import block_tokens
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import is_sharded
 
-# Of the local windows, by device: their activations stand beside those of the whole pass, and small batches leave a GPU idle.
+# Local windows of so many tokens are run together, by device: their activations come on top of those of the whole pass, and small
+# batches leave a GPU idle.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
 
 @torch.no_grad()
 def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config: NSPConfig, gain: bool) -> Tensor:
-    """d [B, T], float32 or better; those of the batch where it brings them.
+    """Compute context scores d [B, T], float32 or better, or return those that the batch brings.
 
     d[t] = KL(p(.|whole prefix) || p(.|last W tokens only)), or with `gain` max(0, log p(x_{t+1}|whole prefix) - log p(x_{t+1}|last W
-    only)). 0 where t < 2W.
+    only)); 0 where t < 2W.
 
     Args:
         hidden: [B, T, D], final-norm output of the pass over the whole sequence.
@@ -48,7 +49,7 @@ def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config:
 
 
 def next_sum(d: Tensor, K: int) -> Tensor:
-    """d[t] + ... + d[t+K-1] of d [B, T] -> [B, T]."""
+    """Sum d[t] + ... + d[t+K-1] for every token of d [B, T] -> [B, T]."""
     T = d.shape[1]
     total = F.pad(d.cumsum(1), (1, K))
     total[:, T + 1 :] = total[:, T, None]
@@ -58,8 +59,11 @@ def next_sum(d: Tensor, K: int) -> Tensor:
 @part("context")
 @torch.no_grad()
 def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor:
-    """Final-norm output [B, T - 2W, D] at tokens 2W.., each from a fresh state W to span * W - 1 tokens before it; where a window would
-    read pads only, zeros, or what a model in shards makes of them, whose processes must make the same passes."""
+    """Predict tokens 2W.. from local windows: the final-norm output [B, T - 2W, D], each from a fresh state W to span * W - 1 tokens back.
+
+    Windows of pads alone are not run, and their output is zeros. The processes of a model in shards must make the same passes; they run
+    all windows.
+    """
     B, T = batch.input_ids.shape
     stride = (span - 1) * W
     padded = F.pad(batch.input_ids, (0, -(T - 2 * W) % stride))
@@ -77,7 +81,7 @@ def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor:
 
 
 def _divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
-    """d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
+    """Compute d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
     n = block_tokens(2 * weight.shape[0], weight.device)
     parts = []
     for w, v, x in zip(hidden.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):

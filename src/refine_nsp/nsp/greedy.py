@@ -1,4 +1,4 @@
-"""How well K greedy tokens from a position match the text: the measure of next-sequence prediction."""
+"""Measure next-sequence prediction: how well K greedy tokens from a position match the text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from refine_nsp.nsp.rewards import cosine
 
 
 def greedy_match(forward: Forward, positions: Tensor, K: int) -> tuple[float, float, int]:
-    """Sums over K-token greedy continuations at positions [B, P] (-1: none): share of tokens equal, mean cosine; and how many."""
-    model, batch, valid = forward.model, forward.batch, positions.flatten() >= 0
+    """Compare K greedy tokens from each of the positions [B, P] (-1: none) with the text.
+
+    Returns the sum over positions of the share of equal tokens, the sum of mean cosines, and how many positions there are.
+    """
+    model, batch, valid = forward.work.model, forward.work.batch, positions.flatten() >= 0
     prefixes = forward.states(positions)
     cache, hidden, match, similarity = prefixes.cache, prefixes.hidden, 0.0, 0.0
     for j in range(1, K + 1):

@@ -1,24 +1,45 @@
-"""The step as one module, so that a model in any wrapper takes it in one forward call."""
+"""The step as one module, so that DDP, FSDP and PEFT wrappers see one forward call, and the choice of a step by the settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.advantage import compare
+from refine_nsp.nsp.closed_form import refine_in_closed_form
 from refine_nsp.nsp.forward import run
-from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Normalizer, Rollouts, Sampled, StepResult
+from refine_nsp.nsp.objective import learn
+from refine_nsp.nsp.records import (
+    Batch,
+    Columns,
+    Draws,
+    Generators,
+    Learning,
+    Normalizer,
+    Rollouts,
+    Sampled,
+    StepResult,
+    Work,
+)
 from refine_nsp.nsp.rewards import judge, resolve_reward
-from refine_nsp.nsp.step import first_pass, learn, one_step, second_pass
+from refine_nsp.nsp.schedule import schedule_of
+from refine_nsp.nsp.step import first_pass, refine, second_pass
+
+
+def take_step(work: Work, rollouts: Rollouts | None = None) -> StepResult:
+    """Take the step that the settings name: in closed form, on policy, or from `rollouts` of a first pass."""
+    if not work.config.samples_rollouts:
+        return refine_in_closed_form(work)
+    return refine(work) if rollouts is None else second_pass(work, rollouts)
 
 
 class ReFINEStep(nn.Module):
-    """A ReFINE step on a batch, as the forward of one module (so DDP, FSDP and PEFT wrappers see one call).
+    """A ReFINE step on a batch, as the forward of one module.
 
     Args:
         model: a causal model of this package, wrapped or not.
@@ -46,56 +67,45 @@ class ReFINEStep(nn.Module):
         generator: Generators = None,
         ntp_normalizer: Normalizer = None,
         policy_normalizer: Normalizer = None,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Columns | None = None,
         scores: Tensor | None = None,
     ) -> StepResult:
         """Select, sample, judge, and return the losses; or, with `estimator="closed_form"`, the losses alone.
 
         Args:
             input_ids: [B, T] long, right-padded. lengths: [B] long, None: all T real.
-            generator: CPU generator of all the randomness (one block of uniforms, row b for sequence b), or one a sequence.
-            ntp_normalizer, policy_normalizer: what the sums over targets and rollout tokens are divided by; default: their counts
-                in this batch. A trainer that accumulates gradients passes the counts of the whole accumulation; a tensor [B] divides
-                each sequence's sum by its own.
+            generator: CPU generator of all the randomness (one block of uniforms, row b for sequence b), or one for each sequence.
+            ntp_normalizer, policy_normalizer: divisors of the sums over targets and rollout tokens; default: their counts in this batch.
+                A trainer that accumulates gradients passes the counts of the whole accumulation; a tensor [B] divides each sequence's
+                sum by its own.
             columns: other columns of the dataset, B values each, for rewards that ask for them.
             scores: [B, T] context scores d known beforehand, instead of a pass over local windows.
         """
         batch = self._batch(input_ids, lengths, columns, scores)
-        learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
         draws = Draws.of(batch, self.config, generator)
-        rollouts = None
-        if self.config.samples_first:
-            rollouts = compare([self.model(step=lambda m: first_pass(m, batch, self.config, draws))], self.config)[0]
-        return self.model(step=lambda m: one_step(m, batch, self.config, draws, learning, rollouts))
+        learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
+        rollouts = self._first_pass(batch, draws) if schedule_of(self.config).two_passes else None
+        return self._run(lambda m: take_step(Work(m, batch, self.config, draws, learning), rollouts))
 
     def sample(
         self,
         input_ids: Tensor,
         lengths: Tensor | None = None,
         generator: Generators = None,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Columns | None = None,
         scores: Tensor | None = None,
     ) -> Rollouts:
-        """Rollouts of the current policy, without gradients: what several optimizer steps can learn from (`learn`)."""
-        return self.sample_all([self._batch(input_ids, lengths, columns, scores)], [generator])[0]
-
-    def sample_all(
-        self,
-        batches: Sequence[Batch],
-        generators: Sequence[Generators],
-        sum_over: Callable[[Tensor], Tensor] | None = None,
-    ) -> list[Rollouts]:
-        """Those of several batches, each by its generators, compared with each other together.
-
-        sum_over: adds a tensor up over all processes, where several sample for one step (`compute_advantages`).
-        """
+        """Sample rollouts by the current policy, without gradients, for several optimizer steps to learn from (`learn`)."""
         if not self.config.samples_rollouts:
             raise RefineError(f"estimator={self.config.estimator!r} samples no rollouts; only estimator='sampled' does")
-        judged = []
-        for batch, generator in zip(batches, generators, strict=True):
-            draws = Draws.of(batch, self.config, generator)
-            judged.append(self.model(step=lambda m, b=batch, d=draws: first_pass(m, b, self.config, d)))
-        return compare(judged, self.config, sum_over)
+        batch = self._batch(input_ids, lengths, columns, scores)
+        return self._first_pass(batch, Draws.of(batch, self.config, generator))
+
+    @torch.no_grad()
+    def _first_pass(self, batch: Batch, draws: Draws) -> Rollouts:
+        """Sample rollouts in a pass of their own."""
+        made: list[Rollouts] = self.model(step=lambda m: first_pass([Work(m, batch, self.config, draws)]))
+        return made[0]
 
     def learn(
         self,
@@ -105,10 +115,10 @@ class ReFINEStep(nn.Module):
         ntp_normalizer: Normalizer = None,
         policy_normalizer: Normalizer = None,
     ) -> StepResult:
-        """Losses on rollouts that `sample` returned, ratio to the policy that sampled them clipped."""
+        """Compute the losses of rollouts that `sample` returned, the ratio to the policy that sampled them clipped."""
         batch = self._batch(input_ids, lengths)
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
-        return self.model(step=lambda m: second_pass(m, batch, rollouts, self.config, learning))
+        return self._run(lambda m: second_pass(Work(m, batch, self.config, learning=learning), rollouts))
 
     def score(
         self,
@@ -117,41 +127,35 @@ class ReFINEStep(nn.Module):
         rollouts: Tensor,
         lengths: Tensor | None = None,
         old_log_probs: Tensor | None = None,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Columns | None = None,
     ) -> StepResult:
-        """The step with given positions [B, P] (-1: none) and rollouts [B, P, N, K], so that anyone can check it.
+        """Take the step with given positions [B, P] (-1: none) and rollouts [B, P, N, K], so that anyone can check it.
 
         Args:
             old_log_probs: [B, P, N, K] of the sampling policy; None: the current policy's own (ratio 1).
         """
         batch = self._batch(input_ids, lengths, columns)
         check_rollouts(positions, rollouts, batch)
-        return self.model(step=lambda m: self._score(m, batch, positions, rollouts, old_log_probs))
+        learning = Learning(reference=self.reference_model)
+        return self._run(lambda m: score(Work(m, batch, self.config, learning=learning), positions, rollouts, old_log_probs))
 
-    def _score(self, model: CausalModel, batch: Batch, positions: Tensor, tokens: Tensor, old: Tensor | None) -> StepResult:
-        c, shape = self.config, tokens.shape
-        forward = run(model, batch, c, positions=positions)
-        prefixes = forward.states(positions)
-        own = forward.replay(prefixes, tokens, c.temperature, need_hidden=True)
-        assert own.hidden is not None
-        given = Sampled(
-            positions=positions,
-            tokens=tokens,
-            log_probs=own.log_probs.detach() if old is None else old,
-            hidden=own.hidden.view(*shape, -1),
-            num_positions=int((positions >= 0).sum()),
-        )
-        rollouts = compare([judge(forward, given, c)], c)[0]
-        return learn(forward, prefixes, rollouts, c, Learning(reference=self.reference_model))
+    def _run(self, step: Callable[[CausalModel], StepResult]) -> StepResult:
+        """Run a step on the model inside its wrappers, as one forward call of the outermost."""
+        result: StepResult = self.model(step=step)
+        return result
 
     def _batch(
         self,
         input_ids: Tensor,
         lengths: Tensor | None,
-        columns: Mapping[str, Sequence[Any]] | None = None,
+        columns: Columns | None = None,
         scores: Tensor | None = None,
     ) -> Batch:
-        """RefineError also when no sequence could hold a rollout."""
+        """Make a batch of which at least one sequence can hold a rollout.
+
+        Raises:
+            RefineError: sequences that are all too short, or other shapes.
+        """
         batch, c = Batch.of(input_ids, lengths, columns, scores), self.config
         if max(batch.sizes) < c.rollout_length + 1:
             raise RefineError(
@@ -161,8 +165,28 @@ class ReFINEStep(nn.Module):
         return batch
 
 
+def score(work: Work, positions: Tensor, tokens: Tensor, old_log_probs: Tensor | None) -> StepResult:
+    """Judge given rollouts [B, P, N, K] at given positions [B, P], and learn from them."""
+    forward = run(work, positions)
+    prefixes = forward.states(positions)
+    own = forward.replay(prefixes, tokens, need_hidden=True)
+    assert own.hidden is not None
+    given = Sampled(
+        positions=positions,
+        tokens=tokens,
+        log_probs=own.log_probs.detach() if old_log_probs is None else old_log_probs,
+        hidden=own.hidden.view(*tokens.shape, -1),
+        num_positions=int((positions >= 0).sum()),
+    )
+    return learn(forward, prefixes, compare([judge(forward, given)], work)[0])
+
+
 def check_rollouts(positions: Tensor, rollouts: Tensor, batch: Batch) -> None:
-    """RefineError unless positions are [B, P], rollouts [B, P, N, K], and every continuation lies inside its sequence."""
+    """Refuse positions that are not [B, P], rollouts that are not [B, P, N, K], and continuations that leave their sequence.
+
+    Raises:
+        RefineError: any of these, naming the shape or the position.
+    """
     if rollouts.ndim != 4 or positions.shape != rollouts.shape[:2] or positions.shape[0] != len(batch.lengths):
         raise RefineError(
             f"expected positions [B, P] and rollouts [B, P, N, K] for B={len(batch.lengths)}, got {tuple(positions.shape)} and "

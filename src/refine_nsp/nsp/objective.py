@@ -1,21 +1,67 @@
-"""The policy loss (paper, section 3.4): PPO with clip and dual clip over rollout tokens; optional KL and entropy terms."""
+"""The losses (paper, section 3.4): PPO with clip and dual clip over rollout tokens, beside the cross-entropy; optional KL and entropy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.records import Metrics, masked_mean
+from refine_nsp.nsp.forward import Forward, run
+from refine_nsp.nsp.records import Metrics, Prefixes, Rollouts, StepResult, Work, masked_mean
 
 MAX_LOG_RATIO = 20.0
 
 
+def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResult:
+    """Compute the losses of rollouts, with gradient through the states of their prefixes into the whole sequence."""
+    work, divisor = forward.work, forward.work.learning.policy_normalizer
+    policy = forward.replay(prefixes, rollouts.tokens)
+    of_policy = policy_loss(
+        policy.log_probs,
+        rollouts.log_probs,
+        rollouts.advantages,
+        rollouts.positions >= 0,
+        work.config,
+        normalizer=divisor if divisor is not None else max(rollouts.num_tokens, 1),
+        entropy=policy.entropy,
+        reference_log_probs=reference_log_probs(work, rollouts),
+    )
+    return StepResult(
+        loss=work.config.lambda_rl * of_policy.loss + work.config.lambda_ntp * forward.loss_ntp,
+        loss_ntp=forward.loss_ntp,
+        loss_policy=of_policy.loss,
+        entropy=rollouts.entropy,
+        metrics={**rollouts.metrics, **of_policy.metrics},
+        num_targets=work.batch.num_targets,
+        num_rollout_tokens=rollouts.num_tokens,
+        positions=rollouts.positions,
+        rollouts=rollouts.tokens,
+        log_probs=policy.log_probs.detach(),
+        rewards=rollouts.rewards,
+        advantages=rollouts.advantages,
+    )
+
+
+@torch.no_grad()
+def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
+    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term."""
+    reference, config = work.learning.reference, work.config
+    if config.kl_coef == 0 or reference is None:
+        return None
+    # The figures are the same under every schedule, so the reference model takes the cheap one.
+    forward = run(replace(work, model=reference, config=replace(config, schedule="snapshot")), rollouts.positions)
+    return forward.replay(forward.states(rollouts.positions), rollouts.tokens).log_probs
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
-    """loss: scalar, summed over tokens and divided by the normaliser; metrics: scalars."""
+    """The policy loss.
+
+    Attributes:
+        loss: scalar, summed over tokens and divided by the normalizer. metrics: scalars to log.
+    """
 
     loss: Tensor
     metrics: Metrics
@@ -31,7 +77,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     reference_log_probs: Tensor | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate over tokens.
+    """Sum the clipped surrogate over tokens, and divide it by `normalizer`.
 
     Args:
         log_probs: [B, P, N, K] under the current policy, with gradient. old_log_probs: the same when sampled.
@@ -59,7 +105,7 @@ def policy_loss(
 
     with torch.no_grad():
         clipped = -A * clipped_ratio > -A * ratio
-        metrics = {
+        metrics: Metrics = {
             "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
             "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
         }

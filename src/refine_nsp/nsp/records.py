@@ -1,4 +1,4 @@
-"""What the parts of a step hand to each other: small frozen records of tensors, and nothing that acts."""
+"""The small frozen records that the parts of a step hand to each other, and nothing that acts on a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one each
-Normalizer = float | Tensor | None  # of a sum over a batch, or [B] of each sequence's; None: what was summed over
-Metrics = dict[str, Any]  # scalars, tensors until somebody logs them: reading one would make a device wait
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all sequences, or one for each
+Normalizer = (
+    float | Tensor | None
+)  # divides the sum over a batch, or as [B] each sequence's sum; None: what was summed over is counted
+Columns = Mapping[str, Sequence[Any]]  # other columns of the dataset by name, B values each of whatever it holds
+Metrics = dict[str, float | Tensor]  # scalars, tensors until somebody logs them: reading one would make a device wait
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,25 @@ class Batch:
     """Sequences, real tokens on the left.
 
     Attributes:
-        input_ids: [B, T] long. lengths: [B] long, on the host: what follows from lengths alone is known without asking a device.
-        columns: other columns of the dataset, B values each, for rewards that ask for them.
+        input_ids: [B, T] long.
+        lengths: [B] long, on the host, so that what follows from lengths alone is known without asking a device.
+        columns: other columns of the dataset, for rewards that ask for them.
         scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
     """
 
     input_ids: Tensor
     lengths: Tensor
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
     scores: Tensor | None = None
 
     @classmethod
-    def of(cls, input_ids: Tensor, lengths: Tensor | None = None, columns: Mapping[str, Any] | None = None,
+    def of(cls, input_ids: Tensor, lengths: Tensor | None = None, columns: Columns | None = None,
            scores: Tensor | None = None) -> Batch:  # fmt: skip
-        """Check [B, T] ids and [B] lengths (None: all T are real). RefineError for other shapes."""
+        """Make a batch of [B, T] ids and [B] lengths (None: all T are real).
+
+        Raises:
+            RefineError: other shapes.
+        """
         if input_ids.ndim != 2:
             raise RefineError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
         B, T = input_ids.shape
@@ -52,7 +60,7 @@ class Batch:
         return cls(input_ids, lengths.cpu(), columns or {}, scores)
 
     def widened(self, T: int) -> Batch:
-        """With pads up to T columns."""
+        """Return the batch right-padded to T columns."""
         if (more := T - self.input_ids.shape[1]) == 0:
             return self
         scores = None if self.scores is None else F.pad(self.scores, (0, more))
@@ -60,35 +68,91 @@ class Batch:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The lengths as numbers."""
+        """Give the lengths as Python numbers."""
         return tuple(self.lengths.tolist())
 
     @cached_property
     def real(self) -> Tensor:
-        """[B, T] bool, on the device: real tokens."""
+        """Mark the real tokens, [B, T] bool on the device."""
         return self.before(self.lengths)
 
     @cached_property
     def target_mask(self) -> Tensor:
-        """[B, T] bool, on the device: t whose next token is real."""
+        """Mark the tokens t whose next token is real, [B, T] bool on the device."""
         return self.before(self.lengths - 1)
 
     def before(self, ends: Tensor) -> Tensor:
-        """[B, T] bool, on the device: tokens before `ends` [B], given on the host."""
+        """Mark the tokens before `ends` [B], which are on the host; [B, T] bool on the device."""
         mask = torch.arange(self.input_ids.shape[1]) < ends[:, None]
         return mask.to(self.input_ids.device, non_blocking=True)
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are predicted."""
+        """Count the tokens that are predicted."""
         return sum(max(n - 1, 0) for n in self.sizes)
 
 
 @dataclass(frozen=True)
-class Prefixes:
-    """B*P prefixes, row-major: what rollouts go on from.
+class Draws:
+    """All randomness of a step, as uniforms in [0, 1).
 
-    positions: [B, P] long, last token of each; -1: none. hidden: [B*P, D] final-norm output at that token. cache: states of B*P rows.
+    Attributes:
+        positions: [B, P] float64, on the host. tokens: [B, P, N, K] float64, on the host.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, config: NSPConfig, generator: Generators) -> Draws:
+        """Draw all uniforms of a step. Without rollouts `tokens` is empty."""
+        N = config.num_generations if config.samples_rollouts else 0
+        return cls(*uniforms(len(batch.sizes), config.positions_per_sequence, N, config.rollout_length, generator))
+
+
+NO_DRAWS = Draws(torch.empty(0), torch.empty(0))  # where positions and rollouts are known already
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the losses need beyond the sequences.
+
+    Attributes:
+        ntp_normalizer, policy_normalizer: divisors of the sums over targets and over rollout tokens; None: the counts in this batch.
+        reference: the frozen model of the KL term, or None.
+        sum_over: adds a tensor up over all processes, which a global advantage scale needs; None: this process is alone.
+    """
+
+    ntp_normalizer: Normalizer = None
+    policy_normalizer: Normalizer = None
+    reference: CausalModel | None = None
+    sum_over: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step works with; the record that travels through all of its parts.
+
+    Attributes:
+        model: the model itself, out of any wrapper around it.
+        batch: the sequences. config: the settings of the method. draws: the randomness of positions and rollouts.
+        learning: divisors, reference model and sum over processes.
+    """
+
+    model: CausalModel
+    batch: Batch
+    config: NSPConfig
+    draws: Draws = NO_DRAWS
+    learning: Learning = Learning()
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """B*P prefixes, row-major, with the states that rollouts start from.
+
+    Attributes:
+        positions: [B, P] long, the last token of each prefix; -1: none.
+        hidden: [B*P, D], the final-norm output at that token. cache: states of B*P rows.
     """
 
     positions: Tensor
@@ -98,7 +162,12 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Replayed:
-    """Given rollouts under the current policy: log_probs, entropy [B, P, N, K] with gradient; hidden [R, K, D] without, or None."""
+    """Given rollouts, run again under the current policy.
+
+    Attributes:
+        log_probs, entropy: [B, P, N, K], nats, with gradient.
+        hidden: [R, K, D], the final-norm output after consuming each token, without gradient; None unless it was asked for.
+    """
 
     log_probs: Tensor
     entropy: Tensor
@@ -107,13 +176,13 @@ class Replayed:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Sampled continuations. R = B*P*N, row-major. No gradients.
+    """Sampled rollouts, R = B*P*N of them, row-major; no gradients.
 
     Attributes:
-        positions: [B, P] long, last token of each prefix; -1: none (the sequence was too short).
+        positions: [B, P] long, the last token of each prefix; -1: none (the sequence was too short).
         tokens: [B, P, N, K] long.
         log_probs: [B, P, N, K], nats, of the distribution they were sampled from.
-        hidden: [B, P, N, K, D] final-norm output after consuming token j of the rollout, or None when not kept.
+        hidden: [B, P, N, K, D], the final-norm output after consuming token j of the rollout, or None when not kept.
         num_positions: how many of the B*P positions there are.
         metrics: scalars to log.
     """
@@ -127,13 +196,18 @@ class Sampled:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rollouts."""
+        """Count the tokens of all rollouts."""
         return self.num_positions * self.tokens.shape[2] * self.tokens.shape[3]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Sampled):
-    """rewards: [B, P, N] mean over the K tokens, weighted sum over rewards. entropy: [B, T] nats, of every next-token distribution."""
+    """Sampled rollouts with their rewards.
+
+    Attributes:
+        rewards: [B, P, N], the mean over the K tokens, the weighted sum over rewards.
+        entropy: [B, T], nats, of every next-token distribution.
+    """
 
     rewards: Tensor
     entropy: Tensor
@@ -141,31 +215,36 @@ class Judged(Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Judged):
-    """Everything known of sampled continuations. advantages: [B, P, N]."""
+    """Judged rollouts compared with each other: everything that a step learns from.
+
+    Attributes:
+        advantages: [B, P, N].
+    """
 
     advantages: Tensor
 
     def without_hidden(self) -> Rollouts:
-        """The same without hidden states: only rewards need these, and they are large."""
+        """Return the rollouts without hidden states, which only rewards need, and which are large."""
         return replace(self, hidden=None)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses of a step, with gradient, and the record of what was chosen, sampled and judged, without.
+    """The losses of a step, with gradient, and a record of what was chosen, sampled and judged, without.
 
     Attributes:
         loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
         loss_ntp: cross-entropy per real target, nats.
         loss_policy: policy loss per rollout token (with KL and entropy terms where asked for); in closed form
             - sum_t token_weights[t] J_t.
-        entropy: [B, T] nats.
+        entropy: [B, T], nats.
+        metrics: scalars to log.
+        num_targets, num_rollout_tokens: how many terms the two losses are means over; without rollouts the second counts positions,
+            or targets.
         positions: [B, P] long, -1 for none; None where all tokens are weighed.
-        rollouts: [B, P, N, K] long. log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N]. None without
-            rollouts.
+        rollouts: [B, P, N, K] long; None without rollouts, as are the next three.
+        log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N].
         token_weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
-        metrics: scalars to log; num_targets, num_rollout_tokens: what the two losses were means over (without rollouts: positions, or
-            targets).
     """
 
     loss: Tensor
@@ -183,33 +262,8 @@ class StepResult:
     token_weights: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Learning:
-    """What the losses are divided by (None: their own counts), the frozen model of the KL term, and the sum over processes that a
-    global advantage scale needs (None: this process is alone)."""
-
-    ntp_normalizer: Normalizer = None
-    policy_normalizer: Normalizer = None
-    reference: CausalModel | None = None
-    sum_over: Callable[[Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Draws:
-    """All randomness of a step: uniforms [B, P] for positions and [B, P, N, K] for tokens."""
-
-    positions: Tensor
-    tokens: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, config: NSPConfig, generator: Generators) -> Draws:
-        """Those of a batch; nothing is drawn for rollouts that are not made."""
-        N = config.num_generations if config.samples_rollouts else 0
-        return cls(*uniforms(len(batch.sizes), config.positions_per_sequence, N, config.rollout_length, generator))
-
-
 def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Tensor, Tensor]:
-    """All randomness of a step: one block, row b for sequence b, so that a batch equals its sequences one by one.
+    """Draw all randomness of a step as one block, row b for sequence b, so that a batch equals its sequences one by one.
 
     Returns [B, P] for the positions and [B, P, N, K] for the tokens, float64 in [0, 1), on the CPU.
     """
@@ -222,7 +276,7 @@ def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Ten
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Index drawn with probability weights / sum(weights) by the uniform u: weights [..., n] >= 0, u [...] -> long [...]."""
+    """Draw an index with probability weights / sum(weights) by the uniform u: weights [..., n] >= 0, u [...] -> long [...]."""
     cdf = weights.double().cumsum(-1)
     target = u.to(cdf)[..., None] * cdf[..., -1:]
     drawn = torch.searchsorted(cdf, target, right=True)[..., 0]
@@ -232,10 +286,10 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
-    """x [B, T, ...] at positions [B, P] (-1 reads token 0) -> [B, P, ...]."""
+    """Read x [B, T, ...] at positions [B, P] (-1 reads token 0) -> [B, P, ...]."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], positions.clamp(min=0)]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask, 0 where nothing is."""
+    """Average x where mask is set; 0 where nothing is."""
     return (x * mask).sum() / mask.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Rewards of a rollout against the true continuation (paper, section 3.3), and how to add your own.
+"""Reward rollouts against the true continuation (paper, section 3.3), by built-in rewards or your own.
 
 A reward is `f(*, completion_ids, truth_ids, hidden, truth_hidden, prompts_ids, **columns) -> [R] or [R, K]`: token ids [R, K] of
 rollout and truth, final-norm hidden states [R, K, D] after consuming each, the R prefixes (for a reward that names them), and the
@@ -11,21 +11,37 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.nsp.forward import Forward
-from refine_nsp.nsp.records import Judged, Metrics, Sampled, gather_positions, masked_mean
+from refine_nsp.nsp.forward import Predictions
+from refine_nsp.nsp.records import Columns, Judged, Metrics, Sampled, gather_positions, masked_mean
+from refine_nsp.ops.memory import part
 
 Reward = Callable[..., Tensor]
 
 
-def cosine(*, hidden: Tensor, truth_hidden: Tensor, **_: Any) -> Tensor:
-    """Cosine of the final-norm hidden states of rollout and truth, [R, K] in [-1, 1], float32 or better."""
+class Pair(TypedDict):
+    """Rollouts and truth side by side: token ids [R, K] and hidden states [R, K, D] of both."""
+
+    completion_ids: Tensor
+    truth_ids: Tensor
+    hidden: Tensor
+    truth_hidden: Tensor
+
+
+class RewardInputs(Pair, total=False):
+    """All that a reward can ask for besides columns; the R prefixes are gathered for a reward that names them."""
+
+    prompts_ids: list[Tensor]
+
+
+def cosine(*, hidden: Tensor, truth_hidden: Tensor, **_: object) -> Tensor:
+    """Compute the cosine of the final-norm hidden states of rollout and truth, [R, K] in [-1, 1], float32 or better."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     a, b = hidden.double(), truth_hidden.double()
     # sqrt(|a|^2 |b|^2), not |a| |b|: for a = b it is the dot product itself, so equal states score exactly 1.
@@ -33,31 +49,35 @@ def cosine(*, hidden: Tensor, truth_hidden: Tensor, **_: Any) -> Tensor:
     return ((a * b).sum(-1) / norms.clamp(min=1e-12)).to(wide)
 
 
-def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
-    """1 where the token equals the true one, [R, K], float32 or the hidden states' better."""
+def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: object) -> Tensor:
+    """Give 1 where the token equals the true one, [R, K], float32 or the hidden states' better."""
     return (completion_ids == truth_ids).to(_wide(hidden))
 
 
-def prefix_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
-    """1 as long as every token so far equals the true one, [R, K]: its mean is leading matches / K, whose expectation is known in
-    closed form (`nsp/closed_form.py`)."""
+def prefix_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: object) -> Tensor:
+    """Give 1 as long as every token so far equals the true one, [R, K].
+
+    The mean is leading matches / K, whose expectation is known in closed form (`nsp/closed_form.py`).
+    """
     return (completion_ids == truth_ids).to(_wide(hidden)).cumprod(-1)
 
 
 def _wide(hidden: Tensor | None) -> torch.dtype:
-    """float32 would leave 1e-7 in the otherwise exact gradients of a float64 run."""
+    """Choose the precision of rewards: float32 would leave 1e-7 in the otherwise exact gradients of a float64 run."""
     return torch.float32 if hidden is None else torch.promote_types(hidden.dtype, torch.float32)
 
 
-def hybrid(**inputs: Any) -> Tensor:
-    """Cosine plus exact match, [R, K]."""
-    return cosine(**inputs) + exact_match(**inputs)
+def hybrid(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor, truth_hidden: Tensor, **_: object) -> Tensor:
+    """Add cosine and exact match, [R, K]."""
+    return cosine(hidden=hidden, truth_hidden=truth_hidden) + exact_match(
+        completion_ids=completion_ids, truth_ids=truth_ids, hidden=hidden
+    )
 
 
-def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: Any) -> Tensor:
-    """1 - Levenshtein distance / K between rollout and truth, [R] in [0, 1]: forgives an insertion that shifts the rest.
+def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: object) -> Tensor:
+    """Compute 1 - Levenshtein distance / K of rollout and truth, [R] in [0, 1], which forgives an insertion that shifts the rest.
 
-    The worked example of a user's reward: `reward_funcs="refine_nsp.nsp.rewards.edit_similarity"`.
+    It is the worked example of a user's reward: `reward_funcs="refine_nsp.nsp.rewards.edit_similarity"`.
     """
     R, K = completion_ids.shape
     steps = torch.arange(K + 1, device=completion_ids.device, dtype=_wide(hidden))
@@ -77,7 +97,11 @@ GIVEN = ("completion_ids", "truth_ids", "hidden", "truth_hidden", "prompts_ids")
 
 
 def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
-    """Name and function of a built-in name, a dotted path or a callable. Raises RefineError when there is no such thing."""
+    """Find the name and the function of a reward, given as a built-in name, a dotted path or a callable.
+
+    Raises:
+        RefineError: a name that is none of these.
+    """
     if callable(spec):
         return str(getattr(spec, "__name__", type(spec).__name__)), spec
     if spec in BUILT_IN:
@@ -97,21 +121,22 @@ def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
     return attribute, function
 
 
+@part("rollouts")
 @torch.no_grad()
-def judge(forward: Forward, sampled: Sampled, config: NSPConfig) -> Judged:
-    """The rollouts with their rewards: each token and hidden state against the true continuation's."""
+def judge(predictions: Predictions, sampled: Sampled) -> Judged:
+    """Reward rollouts: each token and hidden state against the true continuation's."""
     B, P, N, K = sampled.tokens.shape
-    batch, positions = forward.batch, sampled.positions
+    batch, config, positions = predictions.work.batch, predictions.work.config, sampled.positions
     assert sampled.hidden is not None
     ahead = (positions.clamp(min=0)[..., None] + torch.arange(1, K + 1, device=positions.device)).flatten(1)  # [B, P*K]
     ahead = ahead.clamp(max=batch.input_ids.shape[1] - 1)
     truth = batch.input_ids.gather(1, ahead).view(B, P, 1, K).expand(B, P, N, K).reshape(-1, K)
-    true_hidden = gather_positions(forward.hidden, ahead).view(B, P, 1, K, -1).expand(B, P, N, K, -1).flatten(0, 2)
+    true_hidden = gather_positions(predictions.hidden, ahead).view(B, P, 1, K, -1).expand(B, P, N, K, -1).flatten(0, 2)
     rows = sampled.tokens.reshape(-1, K)
-    # While a rollout equals the truth its hidden states are the truth's: the same function of the same tokens. Taking them from
+    # While a rollout equals the truth, its hidden states are the truth's: the same function of the same tokens. Taking them from
     # there keeps rounding (large in bfloat16) from costing a perfect rollout its perfect score.
     same = (rows == truth).long().cumprod(-1).bool()
-    inputs: dict[str, Any] = {
+    inputs: RewardInputs = {
         "completion_ids": rows,
         "truth_ids": truth,
         "hidden": torch.where(same[..., None], true_hidden, sampled.hidden.flatten(0, 2)),
@@ -125,40 +150,39 @@ def judge(forward: Forward, sampled: Sampled, config: NSPConfig) -> Judged:
     valid = positions >= 0
     metrics = {
         **_reward_metrics(by_name, valid, (B, P, N)),
-        "entropy": masked_mean(forward.entropy, batch.target_mask),
-        "entropy_at_positions": masked_mean(gather_positions(forward.entropy, positions), valid),
+        "entropy": masked_mean(predictions.entropy, batch.target_mask),
+        "entropy_at_positions": masked_mean(gather_positions(predictions.entropy, positions), valid),
     }
     known = {**vars(sampled), "metrics": {**sampled.metrics, **metrics}}
-    return Judged(**known, rewards=total.view(B, P, N), entropy=forward.entropy)
+    return Judged(**known, rewards=total.view(B, P, N), entropy=predictions.entropy)
 
 
 def asked(function: Reward) -> tuple[set[str], bool]:
-    """The arguments a reward names, and whether it takes any others too."""
+    """Tell which arguments a reward names, and whether it takes any others too."""
     parameters = inspect.signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def wants_columns(config: NSPConfig) -> bool:
-    """Whether a reward may ask for columns of the dataset: built-in ones do not."""
+    """Tell whether a reward may ask for columns of the dataset, which built-in ones do not."""
     return any(resolve_reward(r)[1] not in BUILT_IN.values() for r in config.rewards)
 
 
 def compute_rewards(
     specs: Sequence[RewardSpec],
     weights: Sequence[float] | None,
-    inputs: Mapping[str, Any],
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    inputs: RewardInputs,
+    columns: Columns | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of the rewards [R], and each by name [R] (averaged over tokens, before its weight).
+    """Compute the weighted sum of rewards [R], and each by name [R] (averaged over tokens, before its weight).
 
     Raises:
         RefineError: a reward that asks for a column that is not there, or returns another shape.
     """
     R, K = inputs["completion_ids"].shape
     by_name: dict[str, Tensor] = {}
-    hidden: Tensor = inputs["hidden"]
-    total = hidden.new_zeros(R, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    total = inputs["hidden"].new_zeros(R, dtype=_wide(inputs["hidden"]))
     for spec, weight in zip(specs, weights if weights is not None else [1.0] * len(specs), strict=True):
         name, function = resolve_reward(spec)
         returned = function(**_arguments(name, function, inputs, columns or {}))
@@ -179,10 +203,14 @@ def compute_rewards(
     return total, by_name
 
 
-def _arguments(name: str, function: Reward, inputs: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """What a reward is called with: what it names, and all of it where it takes anything."""
+def _arguments(name: str, function: Reward, inputs: RewardInputs, columns: Columns) -> dict[str, object]:
+    """Gather the arguments that a reward names, or everything where it takes anything.
+
+    Raises:
+        RefineError: a reward that asks for a column that is not there.
+    """
     named, anything = asked(function)
-    there = {**columns, **inputs}
+    there: dict[str, object] = {**columns, **inputs}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in named and parameter.default is parameter.empty and parameter.name not in there:
             raise RefineError(
@@ -192,7 +220,8 @@ def _arguments(name: str, function: Reward, inputs: Mapping[str, Any], columns: 
     return there if anything else {k: v for k, v in there.items() if k in named}
 
 
-def _reward_metrics(by_name: dict[str, Tensor], valid: Tensor, shape: tuple[int, int, int]) -> Metrics:
+def _reward_metrics(by_name: Mapping[str, Tensor], valid: Tensor, shape: tuple[int, int, int]) -> Metrics:
+    """Give mean and standard deviation of each reward [R] over valid positions [B, P]; shape: (B, P, N)."""
     mask = valid[..., None].expand(shape)
     metrics: Metrics = {}
     for name, value in by_name.items():

@@ -1,4 +1,4 @@
-"""Rollouts (paper, section 3.2): K tokens sampled from each chosen prefix, decoded from its state as one batch of R rows."""
+"""Sample rollouts (paper, section 3.2): K tokens from each chosen prefix, decoded from its state as one batch of R rows."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from refine_nsp.config import NSPConfig
 from refine_nsp.models.generation import end_tokens
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.forward import Forward
-from refine_nsp.nsp.records import Prefixes, Sampled, inverse_cdf
+from refine_nsp.nsp.records import Metrics, Prefixes, Sampled, inverse_cdf
 from refine_nsp.nsp.selection import count_positions
+from refine_nsp.ops.memory import part
 
 
+@part("rollouts")
 @torch.no_grad()
-def sample(forward: Forward, prefixes: Prefixes, config: NSPConfig, u: Tensor) -> Sampled:
-    """N rollouts of K tokens from each prefix, by uniforms [B, P, N, K]; as published, none of them ends."""
+def sample(forward: Forward, prefixes: Prefixes) -> Sampled:
+    """Sample N rollouts of K tokens from each prefix, by the step's draws; as published, no rollout ends."""
+    model, config, u = forward.work.model, forward.work.config, forward.work.draws.tokens
     start = time.perf_counter()
     tokens, log_probs, hidden = sample_tokens(
-        forward.model,
+        model,
         prefixes.cache.detach(),
         prefixes.hidden.detach(),
         u.reshape(-1, u.shape[-1]),
         config.temperature,
-        never=end_tokens(forward.model) if config.published else (),
+        never=end_tokens(model) if config.published else (),
     )
-    seconds = {"seconds_select": start - forward.finished, "seconds_rollout": time.perf_counter() - start}
+    seconds: Metrics = {"seconds_select": start - forward.finished, "seconds_rollout": time.perf_counter() - start}
     return Sampled(
         positions=prefixes.positions,
         tokens=tokens.view(u.shape),
         log_probs=log_probs.view(u.shape),
         hidden=hidden.view(*u.shape, -1),
-        num_positions=int(count_positions(forward.batch.lengths, config).sum()),
+        num_positions=int(count_positions(forward.work.batch.lengths, config).sum()),
         metrics=seconds,
     )
 
@@ -57,11 +59,11 @@ def sample_tokens(
         hidden: [B*P, D], final-norm output at each prefix's last token.
         u: [R, K] uniforms, neighbouring rows for one prefix.
         temperature: logits are divided by it.
-        never: tokens that are not drawn; the published code keeps EOS out so, and still takes log-probabilities of all tokens.
+        never: tokens that are not drawn. The published code keeps EOS out in this way, and still takes log-probabilities of all tokens.
 
     Returns:
-        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution each was drawn from (with `never` in it), nats; hidden
-        states [R, K, D], the final-norm output after consuming token j.
+        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution that each was drawn from, tokens of `never` included,
+        nats; hidden states [R, K, D], the final-norm output after consuming token j.
     """
     N = u.shape[0] // hidden.shape[0]
     rows, hidden = model.model.branch(snapshots, N), hidden.repeat_interleave(N, 0)

@@ -1,4 +1,4 @@
-"""Where rollouts are sampled (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk.
+"""Choose where rollouts are sampled (paper, section 3.1): score every token, cut the sequence into P chunks, draw one position a chunk.
 
 Two axes: a score (how interesting a token is) and a draw (how a position is taken from the scores of its chunk), each a table of
 functions by the names `NSPConfig` takes.
@@ -17,14 +17,15 @@ from torch.nn import functional as F
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.context import context_divergence, next_sum
-from refine_nsp.nsp.forward import Forward
+from refine_nsp.nsp.forward import Predictions
 from refine_nsp.nsp.records import Batch, inverse_cdf
 
 
 @torch.no_grad()
-def select(forward: Forward, config: NSPConfig, u: Tensor) -> Tensor:
-    """Positions [B, P] long by the score and the draw of `config`, -1 where a chunk has no admissible token; u: [B, P] uniforms."""
-    return select_positions(SCORES[config.score].of(forward, config), forward.batch, u, config)
+def select(predictions: Predictions) -> Tensor:
+    """Choose positions [B, P] long by the score and the draw of the settings; -1 where a chunk has no admissible token."""
+    work = predictions.work
+    return select_positions(SCORES[work.config.score].of(predictions), work.batch, work.draws.positions, work.config)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -32,26 +33,33 @@ def select(forward: Forward, config: NSPConfig, u: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """of: (pass, config) -> [B, T], higher is more interesting. rows_together: whether it runs rows that are not the batch's own, so
-    that weights which differ by row (adapters side by side) cannot score."""
+    """How interesting tokens are.
 
-    of: Callable[[Forward, NSPConfig], Tensor]
+    Attributes:
+        of: scores [B, T] of a pass' predictions; higher is more interesting.
+        rows_together: whether scoring runs rows that are not the batch's own, so that weights which differ by row (adapters side by
+            side) cannot score.
+    """
+
+    of: Callable[[Predictions], Tensor]
     rows_together: bool = False
 
 
-def entropy_score(forward: Forward, config: NSPConfig) -> Tensor:
-    """Entropy of the next-token distribution, smoothed (section 3.1)."""
-    return smooth_entropy(forward.entropy, forward.batch, config)
+def entropy_score(predictions: Predictions) -> Tensor:
+    """Score by the entropy of the next-token distribution, smoothed (section 3.1)."""
+    return smooth_entropy(predictions.entropy, predictions.work.batch, predictions.work.config)
 
 
-def context_score(forward: Forward, config: NSPConfig, gain: bool) -> Tensor:
-    """How much far context changes the prediction of the next K tokens: their KL, or what it gains for the true ones."""
-    return next_sum(context_divergence(forward.model, forward.batch, forward.hidden, config, gain), config.rollout_length)
+def context_score(predictions: Predictions, gain: bool) -> Tensor:
+    """Score by how much far context changes the prediction of the next K tokens: by their KL, or by what it gains for the true ones."""
+    work = predictions.work
+    d = context_divergence(work.model, work.batch, predictions.hidden, work.config, gain)
+    return next_sum(d, work.config.rollout_length)
 
 
-def no_score(forward: Forward, config: NSPConfig) -> Tensor:
-    """All tokens alike."""
-    return torch.zeros_like(forward.entropy)
+def no_score(predictions: Predictions) -> Tensor:
+    """Score all tokens alike."""
+    return torch.zeros_like(predictions.entropy)
 
 
 SCORES: dict[str, Score] = {
@@ -63,7 +71,7 @@ SCORES: dict[str, Score] = {
 
 
 def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
-    """Moving average of entropy [B, T] with an odd window -> [B, T].
+    """Take the moving average of entropy [B, T] over an odd window -> [B, T].
 
     `centred` averages the real tokens inside the window. `published` divides by the whole window, counting zeros beyond the edges
     and whatever stands at pads, as the original code does.
@@ -82,19 +90,19 @@ def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
 
 
 def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """~ softmax(score / tau) over the allowed tokens of each chunk."""
+    """Draw from softmax(score / tau) over the allowed tokens of each chunk."""
     logits = (scores / tau).masked_fill(~allowed, -torch.inf)
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     return inverse_cdf((logits - top).exp(), u.to(scores.device, non_blocking=True))
 
 
 def draw_greatest(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """The allowed token with the greatest score."""
+    """Take the allowed token with the greatest score."""
     return scores.masked_fill(~allowed, -torch.inf).argmax(-1)
 
 
 def draw_least(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """The allowed token with the least score."""
+    """Take the allowed token with the least score."""
     return draw_greatest(-scores, allowed, u, tau)
 
 
@@ -106,12 +114,12 @@ DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 
 
 def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig) -> Tensor:
-    """One position per chunk by scores [B, T] -> [B, P] long, -1 where a chunk has no admissible token.
+    """Choose one position per chunk by scores [B, T] -> [B, P] long, -1 where a chunk has no admissible token.
 
     Args:
         u: [B, P] uniforms in [0, 1).
-        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`, `published`: then several chunks may have the same
-            position.
+        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`, `published`, with which several chunks may
+            have the same position.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
     if int(count_positions(batch.lengths, config).sum()) < P * len(batch.sizes):
@@ -120,24 +128,24 @@ def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig)
     # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
     tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)
     chosen = DRAWS[config.drawn](tokenwise, allowed, u, config.tau)
-    if config.published:  # what is drawn outside the bounds is moved to the nearer one
+    if config.published:  # its code draws anywhere, and moves what lies outside the bounds to the nearer one
         first, last = (x[:, None].to(chosen.device, non_blocking=True) for x in bounds(batch.lengths, config))
         chosen = chosen.clamp(first, last)
     return torch.where(allowed.any(-1), chosen, -1)
 
 
 def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
-    """[B, T] long: which of the P equal chunks of the real tokens each token falls in; the remainder goes to the last."""
+    """Number the P equal chunks of the real tokens that tokens fall in, [B, T] long; the remainder goes to the last."""
     size = torch.div(lengths, P, rounding_mode="floor").clamp(min=1)
     index = torch.arange(n_tokens)
     return torch.div(index, size[:, None], rounding_mode="floor").clamp(max=P - 1)
 
 
 def bounds(lengths: Tensor, config: NSPConfig) -> tuple[Tensor, Tensor]:
-    """First and last admissible position of each sequence, [B] each; there is none where the last comes before the first.
+    """Give the first and last admissible position of each sequence, [B] each; there is none where the last comes before the first.
 
-    Ours: at least `min_prefix` tokens before t and K after it. Published: at least `min_prefix` tokens up to t and as many after it, of
-    which the second wins on a text that is too short for both.
+    Ours have at least `min_prefix` tokens before t and K after it. Published ones have at least `min_prefix` tokens up to t and as many
+    after it; on a text that is too short for both, the second rule wins.
     """
     if config.published:
         last = lengths - 1 - config.min_prefix
@@ -146,16 +154,16 @@ def bounds(lengths: Tensor, config: NSPConfig) -> tuple[Tensor, Tensor]:
 
 
 def admissible(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
-    """[B, T] bool: where positions can be: from the first to the last of `bounds`."""
+    """Mark where positions can be, from the first to the last of `bounds`; [B, T] bool."""
     t = torch.arange(n_tokens)
     first, last = bounds(lengths, config)
     return (t >= first[:, None]) & (t <= last[:, None])
 
 
 def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
-    """[B, P, T] bool: the tokens of each chunk that its position is drawn from: the admissible ones.
+    """Mark the tokens of each chunk that its position is drawn from, the admissible ones; [B, P, T] bool.
 
-    Published: all of them, so long as the sequence has `config.shortest` tokens, and the remainder is in no chunk.
+    As published, all are drawn from so long as the sequence has `config.shortest` tokens, and the remainder is in no chunk.
     """
     P = config.positions_per_sequence
     chunk = chunk_of_tokens(lengths, n_tokens, P)
@@ -167,7 +175,7 @@ def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
 
 
 def count_positions(lengths: Tensor, config: NSPConfig) -> Tensor:
-    """How many positions `select_positions` will choose in each sequence [B]: it depends on lengths alone."""
+    """Count the positions that `select_positions` will choose in each sequence [B]; they depend on lengths alone."""
     longest = max(lengths.tolist(), default=0)
     return chunk_tokens(lengths, max(longest, 1), config).any(-1).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Types for autograd functions with hand-written backward passes, which torch leaves untyped."""
+"""Type autograd functions with hand-written backward passes, which torch leaves untyped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The (gated) delta rule over a sequence, with its state at any position.
+"""Run the (gated) delta rule over a sequence, and give its state at any position.
 
 Per head, with S in [Dk, Dv]: S <- exp(g) S, then S <- S + k (beta (v - S'k))', o = S'q / sqrt(Dk) (Yang et al. 2024, arXiv
 2406.06484; gated: arXiv 2412.06464). In a chunk of C tokens that starts from S0, with b the running sum of g inside the chunk and
@@ -55,7 +55,7 @@ def naive_delta_rule(
 
 @dataclass(frozen=True)
 class DeltaStates:
-    """The states of a pass of `delta_rule`, rebuilt after any token from those before its chunks."""
+    """Rebuilds the states of a pass of `delta_rule` after any token from those before its chunks."""
 
     starts: Tensor  # [n or more, B, HV, Dk, Dv], state before each chunk; from kernels in the inputs' dtype
     final: Tensor  # [B, HV, Dk, Dv], state after each row's last real token, float32 or better
@@ -101,7 +101,7 @@ class DeltaStates:
 
 @dataclass(frozen=True)
 class OneToken:
-    """The states of a pass of one token; see `DeltaStates`."""
+    """Gives the states of a pass of one token; see `DeltaStates`."""
 
     initial: Tensor | None  # [B, HV, Dk, Dv], or zeros
     final: Tensor
@@ -211,7 +211,7 @@ def _inverse_unit_lower(A: Tensor) -> Tensor:
 
 
 class _Decay(NamedTuple):
-    """The decays inside chunks; all are None for the plain rule, whose work they would double."""
+    """Holds the decays inside chunks; all are None for the plain rule, whose work they would double."""
 
     pair: Tensor | None  # [..., n, C, C] exp(b_i - b_j), lower triangle with diagonal
     from_start: Tensor | None  # [..., n, C, 1] exp(b_i)

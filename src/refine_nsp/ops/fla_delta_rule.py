@@ -1,4 +1,4 @@
-"""The (gated) delta rule on flash-linear-attention's Triton kernels (0.6), with the state at any position chosen after the pass.
+"""Run the (gated) delta rule on flash-linear-attention's Triton kernels (0.6), with the state at any position chosen afterwards.
 
 Their forward computes the state before each chunk and what each token wrote, and frees both. Here the same kernels are called one
 by one, so both can be kept as long as someone holds them: `DeltaStates` is all a snapshot needs, and a pass whose states nobody wants

@@ -1,4 +1,4 @@
-"""Norms, short convolution and SwiGLU on flash-linear-attention's Triton kernels (0.6): the functions of `norm`, `short_conv` and `swiglu`.
+"""Run the functions of `norm`, `short_conv` and `swiglu` on flash-linear-attention's Triton kernels (0.6).
 
 They compute in float32 and return the dtype of their inputs, as ours do. This file is imported only where they run, since they need Triton.
 """

@@ -1,6 +1,6 @@
-"""The choice of kernels for the operations: PyTorch's own, or flash-linear-attention's (Triton) on a CUDA device.
+"""Choose the kernels of the operations: PyTorch's own, or flash-linear-attention's (Triton) on a CUDA device.
 
-It is made once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flash-linear-attention 0.6 where it and a CUDA device are
+It is chosen once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flash-linear-attention 0.6 where it and a CUDA device are
 there, `torch` never does, `fla` demands it. Nothing needs it: without it PyTorch computes the same. Where a kernel cannot serve an input
 (a head size, a dtype), PyTorch does, and one warning names the reason.
 
@@ -36,7 +36,7 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # elementwise ker
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a process.
+    """Describes the kernels of a process.
 
     Attributes:
         name: "torch" or "fla".

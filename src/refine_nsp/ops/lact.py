@@ -1,4 +1,4 @@
-"""LaCT's fast weights over a sequence, with their state at any position.
+"""Run LaCT's fast weights over a sequence, and give their state at any position.
 
 Queries read the weights of their chunk; a chunk of C tokens is learned from when it is complete *and another token arrives*. So after n
 tokens the weights have had (n - 1) // C updates, and the 1..C tokens since the last one are *open*: the state keeps them, because
@@ -37,7 +37,7 @@ State = dict[str, Tensor]
 
 
 class Tokens(NamedTuple):
-    """The inputs of learning, per token: k, v [B, H, T, Dk], lr [B, H, T, 3 * width] and momentum [B, H, T, 1] (or None)."""
+    """Holds the inputs of learning, per token: k, v [B, H, T, Dk], lr [B, H, T, 3 * width] and momentum [B, H, T, 1] (or None)."""
 
     k: Tensor
     v: Tensor
@@ -69,7 +69,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class LaCTStates:
-    """The states of a pass of `lact`, rebuilt after any token."""
+    """Rebuilds the states of a pass of `lact` after any token."""
 
     chunks: list[FastState]  # the weights that each chunk's queries read, [B, H, ..]
     tokens: Tokens  # from the start of the first chunk: the open ones of before, then the pass's own

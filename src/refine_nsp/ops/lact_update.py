@@ -1,4 +1,4 @@
-"""One update of LaCT's fast weights (Zhang et al. 2025, arXiv 2505.23884).
+"""Update LaCT's fast weights once (Zhang et al. 2025, arXiv 2505.23884).
 
 They are a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)), which queries read and which is trained on keys and values, a large
 chunk at a time. `ops/lact.py` runs it over a sequence.
@@ -32,7 +32,7 @@ NEWTON_SCHULZ = (
 
 
 class Triple(NamedTuple):
-    """A tensor for each of w0 [.., Dh, D], w1 [.., D, Dh] and w2 [.., Dh, D]."""
+    """Holds a tensor for each of w0 [.., Dh, D], w1 [.., D, Dh] and w2 [.., Dh, D]."""
 
     w0: Tensor
     w1: Tensor
@@ -40,7 +40,7 @@ class Triple(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A `Triple` with w0 above w2, [.., 2 Dh, D], so that one product multiplies queries or keys by both.
+    """Holds a `Triple` with w0 above w2, [.., 2 Dh, D], so that one product multiplies queries or keys by both.
 
     Fewer, larger operations are faster where chunks are small or a device waits for its launches.
     """
@@ -60,7 +60,7 @@ class Pair(NamedTuple):
 
 
 class FastState(NamedTuple):
-    """The fast weights that queries read, their unnormalised sums (`main`, pre-norm only) and the last d (`momentum`, if there is any)."""
+    """Holds the fast weights that queries read, their unnormalised sums (`main`, pre-norm only) and the last d (`momentum`, if any)."""
 
     weights: Pair
     main: Pair | None
@@ -68,7 +68,7 @@ class FastState(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-    """The settings of an update. muon: None, or the dtype of Newton-Schulz (bfloat16 as published, or float32: at least that)."""
+    """Says how weights are updated. muon: None, or the dtype of Newton-Schulz (bfloat16 as published, or float32: at least that)."""
 
     momentum: bool
     muon: torch.dtype | None

@@ -1,4 +1,4 @@
-"""Losses of a language-model head without ever holding [T, V] logits.
+"""Compute the losses of a language-model head without ever holding [T, V] logits.
 
 The head is applied to one block of tokens at a time. Since the weight of every token in the loss is known beforehand (1 / number of
 targets, or 0), the gradient is formed in the forward pass while the block's logits are there: logits are computed once, and the
@@ -35,7 +35,7 @@ DEVICE_SHARE, FREE_SHARE = 32, 4  # a block takes at most 1/32 of a device's mem
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Statistics of n tokens in nats, without gradient. All are [n] in float32 or better, except `argmax` (long)."""
+    """Holds the statistics of n tokens in nats, without gradient. All are [n] in float32 or better, except `argmax` (long)."""
 
     nll: Tensor
     entropy: Tensor
@@ -113,7 +113,7 @@ def _blocks(n: int, weight: Tensor) -> list[slice]:
 
 
 class _Block:
-    """The unnormalised softmax of one block's logits (`p` [m, V], `mass` [m]) and the statistics of its tokens, all in `wide`."""
+    """Holds the unnormalised softmax of one block's logits (`p` [m, V], `mass` [m]) and the statistics of its tokens, all in `wide`."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, wide: torch.dtype) -> None:
         self.hidden, self.weight, self.targets = hidden, weight, targets
@@ -142,7 +142,7 @@ class _Block:
 
 
 class _Outputs:
-    """The results of all blocks: statistics of every token, and the two gradients of a weighted sum of NLLs."""
+    """Collects the results of all blocks: statistics of every token, and the two gradients of a weighted sum of NLLs."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> None:
         n, self.wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
@@ -202,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SequenceTerm:
-    """The second term of `linear_next_sequence`.
+    """Describes the second term of `linear_next_sequence`.
 
     token_weights: [n], w_t; 0 wherever t + K passes the end of t's own sequence. K: tokens of a continuation. order: M of f_M, from 1
     to `inf`. local: None, or [n, D]: w_t is then token_weights[t] times the divergence of the head's distribution on `hidden` from that
@@ -218,7 +218,7 @@ class SequenceTerm:
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """The losses of `linear_next_sequence`, scalars with gradient: loss = ntp_scale * ntp + policy_scale * policy.
+    """Holds the losses of `linear_next_sequence`, scalars with gradient: loss = ntp_scale * ntp + policy_scale * policy.
 
     Detached are token_weights [n], the w_t used; values [n], J_t; and matches [n], (1/K) sum_j P_j, the share of K tokens that a rollout is
     expected to match before its first miss.

@@ -1,4 +1,4 @@
-"""Normalisations with hand-written backwards, which make few passes over memory: these, not arithmetic, cost time on a CPU.
+"""Normalise with hand-written backwards, which make few passes over memory: these, not arithmetic, cost time on a CPU.
 
 Statistics are in float32 or better; results have the input's dtype.
 """

@@ -1,4 +1,4 @@
-"""Guards of precision: code that automatic mixed precision must not change, and steps that a dtype is too coarse for.
+"""Guard precision: in code that automatic mixed precision must not change, and for steps that a dtype is too coarse for.
 
 States and cumulative products are kept in float32 or better.
 """

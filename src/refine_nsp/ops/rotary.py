@@ -1,4 +1,4 @@
-"""Rotary position embedding at absolute positions, half-split: channel i is paired with i + head_dim / 2."""
+"""Embed absolute positions by rotation, half-split: channel i is paired with i + head_dim / 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short causal depthwise convolution in front of q, k and v: W shifted multiply-adds, in the [B, T, D] layout.
+"""Compute the short causal convolution of each channel in front of q, k and v: W shifted multiply-adds, in the [B, T, D] layout.
 
 PyTorch's own convolution takes [B, D, T], which costs two transposes. W is the width of the kernel in tokens, mostly 4.
 """

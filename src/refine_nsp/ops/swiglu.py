@@ -1,4 +1,4 @@
-"""The product silu(gate) * up, which keeps only its inputs for the backward."""
+"""Compute silu(gate) * up, keeping only its inputs for the backward."""
 
 from __future__ import annotations
 

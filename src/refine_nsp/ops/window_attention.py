@@ -1,4 +1,4 @@
-"""Causal sliding-window attention in blocks of queries, so that memory and time are linear in T. d is the width of a head."""
+"""Attend within a causal sliding window in blocks of queries, so that memory and time are linear in T. d is the width of a head."""
 
 from __future__ import annotations
 

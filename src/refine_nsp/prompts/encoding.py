@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError, first_line
 
 Pair = tuple[list[int], list[int]]  # context ids (at least one), continuation ids (at least one)
-Message = Mapping[str, Any]  # role, content (text, or parts that are text), and whatever else a template may read
+Message = Mapping[str, object]  # role, content (text, or parts that are text), and whatever else a template may read
 Messages = Sequence[Message]
 Prompt = str | Messages
 
@@ -139,7 +139,7 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def as_messages(value: object) -> list[dict[str, Any]]:
+def as_messages(value: object) -> list[dict[str, object]]:
     """Convert a conversation to what chat templates take: content as text, and no key without a value (files' columns fill in None).
 
     Args:
@@ -153,7 +153,7 @@ def as_messages(value: object) -> list[dict[str, Any]]:
     return [_message(message, i) for i, message in enumerate(value)]
 
 
-def _message(message: object, place: int) -> dict[str, Any]:
+def _message(message: object, place: int) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise RefineError(f"message {place} is {_shown(message)}; expected a mapping of role and content")
     known = _filled(message)
@@ -208,13 +208,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: object, **template: obj
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: Mapping[str, object], **how: bool
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]], template: Mapping[str, object], **how: bool
 ) -> str:
-    options: dict[str, Any] = {**{key: _filled(value) for key, value in template.items() if value is not None}, **how}
+    options: dict[str, Any] = {key: _filled(value) for key, value in template.items() if value is not None}
+    options |= {"conversation": messages, **how}
     try:
         if isinstance(tools := options.get("tools"), str):  # TRL also takes tools as JSON in a column
             options["tools"] = json.loads(tools)
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(tokenize=False, **options))
     except Exception as error:  # a template's code may raise anything, besides jinja's own kinds
         raise RefineError(f"the tokenizer's chat template does not take these messages: {first_line(error)}") from error
 
@@ -225,10 +226,10 @@ def _turn(
     """Write what follows the text of a prompt: the answer, and what the template writes around it in the assistant's turn."""
     known = as_messages(prompt)
     message = {"role": "assistant", "content": answer} if isinstance(answer, str) else as_messages([answer])[0]
-    words = message.get("content", "")
+    words = str(message.get("content", ""))
     if not words.strip():
         raise RefineError("the assistant's turn has no text; expected an answer")
-    begun = known.pop()["content"] if known[-1]["role"] == "assistant" else ""
+    begun = str(known.pop()["content"]) if known[-1]["role"] == "assistant" else ""
     turns = [[*known, {**message, "content": begun + content}] for content in (PLACEHOLDER, words)]
     around, whole = (_apply(tokenizer, turn, template) for turn in turns)
     head, found, end = around.partition(PLACEHOLDER)

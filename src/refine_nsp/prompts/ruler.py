@@ -31,7 +31,7 @@ from refine_nsp.prompts.essays import essay_words as essay_words
 from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
 
-Draft = tuple[str, list[str], dict[str, Any]]  # prompt, references, meta
+Draft = tuple[str, list[str], dict[str, object]]  # prompt, references, meta
 Build = Callable[[int], Draft]  # makes a draft with so many units of haystack, from the same draws for every size
 
 

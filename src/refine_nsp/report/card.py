@@ -1,11 +1,10 @@
-"""The model card of a trained model, from what its run left in the folder: what it came from, how, and what was measured."""
+"""A model card says what a model was trained from, how, and what was measured, by what its run left in the folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -21,7 +20,7 @@ OBJECTIVES = {
     "ntp": "next-token prediction alone",
     "none": "the answers alone",
 }
-PEFT = "# Model Card for Model ID"  # what an adapter's folder is given before anybody has written a word
+PEFT = "# Model Card for Model ID"  # PEFT gives an adapter's folder this card, in which nobody has written a word yet
 PAPER = """@article{hwang2026refine,
   title   = {Reinforced Fast Weights with Next-Sequence Prediction},
   author  = {Hwang and Wu and Chun and Russakovsky},
@@ -31,20 +30,26 @@ PAPER = """@article{hwang2026refine,
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a README.md is one of ours, or one that nobody has written a word in."""
+    """Tell whether a README.md is one of ours, or one that nobody has written a word in."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return MARK in text or PEFT in text
 
 
 def write_card(
-    folder: Path, run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str], plotted: bool = True
+    folder: Path, run: Run, base: str, data: Sequence[str], settings: Mapping[str, object], tags: list[str], plotted: bool = True
 ) -> Path | None:
-    """README.md of a saved model, and curves.svg where there are curves; None, and nothing touched, where somebody else's README.md is.
+    """Write README.md of a saved model, and curves.svg where there are curves. Where the README.md is somebody else's, nothing is touched.
 
     Args:
-        run: how the model came about. base: the model it was trained from, "" where that has no name.
-        data: what on; of folders and files on this machine the last part is named.
-        settings: those to tell, by the names of flags. tags: of the hub. plotted: False leaves the curves out.
+        run: the records of the training.
+        base: the model it was trained from; "" where that has no name.
+        data: the data it was trained on; folders and files of this machine are named by the last part of their path.
+        settings: those to tell, by the names of flags.
+        tags: words by which the hub finds the model.
+        plotted: False leaves the curves out.
+
+    Returns:
+        The path of the card; None where nothing was written.
     """
     path = folder / "README.md"
     if path.exists() and not is_ours(path):
@@ -55,9 +60,9 @@ def write_card(
     return write_atomically(path, card(run, base, data, settings, tags, has_curves))
 
 
-def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tags: list[str], has_curves: bool) -> str:
-    """Markdown with the hub's header."""
-    head: dict[str, Any] = {
+def card(run: Run, base: str, data: Sequence[str], settings: Mapping[str, object], tags: list[str], has_curves: bool) -> str:
+    """Make the card, as Markdown with the hub's header; see `write_card`."""
+    head: dict[str, object] = {
         "library_name": "peft" if settings.get("use_peft") else "transformers",
         "pipeline_tag": "text-generation",
     }
@@ -83,14 +88,14 @@ def card(run: Run, base: str, data: Sequence[str], settings: dict[str, Any], tag
         "Training figures are means over the logged steps around them; validation figures are of text that was not trained on.\n",
         "## Limits\n",
         "These figures say how this training went, not how good the model is at a task: measure with `refine-nsp evaluate`, beside the "
-        "same run with `--objective ntp`. Licences and limits of the base and of the data go on to hold.\n",
+        "same run with `--objective ntp`. Licences and limits of the base and of the data still hold.\n",
         f"## Cite\n\n```bibtex\n{PAPER}\n```",
     ]
     return "\n".join(line for line in lines if line) + "\n"
 
 
 def figures(run: Run) -> Table:
-    """First and last logged value of what is known."""
+    """Make the table of the first and the last logged value of each figure that the run has."""
     rows: list[list[Cell]] = []
     for key, title, unit in CURVES:
         if ys := run.curve(key)[1]:
@@ -99,7 +104,7 @@ def figures(run: Run) -> Table:
 
 
 def curves(run: Run) -> str | None:
-    """Losses over steps; None where there are fewer than two."""
+    """Draw the losses over the steps; None where none has two values."""
     wanted = {
         title: run.curve(key)
         for key, title in (("loss_ntp", "training"), ("eval_loss", "validation"), ("loss_answer", "answers"))
@@ -108,15 +113,15 @@ def curves(run: Run) -> str | None:
     return plots.line_plot(drawn, "cross-entropy, nats").svg() if drawn else None
 
 
-def text_of(value: Any) -> str:
-    """On one line, and nothing that Markdown or HTML would take for markup: tags, links (bare ones too), images, emphasis, code."""
+def text_of(value: object) -> str:
+    """Write a value on one line, without what Markdown or HTML takes for markup: tags, links (bare ones too), images, emphasis, code."""
     text = " ".join(str(value).replace("`", "'").split())
     text = re.sub(r"([\\\[\]()!*])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
     return re.sub(r"(?i)(www)\.", r"\1\\.", text.replace("://", "\\://"))
 
 
 def named(source: str) -> str:
-    """A name on the hub, or the last part of a path."""
+    """Return a name on the hub as it is, and of a path the last part, as Markdown's code."""
     local = Path(source).is_absolute() or Path(source).exists()
     name = Path(source).absolute().name if local else source  # absolute: `.` has no name
     return f"`{' '.join(name.replace('`', chr(39)).split())}`"

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import zstandard
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 class WholeFrames(io.BufferedReader):
@@ -30,7 +27,7 @@ class _Raw(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self.text:
             block = self.waiting or self.file.read(2**17)
             if not block:

@@ -204,7 +204,7 @@ def encode_row(
 def encode_answers(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: PromptRow) -> tuple[list[int], list[list[int]]]:
     """Return the tokens of the prompt, and of each answer behind it. Where the tokenizer merges the prompt's end with one answer, every
     answer takes that end."""
-    begun = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    begun = prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt[-1]["role"] == "assistant" else ""
     glue = " " if begun and not begun[-1:].isspace() else ""
     pairs: list[Pair] = []
     for answer in asked.answers:

@@ -16,6 +16,7 @@ from refine_nsp.config import CONTEXT_SCORES, SAMPLED, NSPConfig, Objective, Ran
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, notes, setting
 from refine_nsp.nsp.rewards import resolve_reward
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.training.phases import PHASES, Phase
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
@@ -113,7 +114,7 @@ def with_nsp(cls: T) -> T:
 
 
 def nsp_of(nsp: NSPConfig | None, preset: str | None, flat: dict[str, Any], default_preset: str | None) -> NSPConfig:
-    """Make the method's settings of what was given of them; single fields win. RefineError for both `nsp` and `preset`."""
+    """Make the method's settings of what was given of them; single fields win. RefineError where both `nsp` and `preset` are given."""
     if isinstance(rewards := flat.get("reward_funcs"), list | tuple) and len(rewards) == 1:
         flat = {**flat, "reward_funcs": rewards[0]}
     if nsp is not None:
@@ -138,8 +139,8 @@ class ReFINEConfig(TrainingArguments):
         max_length: tokens per sequence.
         steps_per_generation: optimizer steps that learn from one batch of rollouts. Above 1 the ratio to the policy that sampled
             them is clipped, and `schedule` cannot be `fused`.
-        context_scores: where a run needs them, computed in every step by the model as it is (`online`), or once beforehand by the model
-            it starts from, and kept with the data (`cached`): what a step costs then is what an NTP step costs.
+        context_scores: when they are computed: in every step, by the model as it is (`online`), or once beforehand, by the model that
+            the run starts from, and kept with the data (`cached`): a step then costs what an NTP step costs.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
@@ -183,9 +184,8 @@ class ReFINEConfig(TrainingArguments):
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
-        if self.nsp.schedule == "auto" and self.nsp.samples_rollouts:
-            self.nsp = replace(self.nsp, schedule=self._schedule())
         if "estimator" in self.phase.reads:
+            self.nsp = with_schedule(self.nsp, self.needs)
             self._check_method()
 
     @property
@@ -193,16 +193,10 @@ class ReFINEConfig(TrainingArguments):
         """Make the phase that the objective names, which says what of these settings it uses."""
         return PHASES[self.objective](self.nsp)
 
-    def _schedule(self) -> Literal["fused", "snapshot"]:
-        """Choose `fused` where a pass can learn from the rollouts that are sampled from it: they serve one step, and are compared with no
-        others. By segments, states are cheaper where positions are known, which `snapshot` sees to."""
-        first = self.steps_per_generation > 1 or self._compares_micro_batches or self.nsp.segment_tokens is not None
-        return "snapshot" if first else "fused"
-
     @property
-    def _compares_micro_batches(self) -> bool:
-        """Tell whether advantages need the rewards of all micro-batches of a step, since they have one scale."""
-        return self.nsp.samples_rollouts and self.nsp.advantage_scale == "global" and self.gradient_accumulation_steps > 1
+    def needs(self) -> Needs:
+        """Tell what this run asks of the schedule of its rollouts."""
+        return Needs(self.steps_per_generation, self.gradient_accumulation_steps)
 
     def _check_noise(self) -> None:
         """Refuse noise on embeddings where a step reads a sequence more than once, and must read the same each time.
@@ -227,21 +221,6 @@ class ReFINEConfig(TrainingArguments):
             RefineError: both settings, why they do not fit, and what to change.
         """
         nsp = self.nsp
-        if self.steps_per_generation > 1 and nsp.schedule == "fused":
-            raise RefineError(
-                f"schedule='fused' samples and learns in one pass, so steps_per_generation={self.steps_per_generation} cannot "
-                "reuse its rollouts; use schedule='snapshot'"
-            )
-        if self._compares_micro_batches and nsp.schedule == "fused":
-            raise RefineError(
-                f"advantage_scale='global' is one scale for the {self.gradient_accumulation_steps} micro-batches of a step, and "
-                "schedule='fused' learns from each before it knows the next; use schedule='snapshot'"
-            )
-        if self.steps_per_generation > 1 and not nsp.samples_rollouts:
-            raise RefineError(
-                f"estimator={nsp.estimator!r} makes no rollouts that steps_per_generation={self.steps_per_generation} could reuse; leave "
-                "it at 1"
-            )
         if self.log_completions and not nsp.samples_rollouts:
             raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:

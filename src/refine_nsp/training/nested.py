@@ -29,6 +29,7 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Metrics
+from refine_nsp.nsp.schedule import Needs
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.training.answers import collate_answers, pad
 from refine_nsp.training.arguments import ReFINEConfig, with_nsp
@@ -81,8 +82,9 @@ class PostTrainingConfig(ReFINEConfig):
     def phase(self) -> Phase:
         return Answers(self, None) if self.objective == "none" else super().phase
 
-    def _schedule(self) -> Literal["fused", "snapshot"]:
-        return "snapshot" if self.nsp.published and self.inner_steps > 1 else super()._schedule()
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, beforehand=self.nsp.published and self.inner_steps > 1)
 
 
 @dataclass

@@ -29,18 +29,19 @@ import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run_hidden
-from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.module import take_step
 from refine_nsp.nsp.next_token import next_token_loss
-from refine_nsp.nsp.records import Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult
+from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work
+from refine_nsp.nsp.schedule import schedule_of
 from refine_nsp.nsp.selection import SCORES, count_positions
-from refine_nsp.nsp.step import one_step
+from refine_nsp.nsp.step import first_pass
 from refine_nsp.training.data import Collated
 from refine_nsp.training.validation import validate
 
 Counts = dict[str, float]
-NO_DRAWS = Draws(torch.empty(0), torch.empty(0))
 
 
 @dataclass
@@ -222,16 +223,25 @@ class NextSequence(Phase):
 
     @property
     def prepares_steps(self) -> bool:
-        return self.config.samples_first
+        return schedule_of(self.config).two_passes
 
     def prepare(self, model: nn.Module, batches: Sequence[MicroBatch]) -> None:
         """Sample rollouts for all batches by the current policy, unless each step samples its own."""
         if not self.prepares_steps or not batches:
             return
-        step = ReFINEStep(model, self.config, self.reference)
-        made = step.sample_all([b.sequences for b in batches], [b.generator for b in batches], self.sum_over)
+        if self.config.kl_coef > 0 and self.reference is None:
+            raise RefineError(f"kl_coef={self.config.kl_coef} needs a reference_model")
+        with torch.no_grad():
+            made: list[Rollouts] = model(step=lambda m: first_pass([self._work(m, batch) for batch in batches]))
         for batch, rollouts in zip(batches, made, strict=True):
             batch.rollouts = rollouts.without_hidden()
+
+    def _work(self, model: CausalModel, batch: MicroBatch) -> Work:
+        """Gather what a step on a micro-batch works with; a first pass comes before `totals` are known, and needs none."""
+        # Rollouts that were sampled before have used their draws up.
+        draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS
+        learning = Learning(batch.totals.get("targets"), batch.totals.get("policy"), self.reference, self.sum_over)
+        return Work(model, batch.sequences, self.config, draws, learning)
 
     def count(self, batch: MicroBatch) -> Counts:
         return {**super().count(batch), "policy": float(self._policy_counts(batch).sum())}
@@ -247,10 +257,7 @@ class NextSequence(Phase):
         return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        learning = Learning(batch.totals["targets"], batch.totals["policy"], self.reference, self.sum_over)
-        # Rollouts that were sampled before have used their draws up.
-        draws = Draws.of(batch.sequences, self.config, batch.generator) if batch.rollouts is None else NO_DRAWS
-        result = one_step(model, batch.sequences, self.config, draws, learning, batch.rollouts)
+        result = take_step(self._work(model, batch), batch.rollouts)
         batch.result = result
         losses = {"loss_ntp": result.loss_ntp.detach(), "loss_policy": result.loss_policy.detach()}
         return result.loss, {**losses, **result.metrics}

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from torch import nn
 
-from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError, closest
-from refine_nsp.models.adapters import without_adapters
-from refine_nsp.models.protocols import Trunk
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import Phase
@@ -70,27 +65,3 @@ def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | 
         raise RefineError(
             f"metric_for_best_model={wanted!r} is no figure of validation{closest(name, known)}; it has {', '.join(known)}"
         )
-
-
-def for_shards(model: nn.Module, nsp: NSPConfig) -> NSPConfig:
-    """The method's settings for a model whose weights lie in parts with several processes, which must then make the same passes.
-
-    Where states are taken between segments, how many are run again for them would differ from process to process, and gradients would
-    reach weights through states alone, which FSDP does not see. Rollouts are therefore sampled in a pass of their own, without gradients
-    (schedule `snapshot`), and learned from in one whose segments are as many everywhere: the same loss and gradients.
-
-    Raises:
-        RefineError: a model of transformers by `segment_tokens`: each segment would be cut at its positions.
-    """
-    base: Any = without_adapters(model)
-    trunk: Trunk = base.model
-    cut = trunk.cuts_at_positions
-    if not nsp.samples_rollouts or not (cut or nsp.segment_tokens):
-        return nsp
-    if cut and nsp.segment_tokens:
-        raise RefineError(
-            f"segment_tokens={nsp.segment_tokens}: rollouts of {trunk.label} cut segments at their positions, which differ from process to "
-            "process, and shards need every process in every pass; leave segment_tokens out (to save memory: gradient_checkpointing), or "
-            "use estimator: closed_form (preset: likelihood), which needs no positions, or DDP"
-        )
-    return replace(nsp, schedule="snapshot")

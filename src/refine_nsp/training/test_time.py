@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -20,6 +20,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.prompt_adapters import BatchLoRA
@@ -116,8 +117,8 @@ class TestTimeTrainer:
         self.config = config if config is not None else TestTimeConfig()
         self.last: Adaptation | None = None
         nsp = self.config.nsp
-        if nsp.published and nsp.schedule == "auto":  # rollouts of all prompts are sampled before the first step
-            nsp = replace(nsp, schedule="snapshot")
+        if nsp.published:  # its code samples the rollouts of all prompts before the first step
+            nsp = with_schedule(nsp, Needs(beforehand=True))
         self.phase = PHASES[self.config.objective](nsp)
         self._kept_optimizer: torch.optim.Optimizer | None = None  # kept for the next prompt by scope="never"
 

@@ -30,6 +30,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import StepResult
+from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
@@ -41,7 +42,7 @@ from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
-from refine_nsp.training.run_checks import check_best_figure, for_shards, weights_problems
+from refine_nsp.training.run_checks import check_best_figure, weights_problems
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
@@ -106,8 +107,8 @@ class ReFINETrainer(ResumingTrainer):
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
         super().__init__(model, args, **kwargs)
-        if self._is_sharded and args.objective == "refine":
-            asked, args.nsp = args.nsp.schedule, for_shards(self.model, args.nsp)
+        if self._is_sharded and args.phase.samples:
+            asked, args.nsp = args.nsp.schedule, with_schedule(args.nsp, Needs(shards=self.model))
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
         self.nsp: NSPConfig = args.nsp

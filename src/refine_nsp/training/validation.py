@@ -11,7 +11,7 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.next_token import next_tokens
-from refine_nsp.nsp.records import Batch, uniforms
+from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
 from refine_nsp.training.data import Collated
@@ -28,7 +28,7 @@ def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig,
     rows = 0
     for inputs in batches:
         batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
-        sequence_pass = run(model, batch, at_random, 1.0)
+        sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)))
         stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
         sums["nll"] += float(stats.nll[mask].double().sum())
         sums["correct"] += float((stats.argmax == targets)[mask].sum())

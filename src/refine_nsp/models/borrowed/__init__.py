@@ -1,1 +1,1 @@
-"""transformers' own causal models, with states: hybrids of linear attention or Mamba-2, and plain attention."""
+"""This room gives states to transformers' own causal models: hybrids of linear attention or Mamba-2, and plain attention."""

@@ -1,4 +1,4 @@
-"""States of a transformers model by reference: a pass is cut where states are wanted, and continues from what was taken.
+"""A transformers model gives states by reference: a pass is cut where they are wanted, and continues from what was taken.
 
 No token is run twice, and gradients flow from every snapshot into the whole prefix. Real tokens stand on the left and nobody asks for a
 state behind a row's last, so pads need no masks: causality keeps them from what stands before.
@@ -30,7 +30,7 @@ MOST_KEPT = 16
 
 
 class ByReference:
-    """States are taken where the pass is cut, differentiable, and passes continue from there.
+    """Takes states where the pass is cut, differentiable, and continues passes from there.
 
     Attributes:
         same_by_single_tokens: whether one token continues from a state as several do; Nemotron-H limits its time steps only for several.
@@ -176,7 +176,7 @@ def before_any(states: FastWeightCache) -> FastWeightCache:
 
 
 class Taken:
-    """The states that a pass takes on its way: parts by position, and in the end a row for each that was wanted."""
+    """Collects the states that a pass takes on its way: parts by position, and in the end a row for each that was wanted."""
 
     def __init__(self, method: ByReference, past: FastWeightCache | None, wanted: Tensor) -> None:
         self.method, self.past, self.wanted = method, past, wanted
@@ -212,7 +212,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Slices:
-    """States of a pass whose layers keep keys and values only: a prefix' are the first of the pass'.
+    """Slices the states of a pass whose layers keep keys and values only: a prefix' are the first of the pass'.
 
     before, after: the states that the pass began and ended with.
     """
@@ -231,7 +231,7 @@ class Slices:
 
 @dataclass(frozen=True)
 class Tails:
-    """States of a pass, kept every `step` tokens (the first before any), from which the tokens up to a position are run again.
+    """Runs the tokens up to a position again from states that were kept every `step` tokens, the first before any.
 
     All B*P rows run together and in order, although some end before others: rows may have adapters of their own, which go by their order.
     """

@@ -1,4 +1,4 @@
-"""States of a transformers model as the tokens they come from: exact for any model, at the price of reading every prefix again."""
+"""The tokens of a prefix serve as its state: exact for any model, at the price of reading every prefix again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ByTokens:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens [B, columns + T] of the past and of a pass; lengths: [B], the past's, whose hole is at the start of its columns."""
+    """Holds the tokens [B, columns + T] of the past and of a pass; lengths: [B], the past's, whose hole is at the start."""
 
     tokens: Tensor
     lengths: Tensor

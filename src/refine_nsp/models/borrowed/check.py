@@ -1,4 +1,4 @@
-"""The check made when a model of transformers is loaded: a few tokens show whether its states and its head are exact."""
+"""Check a model of transformers when it is loaded: a few tokens show whether its states and its head are exact."""
 
 from __future__ import annotations
 

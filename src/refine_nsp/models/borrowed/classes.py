@@ -1,4 +1,4 @@
-"""Any causal model of transformers as a model with states: linear-attention hybrids, Mamba-2 hybrids, and plain attention.
+"""Give states to any causal model of transformers: linear-attention hybrids, Mamba-2 hybrids, and plain attention.
 
 The model stays what it is, parameters, names, `generate`, `save_pretrained`, PEFT and Trainer included; its class is a subclass of its
 own that also answers the calls of this package (`lengths`, `snapshot_positions`, `output_states`, `branch`, `step`). What a layer keeps
@@ -28,7 +28,7 @@ from refine_nsp.models.borrowed.by_reference import ByReference
 from refine_nsp.models.borrowed.check import check, state_method
 from refine_nsp.models.borrowed.layer_kernels import decide_at_each_call
 from refine_nsp.models.borrowed.trunk import StatefulCausalModel, StatefulTrunk
-from refine_nsp.models.document_marks import MARKS, is_packed
+from refine_nsp.models.document_marks import MARKS, is_packed, takes_marks
 from refine_nsp.models.keywords import refuse_misspelt
 from refine_nsp.models.protocols import StateMixer
 from refine_nsp.models.state import FastWeightCache
@@ -58,6 +58,7 @@ def trunk_class(plain: type[PreTrainedModel]) -> type[StatefulTrunk]:
     """Make the class of a trunk that answers the calls of this package too."""
     names = argument_names(plain)
 
+    @takes_marks
     @functools.wraps(plain.forward)
     def forward(self: StatefulTrunk, *args: Any, **kwargs: Any) -> object:
         kwargs |= dict(zip(names, args, strict=False))
@@ -65,7 +66,6 @@ def trunk_class(plain: type[PreTrainedModel]) -> type[StatefulTrunk]:
             return plain.forward(self, **kwargs)
         return self.read(**kwargs)
 
-    vars(forward)["__signature__"] = packed_signature(plain)
     # `PreTrainedModel` would take the class of the configuration from `StatefulTrunk`.
     members = {"forward": forward, "config_class": plain.config_class}
     return type(plain.__name__, (StatefulTrunk, plain), _names(plain) | members)
@@ -81,6 +81,7 @@ def causal_class(plain: type[PreTrainedModel]) -> type[StatefulCausalModel]:
         plain.__init__(self, config, *args, **kwargs)
         _install(self)
 
+    @takes_marks
     @functools.wraps(plain.forward)
     def forward(
         self: StatefulCausalModel, *args: Any, step: Callable[[StatefulCausalModel], object] | None = None, **kwargs: Any
@@ -108,7 +109,6 @@ def causal_class(plain: type[PreTrainedModel]) -> type[StatefulCausalModel]:
             state_dict = again.state_dict()
         return plain.load_state_dict(self, state_dict, strict=strict, assign=assign)
 
-    vars(forward)["__signature__"] = packed_signature(plain)
     members: dict[str, object] = {"__init__": __init__, "forward": forward, "load_state_dict": load_state_dict}
     prefix_name = plain.base_model_prefix
     if prefix_name != "model":
@@ -192,16 +192,6 @@ def argument_names(plain: type[PreTrainedModel]) -> list[str]:
     """List the names of the plain model's positional arguments, in their order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(plain.forward).parameters.values() if p.kind in kinds and p.name != "self"]
-
-
-def packed_signature(plain: type[PreTrainedModel]) -> inspect.Signature:
-    """Add the marks of packed documents to the plain model's signature: transformers' Trainer drops columns that are not in it."""
-    signature = inspect.signature(plain.forward)
-    parameters = list(signature.parameters.values())
-    missing = [name for name in MARKS if name not in signature.parameters]
-    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
-    parameters[at:at] = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in missing]
-    return signature.replace(parameters=parameters)
 
 
 def keeps_its_own(past: object, keywords: Mapping[str, object]) -> bool:

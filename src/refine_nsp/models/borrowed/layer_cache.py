@@ -1,4 +1,4 @@
-"""A cache that takes the states of transformers' own layers, and hands them back, by reference.
+"""Take the states of transformers' own layers, and hand them back, by reference.
 
 The stock cache copies states in place, which breaks gradients and changes snapshots under their owners' hands. Here a pass starts from
 plain dictionaries of tensors and ends in others; nothing that was handed over is written to.
@@ -39,7 +39,7 @@ def kinds_of(config: PreTrainedConfig) -> tuple[list[str], list[int | None]]:
 
 
 class Lent(Tensor):
-    """A copy of a state, lent to a layer that may write to it; what it writes with `copy_` is kept aside, as part of its graph."""
+    """Lends a copy of a state to a layer that may write to it; what `copy_` writes is kept aside, as part of its graph."""
 
     written: Tensor | None
 
@@ -69,7 +69,7 @@ def returned(state: Tensor) -> Tensor:
 
 
 class _Replacing:
-    """Mixed into a cache's recurrent layers, whose states are replaced then and not copied into."""
+    """Makes a cache's recurrent layers, which it is mixed into, replace their states instead of copying into them."""
 
     conv_states: dict[int, Tensor | None]
     recurrent_states: dict[int, Tensor | None]
@@ -121,7 +121,7 @@ def replacing(layer: L) -> L:
 
 
 class ReferenceCache(DynamicCache):
-    """transformers' cache for one pass that continues from the states of its layers; they are read, never written.
+    """Serves one pass as transformers' cache, continuing from the states of its layers; they are read, never written.
 
     Args:
         config: the model's.

@@ -1,4 +1,4 @@
-"""Functions of transformers' layers that decide at each call whether they run on a kernel.
+"""Let functions of transformers' layers decide at each call whether they run on a kernel.
 
 Where flash-linear-attention, mamba-ssm or causal-conv1d is installed, transformers puts its kernels in the place of the layers' own PyTorch
 code when a layer's file is imported, whatever device the tensors will be on. But a kernel takes tensors of a CUDA device alone, and a

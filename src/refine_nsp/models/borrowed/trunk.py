@@ -1,4 +1,4 @@
-"""A trunk of transformers (a model below its head) that also answers the calls of this package.
+"""Let a trunk of transformers (a model below its head) answer the calls of this package too.
 
 None of its code is repeated here. How it gives states is a `StateMethod`: by reference where a layer's states can be handed over exactly
 (`by_reference.py`), else by reading the tokens of a prefix again (`by_tokens.py`).
@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightModel
 from refine_nsp.models.branches import Branches
-from refine_nsp.models.document_marks import MARKS
+from refine_nsp.models.document_marks import split_marks
 from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightModelOutput, as_asked
@@ -28,7 +28,7 @@ from refine_nsp.models.state import FastWeightCache, PrefixStates, StatesOfPass
 
 
 class StateMethod(Protocol):
-    """How the states of a trunk are kept. x: ids [B, T] or embeddings [B, T, D]; past: states of B rows, or None."""
+    """Keeps the states of a trunk in its way. x: ids [B, T] or embeddings [B, T, D]; past: states of B rows, or None."""
 
     rereads_prefixes: bool  # see `protocols.Trunk`
 
@@ -46,7 +46,7 @@ class StateMethod(Protocol):
 
 
 class StatefulTrunk(PreTrainedModel):
-    """Mixed into a trunk's class. See `FastWeightModel.forward` for the calls that it answers."""
+    """Answers the calls of `FastWeightModel.forward` for a trunk of transformers, whose class it is mixed into."""
 
     _refine_plain: ClassVar[type[PreTrainedModel]]  # the trunk's own class
     layers: nn.ModuleList
@@ -68,12 +68,12 @@ class StatefulTrunk(PreTrainedModel):
 
     @property
     def label(self) -> str:
-        """What messages call the model."""
+        """Name the model in messages."""
         return f"{self.config.model_type} ({type(self).__name__})"
 
     @property
     def kernels(self) -> str:
-        """What computes the model, and how its states are kept, in words."""
+        """Say what computes the model, and how its states are kept."""
         on_device = f", on a CUDA device {', '.join(self.kernel_names)}" if self.kernel_names else ""
         return f"transformers' own{on_device}; states {'read again from tokens' if self.rereads_prefixes else 'by reference'}"
 
@@ -92,8 +92,8 @@ class StatefulTrunk(PreTrainedModel):
         **kwargs: Any,
     ) -> FastWeightModelOutput | tuple[object, ...]:
         """Answer a call as `FastWeightModel.forward` does, with hidden states scaled by `head_factor`."""
-        marks = {name: kwargs.pop(name, None) for name in (*MARKS, "cache_position")}
-        refuse_unknown(FastWeightModel.forward, kwargs)
+        marks, others = split_marks(kwargs)
+        refuse_unknown(FastWeightModel.forward, others)
         if output_hidden_states:
             raise RefineError(
                 f"{self.label} gives its layers' hidden states only when asked without states; leave out lengths and such"
@@ -177,7 +177,7 @@ class StatefulTrunk(PreTrainedModel):
 
 
 class StatefulCausalModel(PreTrainedModel, GenerationMixin):
-    """What a causal model of transformers is once it has states; named in annotations only, since each keeps its own bases."""
+    """Describes a causal model of transformers with states; it stands in annotations only, since each model keeps its own bases."""
 
     _refine_plain: ClassVar[type[PreTrainedModel]]  # the model's own class
     model: StatefulTrunk

@@ -91,7 +91,8 @@ def tokenize(folder: Path, argv: list[str]) -> None:
 
     data_rooms.tokens_of = counting
     try:
-        command.run(argv)
+        call, settings = command.COMMAND.call(argv)
+        command.run(call, *settings)
     finally:
         data_rooms.tokens_of = tokens_of
     folder.mkdir(parents=True, exist_ok=True)

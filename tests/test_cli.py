@@ -120,7 +120,7 @@ def test_help_shows_types_choices_and_what_the_preset_makes_the_default(capsys, 
 def test_help_is_ours_where_transformers_says_little(capsys):
     assert main(["midtrain", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert line_of(shown, "resume_from_checkpoint").startswith("TEXT `last`: go on from the newest whole checkpoint")
+    assert line_of(shown, "resume_from_checkpoint").startswith("TEXT `last`: continue after the newest whole checkpoint")
     assert "less memory, more time" in line_of(shown, "gradient_checkpointing") and "eprecated" not in shown
     assert main(["midtrain", "--help_all"]) == 0
     everything = capsys.readouterr().out

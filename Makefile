@@ -10,7 +10,7 @@ GPU := $(VENV)/.installed-gpu
 # mkdocs' successors are none of a build's business.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: quickstart install test test-all test-gpu test-interpreter test-wheel fuzz docs notebook lint bench clean
+.PHONY: quickstart install test test-all test-gpu test-interpreter test-wheel table fuzz docs notebook lint bench clean
 
 # The package alone.
 $(CORE): pyproject.toml constraints.txt
@@ -44,6 +44,10 @@ test-all: $(ALL)
 # On a CUDA device; without one the tests are skipped, unless TRITON_INTERPRET=1 runs the kernels on the CPU (Triton is needed).
 test-gpu: $(GPU)
 	$(BIN)/python -m pytest -q -rs tests/gpu
+
+# What help, completion and errors of the command line are read from, after a change of a command or of a setting.
+table: $(ALL)
+	$(BIN)/python -m refine_nsp.commands.table
 
 # Broken input by the thousand, through the command line.
 fuzz: $(ALL)

@@ -34,12 +34,14 @@ from datasets import Dataset, disable_progress_bars
 from huggingface_hub import constants as hub
 from safetensors.torch import load_file
 
-from refine_nsp.cli import COMMANDS, main
-from refine_nsp.commands.midtrain import COMMON
+from refine_nsp.cli import main
+from refine_nsp.commands import NAMES
+from refine_nsp.commands.command_line import commands
 from refine_nsp.progress import step_progress
 from tests.models.families import build
 
 ENDS: Counter[str] = Counter()  # how cases ended: kinds of which none works, or all do, show little
+COMMON = [flag.name for flag in commands()["midtrain"].flags.values() if flag.common]
 SECONDS = 60  # after which a case hangs
 LONGEST_USAGE_ERROR = 800  # characters
 CODE = "def add(a, b):\n    return a + b\n"
@@ -264,7 +266,7 @@ def configuration(case: Case) -> list[str]:
 def flags(case: Case) -> list[str]:
     """Flags of any command with any words behind them."""
     rng = case.rng
-    command = rng.choice([*COMMANDS, "midtrian", "", "--x"])
+    command = rng.choice([*NAMES, "midtrian", "", "--x"])
     keys = rng.choices([k for k in COMMON if k not in ("output_dir", "dataset_name")], k=rng.choice([1, 2, 3]))
     words = [
         w

@@ -1,6 +1,7 @@
 """The command as a user meets it: help, configuration, each command end to end on tiny jobs, and one clear line for what is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 import refine_nsp
 from refine_nsp import environment
 from refine_nsp.cli import main
+from refine_nsp.commands import NAMES
 from refine_nsp.config import PRESETS
 from refine_nsp.models.load import SHIPPED, load_model
 from refine_nsp.ops import kernels
@@ -72,10 +74,10 @@ def test_small_steps_change_a_bfloat16_checkpoint_under_autocast(tmp_path, text,
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("quickstart", "pretrain", "midtrain", "generate", "inspect", "report"))
+    assert all(f"  {name} " in out for name in NAMES)
 
 
-@pytest.mark.parametrize("command", ["quickstart", "pretrain", "midtrain", "generate", "inspect", "report"])
+@pytest.mark.parametrize("command", NAMES)
 def test_every_command_explains_itself(capsys, command):
     assert main([command, "--help"]) == 0
     assert len(capsys.readouterr().out) > 200
@@ -98,8 +100,8 @@ def test_env_says_what_is_here_and_what_computes(capsys, monkeypatch):
 
 def line_of(help_text: str, flag: str) -> str:
     """A flag's paragraph in a help text, as one line."""
-    paragraph = help_text.partition(f"  --{flag} ")[2].partition("\n  --")[0]
-    return " ".join(paragraph.split())
+    paragraph = help_text.partition(f"  --{flag} ")[2]
+    return " ".join(re.split(r"\n  --|\n\n", paragraph)[0].split())
 
 
 def test_help_shows_types_choices_and_what_the_preset_makes_the_default(capsys, tmp_path):
@@ -148,7 +150,7 @@ def test_the_packages_names_are_there_in_the_command_too():
 
 def test_sigterm_while_libraries_are_loaded_ends_quietly():
     loading = "import importlib, os, signal; importlib.import_module = lambda name: os.kill(os.getpid(), signal.SIGTERM); "
-    done = as_command(loading + "main(['midtrain', '--help'])")
+    done = as_command(loading + "main(['midtrain'])")
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
 
 
@@ -166,7 +168,7 @@ def load(name):
     raise SystemExit(0)
 importlib.import_module = load
 """
-    done = as_command(loading + "main(['midtrain', '--help'])")
+    done = as_command(loading + "main(['midtrain'])")
     assert done.stdout.split() == ["False", str(expected)], done.stderr
 
 
@@ -182,9 +184,9 @@ def test_the_commit_is_that_of_the_package_and_not_of_where_one_is(tmp_path, mon
 
 
 def test_the_method_has_the_same_settings_for_training_test_time_and_inspect():
-    from refine_nsp.commands.inspect import InspectArguments
-    from refine_nsp.commands.model_options import TEST_TIME
-    from refine_nsp.commands.options import Options, Settings
+    from refine_nsp.commands.grammar import Command
+    from refine_nsp.commands.inspect import COMMAND as INSPECT
+    from refine_nsp.commands.shared import TEST_TIME
     from refine_nsp.config import NSPConfig
 
     flags = [
@@ -197,21 +199,21 @@ def test_the_method_has_the_same_settings_for_training_test_time_and_inspect():
         "--ttt_num_generations",
         "3",
     ]
-    _, test_time, _ = Options("ttt", "", TEST_TIME, []).parse(flags)
+    _, (_, test_time) = Command("", TEST_TIME).call(flags)
     assert test_time.nsp == NSPConfig.preset("context", selection="argmax", num_generations=3)
-    _, nsp, _ = Options("inspect", "", (InspectArguments, Settings(NSPConfig, preset="context")), []).parse(["--tau", "0.5"])
+    _, (_, nsp) = INSPECT.call(["--tau", "0.5"])
     assert nsp == NSPConfig.preset("context", tau=0.5)
 
 
 def test_flags_can_take_back_what_a_preset_or_file_sets(tmp_path):
-    from refine_nsp.commands.options import Options, Settings
+    from refine_nsp.commands.grammar import Command, Settings
     from refine_nsp.config import NSPConfig
 
     config = tmp_path / "c.yaml"
     config.write_text("reward_weights: [1.0, 2.0]\nreward_funcs: [cosine, hybrid]\nsmoothing_window: 3\n")
 
     def parse(*flags: str) -> NSPConfig:
-        return Options("x", "", (Settings(NSPConfig, preset="context"),), []).parse(["--config", str(config), *flags])[0]
+        return Command("", (Settings(NSPConfig, preset="context"),)).call(["--config", str(config), *flags])[1][0]
 
     nsp = parse("--smoothing_window", "none")
     assert nsp.smoothing_window is None and nsp.reward_weights == [1.0, 2.0]
@@ -321,9 +323,9 @@ def test_values_out_of_range(tmp_path, text, capsys):
 
 @pytest.mark.parametrize("command", ["midtrain", "posttrain"])
 def test_reporting_to_what_is_not_installed_is_known_before_any_work(tmp_path, text, capsys, monkeypatch, command):
-    from refine_nsp.commands import midtrain
+    from refine_nsp.commands import training_run
 
-    monkeypatch.setattr(midtrain, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(training_run, "get_available_reporting_integrations", lambda: ["wandb"])
     argv = [command, *tiny(tmp_path, text, "--dry_run")[1:]]
     argv[argv.index("--report_to") + 1] = "tensorboard"
     fails(capsys, argv, "--report_to tensorboard needs a package that is not installed: pip install tensorboard")

@@ -7,9 +7,10 @@ import subprocess
 import pytest
 
 from refine_nsp.cli import main
-from refine_nsp.commands import COMMANDS
-from refine_nsp.commands.completion import SHELLS, whole_parser
+from refine_nsp.commands import NAMES
+from refine_nsp.commands.completion import whole_parser
 
+SHELLS = ("bash", "zsh", "fish")
 # What is typed, and all that the last word can become.
 TYPED = [
     (("mid",), {"midtrain"}),
@@ -53,7 +54,7 @@ def needs(shell: str) -> str:
 
 def test_every_command_is_there_with_its_flags(parser):
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    assert list(commands) == list(COMMANDS)
+    assert list(commands) == list(NAMES)
     flags = set(commands["midtrain"]._option_string_actions) | {"--config"}
     assert {"--preset", "--reward_funcs", "--dataset_name", "--dry_run", "--debug"} <= flags
     assert not [f for command in commands.values() for a in command._actions for f in a.option_strings if "-" in f[2:]]

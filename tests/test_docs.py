@@ -1,6 +1,5 @@
 """Every block of Python or shell of the README and the docs runs, or is skipped and says why; the site of the docs builds."""
 
-import argparse
 import gzip
 import importlib
 import json
@@ -19,7 +18,6 @@ from datasets import Dataset
 
 import refine_nsp
 from refine_nsp.cli import main
-from refine_nsp.commands import FROM_DATACLASSES
 from refine_nsp.commands.estimate import EstimateArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,18 +95,9 @@ def test_line_of_shell_is_one_that_works(words, monkeypatch):
 
 def parsed(command: str, words: list[str]) -> None:
     """As the command would parse them; RefineError or SystemExit for what is wrong."""
-    module = importlib.import_module(f"refine_nsp.commands.{command}")
-    if command in FROM_DATACLASSES:
-        names = ["--model_name_or_path", "--file"] if words and not words[0].startswith("-") else []
-        positional = next((i for i, w in enumerate(words) if w.startswith("-")), len(words)) if names else 0
-        flags = [w for pair in zip(names, words[:positional], strict=False) for w in pair]
-        options = module.options_of()
-        here = ["--use_cpu"] if "use_cpu" in options.known else []  # bf16 is refused without a GPU otherwise
-        options.parse([*flags, *words[positional:], *here])
-        return
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    parser.parse_args(words)
+    declared = importlib.import_module(f"refine_nsp.commands.{command}").COMMAND
+    here = ["--use_cpu"] if "use_cpu" in declared.row()["flags"] else []  # bf16 is refused without a GPU otherwise
+    declared.call([*words, *here])
 
 
 @pytest.mark.slow

@@ -1,16 +1,17 @@
 """The benchmark for GPUs runs where there is none, on tiny models; its figures then say nothing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.children import run_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
 
 
 def test_every_candidate_is_run_and_written_down(tmp_path):
     flags = ["--device", "cpu", "--tiny", "--lengths", "80", "--rounds", "1", "--output", str(tmp_path / "gpu")]
-    subprocess.run([sys.executable, str(SCRIPT), *flags], check=True, capture_output=True)
+    code, said = run_script(SCRIPT, flags, tmp_path / "log.txt")
+    assert code == 0, said
     record = json.loads((tmp_path / "gpu.json").read_text())
     steps = ["NTP", "closed form, cached scores", "closed form", "fused N=1", "fused N=8", "snapshot N=1"]
     assert [(f["model"], f["step"]) for f in record["figures"]] == [(m, s) for m in ("delta_net", "lact") for s in steps]

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the ground up. Files beside the rooms stand on the floor of their name.
 FLOORS = [
-    "errors", "fields", "files", "stopping", "progress", "environment", "config", "ops", "processes", "text", "models", "nsp",
+    "errors", "fields", "values", "files", "stopping", "progress", "environment", "config", "ops", "processes", "text", "models", "nsp",
     "prompts", "evaluation", "report", "training", "estimate", "tiny", "commands", "cli",
 ]  # fmt: skip
 

@@ -28,6 +28,7 @@ from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.records import Batch
 from refine_nsp.training.phases import MicroBatch
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
+from tests.children import run_script
 
 SCALE = SCALES["smoke"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,9 +241,9 @@ def test_what_the_plan_names_and_the_tables_lack_is_said(tmp_path):
 
 
 def test_no_tables_before_the_test_is_complete(tmp_path):
-    command = [sys.executable, "benchmarks/paper_tables.py", "--scale", "smoke", "--so_far", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "mid-LaCT-NTP-0" in done.stderr and "Traceback" not in done.stderr
+    flags = ["--scale", "smoke", "--so_far", "--output_dir", str(tmp_path)]
+    code, said = run_script(ROOT / "benchmarks" / "paper_tables.py", flags, tmp_path / "log.txt")
+    assert code == 1 and "mid-LaCT-NTP-0" in said and "Traceback" not in said
 
 
 def test_packed_figures_are_those_of_the_jobs_and_packing_again_changes_nothing(tmp_path):

@@ -63,6 +63,8 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"refine_nsp.{room}"), name)
 
 
-# Registers the models. The command does so where it loads one: its help needs neither torch nor transformers.
-if Path(*sys.argv[:1]).stem != "refine-nsp":
+# Importing the models registers them. The command does so where it loads one: its help needs neither torch nor transformers.
+# Python sets argv[0] to "-m" while it looks for the module that `python -m refine_nsp.cli` names.
+_AS_COMMAND = Path(*sys.argv[:1]).stem == "refine-nsp" or (sys.argv[:1] == ["-m"] and "refine_nsp.cli" in sys.orig_argv)
+if not _AS_COMMAND:
     from refine_nsp import models as models

@@ -13,7 +13,7 @@ from transformers import KimiLinearConfig, NemotronHConfig, Qwen3_5TextConfig, Q
 
 from refine_nsp.cli import main
 from refine_nsp.commands.estimate import Patience, notes_of
-from refine_nsp.commands.model_options import ModelArguments, with_adapters
+from refine_nsp.commands.shared import ModelArguments, with_adapters
 from refine_nsp.errors import RefineError
 from refine_nsp.estimate import small_steps
 from refine_nsp.estimate.counter import counted

@@ -1,9 +1,6 @@
 """Evaluations end to end: oracles, resuming, comparing, documents, likelihoods, lm-eval's interface, and bad input."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -24,6 +21,7 @@ from refine_nsp.files import append_json_lines
 from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import encode_pair, start_token
 from refine_nsp.report.evaluation import bucket_plots, bucket_targets, compare_results, needle_map, results_table
+from tests.children import run_side_by_side
 from tests.models.families import build
 
 
@@ -464,20 +462,7 @@ def test_two_processes_answer_what_one_does(files, tmp_path):
     flags = ["evaluate", "refine-nsp/tiny-delta-net", "--tasks", "prompts", "piqa", "--prompts", str(files / "prompts.jsonl")]
     flags += ["--short_context", str(files)]
     assert main([*flags, "--output_dir", str(tmp_path / "one")]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "refine_nsp.cli",
-        *flags,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [*command, "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_side_by_side(lambda: main([*flags, "--output_dir", str(tmp_path / "two")]), tmp_path / "logs")
     assert len(list((tmp_path / "two" / "examples").glob("*.rank1.jsonl"))) == 2
     for task in ("say", "piqa"):
         one, two = (read_rows(tmp_path / name, task) for name in ("one", "two"))

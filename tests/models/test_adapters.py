@@ -10,7 +10,7 @@ import torch
 
 import refine_nsp
 from refine_nsp.cli import main
-from refine_nsp.commands.model_options import ModelArguments, build_model
+from refine_nsp.commands.shared import ModelArguments, build_model
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import SHIPPED, adapters_of, load_adapter, load_config
 from refine_nsp.training import ReFINEConfig

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 import refine_nsp
-from refine_nsp.commands.pretrain import options_of
+from refine_nsp.commands.pretrain import COMMAND
 from refine_nsp.errors import RefineError
 from refine_nsp.files import read_json_lines
 from refine_nsp.models.load import SHIPPED
@@ -151,7 +151,7 @@ def test_shares_that_cannot_be_are_refused(shares, length, message):
 
 def parsed(tmp_path, settings):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
-    return options_of().parse(["--config", str(tmp_path / "c.yaml")])[0]
+    return COMMAND.call(["--config", str(tmp_path / "c.yaml")])[1][0]
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):
@@ -180,7 +180,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("pretrain_*.yaml")), ids=lambda path: path.stem)
 def test_recipes_describe_how_the_shipped_bases_were_made(recipe):
     """Their own settings are in another release's words."""
-    args, _ = options_of().parse(["--config", str(recipe), "--use_cpu"])
+    _, (args,) = COMMAND.call(["--config", str(recipe), "--use_cpu"])
     base = {"delta_net": "tiny-delta-net", "gated_deltanet": "tiny-gated-deltanet", "lact_swiglu": "tiny-lact"}[args.model_type]
     made = json.loads((ASSETS / base / "pretrain_config.json").read_text())
     assert args.phases == [PretrainPhase(**phase) for phase in made.pop("phases")]

@@ -1,8 +1,7 @@
-"""Trainings that tests run in this process and, by `python -m tests.training.jobs JOBS.json`, in several: there must be no difference."""
+"""Trainings that tests run in this process and, by `tests/children.py`, in several: there must be no difference."""
 
 import json
 import shutil
-import sys
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -92,7 +91,8 @@ def tokenize(folder: Path, argv: list[str]) -> None:
 
     data_rooms.tokens_of = counting
     try:
-        command.run(argv)
+        call, settings = command.COMMAND.call(argv)
+        command.run(call, *settings)
     finally:
         data_rooms.tokens_of = tokens_of
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,16 +115,12 @@ def scored(folder: Path, **settings) -> None:
 JOBS = {"midtrain": midtrain, "scored": scored, "posttrain": posttrain, "forget": forget, "copy": copy, "tokenize": tokenize}
 
 
-def main(path: str) -> None:
+def run_jobs(path: Path) -> None:
     """Run jobs of kind, folder and settings; what fails says so in its folder, and the next one goes on."""
     torch.set_num_threads(1)
-    for kind, folder, settings in json.loads(Path(path).read_text()):
+    for kind, folder, settings in json.loads(path.read_text()):
         try:
             JOBS[kind](Path(folder), **settings)
         except Exception:
             Path(folder).mkdir(parents=True, exist_ok=True)
             (Path(folder) / "error.txt").write_text(traceback.format_exc())
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,13 +1,13 @@
 """`tests.training.jobs` by FSDP on a CPU: accelerate shards models on accelerators alone, so it is told that this is one."""
 
-import sys
 import warnings
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from tests.training.jobs import main
+from tests.training.jobs import run_jobs
 
 original = AcceleratorState.__init__
 
@@ -18,7 +18,8 @@ def with_sharding(self, *args, **kwargs) -> None:
     original(self, *args, **kwargs)
 
 
-if __name__ == "__main__":
+def run_sharded_jobs(path: Path) -> None:
+    """`run_jobs` with shards, in a process of its own."""
     AcceleratorState.__init__ = with_sharding
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    main(sys.argv[1])
+    run_jobs(path)

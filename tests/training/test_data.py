@@ -95,11 +95,16 @@ def test_packed_windows_keep_their_documents_columns(tmp_path, tokenizer):
             assert window.tolist() in [alone[source][at : at + 64] for at in starts]
 
 
+def nothing_kept_back(streaming: bool) -> dict:
+    """Make all text train; nothing is kept back of streamed text in any case."""
+    return {"streaming": True} if streaming else {"validation_fraction": 0.0}
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_of_tokens_give_the_windows_of_their_text(tmp_path, tokenizer, streaming, packing):
     """In a column `input_ids` or one that is named; an empty and a missing row are nothing."""
-    settings = {"validation_fraction": 0.0, "packing": packing, "streaming": streaming}
+    settings = {**nothing_kept_back(streaming), "packing": packing}
     text, _ = prepare_data(DataArguments(dataset_name=str(write(tmp_path, "jsonl")), **settings), tokenizer, 64, 26)
     ids = [*tokenizer(TEXTS)["input_ids"], [], None]
     Dataset.from_dict({"input_ids": ids, "attention_mask": ids}).to_parquet(tmp_path / "a.parquet")
@@ -226,9 +231,7 @@ def test_columns_for_rewards_may_be_without_values_at_first(tmp_path, tokenizer,
         for i in range(1210)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = DataArguments(
-        dataset_name=str(tmp_path / "a.jsonl"), validation_fraction=0.0, streaming=streaming, packing=packing
-    )
+    arguments = DataArguments(dataset_name=str(tmp_path / "a.jsonl"), **nothing_kept_back(streaming), packing=packing)
     windows = list(prepare_data(arguments, tokenizer, 512, 26, keep_columns=True)[0])
     scores = [value for row in windows for value in (row["score"] if packing else [row["score"]])]
     assert scores.count(None) == 1200 and scores.count(0.5) == 10
@@ -242,7 +245,7 @@ def windows_of(tokenizer, text):
 def test_other_columns_are_not_read_unless_a_reward_may_ask(tmp_path, tokenizer, streaming):
     for name, more in (("a", {"meta": {"a": 1}, "score": None}), ("b", {"meta": "x", "score": 0.5, "url": "u"})):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t, **more}) for t in TEXTS))
-    arguments = DataArguments(dataset_name=str(tmp_path), validation_fraction=0.0, streaming=streaming)
+    arguments = DataArguments(dataset_name=str(tmp_path), **nothing_kept_back(streaming))
     rows = list(prepare_data(arguments, tokenizer, 64, 26)[0])
     assert {key for row in rows for key in row} == {"input_ids"} and len(rows) == 2 * len(
         [w for t in TEXTS for w in windows_of(tokenizer, t)]

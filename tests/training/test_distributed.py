@@ -1,11 +1,9 @@
-"""Two processes over gloo give the losses and the model of one with the same global batch. They are launched once for all, and once
+"""Two processes over gloo give the losses and the model of one with the same global batch. They are started once for all, and once
 more for what is slow."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from refine_nsp.training.pending_rollouts import ROLLOUTS_FILE
-from tests.training.jobs import JOBS
+from tests.children import run_side_by_side
+from tests.training.jobs import JOBS, run_jobs
 
-ROOT = Path(__file__).resolve().parents[2]
 # Short local windows, so that short rows have weights too.
 CLOSED_FORM = {"preset": "expected", "reward_funcs": "prefix_match", "rollout_length": 2, "local_window": 8}
 GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_one_out"}
@@ -101,25 +99,8 @@ def alike(names: Collection[str]) -> list:
 
 def run(folder: Path, jobs: list) -> Path:
     (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
-    launch(folder / "jobs.json", "tests.training.jobs")
+    run_side_by_side(partial(run_jobs, folder / "jobs.json"), folder)
     return folder
-
-
-def launch(jobs: Path, module: str, processes: int = 2) -> None:
-    """Processes that run jobs."""
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "-m",
-        module,
-        str(jobs),
-    ]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

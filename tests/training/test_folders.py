@@ -167,7 +167,7 @@ def test_a_refused_command_changes_nothing(tmp_path, text, capsys):
 def test_sigterm_while_a_module_is_imported_is_no_error_of_that_module(capsys, monkeypatch):
     from refine_nsp.commands import midtrain
 
-    def importing(argv):
+    def importing(*given):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except SystemExit:
@@ -181,7 +181,7 @@ def test_sigterm_while_a_module_is_imported_is_no_error_of_that_module(capsys, m
 def test_our_warnings_are_lines_of_ours_and_others_stay(tmp_path, text, capsys, monkeypatch):
     from refine_nsp.commands import midtrain
 
-    def loud(argv):
+    def loud(*given):
         warnings.warn("two\nlines", stacklevel=1)
         warnings.warn_explicit("another's", UserWarning, "torch/somewhere.py", 7)
 

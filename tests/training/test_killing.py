@@ -118,7 +118,7 @@ def begin(folder: Path, seen: Seen, settings: dict) -> int:
             sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)  # they may be pytest's
             # Whoever sends a signal once the command has ended comes too late, and not to a process that has no handler any more.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            midtrain.run = lambda words: train(folder, seen, **settings)
+            midtrain.run = lambda *given: train(folder, seen, **settings)
             code = cli.main(["midtrain"])
         finally:
             os._exit(code)

@@ -78,7 +78,8 @@ FILLED = type("Filled", (HfDeepSpeedConfig,), {k: v for k, v in vars(HfTrainerDe
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_configs_make_the_plugin_they_describe_and_the_recipe_fills_it_in(monkeypatch, stage):
-    args = midtrain.options_of().parse(["--config", str(ROOT / "recipes" / "midtrain_delta_net_1.3b.yaml"), "--use_cpu"])[2]
+    given = ["--config", str(ROOT / "recipes" / "midtrain_delta_net_1.3b.yaml"), "--use_cpu"]
+    args = midtrain.COMMAND.call(given)[1][2]
     _, env = launched(
         config(f"eight_gpus_zero{stage}")
     )  # only now: with these variables the settings above would want deepspeed itself

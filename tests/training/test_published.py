@@ -86,17 +86,17 @@ def test_test_time_by_the_cross_entropy_alone_is_one_step_and_other_choices_stan
 
 
 def test_evaluation_and_ttt_take_it_as_a_flag():
-    from refine_nsp.commands.model_options import TEST_TIME, test_time_trainer
-    from refine_nsp.commands.options import Options
+    from refine_nsp.commands.grammar import Command
+    from refine_nsp.commands.shared import TEST_TIME, test_time_trainer
 
     flags = ["--ttt", "refine", "--ttt_published", "true"]
-    given, test_time, _ = Options("evaluate", "", TEST_TIME, []).parse(flags)
+    _, (given, test_time) = Command("", TEST_TIME).call(flags)
     assert (test_time.scope, test_time.weight_decay, test_time.nsp.published) == ("never", 0.01, True)
     trainer, together = test_time_trainer(build("delta_net"), given, test_time)
     assert trainer is not None and together == 8
-    given, test_time, _ = Options("evaluate", "", TEST_TIME, []).parse(flags[:2])
+    _, (given, test_time) = Command("", TEST_TIME).call(flags[:2])
     assert (test_time.scope, test_time.weight_decay) == ("example", 0.0)
-    _, test_time, _ = Options("evaluate", "", TEST_TIME, []).parse([*flags, "--ttt_scope", "batch", "--ttt_weight_decay", "0"])
+    _, (_, test_time) = Command("", TEST_TIME).call([*flags, "--ttt_scope", "batch", "--ttt_weight_decay", "0"])
     assert (test_time.scope, test_time.weight_decay) == ("batch", 0.0)
 
 

@@ -1,9 +1,10 @@
 """Two processes that hold half of every weight each (FSDP2, over gloo) give the model of one process; their checkpoints resume and
-become plain folders. They are launched once for all (once more for the slow ones)."""
+become plain folders. They are started once for all (once more for the slow ones)."""
 
 import json
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from refine_nsp.errors import RefineError
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.export import export_checkpoint
+from tests.children import run_side_by_side
 from tests.models.families import build
 from tests.training.jobs import JOBS
-from tests.training.test_distributed import CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, launch, weights_of
+from tests.training.sharded_jobs import run_sharded_jobs
+from tests.training.test_distributed import CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, weights_of
 from tests.training.test_trainer import trainer
 
 SHARDED = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
@@ -102,7 +105,7 @@ def alike(names: Collection[str]) -> list:
 
 def run(folder: Path, jobs: list, processes: int) -> None:
     (folder / "jobs.json").write_text(json.dumps([(kind, str(folder / name), settings) for kind, name, settings in jobs]))
-    launch(folder / "jobs.json", "tests.training.sharded_jobs", processes)
+    run_side_by_side(partial(run_sharded_jobs, folder / "jobs.json"), folder, processes)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in ALIKE])

@@ -1,36 +1,56 @@
-"""Compare evaluations example by example: differences with intervals and significance."""
+"""`refine-nsp compare`: compare evaluations example by example."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.evaluation.run import read_results, read_settings
+from refine_nsp.files import write_atomically
+from refine_nsp.report import html
+from refine_nsp.report.evaluation import comparison_tables
+from refine_nsp.report.runs import names_of
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=Path, help="output_dir of the `refine-nsp evaluate` that the others are held against")
-    parser.add_argument("b", type=Path, nargs="+", help="output_dir of another, or of several; differences are b - a")
-    parser.add_argument("--output", type=Path, help="also write the tables there (.html: a page, else Markdown)")
+
+@dataclass
+class CompareArguments:
+    """Name the evaluations to compare.
+
+    Attributes:
+        a: output_dir of the `refine-nsp evaluate` that the others are compared with.
+        b: output_dir of another, or of several; differences are b - a.
+        output: also write the tables there (.html: a page, else Markdown).
+    """
+
+    a: Path
+    b: list[Path]
+    output: Path | None = None
 
 
-def run(args: argparse.Namespace) -> None:
+COMMAND = Command(
+    "Compare evaluations example by example: differences with intervals and significance.",
+    (Settings(CompareArguments),),
+    positional=("a", "b"),
+)
+
+
+def run(call: Call, arguments: CompareArguments) -> None:
     """Print the paired comparison of every task that each has in common with the first."""
-    from refine_nsp.evaluation.run import read_results, read_settings
-    from refine_nsp.files import write_atomically
-    from refine_nsp.report import html
-    from refine_nsp.report.evaluation import comparison_tables
-    from refine_nsp.report.runs import names_of
-
-    folders = [args.a, *args.b]
+    folders = [arguments.a, *arguments.b]
     names = names_of(folders)
     tables = comparison_tables([read_results(f) for f in folders], names, [read_settings(f) for f in folders])
     for table in tables:
         Console().print(table.rich())
-    if args.output is not None:
+    if arguments.output is not None:
         sections = [
             html.Section("Differences", "".join(t.html() for t in tables[:-1])),
             html.Section("Figures", tables[-1].html()),
         ]
         page = html.page("Comparison", f"{', '.join(names[1:])} against {names[0]}", sections)
-        write_atomically(args.output, page if args.output.suffix == ".html" else "\n".join(t.markdown() for t in tables))
+        write_atomically(
+            arguments.output, page if arguments.output.suffix == ".html" else "\n".join(t.markdown() for t in tables)
+        )

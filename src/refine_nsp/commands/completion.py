@@ -1,65 +1,75 @@
-"""`refine-nsp completion SHELL`: a script for the shell, so that Tab completes commands, flags, choices and files.
+"""`refine-nsp completion SHELL`: write a script for the shell, so that Tab completes commands, flags, choices and files.
 
-The script is plain text, made once from the parsers: completing starts no Python. Keep it in a file, since making it loads all libraries.
+The script is plain text, made from the table of all commands: neither making it nor completing loads a library.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import shtab
 
-from refine_nsp.commands import COMMANDS, FROM_DATACLASSES
-
-SHELLS = ("bash", "zsh", "fish")
-# Text that names a file or folder; what is declared as a Path needs no word here.
-FILES = (
-    "config dataset_name documents essays file hotpotqa longbench model output output_dir prompts squad short_context validation_dataset"
-).split()
-FILE_ENDINGS = ("_file", "_path")
+from refine_nsp.commands.command_line import Call, Flag, commands
+from refine_nsp.commands.grammar import Command, Settings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "shell", choices=SHELLS, help="bash: refine-nsp completion bash > ~/.refine-nsp.bash, and source that file in ~/.bashrc"
-    )
+@dataclass
+class CompletionArguments:
+    """Name the shell to write a script for.
+
+    Attributes:
+        shell: bash: `refine-nsp completion bash > ~/.refine-nsp.bash`, and source that file in ~/.bashrc.
+    """
+
+    shell: Literal["bash", "zsh", "fish"]
 
 
-def run(args: argparse.Namespace) -> None:
+COMMAND = Command(
+    "Write a script for bash, zsh or fish that completes commands, flags and choices.",
+    (Settings(CompletionArguments),),
+    positional=("shell",),
+)
+
+
+def run(call: Call, arguments: CompletionArguments) -> None:
     """Write the script to standard output."""
-    sys.stdout.write(shtab.complete(whole_parser(), args.shell) + "\n")
+    sys.stdout.write(shtab.complete(whole_parser(), arguments.shell) + "\n")
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """Every command with its flags as argparse has them, to be read and not to be parsed with."""
+    """Return every command with its flags as argparse has them, to be read by shtab and not to be parsed with."""
     whole = argparse.ArgumentParser(prog="refine-nsp")
-    commands = whole.add_subparsers(dest="command")
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, conflict_handler="resolve")
-        command.add_argument("--debug", action="store_true", help="a traceback instead of one line when something is wrong")
-        module = importlib.import_module(f"refine_nsp.commands.{name}")
-        if name in FROM_DATACLASSES:
-            _add_options(command, module.options_of())
-        else:
-            module.add_arguments(command)
-        for action in command._actions:
-            if action.type is Path or action.dest in FILES or action.dest.endswith(FILE_ENDINGS):
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    parsers = whole.add_subparsers(dest="command")
+    for name, line in commands().items():
+        command = parsers.add_parser(name, help=_text(line.summary), conflict_handler="resolve")
+        for head, text in line.own.items():
+            action = "store" if " " in head else "store_true"
+            _complete_files(command.add_argument(f"--{head.split()[0]}", help=_text(text), action=action), " " in head)
+        command.add_argument("--help_all", action="store_true", help="Show all flags.")
+        for flag in line.flags.values():
+            _add(command, flag)
     return whole
 
 
-def _add_options(command: argparse.ArgumentParser, options: Any) -> None:
-    for own in ("help_all", "dry_run", "allow_code_in_config"):
-        command.add_argument(f"--{own}", action="store_true")
-    command.add_argument("--config", help="YAML with any of these as keys; flags win")
-    for name, action in options.actions.items():
-        if name in options.choices:  # elsewhere the dataclass checks them
-            action.choices = [str(c) for c in options.choices[name] if c is not None]
-        if name in options.docs:
-            action.help = options.docs[name].replace("%", "%%")  # argparse fills in what stands behind a single one
-        action.option_strings = [s for s in action.option_strings if "-" not in s[2:]]  # one spelling of two
-        command._add_action(action)
+def _add(command: argparse.ArgumentParser, flag: Flag) -> None:
+    """Add a flag in one of its two spellings, and the word without a flag that may stand for it."""
+    text, choices, several = _text(flag.help), flag.choices or None, "+" if flag.repeated else None
+    if flag.positional:
+        nargs = several if flag.required or flag.repeated else "?"
+        _complete_files(command.add_argument(flag.name, help=text, choices=choices, nargs=nargs), flag.file)
+    if not flag.in_files and not (flag.positional and flag.required):
+        nargs = "?" if flag.bare else several
+        _complete_files(command.add_argument(f"--{flag.name}", help=text, choices=choices, nargs=nargs), flag.file)
+
+
+def _complete_files(action: argparse.Action, names_a_file: bool) -> None:
+    if names_a_file:
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def _text(text: str) -> str:
+    """Return help as argparse takes it: it fills in what stands behind a single percent sign."""
+    return text.replace("%", "%%")

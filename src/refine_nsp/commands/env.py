@@ -1,27 +1,39 @@
-"""`refine-nsp env`: what is installed, which devices there are, and what computes each operation and why."""
+"""`refine-nsp env`: show what is installed, which devices there are, and what computes each operation and why."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import Any
+from dataclasses import dataclass
 
 from rich.console import Console
 
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.environment import devices, environment
 from refine_nsp.ops.kernels import by_operation
 from refine_nsp.report.tables import Cell, Table
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON")
+@dataclass
+class EnvArguments:
+    """Choose the form of the answer.
+
+    Attributes:
+        json: print JSON instead of tables.
+    """
+
+    json: bool = False
 
 
-def run(args: argparse.Namespace) -> None:
+COMMAND = Command(
+    "Show what is installed, which devices there are, and what computes each operation and why.", (Settings(EnvArguments),)
+)
+
+
+def run(call: Call, arguments: EnvArguments) -> None:
     """Print the facts."""
-    found: dict[str, Any] = environment()
-    kernels = by_operation()
-    if args.json:
+    found, kernels = environment(), by_operation()
+    if arguments.json:
         operations = {name: {"runs_on": runs_on, "why": why} for name, (runs_on, why) in kernels.items()}
         Console().print_json(json.dumps({"environment": found, "devices": devices(), "kernels": operations}))
         return

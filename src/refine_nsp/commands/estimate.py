@@ -11,17 +11,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from refine_nsp.commands.midtrain import COMMON as MIDTRAIN
-from refine_nsp.commands.model_options import ModelArguments, positional_model, with_adapters
-from refine_nsp.commands.options import Options, Settings
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.shared import MODEL, ModelArguments, with_adapters
 from refine_nsp.config import NSPConfig
 from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.load import load_config
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig
-
-COMMON = ["model_name_or_path", "device", "num_processes", "sharded", "utilisation", "total_tokens", *MIDTRAIN[3:]]
 
 
 @dataclass
@@ -43,22 +41,25 @@ class EstimateArguments:
     total_tokens: float = 200e6
 
 
-def options_of() -> Options:
-    """Declare the command's flags."""
-    summary = "Memory by part and time of a mid-training step on a device: refine-nsp estimate MODEL --max_length 16384 [midtrain's flags]"
-    settings = (ModelArguments, EstimateArguments, Settings(ReFINEConfig, nsp=Settings(NSPConfig)))
-    options = Options("estimate", summary, settings, COMMON)
-    options.parser.set_defaults(use_cpu=True)  # the device is elsewhere
-    return options
+COMMAND = Command(
+    "Estimate memory and time of a mid-training step on a device, before anything is loaded.",
+    (
+        MODEL,
+        Settings(EstimateArguments, "device"),
+        Settings(ReFINEConfig, "training", nsp=Settings(NSPConfig, "next-sequence prediction")),
+    ),
+    description="It takes midtrain's flags: refine-nsp estimate MODEL --max_length 16384",
+    positional=("model_name_or_path",),
+    fixed={"use_cpu": True},  # the device is elsewhere
+    dry_run=True,
+)
 
 
-def run(argv: Sequence[str]) -> None:
+def run(call: Call, model_args: ModelArguments, where: EstimateArguments, args: ReFINEConfig) -> None:
     """Count, and print the table, with a warning where the training does not fit."""
-    options = options_of()
-    model_args, where, args, dry_run = options.parse(positional_model(argv))
     device = device_named(where.device)
-    if dry_run:
-        Console().print(str(options.resolved()))
+    if call.dry_run:
+        Console().print(str(call.resolved()))
         return
     config, console = load_config(model_args.model_name_or_path), Console()
     adapters = partial(with_adapters, arguments=model_args, seed=args.seed) if model_args.use_peft else None

@@ -1,9 +1,9 @@
-"""`refine-nsp evaluate`: RULER, LongBench, documents, short contexts and lm-eval's tasks, resumable, with their uncertainty."""
+"""`refine-nsp evaluate`: answer the prompts of tasks, resumably, and report the figures with their uncertainty."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, check_unused, positional_model, test_time_trainer
-from refine_nsp.commands.options import Options
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, check_unused, test_time_trainer
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.run import TaskResult, evaluate, read_rows, rows_path, summarise
@@ -25,21 +26,18 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import process_state, to_device
 from refine_nsp.report.evaluation import results_table, write_evaluation
 from refine_nsp.report.tables import Cell, Table
+from refine_nsp.training.test_time import TestTimeConfig
 
-COMMON = (
-    "model_name_or_path tasks output_dir protocol lengths samples depths essays squad hotpotqa longbench prompts prompts_metric documents "
-    "short_context limit max_prompt_tokens batch_tokens num_proc seed ttt ttt_preset ttt_steps ttt_learning_rate ttt_parameters ttt_scope"
-).split()
-# What answers do not depend on: may differ when a run is resumed.
+# Answers do not depend on these, so they may differ when a run is resumed.
 FREE = ("tasks", "batch_tokens", "num_proc", "output_dir")
 
 
 @dataclass
 class RunArguments:
-    """Which model, and where results go.
+    """Name the model, and the folder that results go to.
 
     Attributes:
-        model_name_or_path: a shipped model, a folder or a hub name (also as the first word).
+        model_name_or_path: a shipped model, a folder or a hub name.
         tokenizer_name: another tokenizer than the model's.
         dtype: of the weights (float32, bfloat16); default: the checkpoint's.
         output_dir: the run's folder; a second call with the same settings resumes it.
@@ -51,30 +49,33 @@ class RunArguments:
     output_dir: str = setting("runs/evaluation", common=True)
 
 
-def options_of() -> Options:
-    """The command's flags."""
-    summary = "Evaluate a model: refine-nsp evaluate MODEL --tasks ruler longbench ... --output_dir FOLDER"
-    return Options("evaluate", summary, (RunArguments, EvaluationArguments, *TEST_TIME), COMMON)
+COMMAND = Command(
+    "Evaluate on RULER, LongBench, documents, short contexts and lm-eval's tasks.",
+    (Settings(RunArguments, "model"), Settings(EvaluationArguments, "tasks"), *TEST_TIME),
+    description="For example: refine-nsp evaluate MODEL --tasks ruler longbench --output_dir FOLDER",
+    positional=("model_name_or_path",),
+    dry_run=True,
+)
 
 
-def run(argv: Sequence[str]) -> None:
-    """Parse, build the prompts, answer what is missing, report."""
-    options = options_of()
-    run_args, arguments, ttt, test_time, dry_run = options.parse(positional_model(argv))
-    check_unused(ttt, test_time)
+def run(
+    call: Call, run_args: RunArguments, arguments: EvaluationArguments, ttt: TestTimeArguments, test_time: TestTimeConfig
+) -> None:
+    """Build the prompts, answer what is missing, report."""
+    check_unused(call)
     arguments.check()
     model = to_device(load_model(run_args.model_name_or_path, dtype=run_args.dtype).eval())
     tokenizer = load_tokenizer(run_args.tokenizer_name or run_args.model_name_or_path)
     check_vocabulary(model, tokenizer)
     tasks = build_tasks(arguments, tokenizer)
-    if dry_run:
+    if call.dry_run:
         Console().print(plan(tasks, arguments).rich())
         return
     out = Path(run_args.output_dir)
     adapter, together = test_time_trainer(model, ttt, test_time)
     context = Context(model, tokenizer, arguments.batch_tokens, adapter, together)
-    config = options.resolved()
-    settings = {k: v for k, v in config.items() if k not in FREE}
+    config = call.resolved()
+    settings: dict[str, object] = {k: v for k, v in config.items() if k not in FREE}
     settings["weights"] = float(sum(p.detach().double().sum() for p in model.parameters()))
     results = evaluate(tasks, context, out, settings)
     if not process_state().is_main_process:
@@ -89,13 +90,14 @@ def run(argv: Sequence[str]) -> None:
 
 
 def harness_names(arguments: EvaluationArguments) -> list[str]:
+    """List the tasks of lm-eval among those asked for."""
     return [n.partition(":")[2] for n in arguments.names() if n.startswith("lm_eval:")]
 
 
 def harness_results(
     name: str, model: CausalModel, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments, out: Path
 ) -> list[TaskResult]:
-    """Rows of an lm-eval task (or of each in a group), kept like our own; lm-eval's own aggregates stand beside them."""
+    """Answer an lm-eval task (or each in a group) and keep its rows like our own; lm-eval's aggregates are kept in a file of their own."""
     aggregates = out / "lm_eval" / f"{name}.json"
     if not aggregates.exists():
         from refine_nsp.evaluation.harness import run_harness
@@ -111,8 +113,8 @@ def harness_results(
     return [summarise(task, list(read_rows(out, task).values())) for task in tasks]
 
 
-def harness_row(sample: dict[str, Any]) -> Row:
-    """One sample of lm-eval; figures that are no numbers (perplexity's sums) stay in its aggregates."""
+def harness_row(sample: Mapping[str, Any]) -> Row:
+    """Convert a sample of lm-eval to a row; figures that are no numbers (perplexity's sums) stay in its aggregates."""
     scores = {m: float(sample[m]) for m in sample.get("metrics", []) if isinstance(sample.get(m), int | float)}
     asked = [sample.get(name, "") for name in ("doc_hash", "prompt_hash", "target_hash")]
     question = digest(*asked) if any(asked) else ""
@@ -122,7 +124,7 @@ def harness_row(sample: dict[str, Any]) -> Row:
 
 
 def plan(tasks: Sequence[Task], arguments: EvaluationArguments) -> Table:
-    """What a dry run shows."""
+    """Return the table that a dry run shows."""
     rows: list[list[Cell]] = [[t.name, len(t.questions())] for t in tasks]
     rows += [[f"lm_eval:{n}", "as lm-eval has"] for n in harness_names(arguments)]
     notes = [note for t in tasks for note in t.notes]

@@ -1,25 +1,38 @@
-"""`refine-nsp export RUN FOLDER`: a plain model folder from LoRA adapters (merged), or from a checkpoint in shards (FSDP)."""
+"""`refine-nsp export RUN FOLDER`: write a plain model folder."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        help="a run with --use_peft, or a checkpoint with adapters or with sharded weights",
-    )
-    parser.add_argument("folder", type=Path, help="where the plain model goes")
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.training.export import export_checkpoint
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass
+class ExportArguments:
+    """Name the model to export, and its place.
+
+    Attributes:
+        checkpoint: a run with --use_peft, or a checkpoint with adapters or with sharded weights.
+        folder: where the plain model goes.
+    """
+
+    checkpoint: Path
+    folder: Path
+
+
+COMMAND = Command(
+    "Write a plain model folder from LoRA adapters (merged), or from a checkpoint in shards (FSDP).",
+    (Settings(ExportArguments),),
+    positional=("checkpoint", "folder"),
+)
+
+
+def run(call: Call, arguments: ExportArguments) -> None:
     """Write the folder and name it."""
-    from rich.console import Console
-
-    from refine_nsp.training.export import export_checkpoint
-
-    export_checkpoint(args.checkpoint, args.folder)
-    Console(stderr=True).print(f"model: {args.folder}")
+    export_checkpoint(arguments.checkpoint, arguments.folder)
+    Console(stderr=True).print(f"model: {arguments.folder}")

@@ -1,8 +1,7 @@
-"""`refine-nsp inspect MODEL [FILE]`: what the model is; and a text as ReFINE sees it, as one page."""
+"""`refine-nsp inspect MODEL [FILE]`: show what a model is, and a text as ReFINE sees it, as one page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from refine_nsp.commands.generate import read_text
-from refine_nsp.commands.model_options import DEFAULT_MODEL
-from refine_nsp.commands.options import Options, Settings
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.shared import DEFAULT_MODEL, read_text
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
@@ -25,30 +24,26 @@ from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.picture import picture_page
 from refine_nsp.report.tables import Cell, Table
 
-TOKENS = 256  # of no text in particular, that the state is measured after when there is no file
-
-COMMON = (
-    "model_name_or_path file output max_tokens preset selection positions_per_sequence rollout_length num_generations reward_funcs seed"
-).split()
+TOKENS = 256  # the state is measured after so many, of no text in particular, where there is no file
 
 WITH_TEXT = Reader("a text to look at, by file", lambda a: a.file is not None)
 
 
 @dataclass
 class InspectArguments:
-    """What to look at.
+    """Name the model and the text to look at.
 
     Attributes:
-        model_name_or_path: shipped name, folder or hub name (also as the first word).
-        file: a UTF-8 text file (also as the second word). None: only what the model is.
+        model_name_or_path: a shipped model, a folder or a hub name.
+        file: a UTF-8 text file; without one only the model is described.
         output: the page to write.
         max_tokens: read at most so many tokens.
         seed: of positions and rollouts.
     """
 
     model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
-    file: str | None = setting(None, common=True)
-    output: str = setting("inspect.html", read_by=WITH_TEXT, common=True)
+    file: Path | None = setting(None, common=True)
+    output: Path = setting(Path("inspect.html"), read_by=WITH_TEXT, common=True)
     max_tokens: int = setting(2048, read_by=WITH_TEXT, common=True)
     seed: int = setting(0, read_by=WITH_TEXT, common=True)
 
@@ -56,26 +51,26 @@ class InspectArguments:
         check_read(self)
 
 
-def options_of() -> Options:
-    """The command's flags."""
-    summary = "What a model keeps and what computes it: refine-nsp inspect MODEL; and a text as a picture: refine-nsp inspect MODEL FILE"
-    return Options("inspect", summary, (InspectArguments, Settings(NSPConfig, preset="context")), COMMON)
+COMMAND = Command(
+    "Show what a model is, and a text as a picture: entropy, chunks, positions, rollouts, rewards.",
+    (Settings(InspectArguments, "model and text"), Settings(NSPConfig, "next-sequence prediction", preset="context")),
+    positional=("model_name_or_path", "file"),
+    dry_run=True,
+)
 
 
-def run(argv: Sequence[str]) -> None:
+def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     """Print the table of facts; with a file, write the page."""
-    options = options_of()
-    arguments, config, dry_run = options.parse(positional(argv))
     if arguments.file is not None and not config.samples_rollouts:
         raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
-    if dry_run:
+    if call.dry_run:
         Console().print(str(config))
         return
     if arguments.file is None:
         model = load_model(arguments.model_name_or_path)
         Console().print(model_facts(model, torch.arange(TOKENS) % model.config.vocab_size).rich())
         return
-    text = read_text(Path(arguments.file))
+    text = read_text(arguments.file)
     model, tokenizer = load(arguments.model_name_or_path)
     check_vocabulary(model, tokenizer)
     ids = torch.tensor(encode_prompt(tokenizer, text)[: arguments.max_tokens])
@@ -83,23 +78,15 @@ def run(argv: Sequence[str]) -> None:
         raise RefineError(f"{arguments.file} has {len(ids)} tokens; one position needs at least {config.shortest}")
     record = ReFINEStep(model, config).sample(ids[None], generator=torch.Generator().manual_seed(arguments.seed))
     facts = model_facts(model, ids)
-    title = f"{Path(arguments.file).name} as {arguments.model_name_or_path} reads it"
-    path = write_atomically(Path(arguments.output), picture_page(title, facts, tokenizer, ids, record, config))
+    title = f"{arguments.file.name} as {arguments.model_name_or_path} reads it"
+    path = write_atomically(arguments.output, picture_page(title, facts, tokenizer, ids, record, config))
     console = Console()
     console.print(facts.rich())
     console.print(f"page: {path}")
 
 
-def positional(argv: Sequence[str]) -> list[str]:
-    """`MODEL [FILE] flags` as flags only."""
-    words = list(argv)
-    names = ["--model_name_or_path", "--file"]
-    count = next((i for i, w in enumerate(words[:2]) if w.startswith("-")), min(2, len(words)))
-    return [w for pair in zip(names, words[:count], strict=False) for w in pair] + words[count:]
-
-
 def model_facts(model: CausalModel, ids: Tensor) -> Table:
-    """Parameters, size of the state after ids [T] long, and which kernels compute it."""
+    """Describe a model: its parameters, the size of its state after `ids` [T], and which kernels compute it."""
     with torch.no_grad():
         cache = FastWeightCache()
         model.model(ids[None], past_key_values=cache, use_cache=True)

@@ -1,21 +1,50 @@
-"""`refine-nsp quickstart`: the main job on what is here: mid-train the shipped base by NTP and by four presets, compare, report."""
+"""`refine-nsp quickstart`: do the main job on what is here."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.tiny.quickstart import quickstart, settings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output_dir", default="runs/quickstart", help="where arms, table and report go [runs/quickstart]")
-    parser.add_argument("--data", help="your own text (file, folder, glob) instead of the standard library's")
-    parser.add_argument("--text_column", default="text", help="its column, for jsonl and parquet [text]")
-    parser.add_argument("--model", default="refine-nsp/tiny-delta-net", help="the base to start from")
-    parser.add_argument("--full", action="store_true", help="more seeds and steps (about an hour on 2 cores)")
-    parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--steps", type=int, help="optimizer steps per arm")
+@dataclass
+class QuickstartArguments:
+    """Choose the size of the job, its text and its place.
+
+    Attributes:
+        output_dir: where arms, table and report go.
+        data: your own text (file, folder, glob) instead of the standard library's.
+        text_column: its column, for jsonl and parquet.
+        model: the base to start from.
+        full: more seeds and steps (about an hour on 2 cores).
+        seeds: number of seeds.
+        steps: optimizer steps per arm.
+    """
+
+    output_dir: str = "runs/quickstart"
+    data: str | None = None
+    text_column: str = "text"
+    model: str = "refine-nsp/tiny-delta-net"
+    full: bool = False
+    seeds: int | None = None
+    steps: int | None = None
 
 
-def run(args: argparse.Namespace) -> None:
-    from refine_nsp.tiny.quickstart import quickstart, settings
+COMMAND = Command(
+    "Mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline).",
+    (Settings(QuickstartArguments),),
+    dry_run=True,
+)
 
-    quickstart(settings(args.full, args.seeds, args.steps), args.output_dir, args.model, args.data, args.text_column)
+
+def run(call: Call, arguments: QuickstartArguments) -> None:
+    """Run every arm, print the table and write the page."""
+    chosen = settings(arguments.full, arguments.seeds, arguments.steps)
+    if call.dry_run:
+        Console().print(str(chosen))
+        return
+    quickstart(chosen, arguments.output_dir, arguments.model, arguments.data, arguments.text_column)

@@ -1,19 +1,33 @@
-"""`refine-nsp report RUN...`: one self-contained page that compares runs."""
+"""`refine-nsp report RUN...`: write one self-contained page that compares runs."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page to write [report.html]")
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.report.runs import report
 
 
-def run(args: argparse.Namespace) -> None:
-    from rich.console import Console
+@dataclass
+class ReportArguments:
+    """Name the runs to compare.
 
-    from refine_nsp.report.runs import report
+    Attributes:
+        runs: output folders of runs.
+        output: the page to write.
+    """
 
-    Console().print(f"page: {report(args.runs, args.output)}")
+    runs: list[Path]
+    output: Path = Path("report.html")
+
+
+COMMAND = Command("Write one HTML page that compares runs.", (Settings(ReportArguments),), positional=("runs",))
+
+
+def run(call: Call, arguments: ReportArguments) -> None:
+    """Write the page and name it."""
+    Console().print(f"page: {report(arguments.runs, arguments.output)}")

@@ -1,40 +1,32 @@
-"""`refine-nsp ttt`: answer a prompt after adapting to it, beside the plain answer, with what that cost."""
+"""`refine-nsp ttt`: answer a prompt after adapting to it, next to the plain answer, with what that cost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.generate import read_text
-from refine_nsp.commands.model_options import DEFAULT_MODEL, TEST_TIME, positional_model
-from refine_nsp.commands.options import Options
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, load_to_answer, read_text
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import setting
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
-from refine_nsp.models.load import check_vocabulary, load
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.processes import to_device
 from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.tables import Cell, Table
-from refine_nsp.training.test_time import TestTimeTrainer, nbytes
-
-COMMON = (
-    "model_name_or_path prompt prompt_file max_new_tokens ttt ttt_preset ttt_steps ttt_learning_rate ttt_parameters ttt_estimator "
-    "ttt_order ttt_selection ttt_reward_funcs ttt_positions_per_sequence ttt_rollout_length ttt_lambda_rl ttt_seed"
-).split()
+from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, nbytes
 
 
 @dataclass
 class PromptArguments:
-    """What to answer.
+    """Give the prompt to answer.
 
     Attributes:
-        model_name_or_path: a shipped model, a folder or a hub name (also as the first word).
+        model_name_or_path: a shipped model, a folder or a hub name.
         prompt: the prompt.
         prompt_file: or a UTF-8 file with it.
         max_new_tokens: tokens to generate, greedily.
@@ -42,28 +34,31 @@ class PromptArguments:
 
     model_name_or_path: str = setting(DEFAULT_MODEL, common=True)
     prompt: str | None = setting(None, common=True)
-    prompt_file: str | None = setting(None, common=True)
+    prompt_file: Path | None = setting(None, common=True)
     max_new_tokens: int = setting(32, common=True)
 
-
-def options_of() -> Options:
-    """The command's flags."""
-    summary = "Adapt to a prompt, answer it, restore the weights: refine-nsp ttt MODEL --prompt_file FILE"
-    return Options("ttt", summary, (PromptArguments, *TEST_TIME), COMMON)
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RefineError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
 
-def run(argv: Sequence[str]) -> None:
+COMMAND = Command(
+    "Adapt to a prompt, answer it, and restore the weights.",
+    (Settings(PromptArguments, "prompt"), *TEST_TIME),
+    positional=("model_name_or_path",),
+    exclusive=((("prompt", "prompt_file"), True),),
+    dry_run=True,
+)
+
+
+def run(call: Call, prompt: PromptArguments, ttt: TestTimeArguments, config: TestTimeConfig) -> None:
     """Answer without and with adaptation, and print both with seconds and memory."""
-    options = options_of()
-    prompt, ttt, config, dry_run = options.parse(positional_model(argv))
-    text = text_of(prompt)
+    text = read_text(prompt.prompt_file) if prompt.prompt_file is not None else str(prompt.prompt)
     config = replace(config, objective=ttt.ttt or "refine")
-    if dry_run:
+    if call.dry_run:
         Console().print(str(config))
         return
-    model, tokenizer = load(prompt.model_name_or_path)
-    check_vocabulary(model, tokenizer)
-    to_device(model.eval())
+    model, tokenizer = load_to_answer(prompt.model_name_or_path)
     request = Request(0, encode_prompt(tokenizer, text), prompt.max_new_tokens)
     if not request.ids:
         raise RefineError("the prompt is empty: give --prompt or --prompt_file with some text")
@@ -87,16 +82,8 @@ def run(argv: Sequence[str]) -> None:
     Console().print(Table("Plain and adapted", ["", "answer", "seconds", "extra MiB"], rows, notes).rich())
 
 
-def text_of(arguments: PromptArguments) -> str:
-    if (arguments.prompt is None) == (arguments.prompt_file is None):
-        raise RefineError("give --prompt or --prompt_file (one of them)")
-    if arguments.max_new_tokens < 1:
-        raise RefineError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}")
-    return arguments.prompt if arguments.prompt is not None else read_text(Path(str(arguments.prompt_file)))
-
-
 def answer(model: CausalModel, tokenizer: PreTrainedTokenizerBase, request: Request) -> tuple[str, float]:
-    """The greedy answer and the seconds it took."""
+    """Return the greedy answer and the seconds it took."""
     start = time.perf_counter()
     hidden, cache = prefill(model, [request.ids])
     tokens = decode(model, hidden, cache, [request], end_tokens(model, tokenizer), Decoding())[0]

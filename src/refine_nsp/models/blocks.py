@@ -24,7 +24,7 @@ from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.layout import one_input, run_in_rows
 from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
 from refine_nsp.models.padding import Alignment, columns_to_tokens
-from refine_nsp.models.protocols import CausalModel, StateMixer
+from refine_nsp.models.protocols import CausalModel, StateMixer, Trunk
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, TracedStates
 from refine_nsp.ops.kernels import chosen
 from refine_nsp.ops.norm import rms_norm
@@ -201,7 +201,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
 
     @takes_marks
     def forward(
-        self,
+        self: Trunk,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -234,7 +234,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
                 documents that contradict each other, or a keyword that nobody reads.
         """
         marks, others = split_marks(kwargs)
-        refuse_unknown(type(self).forward, others)
+        refuse_unknown(FastWeightModel.forward, others)
         if past_key_values is not None and not isinstance(past_key_values, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past_key_values).__name__}")
         out = run_in_rows(

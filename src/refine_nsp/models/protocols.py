@@ -6,7 +6,7 @@ tokens from states and gives states. `CausalModel` is the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -129,28 +129,12 @@ class CausalModel(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def state_dict(self) -> Mapping[str, Tensor]: ...
-
     def train(self, mode: bool = True) -> CausalModel: ...
 
     def eval(self) -> CausalModel: ...
 
     def requires_grad_(self, requires_grad: bool = True) -> CausalModel: ...
 
-    def zero_grad(self) -> None: ...
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts as `transformers.GenerationMixin.generate` does."""
-        ...
-
-
-class RunsSteps(Protocol):
-    """Runs a training step as one forward call: a causal model, or a wrapper around one (DDP, FSDP, PEFT) that must see it so."""
-
-    def __call__(self, *, step: Callable[[CausalModel], Any]) -> Any:
-        """Return step(model) of the model inside."""
         ...

@@ -26,7 +26,7 @@ from refine_nsp.processes import is_sharded
 
 
 @dataclass(frozen=True)
-class HandedOver:
+class HandedStates:
     """Holds the states of B rows between two segments, in the parts that segments wrote.
 
     Attributes:
@@ -47,7 +47,7 @@ class HandedOver:
         ]
         return FastWeightCache(layers, self.lengths, self.columns)
 
-    def behind(self, before: HandedOver | None) -> HandedOver:
+    def behind(self, before: HandedStates | None) -> HandedStates:
         """Put the parts before in front, where a segment returned only its own."""
         if before is None:
             return self
@@ -55,7 +55,7 @@ class HandedOver:
             {name: (*old[name], *parts) if name in added else parts for name, parts in new.items()}
             for old, new, added in zip(before.layers, self.layers, self.added, strict=True)
         ]
-        return HandedOver(layers, self.lengths, self.columns, self.added)
+        return HandedStates(layers, self.lengths, self.columns, self.added)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Segments:
     lengths: Tensor
 
     def run(
-        self, start: int, end: int, before: HandedOver | None, slots: Sequence[int], positions: Tensor, hands_over: bool = True
-    ) -> tuple[Tensor, FastWeightCache | None, HandedOver | None]:
+        self, start: int, end: int, before: HandedStates | None, slots: Sequence[int], positions: Tensor, hands_over: bool = True
+    ) -> tuple[Tensor, FastWeightCache | None, HandedStates | None]:
         """Run tokens start..end-1.
 
         Returns hidden states, states at the positions [B, P] numbered `slots` (row-major), and the states at the end.
@@ -79,7 +79,7 @@ class Segments:
             inside = (positions.flatten()[slots] - start).clamp(min=-1)
             relative, rows = by_rows([slot // positions.shape[1] for slot in slots], inside, len(positions))
 
-        def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, HandedOver | None]:
+        def forward(ids: Tensor) -> tuple[Tensor, FastWeightCache | None, HandedStates | None]:
             past = None if before is None else before.cache()
             out = self.trunk(ids, lengths=lengths, past_key_values=past, use_cache=hands_over, snapshot_positions=relative)
             left = _written(out.past_key_values, before) if hands_over and out.past_key_values is not None else None
@@ -109,7 +109,7 @@ class PassBySegments:
     hidden: Tensor
     snapshots: FastWeightCache | None
     starts: list[int]
-    before: list[HandedOver | None]
+    before: list[HandedStates | None]
 
     def at(self, positions: Tensor) -> FastWeightCache:
         """Take the states after the tokens at `positions`; see `StatesOfPass.at`.
@@ -160,7 +160,7 @@ def read_by_segments(
     segments, flat = Segments(trunk, input_ids, lengths), positions.flatten()
     ends = segment_ends(input_ids.shape[1], size, set(flat.tolist()))
     hidden: list[Tensor] = []
-    before: list[HandedOver | None] = [None]
+    before: list[HandedStates | None] = [None]
     parts: list[FastWeightCache] = []
     order: list[Tensor] = []
     for start, end in pairwise([0, *ends]):
@@ -189,7 +189,7 @@ def segment_ends(n_tokens: int, size: int, positions: set[int]) -> list[int]:
     return [*ends, n_tokens]
 
 
-def _written(after: FastWeightCache, before: HandedOver | None) -> HandedOver:
+def _written(after: FastWeightCache, before: HandedStates | None) -> HandedStates:
     """Keep the states after a segment; of keys and values that it added to, only what it added."""
     assert after.lengths is not None
     columns = 0 if before is None else before.columns
@@ -201,4 +201,4 @@ def _written(after: FastWeightCache, before: HandedOver | None) -> HandedOver:
         # A copy: a slice would keep all of what it was cut from.
         layers.append({name: (x[:, :, -new:].clone() if name in grew else x,) for name, x in layer.items()})
         added.append(grew)
-    return HandedOver(layers, after.lengths, after.columns, added)
+    return HandedStates(layers, after.lengths, after.columns, added)

@@ -16,7 +16,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Advantages:
-    """Advantages, and how well the groups told rollouts apart.
+    """Hold advantages, and how well the groups told rollouts apart.
 
     Attributes:
         values: [B, P, N].

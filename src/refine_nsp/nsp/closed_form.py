@@ -1,4 +1,4 @@
-"""ReFINE without rollouts: what infinitely many of them would teach, in closed form (derived in docs/method.md).
+"""Take the step without rollouts: learn what infinitely many of them would teach, in closed form (derived in docs/method.md).
 
 With p_j = p(x_{t+j} | x_{<t+j}), which the pass over the sequence has, a rollout of K tokens matches its first j tokens with probability
 P_j = p_1...p_j. J_t = (1/K) sum_j f_M(P_j), where f_M cuts the series of the logarithm after M terms: the expected `prefix_match` less 1
@@ -32,7 +32,7 @@ def refine_in_closed_form(work: Work) -> StepResult:
 
 @dataclass(frozen=True)
 class Weighing:
-    """Where the objective counts, and how much, before it is divided.
+    """Say where the objective counts, and how much, before it is divided.
 
     Attributes:
         scale: [B, T], the weight of each token, or what its context score is multiplied by.

@@ -1,4 +1,4 @@
-"""One pass over the sequences, and the two ways to continue its prefixes: their states are handed over, or they are run again.
+"""Run the sequences once, and continue their prefixes in one of two ways: states are handed over, or prefixes are run again.
 
 Both give the same loss and the same gradients for the same positions and rollouts.
 """
@@ -26,7 +26,7 @@ from refine_nsp.ops.memory import part
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a pass says of every token of the sequences: all that selection and rewards read.
+    """Hold what a pass says of every token of the sequences, which is all that selection and rewards read.
 
     Attributes:
         work: what the pass was made for.
@@ -47,7 +47,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Forward(Predictions):
-    """A pass whose prefixes can be continued; the state at a prefix' last token is all that its rollouts need.
+    """Continue the prefixes of a pass by the states at their last tokens, which are all that rollouts need.
 
     Attributes:
         take: gives the states at positions [B, P]; differentiable where the pass is.
@@ -81,7 +81,7 @@ class Forward(Predictions):
 
 
 class Recomputed(Forward):
-    """A pass whose prefixes are run again, for their states and with their rollouts, as published: the reference and the yardstick."""
+    """Run the prefixes of a pass again, for their states and with their rollouts, as published: the reference and the yardstick."""
 
     @part("rollouts")
     def states(self, positions: Tensor) -> Prefixes:

@@ -1,4 +1,4 @@
-"""The step as one module, so that DDP, FSDP and PEFT wrappers see one forward call, and the choice of a step by the settings."""
+"""Choose a step by the settings, and make it one module, so that DDP, FSDP and PEFT wrappers see one forward call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def take_step(work: Work, rollouts: Rollouts | None = None) -> StepResult:
 
 
 class ReFINEStep(nn.Module):
-    """A ReFINE step on a batch, as the forward of one module.
+    """Take a ReFINE step on a batch, as the forward of one module.
 
     Args:
         model: a causal model of this package, wrapped or not.
@@ -115,7 +115,7 @@ class ReFINEStep(nn.Module):
         ntp_normalizer: Normalizer = None,
         policy_normalizer: Normalizer = None,
     ) -> StepResult:
-        """Compute the losses of rollouts that `sample` returned, the ratio to the policy that sampled them clipped."""
+        """Compute the losses of rollouts that `sample` returned; the ratio to the policy that sampled them is clipped."""
         batch = self._batch(input_ids, lengths)
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
         return self._run(lambda m: second_pass(Work(m, batch, self.config, learning=learning), rollouts))

@@ -1,4 +1,4 @@
-"""The losses (paper, section 3.4): PPO with clip and dual clip over rollout tokens, beside the cross-entropy; optional KL and entropy."""
+"""Compute the losses (paper, section 3.4): PPO with clip and dual clip over rollout tokens, and the cross-entropy; KL, entropy optional."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The policy loss.
+    """Hold the policy loss, and the figures that come with it.
 
     Attributes:
         loss: scalar, summed over tokens and divided by the normalizer. metrics: scalars to log.

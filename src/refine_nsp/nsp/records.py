@@ -1,4 +1,4 @@
-"""The small frozen records that the parts of a step hand to each other, and nothing that acts on a model."""
+"""The parts of a step hand small frozen records to each other; they are all here, and nothing here acts on a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Metrics = dict[str, float | Tensor]  # scalars, tensors until somebody logs them
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences, real tokens on the left.
+    """Hold B sequences, the real tokens of each on the left.
 
     Attributes:
         input_ids: [B, T] long.
@@ -94,7 +94,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draws:
-    """All randomness of a step, as uniforms in [0, 1).
+    """Hold all randomness of a step, as uniforms in [0, 1).
 
     Attributes:
         positions: [B, P] float64, on the host. tokens: [B, P, N, K] float64, on the host.
@@ -115,7 +115,7 @@ NO_DRAWS = Draws(torch.empty(0), torch.empty(0))  # where positions and rollouts
 
 @dataclass(frozen=True)
 class Learning:
-    """What the losses need beyond the sequences.
+    """Say what the losses need beyond the sequences.
 
     Attributes:
         ntp_normalizer, policy_normalizer: divisors of the sums over targets and over rollout tokens; None: the counts in this batch.
@@ -131,7 +131,7 @@ class Learning:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step works with; the record that travels through all of its parts.
+    """Carry what a step works with through all of its parts.
 
     Attributes:
         model: the model itself, out of any wrapper around it.
@@ -148,7 +148,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """B*P prefixes, row-major, with the states that rollouts start from.
+    """Hold B*P prefixes, row-major, with the states that rollouts start from.
 
     Attributes:
         positions: [B, P] long, the last token of each prefix; -1: none.
@@ -162,7 +162,7 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Replayed:
-    """Given rollouts, run again under the current policy.
+    """Hold what the current policy says of given rollouts, which were run again for it.
 
     Attributes:
         log_probs, entropy: [B, P, N, K], nats, with gradient.
@@ -176,7 +176,7 @@ class Replayed:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Sampled rollouts, R = B*P*N of them, row-major; no gradients.
+    """Hold sampled rollouts, R = B*P*N of them, row-major; no gradients.
 
     Attributes:
         positions: [B, P] long, the last token of each prefix; -1: none (the sequence was too short).
@@ -202,7 +202,7 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Sampled):
-    """Sampled rollouts with their rewards.
+    """Add rewards to sampled rollouts.
 
     Attributes:
         rewards: [B, P, N], the mean over the K tokens, the weighted sum over rewards.
@@ -215,7 +215,7 @@ class Judged(Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Judged):
-    """Judged rollouts compared with each other: everything that a step learns from.
+    """Add advantages to judged rollouts, which makes them everything that a step learns from.
 
     Attributes:
         advantages: [B, P, N].
@@ -230,7 +230,7 @@ class Rollouts(Judged):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The losses of a step, with gradient, and a record of what was chosen, sampled and judged, without.
+    """Hold the losses of a step, with gradient, and a record of what was chosen, sampled and judged, without.
 
     Attributes:
         loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.

@@ -26,7 +26,7 @@ Reward = Callable[..., Tensor]
 
 
 class Pair(TypedDict):
-    """Rollouts and truth side by side: token ids [R, K] and hidden states [R, K, D] of both."""
+    """Hold rollouts and truth side by side: token ids [R, K] and hidden states [R, K, D] of both."""
 
     completion_ids: Tensor
     truth_ids: Tensor
@@ -35,7 +35,7 @@ class Pair(TypedDict):
 
 
 class RewardInputs(Pair, total=False):
-    """All that a reward can ask for besides columns; the R prefixes are gathered for a reward that names them."""
+    """Hold all that a reward can ask for besides columns; the R prefixes are gathered for a reward that names them."""
 
     prompts_ids: list[Tensor]
 

@@ -22,7 +22,7 @@ ScheduleName = Literal["auto", "fused", "snapshot", "reprefill"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the rollouts of a step are sampled and continued.
+    """Say how the rollouts of a step are sampled and continued.
 
     Attributes:
         name: the word for it that `NSPConfig.schedule` knows.
@@ -45,7 +45,7 @@ WITHOUT_ROLLOUTS = Schedule("auto", two_passes=False, recomputes=False)
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of its schedule, beyond the settings of the method.
+    """Say what a run asks of its schedule, beyond the settings of the method.
 
     Attributes:
         steps_per_generation: optimizer steps that learn from one batch of rollouts.

@@ -28,12 +28,9 @@ def select(predictions: Predictions) -> Tensor:
     return select_positions(SCORES[work.config.score].of(predictions), work.batch, work.draws.positions, work.config)
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Score:
-    """How interesting tokens are.
+    """Say how to find interesting tokens.
 
     Attributes:
         of: scores [B, T] of a pass' predictions; higher is more interesting.
@@ -84,9 +81,6 @@ def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
     real = batch.real.to(entropy.dtype)
     pooled = [F.avg_pool1d(x[:, None], window, stride=1, padding=window // 2)[:, 0] for x in (entropy * real, real)]
     return pooled[0] / pooled[1].clamp(min=torch.finfo(entropy.dtype).tiny)
-
-
-# --- draws ------------------------------------------------------------------------------------------------------------
 
 
 def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
@@ -184,6 +178,7 @@ _warned = False
 
 
 def _warn_once_about_short_sequences() -> None:
+    """Warn, at the first time only, that some chunks hold no position."""
     global _warned
     if not _warned:
         _warned = True

@@ -1,4 +1,4 @@
-"""The page of the paper: one step of ReFINE, in the order of section 3.
+"""This is the page of the paper: one step of ReFINE, in the order of section 3.
 
 Each line hands a frozen record to the next, and every record remembers the `Work` it was made for. The same step without rollouts is in
 `closed_form.py`; `module.py` chooses between them by the settings.

@@ -13,7 +13,7 @@ from refine_nsp.fields import Reader, setting
 from refine_nsp.tiny.documents import SHORTEST_ROW
 from refine_nsp.tiny.families import FACTS, FAMILIES
 from refine_nsp.training.arguments import ReFINEConfig, with_notes
-from refine_nsp.training.settings import as_meant
+from refine_nsp.values import as_meant
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import inspect
 import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import cast, get_type_hints
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from refine_nsp.errors import RefineError, closest, first_line
+from refine_nsp.values import accepted
 
 _PREDICTIONS = "validation here sums figures up and keeps no predictions, labels or metrics of your own"
 # Settings that nothing here could read, and why; each is refused at any value but its default.
@@ -55,63 +55,9 @@ BY_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers whose settings 
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow a figure of validation
 OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 # --- what is meant ----------------------------------------------------------------------------------------------------
-def as_meant(name: str, value: Any, hint: object) -> Any:
-    """Return a setting's value as its type wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML.
-
-    Raises:
-        RefineError: text that is no number or truth value, where one is expected.
-    """
-    kinds = get_args(hint) or (hint,)
-    if value is False and name.endswith("report_to"):
-        return "none"
-    if value is False and bool not in kinds and any(_has_no(kind) for kind in kinds):
-        return "no"  # what YAML makes of a bare `no`
-    if isinstance(value, str) and str not in kinds and any(kind in kinds for kind in (int, float, bool)):
-        return _from_text(name, value, kinds)
-    if isinstance(value, float) and int in kinds and float not in kinds:
-        if not value.is_integer():
-            raise RefineError(f"{name} is {value}; expected a whole number")
-        return int(value)
-    return _plain_values(value) if isinstance(value, dict) else value
-
-
-def _has_no(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, enum.Enum) and "no" in [member.value for member in kind]
-
-
-def _from_text(name: str, text: str, kinds: tuple[object, ...]) -> float | bool | None:
-    word = text.strip().lower()
-    if bool in kinds and word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        return word in ("true", "yes", "on", "1")
-    if type(None) in kinds and word in ("none", "null", ""):
-        return None
-    try:
-        number = float(word)
-        if float in kinds:
-            return number
-        if int in kinds and number.is_integer():
-            return int(number)
-    except (ValueError, OverflowError):
-        pass
-    wanted = "a number" if float in kinds else "a whole number" if int in kinds else "true or false"
-    raise RefineError(f"{name} is {text!r}; expected {wanted}")
-
-
-def _plain_values(value: object) -> object:
-    """Return a value with numbers and truth values where text says them, inside mappings too; YAML leaves `1e-5` as text."""
-    if isinstance(value, dict):
-        return {key: _plain_values(inner) for key, inner in value.items()}
-    if not isinstance(value, str):
-        return value
-    if NUMBER.fullmatch(value):
-        return int(value) if value.lstrip("+-").isdecimal() else float(value)
-    return {"true": True, "false": False}.get(value.lower(), value)
-
-
 def _mapping(name: str, text: str) -> object:
     """Read a mapping that is written as JSON; return other text, such as a file's name, as it is."""
     if not text.startswith("{"):
@@ -127,9 +73,10 @@ def take_as_meant(args: TrainingArguments) -> None:
     hints = get_type_hints(type(args))
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if isinstance(value, str) and dict in [get_origin(kind) or kind for kind in get_args(hints[field.name])]:
+        accepts = accepted(hints[field.name])
+        if isinstance(value, str) and "mapping" in accepts.kinds:
             value = _mapping(field.name, value)
-        setattr(args, field.name, as_meant(field.name, value, hints[field.name]))
+        setattr(args, field.name, accepts.meant(field.name, value))
     if args.report_to is None or args.report_to == [None]:
         args.report_to = "none"
     if args.warmup_steps and args.lr_scheduler_type == SchedulerType.CONSTANT:

@@ -18,10 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from refine_nsp.errors import RefineError
 from refine_nsp.models.blocks import FastWeightModel
 from refine_nsp.models.branches import Branches
-from refine_nsp.models.document_marks import split_marks
-from refine_nsp.models.keywords import refuse_unknown
-from refine_nsp.models.layout import one_input, run_in_rows
-from refine_nsp.models.outputs import FastWeightModelOutput, as_asked
+from refine_nsp.models.outputs import FastWeightModelOutput
 from refine_nsp.models.padding import Alignment, columns_to_tokens
 from refine_nsp.models.protocols import StateMixer
 from refine_nsp.models.state import FastWeightCache, PrefixStates, StatesOfPass
@@ -77,32 +74,13 @@ class StatefulTrunk(PreTrainedModel):
         on_device = f", on a CUDA device {', '.join(self.kernel_names)}" if self.kernel_names else ""
         return f"transformers' own{on_device}; states {'read again from tokens' if self.rereads_prefixes else 'by reference'}"
 
-    def read(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: FastWeightCache | None = None,
-        use_cache: bool | None = None,
-        lengths: Tensor | None = None,
-        snapshot_positions: Tensor | None = None,
-        output_states: bool = False,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> FastWeightModelOutput | tuple[object, ...]:
+    def read(self, **arguments: Any) -> FastWeightModelOutput | tuple[object, ...]:
         """Answer a call as `FastWeightModel.forward` does, with hidden states scaled by `head_factor`."""
-        marks, others = split_marks(kwargs)
-        refuse_unknown(FastWeightModel.forward, others)
-        if output_hidden_states:
+        if arguments.get("output_hidden_states"):
             raise RefineError(
                 f"{self.label} gives its layers' hidden states only when asked without states; leave out lengths and such"
             )
-        x = one_input(input_ids, inputs_embeds)
-        out = run_in_rows(
-            self, x, marks, attention_mask, lengths, past_key_values, use_cache, snapshot_positions, output_states, None
-        )  # fmt: skip
-        return as_asked(out, return_dict, self.config)
+        return FastWeightModel.forward(self, **arguments)
 
     def run_rows(
         self, x: Tensor, aligned: Alignment | None, past: FastWeightCache | None, tokens: Tensor | None, use_cache: bool,

@@ -1,21 +1,24 @@
-"""Options that several commands share: which model to load, and test-time training."""
+"""Share what several commands need: which model to load and train, test-time training, a prompt, and text from a file."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.options import Settings
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Settings
 from refine_nsp.config import NSPConfig, check_choices
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.adapters import new_adapters, peft
-from refine_nsp.models.load import adapters_of, load_adapter, load_model
+from refine_nsp.models.load import adapters_of, check_vocabulary, load, load_adapter, load_model, load_tokenizer
 from refine_nsp.models.protocols import CausalModel
+from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
@@ -31,14 +34,14 @@ ADAPTING = Reader("test-time training, by ttt=refine or ntp", lambda a: a.ttt is
 
 @dataclass
 class ModelArguments:
-    """Which model to train, and how.
+    """Name the model to train, and how much of it is trained.
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.
         tokenizer_name: another tokenizer than the model's.
         dtype: of the weights (float32, bfloat16); default: float32 with bf16 or fp16 (autocast), else the checkpoint's.
         use_peft: train LoRA adapters only; those of model_name_or_path where it holds some, else new ones.
-        lora_r, lora_alpha: their rank and scale.
+        lora_r, lora_alpha: rank and scale of the adapters.
         lora_target_modules: linear layers to adapt.
     """
 
@@ -58,12 +61,23 @@ class ModelArguments:
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer comes from."""
+        """Name the place that the tokenizer is loaded from."""
         return self.tokenizer_name or self.model_name_or_path
 
 
+MODEL = Settings(ModelArguments, "model")
+
+
+def load_to_train(arguments: ModelArguments, args: ReFINEConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load the model to train, as `build_model` does, and its tokenizer. RefineError where they do not fit together."""
+    model = build_model(arguments, args)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    check_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
 def build_model(arguments: ModelArguments, args: ReFINEConfig) -> nn.Module:
-    """The model to train, in the dtype that suits `args`, wrapped by PEFT when LoRA adapters are asked for; new ones drawn by its seed."""
+    """Load the model to train in the dtype that suits `args`, with LoRA adapters where they are asked for; its seed draws new ones."""
     check_machine(args)
     dtype = args.weights_dtype(arguments.dtype)
     if not arguments.use_peft:
@@ -74,7 +88,7 @@ def build_model(arguments: ModelArguments, args: ReFINEConfig) -> nn.Module:
     own = cast("LoraConfig", model.peft_config["default"])
     if (own.r, own.lora_alpha) != (arguments.lora_r, arguments.lora_alpha) or arguments.lora_target_modules:
         warnings.warn(
-            f"use_peft goes on with the adapters of {arguments.model_name_or_path}: lora_r={own.r}, lora_alpha={own.lora_alpha} and their "
+            f"use_peft continues the adapters of {arguments.model_name_or_path}: lora_r={own.r}, lora_alpha={own.lora_alpha} and their "
             "layers stay; for new ones on what it learned, make a plain model of it first: refine-nsp export",
             stacklevel=2,
         )
@@ -82,12 +96,33 @@ def build_model(arguments: ModelArguments, args: ReFINEConfig) -> nn.Module:
 
 
 def with_adapters(model: nn.Module, arguments: ModelArguments, seed: int) -> nn.Module:
-    """New LoRA adapters on a model, which alone are trained."""
+    """Put new LoRA adapters on a model; they alone are trained."""
     targets = arguments.lora_target_modules or "all-linear"
     config = peft().LoraConfig(r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets)
     return cast(nn.Module, new_adapters(model, config, seed))
 
 
+def load_to_answer(name: str) -> tuple[CausalModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer onto the device that answers. RefineError where they do not fit together."""
+    model, tokenizer = load(name)
+    check_vocabulary(model, tokenizer)
+    return to_device(model.eval()), tokenizer
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file. RefineError when it is missing, empty or something else."""
+    if not path.is_file():
+        raise RefineError(f"no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RefineError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from error
+    if not text.strip():
+        raise RefineError(f"{path} is empty")
+    return text
+
+
+# --- test-time training -----------------------------------------------------------------------------------------------
 @dataclass
 class TestTimeArguments:
     """Test-time training before each answer; its settings are those of `TestTimeConfig` and `NSPConfig`, under the prefix `ttt_`.
@@ -110,13 +145,19 @@ class TestTimeArguments:
 
 
 TEST_TIME = (
-    TestTimeArguments,
-    Settings(TestTimeConfig, prefix="ttt_", skip=("objective",), nsp=Settings(NSPConfig, prefix="ttt_", preset="test_time")),
+    Settings(TestTimeArguments, "test-time training"),
+    Settings(
+        TestTimeConfig,
+        "test-time training",
+        prefix="ttt_",
+        skip=("objective",),
+        nsp=Settings(NSPConfig, "test-time training", prefix="ttt_", preset="test_time"),
+    ),
 )
 
 
 def test_time_trainer(model: CausalModel, ttt: TestTimeArguments, config: TestTimeConfig) -> tuple[TestTimeTrainer | None, int]:
-    """The trainer (None without --ttt), and how many prompts it takes together."""
+    """Return the trainer (None without --ttt), and how many prompts it takes together."""
     if ttt.ttt is None:
         return None, 1
     trainer = TestTimeTrainer(model, replace(config, objective=ttt.ttt))
@@ -124,23 +165,8 @@ def test_time_trainer(model: CausalModel, ttt: TestTimeArguments, config: TestTi
     return trainer, ttt.ttt_batch_size if together else 1
 
 
-def check_unused(ttt: TestTimeArguments, config: TestTimeConfig) -> None:
+def check_unused(call: Call) -> None:
     """RefineError for settings of test-time training without it."""
-    if ttt.ttt is not None:
-        return
-    usual, method = TestTimeConfig(), NSPConfig.preset("test_time")
-    pairs = [
-        (f.name, getattr(config, f.name), getattr(usual, f.name)) for f in fields(config) if f.name not in ("nsp", "objective")
-    ]
-    pairs += [(f.name, getattr(config.nsp, f.name), getattr(method, f.name)) for f in fields(method)]
-    changed = [f"ttt_{name}={value!r}" for name, value, default in pairs if value != default]
-    if changed:
+    changed = [f"{name}={value!r}" for name, value in call.changed().items() if name.startswith("ttt_")]
+    if changed and call.values["ttt"] is None:
         raise RefineError(f"{changed[0]} changes nothing without test-time training; add --ttt refine (or ntp), or leave it out")
-
-
-def positional_model(argv: Sequence[str]) -> list[str]:
-    """`COMMAND MODEL flags` as flags only."""
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        return ["--model_name_or_path", *words]
-    return words

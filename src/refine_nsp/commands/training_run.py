@@ -1,0 +1,132 @@
+"""Share what the training commands do once data and model are there: train from where a run stands, save, report."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.shared import ModelArguments
+from refine_nsp.config import check_choice
+from refine_nsp.environment import environment
+from refine_nsp.errors import RefineError
+from refine_nsp.files import write_atomically
+from refine_nsp.models.load import load_model
+from refine_nsp.report.runs import report
+from refine_nsp.report.tables import Cell, Table
+from refine_nsp.training import ReFINEConfig, ReFINETrainer
+from refine_nsp.training.run_folder import RunFolder
+from refine_nsp.values import Value
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+def train_and_save(
+    kind: type[ReFINETrainer], call: Call, source: ModelArguments, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
+    args: ReFINEConfig, rows: tuple[Rows, Dataset | None], data: Sequence[str],
+) -> None:  # fmt: skip
+    """Run the training from where it stands; then write its model, its last figures, its card and its report.
+
+    Args:
+        rows: to train on, and to validate on. data: the names of their sources, for the card.
+    """
+    if rows[1] is None and args.eval_strategy != "no":
+        raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
+    dtype = args.weights_dtype(source.dtype)
+    reference = load_model(source.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None
+    with in_one_line():
+        trainer = kind(
+            model=model,
+            args=args,
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
+            processing_class=tokenizer,
+            reference_model=reference,
+        )
+    out = Path(str(args.output_dir))
+    trainer.add_callback(SettingsWriter(call.resolved()))
+    trainer.describe(source.model_name_or_path, data, call.values)
+    with in_one_line((ImportError,)):  # the package of an optimizer may not be installed
+        trainer.train(resume_from_checkpoint=resume_from(trainer.args) or False)
+    save(trainer, out)  # before anything else can go wrong
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        trainer.write_card(out)  # once more: with the last figures
+        Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
+
+
+class SettingsWriter(TrainerCallback):
+    """Write settings and environment into the run's folder, once it is known to be this run's."""
+
+    def __init__(self, config: Mapping[str, Value]) -> None:
+        self.config = config
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Do so in the main process."""
+        if state.is_world_process_zero:
+            out = Path(str(args.output_dir))
+            write_atomically(out / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=True))
+            write_atomically(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
+
+
+@contextmanager
+def in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, ImportError)) -> Iterator[None]:
+    """Raise transformers' objections to settings in its words, but as our error."""
+    try:
+        yield
+    except RefineError:
+        raise
+    except kinds as error:
+        raise RefineError(f"these settings cannot be trained with: {' '.join(str(error).split())}") from error
+
+
+def check_reporting(args: ReFINEConfig) -> None:
+    """RefineError for a place of --report_to whose package is not installed."""
+    here = get_available_reporting_integrations()
+    for name in list(args.report_to or []):
+        check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none"))
+        if name != "none" and name not in here:
+            raise RefineError(
+                f"--report_to {name} needs a package that is not installed: pip install {name}; or --report_to none"
+            )
+
+
+def resume_from(args: ReFINEConfig) -> str | None:
+    """Return the checkpoint that --resume_from_checkpoint means: a folder, or the last one. A run that was stopped before its first
+    checkpoint has none, and the same command line, as schedulers repeat it, begins it anew."""
+    given = args.resume_from_checkpoint
+    if given not in ("True", "true", "last"):
+        return given
+    last = RunFolder(Path(str(args.output_dir))).last_complete()
+    if last is None:
+        warnings.warn(f"{args.output_dir} has no checkpoint to resume from: the run begins anew", stacklevel=2)
+    return None if last is None else str(last)
+
+
+def save(trainer: ReFINETrainer, out: Path) -> None:
+    """Write the final model into the run's folder; say in one line when it cannot be written."""
+    try:
+        trainer.save_model(str(out))
+        trainer.save_state()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RefineError(f"could not save the model in {out}: {error}; the last checkpoint there is whole") from error
+
+
+def dry_run_table(rows: list[list[Cell]], call: Call) -> Table:
+    """Return the table that a dry run shows: the rows, and every setting that differs from its default."""
+    settings: list[list[Cell]] = [[f"config: {name}", str(value)] for name, value in sorted(call.resolved().items())]
+    return Table("Dry run: nothing was trained or written", ["what", "value"], [*rows, *settings])

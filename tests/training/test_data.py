@@ -10,7 +10,8 @@ import refine_nsp
 from refine_nsp.text import formats
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training import data
-from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, prepare_data, split_documents
+from refine_nsp.training.data import DataArguments, collate, cut_windows, pack, split_documents
+from refine_nsp.training.sources import prepare_data
 from tests.models.families import FAMILY_NAMES, build
 
 TEXTS = [f"document {i}: " + "alpha beta gamma delta " * (20 + 5 * i) for i in range(12)]

@@ -14,6 +14,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.nsp.rewards import wants_columns
 from refine_nsp.report.tables import Cell
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
+from refine_nsp.training.sources import Held
 
 COMMAND = Command(
     "Train a pretrained model on long text with ReFINE (or --objective ntp).",
@@ -35,10 +36,10 @@ def run(call: Call, source: ModelArguments, data: DataArguments, args: ReFINECon
     if call.dry_run:
         Console().print(dry_run_table(plan(model, train, validation, args), call).rich())
         return
-    train_and_save(ReFINETrainer, call, source, model, tokenizer, args, (train, validation), [str(data.dataset_name)])
+    train_and_save(ReFINETrainer, call, source, model, tokenizer, args, (train, validation), data.names)
 
 
-def plan(model: nn.Module, train: Rows, validation: Dataset | None, args: ReFINEConfig) -> list[list[Cell]]:
+def plan(model: nn.Module, train: Rows, validation: Held, args: ReFINEConfig) -> list[list[Cell]]:
     """Return rows of a dry run's table: the sizes of the model, the data and the run."""
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -48,5 +49,6 @@ def plan(model: nn.Module, train: Rows, validation: Dataset | None, args: ReFINE
         steps = args.max_steps if args.max_steps > 0 else int(len(train) // per_step * args.num_train_epochs)
         tokens = sum(len(x) for x in train["input_ids"])
         rows += [["training windows", f"{len(train):,}"], ["training tokens", f"{tokens:,}"], ["optimizer steps", f"{steps:,}"]]
-    windows = f"{len(validation):,}" if validation is not None else "none"
+    sets = validation if isinstance(validation, dict) else {"": validation} if validation is not None else {}
+    windows = ", ".join(f"{name} {len(rows):,}".strip() for name, rows in sets.items()) or "none"
     return [*rows, ["validation windows", windows], ["sequences per step", per_step]]

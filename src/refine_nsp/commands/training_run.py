@@ -28,6 +28,7 @@ from refine_nsp.report.runs import report
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.run_folder import RunFolder
+from refine_nsp.training.sources import Held
 from refine_nsp.values import Value
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -35,7 +36,7 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 def train_and_save(
     kind: type[ReFINETrainer], call: Call, source: ModelArguments, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
-    args: ReFINEConfig, rows: tuple[Rows, Dataset | None], data: Sequence[str],
+    args: ReFINEConfig, rows: tuple[Rows, Held], data: Sequence[str],
 ) -> None:  # fmt: skip
     """Run the training from where it stands; then write its model, its last figures, its card and its report.
 

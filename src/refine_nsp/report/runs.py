@@ -35,6 +35,9 @@ CURVES = (
     ("grad_norm", "gradient norm", ""),
     ("tokens_per_second", "tokens per second", ""),
 )
+# Figures of validation that are shown for each of several sets too, and how the share of a source begins.
+BY_SET = (("loss", "loss", "nats"), ("accuracy", "NTP accuracy", ""))
+SHARE = "source_share_"
 COMPLETION = ("step", "position", "prefix", "truth", "rollout", "reward", "advantage")
 SHOWN_COMPLETIONS = 24
 ROUNDING = 1e-5
@@ -75,13 +78,14 @@ def read_run(folder: Path) -> Run:
     if not metrics:
         raise RefineError(f"{folder} has no metrics.jsonl; expected the output_dir of a refine-nsp run")
     # A resumed run makes some steps again: what it logs then counts, and what was logged of these and later steps before does not.
-    by_step: dict[tuple[float, bool, bool], dict[str, Any]] = {}
+    by_step: dict[tuple[float, str, bool], dict[str, Any]] = {}
     with expecting("a step, a number, in every record", folder / "metrics.jsonl"):
         latest = 0.0
         for m in metrics:
             if (step := float(m["step"])) < latest:
                 by_step = {k: known for k, known in by_step.items() if k[0] <= step}
-            by_step[step, "eval_loss" in m, "train_runtime" in m] = m
+            validated = " ".join(sorted(name for name in m if name.startswith("eval_")))  # each set has a record of its own
+            by_step[step, validated, "train_runtime" in m] = m
             latest = step
     completions = read_json_lines(folder / "completions.jsonl")
     with expecting(f"{', '.join(COMPLETION)} in every record", folder / "completions.jsonl"):
@@ -122,16 +126,27 @@ def report(folders: list[Path], output: Path) -> Path:
 
 def summary_table(runs: list[Run]) -> Table:
     """List the last value of every known figure, with a column for each run."""
-    keys = [(k, title) for k, title, _ in CURVES if any(r.curve(k)[1] for r in runs)]
+    keys = [(k, title) for k, title, _ in [*CURVES, *by_source(runs)] if any(r.curve(k)[1] for r in runs)]
     rows: list[list[Cell]] = [[title, *(r.last(k) for r in runs)] for k, title in keys]
     return Table("Last logged value", ["figure", *(r.name for r in runs)], rows)
+
+
+def by_source(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """List the figures of several sets for validation, and the shares of a mixture's sources: key, title and unit."""
+    keys = sorted({k for r in runs for m in r.metrics for k in m} - {k for k, _, _ in CURVES})
+    sets = [k.removeprefix("eval_").removesuffix("_runtime") for k in keys if k.startswith("eval_") and k.endswith("_runtime")]
+    of_sets = [
+        (f"eval_{name}_{figure}", f"{title} (validation, {name})", unit) for figure, title, unit in BY_SET for name in sets
+    ]
+    shares = [k for k in keys if k.startswith(SHARE)]
+    return [*of_sets, *((k, f"share of tokens: {k.removeprefix(SHARE)}", "") for k in shares)]
 
 
 def curve_plots(runs: list[Run]) -> str:
     rewards = sorted(
         {k for r in runs for m in r.metrics for k in m if k.startswith(("reward_", "inner_reward_")) and not k.endswith("_std")}
     )
-    wanted = [*CURVES, *((k, k.replace("_", " "), "") for k in rewards)]
+    wanted = [*CURVES, *by_source(runs), *((k, k.replace("_", " "), "") for k in rewards)]
     drawn = []
     for key, title, unit in wanted:
         # Runs without this curve keep their place, so that a run has the same style in every plot of the page.

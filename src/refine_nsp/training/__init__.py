@@ -2,9 +2,10 @@
 
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.data import DataArguments, prepare_data
+from refine_nsp.training.data import DataArguments
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
 from refine_nsp.training.phases import MicroBatch, NextSequence, NextToken, Phase
+from refine_nsp.training.sources import prepare_data
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
 from refine_nsp.training.trainer import ReFINETrainer
 

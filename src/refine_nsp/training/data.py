@@ -18,8 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import content_key
-from refine_nsp.text.folders import is_local
-from refine_nsp.text.reading import place_of, read_documents
+from refine_nsp.training.mixture import (
+    Stopping,
+    as_list,
+    check_weights,
+    one_each,
+)
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
 Collated = dict[str, Any]  # a batch as a collator makes it: tensors, and lists of whatever the columns of a dataset hold
@@ -32,6 +36,8 @@ VALIDATION = Reader(
     "validation, by validation_dataset or (without streaming) validation_fraction",
     lambda a: not NO_OTHER_VALIDATION(a) or (WHOLE & KEPT_BACK)(a),
 )
+SEVERAL = Reader("several names in dataset_name", lambda a: len(as_list(a.dataset_name)) > 1)
+WEIGHED = Reader("dataset_weights", lambda a: a.dataset_weights is not None)
 
 
 @dataclass
@@ -40,26 +46,35 @@ class DataArguments:
 
     Attributes:
         dataset_name: a file (text, json, jsonl, csv, tsv, parquet, arrow; also compressed), a folder of them, a glob, a folder saved by
-            `datasets`, or a hub name.
-        dataset_config: configuration of a hub dataset, or of a folder whose README lists several.
-        dataset_split: the split of a hub dataset or a folder, as `load_dataset` takes it (train, train[:10%], train+test).
-        text_column: column that holds the text, or each row's token ids, which are used as they are. Where there is no `text` and no
-            other is named, `input_ids` is taken.
-        validation_dataset: the same for validation; of several splits, validation is read, or test. None: a fixed, seeded share of the
-            documents is kept back.
+            `datasets`, or a hub name. Several are mixed.
+        dataset_weights: the share of tokens of each of several names, summing to 1; default: all windows of each, once.
+        dataset_stopping: a mixture ends where a source runs out (first_exhausted), or sources that run out begin again until each has
+            been read once (all_exhausted).
+        mixture_seed: seeds which windows of each source a mixture takes first.
+        dataset_config: configuration of a hub dataset, or of a folder whose README lists several; of several names one for all that are
+            not files, or one each.
+        dataset_split: the split of a hub dataset or a folder, as `load_dataset` takes it (train, train[:10%], train+test); one for all, or
+            one each.
+        text_column: column that holds the text, or each row's token ids, which are used as they are; one for all, or one each. Where
+            there is no `text` and no other is named, `input_ids` is taken.
+        validation_dataset: the same for validation, with figures of its own for each of several; of several splits, validation is read,
+            or test. None: a fixed, seeded share of the documents is kept back, of each source.
         validation_fraction: that share (of the windows, when there is one document only). 0: no validation.
-        validation_windows: at most so many windows are validated on.
+        validation_windows: at most so many windows are validated on, of each source.
         packing: put several short documents in one example; in a batch each stays a row of its own, so nothing leaks.
         streaming: do not load or cache everything first (needs max_steps).
         split_seed: seeds the choice of the share that is kept back.
         dataset_num_proc: processes that tokenize text which is not streamed.
     """
 
-    dataset_name: str | None = setting(None, common=True)
-    dataset_config: str | None = setting(None)
-    dataset_split: str = setting("train")
-    text_column: str = setting(TEXT_COLUMN, common=True)
-    validation_dataset: str | None = setting(None, common=True)
+    dataset_name: str | list[str] | None = setting(None, common=True)
+    dataset_weights: list[float] | None = setting(None, read_by=SEVERAL, common=True)
+    dataset_stopping: Stopping = setting("first_exhausted", read_by=WEIGHED, common=True)
+    mixture_seed: int = setting(0, read_by=WEIGHED & WHOLE)
+    dataset_config: str | list[str] | None = setting(None)
+    dataset_split: str | list[str] = setting("train")
+    text_column: str | list[str] = setting(TEXT_COLUMN, common=True)
+    validation_dataset: str | list[str] | None = setting(None, common=True)
     validation_fraction: float = setting(0.05, read_by=NO_OTHER_VALIDATION & WHOLE)
     validation_windows: int = setting(64, read_by=VALIDATION)
     packing: bool = setting(False, common=True)
@@ -69,6 +84,17 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_read(self)
+        check_weights(self.names, self.dataset_weights)
+        if len(self.names) > 1 and self.streaming and self.dataset_weights is None:
+            raise RefineError("streamed sources do not say how much they hold: give the share of each with dataset_weights")
+        for name in ("dataset_split", "text_column", "dataset_config"):
+            if (given := getattr(self, name)) is not None and self.names:
+                one_each(name, given, len(self.names))
+
+    @property
+    def names(self) -> list[str]:
+        """List the names to train on."""
+        return as_list(self.dataset_name)
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------
@@ -260,65 +286,6 @@ def split_documents(data: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     kept_back = min(max(1, round(len(data) * fraction)), len(data) - 1)
     return data.select(sorted(order[kept_back:])), data.select(sorted(order[:kept_back]))
-
-
-def check_data(arguments: DataArguments, max_length: int, min_length: int) -> str:
-    """Return the name of the data, or refuse settings that do not fit together, before anything is read.
-
-    Raises:
-        RefineError: no data is named, or a number is out of range.
-    """
-    if arguments.dataset_name is None:
-        raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
-    if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
-        raise RefineError(f"dataset_num_proc={arguments.dataset_num_proc}: expected 1 or more processes")
-    check_fraction(arguments.validation_fraction)
-    if max_length < min_length:
-        raise RefineError(
-            f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
-        )
-    return arguments.dataset_name
-
-
-def prepare_data(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
-) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Make windows for training and validation as `DataArguments` says. RefineError for bad input.
-
-    Args:
-        keep_columns: whether training windows keep their document's other columns, for rewards that ask for them.
-    """
-    a = arguments
-    name = check_data(arguments, max_length, min_length)
-    columns = (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,)
-    also = (LENGTHS_COLUMN,)  # packed rows of tokens are known by it
-    cut = partial(
-        tokenize,
-        tokenizer=tokenizer,
-        column=a.text_column,
-        max_length=max_length,
-        min_length=min_length,
-        num_proc=a.dataset_num_proc,
-    )
-    source: tuple[str, Sequence[str], str | None, str | Sequence[str]] = (name, columns, a.dataset_config, a.dataset_split)
-    held_source = source
-    documents = read_documents(*source, streaming=a.streaming, also=None if keep_columns else also)
-    validation = None
-    if (held := a.validation_dataset) is not None:
-        config = a.dataset_config if held == name or not is_local(held) else None
-        held_source = (held, columns, config, validation_splits(a.dataset_split))
-        validation = read_documents(*held_source, streaming=a.streaming, also=also)
-    elif isinstance(documents, Dataset):
-        documents, validation = split_documents(documents, a.validation_fraction, a.split_seed)
-    windows = cut(documents, packing=a.packing, keep_columns=keep_columns, place_of=partial(place_of, *source))
-    if validation is not None:
-        held_windows = cut(validation, packing=False, place_of=partial(place_of, *held_source))
-        return windows, first_rows(held_windows, a.validation_windows)
-    if isinstance(windows, Dataset) and a.validation_fraction > 0 and len(windows) > 1:
-        # There is one document, whose end is kept back.
-        end = len(windows) - max(1, round(len(windows) * a.validation_fraction))
-        return windows.select(range(end)), first_rows(windows.select(range(end, len(windows))), a.validation_windows)
-    return windows, None
 
 
 def validation_splits(dataset_split: str) -> tuple[str, ...]:

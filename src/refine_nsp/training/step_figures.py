@@ -21,11 +21,17 @@ class StepFigures:
     def __init__(self) -> None:
         self.values: dict[str, list[float | Tensor]] = defaultdict(list)
         self.tokens = 0
+        self._by_source: dict[str, int] = defaultdict(int)
         self._last_log = (time.monotonic(), 0)  # when, and the tokens until then
 
     def add(self, name: str, value: float | Tensor) -> None:
         """Keep one more value; a tensor is not read before the next log, since reading it would make a device wait."""
         self.values[name].append(value)
+
+    def count_sources(self, sources: Sequence[str], tokens: Sequence[int]) -> None:
+        """Count the tokens of sequences by the sources that these come from."""
+        for source, count in zip(sources, tokens, strict=True):
+            self._by_source[source] += count
 
     def restart_clock(self) -> None:
         """Count time and tokens from now on."""
@@ -46,7 +52,8 @@ class StepFigures:
         if "seconds_step" in means:
             sampling = 0.0 if prepares_steps else means.get("seconds_select", 0.0) + means.get("seconds_rollout", 0.0)
             means["seconds_backward_and_forward"] = means.pop("seconds_step") - sampling
-        means = mean_over_processes(means)
+        means = mean_over_processes(means) | shares_over_processes(self._by_source)
+        self._by_source.clear()
         if "tokens_per_second" in means:
             means["tokens_per_second"] *= processes
         return means
@@ -57,6 +64,14 @@ def mean_over_processes(figures: Mapping[str, float]) -> dict[str, float]:
     everywhere = gather_object([figures])
     names = dict.fromkeys(name for own in everywhere for name in own)
     return {name: mean_of([own[name] for own in everywhere if name in own]) for name in names}
+
+
+def shares_over_processes(tokens: Mapping[str, int]) -> dict[str, float]:
+    """Return each source's share of the tokens of all processes, as `source_share_NAME`; every process must ask for it."""
+    everywhere = gather_object([dict(tokens)])
+    whole = sum(sum(own.values()) for own in everywhere)
+    names = sorted({name for own in everywhere for name in own})
+    return {f"source_share_{name}": sum(own.get(name, 0) for own in everywhere) / whole for name in names}
 
 
 def mean_of(values: Sequence[float | Tensor]) -> float:

@@ -38,6 +38,7 @@ from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, Stop
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import Collated, collate
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
+from refine_nsp.training.mixture import SOURCE_COLUMN
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
@@ -252,6 +253,7 @@ class ReFINETrainer(ResumingTrainer):
             return self.phase_loss(further.phase, model, batch, further.shares, further.prefix)
         self.bar.tokens_this_step += batch.num_tokens
         self.figures.tokens += batch.num_tokens
+        self.figures.count_sources(batch.sequences.columns.get(SOURCE_COLUMN, ()), batch.sequences.sizes)
         loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
         self._show(batch)
         return (loss, batch.result) if return_outputs else loss

@@ -1,0 +1,166 @@
+"""Each source's documents are read, kept back for validation in part, and cut into windows, which are mixed where there are several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from refine_nsp.errors import RefineError
+from refine_nsp.text.folders import is_local
+from refine_nsp.text.formats import say
+from refine_nsp.text.reading import place_of, read_documents
+from refine_nsp.training.data import (
+    LENGTHS_COLUMN,
+    TEXT_COLUMN,
+    TOKENS_COLUMN,
+    DataArguments,
+    check_fraction,
+    first_rows,
+    split_documents,
+    tokenize,
+    validation_splits,
+)
+from refine_nsp.training.mixture import as_list, labels_of, mix, mix_streams, one_each
+
+Windows: TypeAlias = Dataset | IterableDataset
+Held: TypeAlias = Dataset | dict[str, Dataset] | None  # rows for validation, or several sets of them by name
+
+
+@dataclass(frozen=True)
+class Source:
+    """Name the documents of one source: what they are read by, and what logs call them."""
+
+    name: str
+    label: str
+    column: str
+    config: str | None
+    split: str | tuple[str, ...]
+
+    @property
+    def read_by(self) -> tuple[str, tuple[str, ...], str | None, str | tuple[str, ...]]:
+        """Return the first arguments of `read_documents`."""
+        columns = (self.column, TOKENS_COLUMN) if self.column == TEXT_COLUMN else (self.column,)
+        return self.name, columns, self.config, self.split
+
+
+def sources_of(arguments: DataArguments) -> list[Source]:
+    """List the sources to train on."""
+    a, count = arguments, len(arguments.names)
+    columns, splits = (one_each(name, getattr(a, name), count) for name in ("text_column", "dataset_split"))
+    configs: list[str | None] = [None] * count
+    if a.dataset_config is not None:
+        configs = [*one_each("dataset_config", a.dataset_config, count)]
+        if count > 1 and len(as_list(a.dataset_config)) == 1:
+            configs = [None if is_local(name) else config for name, config in zip(a.names, configs, strict=True)]
+    return [Source(*given) for given in zip(a.names, labels_of(a.names), columns, configs, splits, strict=True)]
+
+
+def validation_sources(arguments: DataArguments, sources: Sequence[Source]) -> list[Source]:
+    """List the sources of `validation_dataset`. One that is trained on too is read by its column and configuration."""
+    known, names = {source.name: source for source in sources}, as_list(arguments.validation_dataset)
+    found = []
+    for i, (name, label) in enumerate(zip(names, labels_of(names) if names else [], strict=True)):
+        like = known.get(name, sources[i] if len(names) == len(sources) else sources[0])
+        config = like.config if like.name == name or not is_local(name) else None
+        found.append(Source(name, label, like.column, config, validation_splits(str(like.split))))
+    return found
+
+
+def check_data(arguments: DataArguments, max_length: int, min_length: int) -> None:
+    """Refuse settings that do not fit together, before anything is read.
+
+    Raises:
+        RefineError: no data is named, or a number is out of range.
+    """
+    if not arguments.names:
+        raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
+    if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
+        raise RefineError(f"dataset_num_proc={arguments.dataset_num_proc}: expected 1 or more processes")
+    check_fraction(arguments.validation_fraction)
+    if max_length < min_length:
+        raise RefineError(
+            f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
+        )
+
+
+def prepare_data(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
+) -> tuple[Windows, Held]:
+    """Make windows for training and validation as `DataArguments` says; of several sources a mixture, with a column `source`.
+
+    Args:
+        keep_columns: whether training windows keep their document's other columns, for rewards that ask for them.
+
+    Raises:
+        RefineError: settings that do not fit together, or bad input, by the name of its source.
+    """
+    a = arguments
+    check_data(a, max_length, min_length)
+    sources = sources_of(a)
+    cut = partial(tokenize, tokenizer=tokenizer, max_length=max_length, min_length=min_length, num_proc=a.dataset_num_proc)
+    # All are opened before the first is tokenized, so that a name or a column that is not there is said at once.
+    documents = {source: read_source(source, a, keep_columns) for source in sources}
+    held = {source: read_source(source, a) for source in validation_sources(a, sources)}
+    windows: dict[str, Windows] = {}
+    kept_back: dict[str, Dataset] = {}
+    for source, rows in documents.items():
+        own, other = windows_of(source, rows, a, cut, keep_columns)
+        windows[source.label] = own
+        if other is not None:
+            kept_back[source.label] = other
+    for source, rows in held.items():
+        kept_back[source.label] = first_rows(cut_source(source, rows, cut), a.validation_windows)
+    train = mixed_windows(windows, a)
+    several = len(held) > 1 or (len(sources) > 1 and not held)
+    return train, (kept_back or None) if several else next(iter(kept_back.values()), None)
+
+
+def read_source(source: Source, arguments: DataArguments, keep_columns: bool = False) -> Windows:
+    """Read a source's documents; packed rows of tokens are known by their column of lengths."""
+    also = None if keep_columns else (LENGTHS_COLUMN,)
+    return read_documents(*source.read_by, streaming=arguments.streaming, also=also)
+
+
+def cut_source(source: Source, rows: Windows, cut: Callable[..., Windows], packing: bool = False, keep: bool = False) -> Windows:
+    """Make windows of a source's documents by `tokenize` with most of its arguments given. RefineError names the source."""
+    try:
+        return cut(rows, column=source.column, packing=packing, keep_columns=keep, place_of=partial(place_of, *source.read_by))
+    except RefineError as error:
+        raise error if source.name in str(error) else RefineError(f"{source.name}: {error}") from error
+
+
+def windows_of(
+    source: Source, documents: Windows, arguments: DataArguments, cut: Callable[..., Windows], keep_columns: bool
+) -> tuple[Windows, Dataset | None]:
+    """Make windows of a source for training, and of the share that is kept back of it for validation, if any is."""
+    a, held = arguments, None
+    if a.validation_dataset is None and isinstance(documents, Dataset):
+        documents, held = split_documents(documents, a.validation_fraction, a.split_seed)
+    windows = cut_source(source, documents, cut, a.packing, keep_columns)
+    if held is not None:
+        return windows, first_rows(cut_source(source, held, cut), a.validation_windows)
+    if a.validation_dataset is None and isinstance(windows, Dataset) and a.validation_fraction > 0 and len(windows) > 1:
+        # There is one document, whose end is kept back.
+        end = len(windows) - max(1, round(len(windows) * a.validation_fraction))
+        return windows.select(range(end)), first_rows(windows.select(range(end, len(windows))), a.validation_windows)
+    return windows, None
+
+
+def mixed_windows(windows: dict[str, Windows], arguments: DataArguments) -> Windows:
+    """Mix the windows of several sources, saying in one line what was taken; return those of a single one as they are."""
+    a = arguments
+    if len(windows) == 1:
+        return next(iter(windows.values()))
+    if a.streaming:
+        streams = {label: rows for label, rows in windows.items() if isinstance(rows, IterableDataset)}
+        mixed, said = mix_streams(streams, a.dataset_weights or [], a.dataset_stopping)
+    else:
+        rows = {label: rows for label, rows in windows.items() if isinstance(rows, Dataset)}
+        mixed, said = mix(rows, a.dataset_weights, a.dataset_stopping, a.mixture_seed)
+    say(said)
+    return mixed

@@ -114,8 +114,10 @@ def estimate(
     moments = MOMENTS.get(str(getattr(args.optim, "value", args.optim)))
     elements = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    # Every process holds the frozen model of a KL term whole.
+    reference = weights if args.nsp.kl_coef > 0 and args.phase.samples else 0
     return Estimate(
-        weights=weights / share + gathered,
+        weights=weights / share + gathered + reference,
         gradients=trained / share if accumulated else 0.0,
         optimizer=(2 * trained if moments is None else moments * elements) / share,
         activations=peak,

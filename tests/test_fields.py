@@ -85,7 +85,6 @@ REFUSED = [
     (ReFINEConfig, {"context_scores": "cached"}, "context_scores='cached' (it needs context scores"),
     (ReFINEConfig, {"clip_low": 0.1}, "clip_low=0.1 (it needs rollouts sampled beforehand (steps_per_generation above 1"),
     (ReFINEConfig, {"objective": "ntp", "estimator": "closed_form", "tau": 2.0}, "tau=2.0 (it needs estimator='sampled' or"),
-    (PostTrainingConfig, {"objective": "none", "inner_steps": 2, "gradient_accumulation_steps": 2}, "inner_steps=2 (it needs an inner"),
     (TestTimeConfig, {"lora_r": 4}, "lora_r=4 (it needs parameters='lora')"),
     (TestTimeConfig, {"nsp": NSPConfig.preset("expected"), "seed": 1}, "seed=1 (it needs positions or adapters that are drawn"),
     (DataArguments, {"streaming": True, "dataset_num_proc": 2}, "dataset_num_proc=2 (it needs streaming=False)"),

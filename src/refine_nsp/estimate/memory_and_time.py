@@ -22,7 +22,7 @@ from refine_nsp.training.arguments import ReFINEConfig
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator: flops, dense bfloat16 operations a second at its peak, as the maker states; and bytes of memory."""
+    """Hold the figures of an accelerator: flops, dense bfloat16 operations a second at its peak, as the maker states; and bytes of memory."""
 
     flops: float
     bytes: float
@@ -58,7 +58,7 @@ def device_named(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each device, and what an optimizer step takes.
+    """Hold the bytes on each device, and what an optimizer step takes.
 
     Attributes:
         activations: bytes of the objective's at their peak; ntp_activations: of the cross-entropy's alone. flops: of an optimizer step on

@@ -22,7 +22,7 @@ from refine_nsp.training.arguments import ReFINEConfig
 
 @dataclass(frozen=True)
 class Device:
-    """Hold the figures of an accelerator: flops, dense bfloat16 operations a second at its peak, as the maker states; and bytes of memory."""
+    """Hold what an accelerator has: `flops`, dense bfloat16 operations a second at its peak, by its maker; `bytes` of memory."""
 
     flops: float
     bytes: float

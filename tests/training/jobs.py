@@ -10,11 +10,12 @@ import datasets
 import pytest
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from refine_nsp.commands import midtrain as command
 from refine_nsp.training import data as data_rooms
 from refine_nsp.training import scores
+from refine_nsp.training.mixture import mix_streams
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import float64_throughout
 from tests.training import test_nested, test_trainer
@@ -35,17 +36,26 @@ def packed_rows() -> Dataset:
     )
 
 
+def mixed_stream() -> IterableDataset:
+    """A stream of two texts and of prompts with answers, by shares of tokens."""
+    answers = rows([25, 31, 28] * 4).map(lambda row: {"answer_start": len(row["input_ids"]) - 5})
+    sources = {"long": rows([60, 53] * 9), "short": rows([22, 27, 30] * 6), "answers": answers}
+    streams = {name: own.to_iterable_dataset() for name, own in sources.items()}
+    return mix_streams(streams, [0.6, 0.2, 0.2], "first_exhausted")[0]
+
+
 def midtrain(
     folder: Path,
     lengths: list[int] | None = None,
     packed: bool = False,
     streamed: bool = False,
+    mixed: bool = False,
     resume: bool = False,
     evaluate: bool = False,
     **settings,
 ) -> test_trainer.ReFINETrainer:
     data = packed_rows() if packed else rows(lengths) if lengths is not None else test_trainer.data(16)
-    data = data.to_iterable_dataset() if streamed else data
+    data = mixed_stream() if mixed else data.to_iterable_dataset() if streamed else data
     if evaluate:
         settings["eval_dataset"] = test_trainer.data(7)
     t = test_trainer.trainer(folder, train_dataset=data, **{**SETTINGS, **settings})

@@ -44,6 +44,7 @@ ALIKE = {
     "scores beforehand": ("scored", {**CLOSED_FORM, "packed": True}, 2, 4),
     "packed": ("midtrain", {"packed": True, "num_generations": 2, "lambda_rl": 1.0}, 2, 4),
     "streamed, twice": ("midtrain", {"streamed": True, "max_steps": 3, "lambda_rl": 1.0}, 2, 8),
+    "mixed, with answers": ("midtrain", {**GROUPS, "mixed": True, "max_steps": 4, "lambda_rl": 1.0}, 2, 4),
     "closed form": ("midtrain", CLOSED_FORM, 2, 4),
     "by segments": ("midtrain", {**GROUPS, "segment_tokens": 17, "lambda_rl": 1.0}, 2, 4),
     "lact, closed form": ("midtrain", {**CLOSED_FORM, "family": "lact_swiglu", "gradient_checkpointing": True}, 4, 1),
@@ -112,7 +113,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def figures_of(folder: Path) -> list[dict[str, float]]:
     """Losses, and all validation, of each log."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    wanted = [{k: v for k, v in line.items() if "loss" in k or k.startswith("eval_")} for line in lines]
+    wanted = [{k: v for k, v in line.items() if "loss" in k or k.startswith(("eval_", "source_share_"))} for line in lines]
     return [{k: v for k, v in figures.items() if "runtime" not in k and k != "train_loss"} for figures in wanted]
 
 

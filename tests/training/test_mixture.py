@@ -108,7 +108,7 @@ def test_names_in_logs_differ():
     assert labels_of(["a.txt", "a.json"]) == ["a_1", "a_2"]
 
 
-@pytest.mark.parametrize("stopping", ["first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("stopping", ["first_exhausted", pytest.param("all_exhausted", marks=pytest.mark.slow)])
 def test_a_streamed_mixture_goes_on_at_every_place(tmp_path, names, tokenizer, stopping):
     """Also in its second epoch, and behind sources that began again."""
 

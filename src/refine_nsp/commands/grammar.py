@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Text that names a file or folder although its type does not say so.
 FILES = set(
-    "config data dataset_name documents essays file hotpotqa longbench model output output_dir prompts squad short_context "
+    "answer_dataset config data dataset_name documents essays file hotpotqa longbench model output output_dir prompts squad short_context "
     "validation_dataset".split()
 )
 FILE_ENDINGS = ("_file", "_path")

@@ -55,18 +55,18 @@ def weigh(work: Work, hidden: Tensor) -> Weighing:
         detached = hidden.detach()
         positions = select(Predictions(work, detached, *next_token_loss(work.model, detached, batch)))
         chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
-        return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
+        return Weighing(chosen, None, positions, int(count_positions(batch.text_lengths, config).sum()))
     # All K tokens of the continuation must be there: t + K <= length - 1.
-    allowed = batch.before(batch.lengths - config.rollout_length).to(hidden.dtype)
+    allowed = batch.before(batch.text_lengths - config.rollout_length).to(hidden.dtype)
     if batch.scores is not None:
         scores = batch.scores.to(torch.promote_types(hidden.dtype, torch.float32))
-        return Weighing(allowed * scores, None, None, batch.num_targets)
+        return Weighing(allowed * scores, None, None, batch.num_text_targets)
     first, T = 2 * config.local_window, batch.input_ids.shape[1]
     if first >= T:
-        return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
+        return Weighing(torch.zeros_like(allowed), None, None, batch.num_text_targets)
     local = local_hidden(work.model, batch, config.local_window, config.local_span)
     scored = torch.arange(T, device=hidden.device) >= first
-    return Weighing(allowed * scored, F.pad(local, (0, 0, first, 0)), None, batch.num_targets)
+    return Weighing(allowed * scored, F.pad(local, (0, 0, first, 0)), None, batch.num_text_targets)
 
 
 @part("logits")
@@ -108,11 +108,12 @@ def learn_in_closed_form(work: Work, hidden: Tensor, weighing: Weighing) -> Step
 def _metrics(batch: Batch, entropy: Tensor, token_weights: Tensor, matches: Tensor) -> Metrics:
     """Average what is logged over targets, or over tokens by their weights; all arguments [B, T]."""
     total = token_weights.sum()
+    text = (batch.text_lengths > 0).to(token_weights.device, non_blocking=True)
     tiny = torch.finfo(token_weights.dtype).tiny
     return {
         "entropy": masked_mean(entropy, batch.target_mask),
         "entropy_at_weights": (token_weights * entropy).sum() / total.clamp(min=tiny),
         "expected_reward": (token_weights * matches).sum() / total.clamp(min=tiny),
         # Rows with nothing to weigh (a text shorter than 2W, no position) learn by next-token prediction alone.
-        "sequences_without_weights": (token_weights.sum(1) <= 0).to(token_weights.dtype).mean(),
+        "sequences_without_weights": masked_mean((token_weights.sum(1) <= 0).to(token_weights.dtype), text),
     }

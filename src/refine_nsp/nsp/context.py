@@ -69,8 +69,9 @@ def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor:
     padded = F.pad(batch.input_ids, (0, -(T - 2 * W) % stride))
     windows = padded[:, W:].unfold(1, span * W, stride)  # [B, n, span * W]; what stands before 2W is scored 0, so never read
     n = windows.shape[1]
-    ends = torch.full_like(batch.lengths, T) if is_sharded(model) else batch.lengths  # on the host
+    ends = torch.full_like(batch.lengths, T) if is_sharded(model) else batch.text_lengths  # on the host
     needed = (2 * W + stride * torch.arange(n) < ends[:, None]).flatten().nonzero()[:, 0]
+    needed = needed if len(needed) else needed.new_zeros(1)  # one of them says the output's width, where all rows are answers
     needed = needed.to(batch.input_ids.device, non_blocking=True)
     rows = windows.reshape(B * n, span * W)[needed]
     at_once = TOKENS_AT_ONCE.get(rows.device.type, TOKENS_AT_ONCE["cpu"]) // (span * W)

@@ -33,16 +33,19 @@ class Batch:
         lengths: [B] long, on the host, so that what follows from lengths alone is known without asking a device.
         columns: other columns of the dataset, for rewards that ask for them.
         scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
+        answer_starts: [B] long, on the host: the first token of the answer in a row of a prompt and its answer, which is learned by the
+            cross-entropy of the answer's tokens and by nothing else; 0 in a row of text. None: all rows are text.
     """
 
     input_ids: Tensor
     lengths: Tensor
     columns: Columns = field(default_factory=dict)
     scores: Tensor | None = None
+    answer_starts: Tensor | None = None
 
     @classmethod
     def of(cls, input_ids: Tensor, lengths: Tensor | None = None, columns: Columns | None = None,
-           scores: Tensor | None = None) -> Batch:  # fmt: skip
+           scores: Tensor | None = None, answer_starts: Tensor | None = None) -> Batch:  # fmt: skip
         """Make a batch of [B, T] ids and [B] lengths (None: all T are real).
 
         Raises:
@@ -57,7 +60,7 @@ class Batch:
             raise RefineError(f"lengths must be [B] = [{B}], got shape {tuple(lengths.shape)}")
         if scores is not None and scores.shape != (B, T):
             raise RefineError(f"scores must be [B, T] = [{B}, {T}], got shape {tuple(scores.shape)}")
-        return cls(input_ids, lengths.cpu(), columns or {}, scores)
+        return cls(input_ids, lengths.cpu(), columns or {}, scores, answer_starts)
 
     def widened(self, T: int) -> Batch:
         """Return the batch right-padded to T columns."""
@@ -78,8 +81,15 @@ class Batch:
 
     @cached_property
     def target_mask(self) -> Tensor:
-        """Mark the tokens t whose next token is real, [B, T] bool on the device."""
-        return self.before(self.lengths - 1)
+        """Mark the tokens t whose next token is real, and in a row with an answer the answer's; [B, T] bool on the device."""
+        mask = self.before(self.lengths - 1)
+        return mask if self.answer_starts is None else mask & ~self.before(self.answer_starts - 1)
+
+    @cached_property
+    def text_lengths(self) -> Tensor:
+        """Give the lengths of rows of text, and 0 for rows with an answer: where positions and weighed tokens can be. [B] long, on the
+        host."""
+        return self.lengths if self.answer_starts is None else self.lengths.masked_fill(self.answer_starts > 0, 0)
 
     def before(self, ends: Tensor) -> Tensor:
         """Mark the tokens before `ends` [B], which are on the host; [B, T] bool on the device."""
@@ -89,7 +99,14 @@ class Batch:
     @property
     def num_targets(self) -> int:
         """Count the tokens that are predicted."""
-        return sum(max(n - 1, 0) for n in self.sizes)
+        if self.answer_starts is None:
+            return sum(max(n - 1, 0) for n in self.sizes)
+        return int((self.lengths - self.answer_starts.clamp(min=1)).clamp(min=0).sum())
+
+    @property
+    def num_text_targets(self) -> int:
+        """Count the tokens of text that are predicted, those of answers left out."""
+        return int((self.text_lengths - 1).clamp(min=0).sum())
 
 
 @dataclass(frozen=True)

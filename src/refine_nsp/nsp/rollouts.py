@@ -37,7 +37,7 @@ def sample(forward: Forward, prefixes: Prefixes) -> Sampled:
         tokens=tokens.view(u.shape),
         log_probs=log_probs.view(u.shape),
         hidden=hidden.view(*u.shape, -1),
-        num_positions=int(count_positions(forward.work.batch.lengths, config).sum()),
+        num_positions=int(count_positions(forward.work.batch.text_lengths, config).sum()),
         metrics=seconds,
     )
 

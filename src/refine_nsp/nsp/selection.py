@@ -116,14 +116,14 @@ def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig)
             have the same position.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
-    if int(count_positions(batch.lengths, config).sum()) < P * len(batch.sizes):
+    if int(count_positions(batch.text_lengths, config).sum()) < P * int((batch.text_lengths > 0).sum()):
         _warn_once_about_short_sequences()
-    allowed = chunk_tokens(batch.lengths, T, config).to(scores.device, non_blocking=True)  # [B, P, T]
+    allowed = chunk_tokens(batch.text_lengths, T, config).to(scores.device, non_blocking=True)  # [B, P, T]
     # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
     tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)
     chosen = DRAWS[config.drawn](tokenwise, allowed, u, config.tau)
     if config.published:  # its code draws anywhere, and moves what lies outside the bounds to the nearer one
-        first, last = (x[:, None].to(chosen.device, non_blocking=True) for x in bounds(batch.lengths, config))
+        first, last = (x[:, None].to(chosen.device, non_blocking=True) for x in bounds(batch.text_lengths, config))
         chosen = chosen.clamp(first, last)
     return torch.where(allowed.any(-1), chosen, -1)
 

@@ -26,6 +26,7 @@ from refine_nsp.training.mixture import (
 )
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
+ANSWER_COLUMN = "answer_start"  # the first token of the answer in a row of a prompt and its answer; 0 or none: a row of text
 Collated = dict[str, Any]  # a batch as a collator makes it: tensors, and lists of whatever the columns of a dataset hold
 
 # Who reads settings of the data.
@@ -37,7 +38,9 @@ VALIDATION = Reader(
     lambda a: not NO_OTHER_VALIDATION(a) or (WHOLE & KEPT_BACK)(a),
 )
 SEVERAL = Reader("several names in dataset_name", lambda a: len(as_list(a.dataset_name)) > 1)
-WEIGHED = Reader("dataset_weights", lambda a: a.dataset_weights is not None)
+ANSWERS = Reader("answer_dataset", lambda a: a.answer_dataset is not None)
+WEIGHED = Reader("dataset_weights or answer_dataset", lambda a: a.dataset_weights is not None or ANSWERS(a))
+NO_LEAST_SCORE = Reader("no min_context_score", lambda a: a.min_context_score is None)
 
 
 @dataclass
@@ -57,6 +60,13 @@ class DataArguments:
             one each.
         text_column: column that holds the text, or each row's token ids, which are used as they are; one for all, or one each. Where
             there is no `text` and no other is named, `input_ids` is taken.
+        min_context_score: train on the documents alone whose column `context_score`, which `refine-nsp score` writes, is at least this.
+        context_score_share: train on the documents alone that have the highest scores, until they hold this share of each source's tokens.
+        answer_dataset: rows of prompts and answers, as `posttrain` takes them, among the text. Only the answers' tokens are learned, by
+            their cross-entropy alone; of several answers the first.
+        answer_share: their share of all tokens, prompts included.
+        max_answer_tokens: longer answers are cut (and get no EOS).
+        apply_chat_template: make prompts that are text a user's turn in the tokenizer's chat template. Messages always go through it.
         validation_dataset: the same for validation, with figures of its own for each of several; of several splits, validation is read,
             or test. None: a fixed, seeded share of the documents is kept back, of each source.
         validation_fraction: that share (of the windows, when there is one document only). 0: no validation.
@@ -71,6 +81,12 @@ class DataArguments:
     dataset_weights: list[float] | None = setting(None, read_by=SEVERAL, common=True)
     dataset_stopping: Stopping = setting("first_exhausted", read_by=WEIGHED, common=True)
     mixture_seed: int = setting(0, read_by=WEIGHED & WHOLE)
+    min_context_score: float | None = setting(None, common=True)
+    context_score_share: float | None = setting(None, read_by=NO_LEAST_SCORE & WHOLE, common=True)
+    answer_dataset: str | None = setting(None, common=True)
+    answer_share: float | None = setting(None, read_by=ANSWERS, common=True)
+    max_answer_tokens: int = setting(64, read_by=ANSWERS)
+    apply_chat_template: bool = setting(False, read_by=ANSWERS)
     dataset_config: str | list[str] | None = setting(None)
     dataset_split: str | list[str] = setting("train")
     text_column: str | list[str] = setting(TEXT_COLUMN, common=True)
@@ -85,6 +101,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_read(self)
         check_weights(self.names, self.dataset_weights)
+        check_shares(self)
         if len(self.names) > 1 and self.streaming and self.dataset_weights is None:
             raise RefineError("streamed sources do not say how much they hold: give the share of each with dataset_weights")
         for name in ("dataset_split", "text_column", "dataset_config"):
@@ -95,6 +112,21 @@ class DataArguments:
     def names(self) -> list[str]:
         """List the names to train on."""
         return as_list(self.dataset_name)
+
+
+def check_shares(arguments: DataArguments) -> None:
+    """Refuse shares that leave nothing on one side.
+
+    Raises:
+        RefineError: the share, and what is expected.
+    """
+    a = arguments
+    if a.answer_dataset is not None and a.answer_share is None:
+        raise RefineError(f"answer_dataset={a.answer_dataset} needs answer_share, its share of all tokens, for example 0.1")
+    if a.answer_share is not None and not 0 < a.answer_share < 1:
+        raise RefineError(f"answer_share={a.answer_share:g}: expected a share of all tokens above 0 and below 1")
+    if a.context_score_share is not None and not 0 < a.context_score_share <= 1:
+        raise RefineError(f"context_score_share={a.context_score_share:g}: expected a share of tokens above 0, at most 1")
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------
@@ -235,15 +267,16 @@ def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
 
 
 def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
-    """Make a batch of rows: input_ids [B, T] right-padded with 0 and lengths [B]; context_scores [B, T] where rows have them; other columns
-    as lists of B values; and in _places the (example, document) of each row in the batch, by which its randomness is seeded.
+    """Make a batch of rows: input_ids [B, T] right-padded with 0 and lengths [B]; context_scores [B, T] and answer_start [B] where rows
+    have them; other columns as lists of B values; and in _places the (example, document) of each row in the batch, by which its
+    randomness is seeded.
 
     A packed example becomes a row per document, so that no state is shared. Its other columns are lists with a value per document.
     """
     rows: list[Tensor] = []
     places: list[tuple[int, int]] = []
     scores: list[Tensor] = []
-    columns: dict[str, list[object]] = {}
+    columns: dict[str, list[Any]] = {}
     for i, example in enumerate(examples):
         if "input_ids" not in example:
             raise RefineError(
@@ -259,12 +292,14 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
                 # Scores are read as they are kept: those of a float64 model are in float64.
                 scores += torch.as_tensor(value, dtype=torch.float64).split(cuts)
             elif name not in ("input_ids", "lengths"):
-                columns.setdefault(name, []).extend(value if packed else [value])
+                columns.setdefault(name, []).extend([value] * len(cuts) if value is None or not packed else value)
     padded = torch.nn.utils.rnn.pad_sequence
     lengths = torch.tensor([len(r) for r in rows])
     batch: Collated = {"input_ids": padded(rows, batch_first=True), "lengths": lengths, "_places": places}
     if scores:
         batch["context_scores"] = padded(scores, batch_first=True)
+    if (starts := columns.pop(ANSWER_COLUMN, None)) is not None:
+        batch[ANSWER_COLUMN] = torch.tensor([start or 0 for start in starts])
     return {**batch, **columns}
 
 

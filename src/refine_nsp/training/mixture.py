@@ -214,15 +214,18 @@ class ByTokens(_BaseExamplesIterable):
 
     Args:
         ex_iterables: the parts of the streams. labels: their names. weights: their shares of tokens.
+        columns: all columns of all sources; a row is None where it has none of them.
 
     Raises:
         RefineError: a source has no window, or a place is of a mixture with other weights.
     """
 
     def __init__(
-        self, ex_iterables: list[_BaseExamplesIterable], labels: Sequence[str], weights: Sequence[float], stopping: Stopping
-    ) -> None:
+        self, ex_iterables: list[_BaseExamplesIterable], labels: Sequence[str], weights: Sequence[float], stopping: Stopping,
+        columns: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.columns = tuple(columns)
         self.ex_iterables, self.labels, self.weights, self.stopping = ex_iterables, list(labels), list(weights), stopping
 
     @property
@@ -263,7 +266,7 @@ class ByTokens(_BaseExamplesIterable):
                 found = next(parts[i])
             key, row = found
             state["tokens"][i] += len(row["input_ids"])
-            yield f"{i}_{key}", row
+            yield f"{i}_{key}", {**dict.fromkeys(self.columns), **row}
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> ByTokens:
         """Shuffle the files of each source, as `datasets` asks for in later epochs."""
@@ -283,7 +286,7 @@ class ByTokens(_BaseExamplesIterable):
         return 1
 
     def _of(self, parts: list[_BaseExamplesIterable]) -> ByTokens:
-        return ByTokens(parts, self.labels, self.weights, self.stopping)
+        return ByTokens(parts, self.labels, self.weights, self.stopping, self.columns)
 
 
 def mix_streams(sources: dict[str, IterableDataset], weights: Sequence[float], stopping: Stopping) -> tuple[IterableDataset, str]:
@@ -291,7 +294,10 @@ def mix_streams(sources: dict[str, IterableDataset], weights: Sequence[float], s
     streams = [named(windows, label) for label, windows in sources.items()]
     sizes = {name: size for stream in streams for name, size in (stream.info.download_checksums or {}).items()}
     parts = [stream._ex_iterable for stream in streams]
-    mixed = IterableDataset(ByTokens(parts, list(sources), weights, stopping), DatasetInfo(download_checksums=sizes or None))
+    columns = dict.fromkeys(name for stream in streams for name in stream.column_names or [])
+    mixed = IterableDataset(
+        ByTokens(parts, list(sources), weights, stopping, list(columns)), DatasetInfo(download_checksums=sizes or None)
+    )
     shares = ", ".join(f"{label} {100 * w:g} %" for label, w in zip(sources, weights, strict=True))
     ends = "an epoch ends with the first source that runs out"
     if stopping == "all_exhausted":

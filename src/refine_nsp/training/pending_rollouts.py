@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.records import Batch, Rollouts
+from refine_nsp.training.data import ANSWER_COLUMN
 from refine_nsp.training.dealing import Dealing
 from refine_nsp.training.phases import MicroBatch
 
@@ -25,7 +26,9 @@ def save_pending(folder: Path, process: int, batches: Sequence[MicroBatch]) -> N
     """Write a process' micro-batches that wait with their rollouts into a checkpoint's folder."""
     tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
+        starts = batch.sequences.answer_starts
         tensors |= {f"{i}.input_ids": batch.input_ids, f"{i}.lengths": batch.lengths}
+        tensors[f"{i}.{ANSWER_COLUMN}"] = torch.zeros_like(batch.lengths) if starts is None else starts
         tensors |= {f"{i}.{name}": getattr(batch.rollouts, name).contiguous() for name in TENSORS}
     save_file(tensors, folder / ROLLOUTS_FILE.format(process), metadata={"count": str(len(batches))})
 
@@ -63,8 +66,9 @@ def load_pending(folder: Path, process: int, own: Dealing, device: torch.device)
 def read_pending(path: Path) -> list[dict[str, Tensor]]:
     """Read the tensors of each micro-batch that waits, by name."""
     with safe_open(path, "pt") as file:
-        names = ("input_ids", "lengths", *TENSORS)
-        return [{name: file.get_tensor(f"{i}.{name}") for name in names} for i in range(int(file.metadata()["count"]))]
+        names, there = ("input_ids", "lengths", ANSWER_COLUMN, *TENSORS), {*file.keys()}
+        count = int(file.metadata()["count"])
+        return [{name: file.get_tensor(key) for name in names if (key := f"{i}.{name}") in there} for i in range(count)]
 
 
 def row_of(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
@@ -86,4 +90,5 @@ def micro_batch_of(tensors: Mapping[str, Tensor], device: torch.device) -> Micro
         positions=positions, tokens=tokens, log_probs=log_probs, rewards=rewards, advantages=advantages, entropy=entropy,
         hidden=None, num_positions=int((tensors["positions"] >= 0).sum()),
     )  # fmt: skip
-    return MicroBatch(Batch.of(tensors["input_ids"].to(device), tensors["lengths"]), rollouts=rollouts)
+    batch = Batch.of(tensors["input_ids"].to(device), tensors["lengths"], answer_starts=tensors.get(ANSWER_COLUMN))
+    return MicroBatch(batch, rollouts=rollouts)

@@ -248,7 +248,7 @@ class NextSequence(Phase):
 
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """Count the rollout tokens, selected positions, or weighed targets of each sequence, [B]."""
-        c, lengths = self.config, batch.sequences.lengths
+        c, lengths = self.config, batch.sequences.text_lengths
         if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
         return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)

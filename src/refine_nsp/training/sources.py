@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.text.folders import is_local
 from refine_nsp.text.formats import say
 from refine_nsp.text.reading import place_of, read_documents
+from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.data import (
+    ANSWER_COLUMN,
     LENGTHS_COLUMN,
+    NO_OTHER_VALIDATION,
     TEXT_COLUMN,
     TOKENS_COLUMN,
+    WHOLE,
     DataArguments,
     check_fraction,
     first_rows,
@@ -25,8 +30,9 @@ from refine_nsp.training.data import (
     tokenize,
     validation_splits,
 )
-from refine_nsp.training.mixture import as_list, labels_of, mix, mix_streams, one_each
+from refine_nsp.training.mixture import as_list, labels_of, mix, mix_streams, one_each, tokens_of_windows
 
+SCORE_COLUMN, COUNT_COLUMN = "context_score", "num_tokens"  # of a document, as `refine-nsp score` writes them
 Windows: TypeAlias = Dataset | IterableDataset
 Held: TypeAlias = Dataset | dict[str, Dataset] | None  # rows for validation, or several sets of them by name
 
@@ -57,7 +63,8 @@ def sources_of(arguments: DataArguments) -> list[Source]:
         configs = [*one_each("dataset_config", a.dataset_config, count)]
         if count > 1 and len(as_list(a.dataset_config)) == 1:
             configs = [None if is_local(name) else config for name, config in zip(a.names, configs, strict=True)]
-    return [Source(*given) for given in zip(a.names, labels_of(a.names), columns, configs, splits, strict=True)]
+    labels = labels_of([*a.names, *as_list(a.answer_dataset)])[:count]
+    return [Source(*given) for given in zip(a.names, labels, columns, configs, splits, strict=True)]
 
 
 def validation_sources(arguments: DataArguments, sources: Sequence[Source]) -> list[Source]:
@@ -105,24 +112,29 @@ def prepare_data(
     cut = partial(tokenize, tokenizer=tokenizer, max_length=max_length, min_length=min_length, num_proc=a.dataset_num_proc)
     # All are opened before the first is tokenized, so that a name or a column that is not there is said at once.
     documents = {source: read_source(source, a, keep_columns) for source in sources}
+    for source, rows in documents.items():
+        check_scored(source, rows, a)
     held = {source: read_source(source, a) for source in validation_sources(a, sources)}
+    answers = None if a.answer_dataset is None else answers_of(a, tokenizer, max_length)
     windows: dict[str, Windows] = {}
     kept_back: dict[str, Dataset] = {}
     for source, rows in documents.items():
-        own, other = windows_of(source, rows, a, cut, keep_columns)
-        windows[source.label] = own
+        windows[source.label], other = windows_of(source, rows, a, cut, keep_columns)
         if other is not None:
             kept_back[source.label] = other
+    if answers is not None:
+        label = labels_of([*a.names, str(a.answer_dataset)])[-1]
+        windows[label] = answers[0]
+        kept_back |= {} if answers[1] is None else {label: answers[1]}
     for source, rows in held.items():
         kept_back[source.label] = first_rows(cut_source(source, rows, cut), a.validation_windows)
-    train = mixed_windows(windows, a)
-    several = len(held) > 1 or (len(sources) > 1 and not held)
-    return train, (kept_back or None) if several else next(iter(kept_back.values()), None)
+    several = len(held) > 1 or (len(windows) > 1 and not held)
+    return mixed_windows(windows, a), (kept_back or None) if several else next(iter(kept_back.values()), None)
 
 
 def read_source(source: Source, arguments: DataArguments, keep_columns: bool = False) -> Windows:
     """Read a source's documents; packed rows of tokens are known by their column of lengths."""
-    also = None if keep_columns else (LENGTHS_COLUMN,)
+    also = None if keep_columns else (LENGTHS_COLUMN, SCORE_COLUMN, COUNT_COLUMN)
     return read_documents(*source.read_by, streaming=arguments.streaming, also=also)
 
 
@@ -141,6 +153,7 @@ def windows_of(
     a, held = arguments, None
     if a.validation_dataset is None and isinstance(documents, Dataset):
         documents, held = split_documents(documents, a.validation_fraction, a.split_seed)
+    documents = worth_reading(source, documents, a)
     windows = cut_source(source, documents, cut, a.packing, keep_columns)
     if held is not None:
         return windows, first_rows(cut_source(source, held, cut), a.validation_windows)
@@ -151,16 +164,110 @@ def windows_of(
     return windows, None
 
 
-def mixed_windows(windows: dict[str, Windows], arguments: DataArguments) -> Windows:
+def check_scored(source: Source, documents: Windows, arguments: DataArguments) -> None:
+    """Refuse documents without the scores that they are to be chosen by.
+
+    Raises:
+        RefineError: the columns that are missing, and what writes them.
+    """
+    asked, wanted = "min_context_score", [SCORE_COLUMN]
+    if arguments.context_score_share is not None:
+        asked, wanted = "context_score_share", [SCORE_COLUMN, COUNT_COLUMN]
+    elif arguments.min_context_score is None:
+        return
+    if missing := [name for name in wanted if name not in (documents.column_names or [])]:
+        raise RefineError(
+            f"{source.name} has no column {' and no '.join(map(repr, missing))}, which {asked} reads; "
+            f"`refine-nsp score {source.name} MODEL --output FILE` writes a file that has"
+        )
+
+
+def worth_reading(source: Source, documents: Windows, arguments: DataArguments) -> Windows:
+    """Choose documents by the score of their context, where that is asked for, and say how many they are.
+
+    Raises:
+        RefineError: no document is left.
+    """
+    least, share = arguments.min_context_score, arguments.context_score_share
+    if least is None and share is None:
+        return documents
+    bound = float("-inf") if least is None else least
+    if isinstance(documents, IterableDataset):
+        return documents.filter(lambda score: score is not None and float(score) >= bound, input_columns=[SCORE_COLUMN])
+    scores = [float("-inf") if score is None else float(score) for score in documents[SCORE_COLUMN]]
+    kept = [i for i, score in enumerate(scores) if score >= bound]
+    if share is not None:
+        tokens = [int(count or 0) for count in documents[COUNT_COLUMN]]
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])
+        before = np.cumsum([0, *(tokens[i] for i in best)])
+        kept = sorted(i for i, above in zip(best, before, strict=False) if above < share * before[-1])
+    if not kept:
+        raise RefineError(
+            f"{source.name}: no document is left by min_context_score={least}; the highest context_score is {max(scores, default=0):g}"
+        )
+    say(
+        f"{source.name}: {len(kept)} of {len(scores)} documents are trained on, of context_score {min(scores[i] for i in kept):g} or more"
+    )
+    return documents.select(kept)
+
+
+def answers_of(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Windows, Dataset | None]:
+    """Make rows of a prompt with its first answer and `answer_start`, for training and for validation, if a share is kept back."""
+    a = arguments
+    given = AnswerArguments(
+        a.answer_dataset,
+        validation_fraction=0.0,
+        max_answer_tokens=a.max_answer_tokens,
+        apply_chat_template=a.apply_chat_template,
+    )
+    if WHOLE(a) and NO_OTHER_VALIDATION(a) and a.validation_fraction > 0:
+        fraction, most, seed = a.validation_fraction, a.validation_windows, a.split_seed
+        given = replace(given, validation_fraction=fraction, validation_examples=most, split_seed=seed)
+    train, held = prepare_answers(given, tokenizer, max_length)
+    rows = answer_rows(train, a.packing)
+    return rows.to_iterable_dataset() if a.streaming else rows, None if held is None else answer_rows(held, False)
+
+
+def answer_rows(rows: Dataset, packing: bool) -> Dataset:
+    """Join each prompt and its first answer to a row of tokens; packed rows have a list with a value for each of their documents."""
+
+    def joined(row: Mapping[str, Any]) -> dict[str, object]:
+        ids, start = [*row["prompt_ids"], *row["answers_ids"][0]], len(row["prompt_ids"])
+        return {
+            TOKENS_COLUMN: ids,
+            **({LENGTHS_COLUMN: [len(ids)], ANSWER_COLUMN: [start]} if packing else {ANSWER_COLUMN: start}),
+        }
+
+    number = Value("int64")
+    own = {LENGTHS_COLUMN: [number], ANSWER_COLUMN: [number]} if packing else {ANSWER_COLUMN: number}
+    features = Features({TOKENS_COLUMN: [Value("int32")], **own})
+    return rows.map(joined, remove_columns=rows.column_names, features=features, desc="prompts with answers")
+
+
+def weights_of(windows: Mapping[str, Windows], arguments: DataArguments) -> list[float] | None:
+    """Return the share of tokens of each source: answers have theirs, and the text shares the rest by its weights, or by what it holds.
+    None: all windows of all sources are read once."""
+    a = arguments
+    if a.answer_share is None:
+        return a.dataset_weights
+    text = a.dataset_weights or [1.0]
+    if len(text) < len(a.names):
+        counts = [sum(tokens_of_windows(rows)) for rows in list(windows.values())[:-1] if isinstance(rows, Dataset)]
+        text = [count / sum(counts) for count in counts]
+    return [*(w * (1 - a.answer_share) for w in text), a.answer_share]
+
+
+def mixed_windows(windows: Mapping[str, Windows], arguments: DataArguments) -> Windows:
     """Mix the windows of several sources, saying in one line what was taken; return those of a single one as they are."""
     a = arguments
     if len(windows) == 1:
         return next(iter(windows.values()))
+    weights = weights_of(windows, a)
     if a.streaming:
         streams = {label: rows for label, rows in windows.items() if isinstance(rows, IterableDataset)}
-        mixed, said = mix_streams(streams, a.dataset_weights or [], a.dataset_stopping)
+        mixed, said = mix_streams(streams, weights or [], a.dataset_stopping)
     else:
         rows = {label: rows for label, rows in windows.items() if isinstance(rows, Dataset)}
-        mixed, said = mix(rows, a.dataset_weights, a.dataset_stopping, a.mixture_seed)
+        mixed, said = mix(rows, weights, a.dataset_stopping, a.mixture_seed)
     say(said)
     return mixed

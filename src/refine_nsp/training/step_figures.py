@@ -29,8 +29,8 @@ class StepFigures:
         self.values[name].append(value)
 
     def count_sources(self, sources: Sequence[str], tokens: Sequence[int]) -> None:
-        """Count the tokens of sequences by the sources that these come from."""
-        for source, count in zip(sources, tokens, strict=True):
+        """Count the tokens of sequences by the sources that these come from; nothing where there are none."""
+        for source, count in zip(sources, tokens, strict=True) if sources else ():
             self._by_source[source] += count
 
     def restart_clock(self) -> None:

@@ -14,7 +14,7 @@ from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
-from refine_nsp.training.data import Collated
+from refine_nsp.training.data import ANSWER_COLUMN, Collated
 
 SEED = 0
 
@@ -27,7 +27,7 @@ def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig,
     at_random = config.at_random()
     rows = 0
     for inputs in batches:
-        batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
+        batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"], answer_starts=inputs.get(ANSWER_COLUMN))
         sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)))
         stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
         sums["nll"] += float(stats.nll[mask].double().sum())

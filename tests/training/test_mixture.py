@@ -2,11 +2,13 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
 
 import refine_nsp
+from refine_nsp.cli import main
 from refine_nsp.commands import midtrain
 from refine_nsp.errors import RefineError
 from refine_nsp.report.runs import read_run, summary_table
@@ -201,3 +203,22 @@ def test_the_command_line_takes_names_and_weights(names):
 
 def test_a_stream_stays_one(names, tokenizer):
     assert isinstance(mixed(names, tokenizer, streaming=True)[0], IterableDataset)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_mixture_runs(tmp_path, monkeypatch, names):
+    """From documents to the report, only smaller."""
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "mixture.yaml"
+    monkeypatch.chdir(tmp_path)
+    columns = {"code": "text", "web": "text", "books": "body"}
+    for path in map(Path, names):
+        rows = Dataset.from_json(str(path)).rename_columns({columns[path.stem]: "text"} if path.stem == "books" else {})
+        rows.select(range(min(len(rows), 4 if path.stem == "books" else 40))).to_json(f"{path.stem}.jsonl")
+        words = ["--output", f"my_{path.stem}.parquet", "--max_length", "256", "--local_window", "16"]
+        assert main(["score", f"{path.stem}.jsonl", "refine-nsp/tiny-delta-net", *words]) == 0
+    answers = [{"prompt": f"What is {i} and {i}?", "answers": [str(2 * i)]} for i in range(40)]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    small = "--max_steps 2 --max_length 128 --local_window 8 --eval_steps 1 --logging_steps 1 --validation_windows 2 --use_cpu".split()
+    assert main(["midtrain", "--config", str(recipe), "--output_dir", "run", "--save_strategy", "no", *small]) == 0
+    page = Path("run/report.html").read_text()
+    assert all(f"loss (validation, {name})" in page for name in ("my_code", "my_web", "my_books", "prompts"))

@@ -130,6 +130,9 @@ def test_bad_input_is_named(tmp_path, texts, scored, capsys):
     )
     refused("no column 'context_score' and no 'num_tokens', which context_score_share", str(texts), context_score_share=0.5)
     refused("no document is left by min_context_score=2", scored, min_context_score=2.0)
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text('text,context_score,num_tokens\n"a text",high,3\n')
+    refused("has 'high' where a document's score", str(wrong), min_context_score=0.1)
     refused("context_score_share=1.5: expected a share", scored, context_score_share=1.5)
     refused(
         "nothing reads context_score_share=0.5 (it needs no min_context_score)",

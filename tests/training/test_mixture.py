@@ -14,6 +14,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.report.runs import read_run, summary_table
 from refine_nsp.training import DataArguments, prepare_data
 from refine_nsp.training.mixture import labels_of, mix_order
+from refine_nsp.training.sources import sources_of
 from refine_nsp.training.stream import Stream
 from tests.training.test_stream import take
 from tests.training.test_trainer import assert_close, trainer, weights
@@ -190,6 +191,8 @@ def test_a_source_without_a_window_is_named(tmp_path, names, tokenizer, streamin
         list(mixed([names[0], str(empty)], tokenizer, streaming=streaming, dataset_weights=[0.5, 0.5], text_column="text")[0])
     with pytest.raises(RefineError, match="twice"):
         DataArguments(dataset_name=[names[0], names[0]])
+    two = DataArguments(dataset_name=["org/web", "org/web"], dataset_config=["en", "fr"], dataset_weights=[0.5, 0.5])
+    assert [source.label for source in sources_of(two)] == ["web_1", "web_2"]
     with pytest.raises(RefineError, match=r"dataset_weights=\[1.0\] \(it needs several names"):
         DataArguments(dataset_name=names[0], dataset_weights=[1.0])
 

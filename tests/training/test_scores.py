@@ -116,6 +116,16 @@ def test_another_model_text_or_setting_is_another_key():
     assert key == scores_key(rows, model, NSPConfig(selection="context_kl", local_window=8, rollout_length=2, lambda_rl=1.0))
 
 
+def test_rows_that_a_mixture_has_several_times_are_scored_once(scored):
+    model, rows = build("delta_net"), data(6)
+    plain = with_context_scores(rows, model, CONFIG)["context_scores"][:]
+    del scored.rows[:]
+    order = [3, 0, 3, 5, 0, 3]
+    again = with_context_scores(rows.select(order), model, CONFIG)
+    assert again["context_scores"][:] == [plain[i] for i in order] and len(scored.rows) == 3
+    assert again["input_ids"][:] == [rows["input_ids"][i] for i in order]
+
+
 def test_streams_and_settings_without_scores_are_refused():
     with pytest.raises(RefineError, match="use context_scores='online'"):
         with_context_scores(data(4).to_iterable_dataset(), build("delta_net"), CONFIG)

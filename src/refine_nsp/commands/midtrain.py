@@ -36,7 +36,7 @@ def run(call: Call, source: ModelArguments, data: DataArguments, args: ReFINECon
     if call.dry_run:
         Console().print(dry_run_table(plan(model, train, validation, args), call).rich())
         return
-    train_and_save(ReFINETrainer, call, source, model, tokenizer, args, (train, validation), data.names)
+    train_and_save(ReFINETrainer, call, source, model, tokenizer, args, (train, validation), data.all_names)
 
 
 def plan(model: nn.Module, train: Rows, validation: Held, args: ReFINEConfig) -> list[list[Cell]]:

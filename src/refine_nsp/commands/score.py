@@ -82,7 +82,8 @@ def run(call: Call, arguments: ScoreArguments) -> None:
     a = arguments
     check_output(a.output, [a.data])
     columns = (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,)
-    documents = read_documents(a.data, columns, a.dataset_config, a.dataset_split)
+    with process_state().main_process_first():
+        documents = read_documents(a.data, columns, a.dataset_config, a.dataset_split)
     assert isinstance(documents, Dataset)
     model, tokenizer = load_to_answer(a.model)
     autocast = AUTOCAST["bf16"] if a.bf16 else None

@@ -60,7 +60,7 @@ class Batch:
             raise RefineError(f"lengths must be [B] = [{B}], got shape {tuple(lengths.shape)}")
         if scores is not None and scores.shape != (B, T):
             raise RefineError(f"scores must be [B, T] = [{B}, {T}], got shape {tuple(scores.shape)}")
-        return cls(input_ids, lengths.cpu(), columns or {}, scores, answer_starts)
+        return cls(input_ids, lengths.cpu(), columns or {}, scores, None if answer_starts is None else answer_starts.cpu())
 
     def widened(self, T: int) -> Batch:
         """Return the batch right-padded to T columns."""

@@ -107,11 +107,30 @@ class DataArguments:
         for name in ("dataset_split", "text_column", "dataset_config"):
             if (given := getattr(self, name)) is not None and self.names:
                 one_each(name, given, len(self.names))
+        check_different(self)
 
     @property
     def names(self) -> list[str]:
-        """List the names to train on."""
+        """List the names of the text to train on."""
         return as_list(self.dataset_name)
+
+    @property
+    def all_names(self) -> list[str]:
+        """List the names of all that is trained on, answers too."""
+        return [*self.names, *as_list(self.answer_dataset)]
+
+
+def check_different(arguments: DataArguments) -> None:
+    """Refuse a source that is named twice, with one split and configuration.
+
+    Raises:
+        RefineError: its name.
+    """
+    a, count = arguments, len(arguments.names)
+    told = [one_each(name, given, count) for name in ("dataset_config", "dataset_split") if count and (given := getattr(a, name))]
+    sources = list(zip(a.names, *told, strict=True))
+    if twice := next((source[0] for source in sources if sources.count(source) > 1), None):
+        raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
 
 
 def check_shares(arguments: DataArguments) -> None:

@@ -61,9 +61,10 @@ def score_documents(
     only = documents.select_columns([column]).add_column(
         NUMBER_COLUMN, pa.array(numbers), new_fingerprint=Hasher.hash((documents._fingerprint, column, NUMBER_COLUMN))
     )
-    windows = tokenize(only, tokenizer, column, max_length, 1, packing=False, keep_columns=True)
-    assert isinstance(windows, Dataset)
     state = process_state()
+    with state.main_process_first():  # the others of a machine read what the first one leaves in the cache
+        windows = tokenize(only, tokenizer, column, max_length, 1, packing=False, keep_columns=True)
+    assert isinstance(windows, Dataset)
     scored = with_context_scores(windows, model, config, quiet, autocast, state.process_index, state.num_processes)
     totals, counts = totals_of(scored, len(documents))
     means = [total / count if count else None for total, count in zip(totals.tolist(), counts.tolist(), strict=True)]

@@ -67,13 +67,11 @@ def one_each(setting: str, given: str | Sequence[str], count: int) -> list[str]:
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Refuse names given twice, and weights that are no shares of them.
+    """Refuse weights that are no shares of the names.
 
     Raises:
-        RefineError: the names or weights, what was expected, and how to mend them.
+        RefineError: the weights, what was expected, and how to mend them.
     """
-    if twice := next((name for name in names if list(names).count(name) > 1), None):
-        raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
     if weights is None:
         return
     shown = " ".join(f"{w:g}" for w in weights)
@@ -190,9 +188,9 @@ def mix(sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: 
     mixed = mix_order(lengths, weights, stopping, seed)
     last = list(sources)[mixed.last]
     ends = f"{last} runs out" if stopping == "first_exhausted" else f"all have been read once, {last} as the last"
-    return whole.select(
-        mixed.order
-    ), f"mixture: {_shares(list(sources), mixed)}; it ends where {ends} (dataset_stopping={stopping})"
+    said = f"mixture: {_shares(list(sources), mixed)}; it ends where {ends} (dataset_stopping={stopping})"
+    key = Hasher.hash((whole._fingerprint, list(weights), stopping, seed))
+    return whole.select(mixed.order, new_fingerprint=key), said
 
 
 def _shares(labels: Sequence[str], mixed: Mixed) -> str:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -57,6 +58,11 @@ def with_context_scores(
         raise RefineError(
             "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
         )
+    again = rows_again(data)
+    if again is not None:  # a mixture has some rows several times, which are scored once
+        first, places = again
+        scored_once = with_context_scores(data.select(first), model, config, quiet, autocast, process, processes)
+        return scored_once.select(places)
     key = scores_key(data, model, config, autocast)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +93,15 @@ def with_context_scores(
             progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
     model.train(training)
     return concatenate_datasets([parts[start] for start in starts])
+
+
+def rows_again(data: Dataset) -> tuple[list[int], list[int]] | None:
+    """Find rows that are there several times: the first place of each row, and for every place its row among these. None: no row is."""
+    if data._indices is None:
+        return None
+    taken = data._indices.column(0).to_numpy()
+    rows, first, places = np.unique(taken, return_index=True, return_inverse=True)
+    return None if len(rows) == len(taken) else (first.tolist(), places.tolist())
 
 
 def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: TrainingArguments, quiet: bool) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,7 +64,7 @@ def sources_of(arguments: DataArguments) -> list[Source]:
         configs = [*one_each("dataset_config", a.dataset_config, count)]
         if count > 1 and len(as_list(a.dataset_config)) == 1:
             configs = [None if is_local(name) else config for name, config in zip(a.names, configs, strict=True)]
-    labels = labels_of([*a.names, *as_list(a.answer_dataset)])[:count]
+    labels = labels_of(a.all_names)[:count]
     return [Source(*given) for given in zip(a.names, labels, columns, configs, splits, strict=True)]
 
 
@@ -123,7 +124,7 @@ def prepare_data(
         if other is not None:
             kept_back[source.label] = other
     if answers is not None:
-        label = labels_of([*a.names, str(a.answer_dataset)])[-1]
+        label = labels_of(a.all_names)[-1]
         windows[label] = answers[0]
         kept_back |= {} if answers[1] is None else {label: answers[1]}
     for source, rows in held.items():
@@ -193,11 +194,11 @@ def worth_reading(source: Source, documents: Windows, arguments: DataArguments) 
         return documents
     bound = float("-inf") if least is None else least
     if isinstance(documents, IterableDataset):
-        return documents.filter(lambda score: score is not None and float(score) >= bound, input_columns=[SCORE_COLUMN])
-    scores = [float("-inf") if score is None else float(score) for score in documents[SCORE_COLUMN]]
+        return documents.filter(lambda score: number_of(source, score) >= bound, input_columns=[SCORE_COLUMN])
+    scores = [number_of(source, score) for score in documents[SCORE_COLUMN]]
     kept = [i for i, score in enumerate(scores) if score >= bound]
     if share is not None:
-        tokens = [int(count or 0) for count in documents[COUNT_COLUMN]]
+        tokens = [max(0.0, number_of(source, count)) for count in documents[COUNT_COLUMN]]
         best = sorted(range(len(scores)), key=lambda i: -scores[i])
         before = np.cumsum([0, *(tokens[i] for i in best)])
         kept = sorted(i for i, above in zip(best, before, strict=False) if above < share * before[-1])
@@ -209,6 +210,17 @@ def worth_reading(source: Source, documents: Windows, arguments: DataArguments) 
         f"{source.name}: {len(kept)} of {len(scores)} documents are trained on, of context_score {min(scores[i] for i in kept):g} or more"
     )
     return documents.select(kept)
+
+
+def number_of(source: Source, value: object) -> float:
+    """Return a score or a count, which files of text hold as text; the lowest of all where there is none. RefineError for anything else."""
+    try:
+        number = float("nan") if value is None else float(str(value))
+    except ValueError as error:
+        raise RefineError(
+            f"{source.name} has {str(value)[:40]!r} where a document's score or its tokens should be, a number"
+        ) from error
+    return float("-inf") if math.isnan(number) else number
 
 
 def answers_of(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Windows, Dataset | None]:

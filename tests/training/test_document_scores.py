@@ -19,7 +19,7 @@ from refine_nsp.training.data import cut_windows
 MODEL = "refine-nsp/tiny-delta-net"
 TEXTS = [
     "import os\n" * 5,
-    *(f"{i}: " + "".join(f"name_{i * j} = {j * 77 + i};\n" for j in range(3 + 4 * i)) for i in range(9)),
+    *(f"{i}: " + "".join(f"name_{i * j} = {j * 77 + i};\n" for j in range(3 + 4 * i)) for i in range(4)),
     "",
 ]
 FLAGS = ["--max_length", "48", "--local_window", "8"]

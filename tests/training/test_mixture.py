@@ -11,6 +11,7 @@ import refine_nsp
 from refine_nsp.cli import main
 from refine_nsp.commands import midtrain
 from refine_nsp.errors import RefineError
+from refine_nsp.report.card import curves, figures
 from refine_nsp.report.runs import read_run, summary_table
 from refine_nsp.training import DataArguments, prepare_data
 from refine_nsp.training.mixture import labels_of, mix_order
@@ -58,7 +59,7 @@ def shares(rows):
     counts = dict.fromkeys(WORDS, 0)
     for row in rows:
         lengths = row["lengths"] if "lengths" in row else [len(row["input_ids"])]
-        for source, n in zip(row["source"] if "lengths" in row else [row["source"]], lengths, strict=True):
+        for source, n in zip(row["dataset_source"] if "lengths" in row else [row["dataset_source"]], lengths, strict=True):
             counts[source] += n
     return [counts[name] / sum(counts.values()) for name in WORDS]
 
@@ -101,7 +102,7 @@ def test_one_name_is_what_it_was_and_names_without_weights_are_all_read(names, t
     assert one[0].column_names == ["input_ids"]
     with pytest.warns(UserWarning, match="every window once"):
         train, held = mixed(names, tokenizer, held=0.1, dataset_weights=None)
-    assert set(held) == set(WORDS) and set(train["source"]) == set(WORDS)
+    assert set(held) == set(WORDS) and set(train["dataset_source"]) == set(WORDS)
     assert len({tuple(x) for x in train["input_ids"]}) == len(train)
 
 
@@ -153,7 +154,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_logs_its_sources(tmp_pat
     assert len(logged) == 6 and all(
         sum(v for k, v in m.items() if k.startswith("source_share_")) == pytest.approx(1) for m in logged
     )
-    table = summary_table([read_run(tmp_path / "a")]).html()
+    run = read_run(tmp_path / "a")
+    table = summary_table([run]).html()
+    assert "loss (validation, web)" in figures(run).markdown() and "loss (validation, code)" in str(curves(run))
     assert "loss (validation, code)" in table and "loss (validation, web)" in table and "share of tokens: code" in table
     assert ("loss (validation, books)" in table) != streaming
 

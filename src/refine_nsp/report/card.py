@@ -10,7 +10,7 @@ import yaml
 
 from refine_nsp.files import write_atomically
 from refine_nsp.report import plots
-from refine_nsp.report.runs import CURVES, Run
+from refine_nsp.report.runs import CURVES, Run, by_source
 from refine_nsp.report.tables import Cell, Table
 
 MARK = "<!-- written by refine-nsp; take this line out and it will not be written again -->"
@@ -97,7 +97,7 @@ def card(run: Run, base: str, data: Sequence[str], settings: Mapping[str, object
 def figures(run: Run) -> Table:
     """Make the table of the first and the last logged value of each figure that the run has."""
     rows: list[list[Cell]] = []
-    for key, title, unit in CURVES:
+    for key, title, unit in [*CURVES, *by_source([run])]:
         if ys := run.curve(key)[1]:
             rows.append([f"{title}{f', {unit}' if unit else ''}", float(ys[0]), float(ys[-1])])
     return Table("First and last logged value", ["figure", "first", "last"], rows)
@@ -105,10 +105,9 @@ def figures(run: Run) -> Table:
 
 def curves(run: Run) -> str | None:
     """Draw the losses over the steps; None where none has two values."""
-    wanted = {
-        title: run.curve(key)
-        for key, title in (("loss_ntp", "training"), ("eval_loss", "validation"), ("loss_answer", "answers"))
-    }
+    named_sets = {key: title for key, title, _ in by_source([run]) if key.startswith("eval_") and key.endswith("_loss")}
+    losses = {"loss_ntp": "training", "eval_loss": "validation", "loss_answer": "answers", **named_sets}
+    wanted = {title: run.curve(key) for key, title in losses.items()}
     drawn = {title: curve for title, curve in wanted.items() if len(curve[0]) > 1}
     return plots.line_plot(drawn, "cross-entropy, nats").svg() if drawn else None
 

@@ -6,6 +6,7 @@ that is read as well by its last W tokens has a score near 0, however hard it is
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,8 @@ def write_rows(rows: Dataset, path: Path) -> Path:
         if path.suffix == ".parquet":
             rows.to_parquet(temporary)
         else:
-            rows.to_json(temporary, lines=True, force_ascii=False)
+            with temporary.open("w", encoding="utf-8") as file:  # the writer of `datasets` rounds numbers
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from datasets.iterable_dataset import _BaseExamplesIterable
 
 from refine_nsp.errors import RefineError
 
-SOURCE_COLUMN = "source"
+SOURCE_COLUMN = "dataset_source"  # no name that a user's own columns are likely to have, since logs tell all its values
 Stopping: TypeAlias = Literal["first_exhausted", "all_exhausted"]
 SUM_ERROR = 1e-4  # by so much the sum of weights may differ from 1: .333 three times is refused, .3333 is not
 
@@ -142,7 +142,7 @@ def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stoppi
 
 
 def named(windows: Dataset | IterableDataset, label: str) -> Dataset | IterableDataset:
-    """Add the column `source` to windows; a packed row has a list with a value for each of its documents.
+    """Add the column `dataset_source` to windows; a packed row has a list with a value for each of its documents.
 
     Raises:
         RefineError: the windows keep a column of this name already.
@@ -174,7 +174,7 @@ def tokens_of_windows(windows: Dataset) -> list[int]:
 
 
 def mix(sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: Stopping, seed: int) -> tuple[Dataset, str]:
-    """Mix windows that are all there by shares of tokens, with a column `source`; return them, and one line that says what was taken.
+    """Mix windows that are all there by shares of tokens, with a column `dataset_source`. Return them, and a line that says what was taken.
 
     Args:
         sources: windows by the names that logs give them. weights: None takes every window of every source once.

@@ -99,7 +99,7 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> No
 def prepare_data(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
 ) -> tuple[Windows, Held]:
-    """Make windows for training and validation as `DataArguments` says; of several sources a mixture, with a column `source`.
+    """Make windows for training and validation as `DataArguments` says; of several sources a mixture, with a column `dataset_source`.
 
     Args:
         keep_columns: whether training windows keep their document's other columns, for rewards that ask for them.

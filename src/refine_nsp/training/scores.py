@@ -58,11 +58,9 @@ def with_context_scores(
         raise RefineError(
             "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
         )
-    again = rows_again(data)
-    if again is not None:  # a mixture has some rows several times, which are scored once
-        first, places = again
-        scored_once = with_context_scores(data.select(first), model, config, quiet, autocast, process, processes)
-        return scored_once.select(places)
+    if (again := rows_again(data)) is not None:  # a mixture has rows several times, which are scored once
+        once = with_context_scores(data.select(again[0]), model, config, quiet, autocast, process, processes)
+        return once.select(again[1])
     key = scores_key(data, model, config, autocast)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)

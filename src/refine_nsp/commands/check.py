@@ -29,11 +29,11 @@ class CheckArguments:
 
     Attributes:
         model_name_or_path: a shipped model, a folder or a hub name.
-        quick: leave out the dearer checks and read fewer tokens.
+        quick: leave out the dearer checks, read fewer tokens, and ask one line alone in float64.
         with_states: check the model as this library calls it, with its states, instead of as transformers does.
         json: print JSON instead of a table.
         dtype: of the weights (float32, bfloat16); default: the checkpoint's.
-        tokens: length of the sequences that are read; default: 96, or 24 with quick.
+        tokens: length of the sequences that are read; default: 96, or 20 with quick.
         only: names of the checks to run, as JSON has them; default: all.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,14 +48,23 @@ class Probe:
     cut: int
     single: int
     same_by_single_tokens: bool = True
+    seen: dict[str, Tensor] = field(default_factory=dict)  # what a pass over `ids` without gradients returned
+
+    def of(self, module: nn.Module) -> Probe:
+        """Ask the same of another module, such as a copy in another precision."""
+        return replace(self, module=module, seen={})
 
     def need(self, name: str) -> str:
         """Return the reason why a way of calling is not there."""
         return self.ways.missing.get(name, f"it is not said how ({name})")
 
     def run(self, ids: Tensor | None = None) -> Tensor:
-        """Read ids, or all rows, in one pass without a cache."""
-        return self.ways.run(self.module, self.ids if ids is None else ids)
+        """Read ids in one pass without a cache; by default all rows, which is done once where no gradients are asked for."""
+        if ids is not None or torch.is_grad_enabled():
+            return self.ways.run(self.module, self.ids if ids is None else ids)
+        if "whole" not in self.seen:
+            self.seen["whole"] = self.ways.run(self.module, self.ids)
+        return self.seen["whole"]
 
     def follow(self, ids: Tensor, cache: object = None, seen: int = 0, mask: Tensor | None = None) -> tuple[Tensor, object]:
         """Read ids behind what a cache holds of `seen` columns."""
@@ -80,12 +89,6 @@ def one(values: Tensor) -> Tensors:
 
 
 # --- continuing -----------------------------------------------------------------------------------------------------------
-def whole(probe: Probe) -> Pair:
-    """Compare a pass with itself run again: what differs is chance."""
-    values = probe.run()
-    return one(values), one(probe.run())
-
-
 def continuation(probe: Probe) -> Pair:
     """Compare a prefix, and several tokens that continue from it, with the whole."""
     first, cache = probe.follow(probe.ids[:, : probe.cut])
@@ -108,7 +111,7 @@ def single_tokens(probe: Probe) -> Pair:
     for t in range(probe.cut, end):
         values, cache = probe.follow(probe.ids[:, t : t + 1], cache, t)
         found.append(values)
-    return one(probe.run(probe.ids[:, :end])[:, probe.cut :]), one(torch.cat(found, 1))
+    return one(probe.run()[:, probe.cut : end]), one(torch.cat(found, 1))
 
 
 def states_after_pieces(probe: Probe) -> Pair:
@@ -335,7 +338,7 @@ def save_and_load(probe: Probe) -> Pair:
 
 def state_precision(probe: Probe) -> None:
     """See that a bfloat16 model keeps its recurrent states in float32."""
-    _, cache = probe.follow(probe.ids[:, : probe.cut])
+    _, cache = probe.follow(probe.ids[:1, :4])
     dtypes = {name: x.dtype for name, x in probe.states(cache).items() if name.startswith("recurrent")}
     if not dtypes:
         raise NotApplicable("it keeps no recurrent states, only inputs, keys and values")

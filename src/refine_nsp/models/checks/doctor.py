@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import Literal, TypeVar
@@ -116,14 +116,18 @@ def diagnose(
         warnings.simplefilter("ignore")
         _call_once(probe)
         copies = Copies(probe, quick)
-        findings = []
+        findings: list[Finding] = []
         for line in LINES:
             if only and line.name not in only:
                 continue
             if progress is not None:
                 progress(line.title)
             left_out = quick and not line.quick
-            findings.append(Finding(line.name, line.title, "skipped", why="left out by quick") if left_out else copies.ask(line))
+            found = Finding(line.name, line.title, "skipped", why="left out by quick") if left_out else copies.ask(line)
+            roots = [f.title for f in findings if f.name in line.follows and f.status == "fails"]
+            if found.status == "fails" and roots:
+                found = replace(found, why="; ".join(x for x in (found.why, f"so does: {roots[0]}") if x))
+            findings.append(found)
     dtype = str(_dtype(module)).removeprefix("torch.")
     return Diagnosis(type(module).__name__, dtype, findings, _notes(module, length, copies.problem), monotonic() - began)
 
@@ -153,6 +157,9 @@ class Copies:
     def ask(self, line: Line) -> Finding:
         """Run one check and judge it."""
         try:
+            if line.in_bfloat16:
+                with suppress(Broken):
+                    line.compare(self.own)  # where it does not apply, no copy is made
             probe = self.own.of(in_dtype(self.own.module, torch.bfloat16)) if line.in_bfloat16 else self.own
             with float64_throughout() if self.dtype == torch.float64 and not line.in_bfloat16 else nullcontext():
                 own = line.compare(probe)

@@ -197,15 +197,42 @@ def pads_content(probe: Probe) -> Pair:
     return expected, found
 
 
-def continuation_behind_pads(probe: Probe) -> Pair:
-    """Compare prefixes of different lengths, padded on the left and continued, with the whole of each row."""
-    B, cut = len(probe.ids), probe.cut
-    lengths = [cut - (2 * b) % (cut - 1) for b in range(B)]
-    count = probe.ids.shape[1] - cut
+def _prefixes(probe: Probe, count: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Make prefixes of different lengths, padded on the left, and the `count` tokens that follow each.
+
+    Returns ids and mask [B, cut], what follows [B, count], and the lengths.
+    """
+    cut = probe.cut
+    lengths = [cut - (2 * b) % (cut - 1) for b in range(len(probe.ids))]
     ids, mask = torch.zeros_like(probe.ids[:, :cut]), torch.zeros_like(probe.ids[:, :cut])
     for b, n in enumerate(lengths):
         ids[b, cut - n :], mask[b, cut - n :] = probe.ids[b, :n], 1
-    rest = torch.stack([probe.ids[b, n : n + count] for b, n in enumerate(lengths)])
+    return ids, mask, torch.stack([probe.ids[b, n : n + count] for b, n in enumerate(lengths)]), lengths
+
+
+def decoding_behind_pads(probe: Probe) -> Pair:
+    """Compare prefixes of different lengths, padded on the left and continued token by token, with each row alone."""
+
+    def decode(prefix: Tensor, rest: Tensor, mask: Tensor | None) -> Tensor:
+        _, cache = probe.follow(prefix, None, 0, mask)
+        found, seen = [], prefix.shape[1]
+        for token in rest.split(1, 1):
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(token)], 1)
+            values, cache = probe.follow(token, cache, seen, mask)
+            found.append(values)
+            seen += 1
+        return torch.cat(found, 1)
+
+    ids, mask, rest, lengths = _prefixes(probe, probe.single)
+    found = decode(ids, rest, mask)
+    alone = [decode(probe.ids[b : b + 1, :n], rest[b : b + 1], None) for b, n in enumerate(lengths)]
+    return one(torch.cat(alone)), one(found)
+
+
+def continuation_behind_pads(probe: Probe) -> Pair:
+    """Compare prefixes of different lengths, padded on the left and continued, with the whole of each row."""
+    cut, count = probe.cut, probe.ids.shape[1] - probe.cut
+    ids, mask, rest, lengths = _prefixes(probe, count)
     _, cache = probe.follow(ids, None, 0, mask)
     found, _ = probe.follow(rest, cache, cut, torch.cat([mask, torch.ones_like(rest)], 1))
     expected = probe.run()
@@ -301,6 +328,8 @@ def checkpointing_with_cache(probe: Probe) -> Pair:
             torch.manual_seed(0)
             try:
                 _, cache = probe.ways.follow(probe.module, probe.ids[:, : probe.cut], None, 0, None)
+                if cache is None and not whether:
+                    raise NotApplicable("it returns no cache in training, with gradient checkpointing or without")
                 values = probe.ways.follow(probe.module, probe.ids[:, probe.cut :], cache, probe.cut, None)[0]
             except REFUSALS as error:
                 if whether:
@@ -341,7 +370,7 @@ def state_precision(probe: Probe) -> None:
     _, cache = probe.follow(probe.ids[:1, :4])
     dtypes = {name: x.dtype for name, x in probe.states(cache).items() if name.startswith("recurrent")}
     if not dtypes:
-        raise NotApplicable("it keeps no recurrent states, only inputs, keys and values")
+        raise NotApplicable("its cache holds no recurrent states")
     low = {name: d for name, d in dtypes.items() if d not in (torch.float32, torch.float64)}
     if low:
         kinds = ", ".join(sorted({str(d).removeprefix("torch.") for d in low.values()}))

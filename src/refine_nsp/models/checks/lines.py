@@ -23,7 +23,7 @@ class Line:
         means: what it means for training where it does not hold. mend: what to do then.
         compare: reads a text in two ways; None is a check that raises where it does not hold.
         quick: whether it belongs to the quick ones. in_float64: whether a copy in float64 takes it too.
-        in_bfloat16: whether a copy in bfloat16 takes it instead.
+        in_bfloat16: whether a copy in bfloat16 takes it instead. follows: lines that it cannot hold without.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Line:
     quick: bool = True
     in_float64: bool = True
     in_bfloat16: bool = False
+    follows: tuple[str, ...] = ()
 
 
 LINES = (
@@ -46,6 +47,7 @@ LINES = (
         "positions", "positions go on behind a cache by themselves",
         "a call with a cache alone, as in loops of one's own, reads what follows at the positions of the beginning",
         "pass position_ids that count on with every call that has a cache, as generate does", equalities.positions, quick=False,
+        follows=("continuation",),
     ),
     Line(
         "single_tokens", "token by token = several at a time",
@@ -57,6 +59,7 @@ LINES = (
         "states", "states after pieces = states after one pass",
         "states differ although outputs may not show it yet; over a long document they drift",
         WITH_STATES, equalities.states_after_pieces, quick=False,
+        follows=("continuation", "single_tokens"),
     ),
     Line(
         "recurrence", "a recurrent state comes from the one before",
@@ -77,9 +80,9 @@ LINES = (
         "results depend on which id the tokenizer pads with", LENGTHS, equalities.pads_content, quick=False,
     ),
     Line(
-        "padded_continuation", "a continuation behind left pads = without pads",
+        "padded_continuation", "tokens decoded behind left pads = without pads",
         "batched generation answers shorter prompts differently from the same prompts alone",
-        "answer prompts one by one, or load the model by refine_nsp.load", equalities.continuation_behind_pads,
+        "answer prompts one by one, or load the model by refine_nsp.load", equalities.decoding_behind_pads,
     ),
     Line(
         "rows", "rows do not see each other",
@@ -106,17 +109,17 @@ LINES = (
     Line(
         "packed_collator", "packed documents, by the flattening collator = apart",
         "padding-free training (DataCollatorWithFlattening, SFTTrainer's packing and padding_free) mixes documents", APART,
-        partial(equalities.packed, way="collator"), quick=False,
+        partial(equalities.packed, way="collator"), quick=False, follows=("packed_position_ids",),
     ),
     Line(
         "gradient", "gradients through a cached state = through the whole",
         "losses behind a cached state do not train what wrote that state (or fail in the backward pass)",
-        "train on whole sequences, or " + WITH_STATES, equalities.gradient,
+        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",),
     ),
     Line(
         "generation", "generate with a cache = without",
         "answers depend on a setting that should change speed alone; scores of evaluations too",
-        "evaluate with use_cache=False, or " + WITH_STATES, equalities.generation, quick=False,
+        "evaluate with use_cache=False, or " + WITH_STATES, equalities.generation, quick=False, follows=("single_tokens",),
     ),
     Line(
         "checkpointing", "gradient checkpointing changes nothing",

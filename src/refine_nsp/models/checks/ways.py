@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 
 from refine_nsp.models.blocks import FastWeightForCausalLM
@@ -123,7 +123,8 @@ class _Calls:
         B, T = ids.shape
         given: dict[str, Tensor] = {}
         if mask is not None:
-            given = self._marks(mask, T)
+            # Mamba masks what it reads, as wide as that, so `generate` gives it no mask behind a cache.
+            given = {} if self.cache == "cache_params" and cache is not None else self._marks(mask, T)
         elif self.places:
             given = {"position_ids": torch.arange(seen, seen + T, device=ids.device).expand(B, T)}
         return self._follow(module, ids, cache, given)
@@ -137,7 +138,11 @@ class _Calls:
             cache = self.new()
         past = {} if cache is None else {self.cache: cache}
         out = module(input_ids=ids, use_cache=True, **past, **given)
-        return logits_of(out), out.get(self.cache)
+        after = out.get(self.cache)
+        if after is None and cache is None and not module.training:  # it may fill one that it is given, although it returns none
+            after = DynamicCache(config=cast(Any, module).config)
+            out = module(input_ids=ids, use_cache=True, **{self.cache: after}, **given)
+        return logits_of(out), cache if after is None else after
 
     def _marks(self, mask: Tensor, n_tokens: int) -> dict[str, Tensor]:
         """Give the mask, and positions as `generate` counts them where pads stand on the left."""

@@ -1,0 +1,101 @@
+"""What `refine-nsp check` finds on tiny random models of every hybrid that transformers has: `python -m benchmarks.doctor [NAME ...]`.
+
+Prints a Markdown table, a model a row: as transformers calls it, and as this library does (`with_states`). Weights are random and float32,
+on PyTorch's operations; what fails is the code's doing, not the weights'.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from refine_nsp.errors import RefineError
+from refine_nsp.models import with_states
+from refine_nsp.models.checks import Diagnosis, diagnose
+from refine_nsp.models.checks.lines import LINES
+from tests.models.families import build
+from tests.models.transformers_models import CONFIGS, OTHERS
+
+OURS = ("delta_net", "gated_deltanet", "lact_swiglu")
+# Columns of the table: lines of the doctor under one heading. A cell says the worst of its lines.
+COLUMNS = {
+    "continues": ("continuation",),
+    "positions": ("positions",),
+    "one by one": ("single_tokens",),
+    "states": ("states",),
+    "right pads": ("right_padding",),
+    "left pads": ("left_padding", "pads_content"),
+    "decoded behind pads": ("padded_continuation",),
+    "rows": ("rows", "batch_size"),
+    "packed: position_ids": ("packed_position_ids",),
+    "packed: cu_seq_lens": ("packed_cu_seqlens",),
+    "packed: collator": ("packed_collator",),
+    "gradient": ("gradient",),
+    "generate": ("generation",),
+    "checkpointing": ("checkpointing",),
+    "and a cache": ("checkpointing_cache",),
+    "saved": ("save_and_load",),
+    "bf16 states": ("state_precision",),
+}
+assert {name for names in COLUMNS.values() for name in names} == {line.name for line in LINES} - {"kernels", "recurrence"}
+
+
+def model_of(name: str) -> torch.nn.Module:
+    """Make a tiny model in float32, every parameter moved off its initial value."""
+    if name in OURS:
+        return build(name, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config((CONFIGS | OTHERS)[name]()).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def cells(found: Diagnosis) -> list[str]:
+    """Write a row: `yes`, the error where something fails, `!` where it fails with an exception, `no: said` where it is refused, `-`."""
+    by_name = {f.name: f for f in found.findings}
+    row = []
+    for names in COLUMNS.values():
+        asked = [by_name[name] for name in names if by_name[name].status != "skipped"]
+        failed = [f for f in asked if f.status == "fails"]
+        if failed:
+            errors = [f.error_in_float64 if f.error_in_float64 is not None else f.error for f in failed]
+            known = [e for e in errors if e is not None]
+            row.append(f"**{max(known):.0e}**" if known else "**raises**" if "fails with" in failed[0].why else "**no**")
+        elif asked:
+            row.append("yes")
+        else:
+            row.append("refuses" if by_name[names[0]].why.startswith("refused") else "–")
+    return row
+
+
+def main(names: list[str]) -> None:
+    """Print the table, then every failure in words."""
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
+    print("| model | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
+    words = []
+    for name in names or [*CONFIGS, *OTHERS, *OURS]:
+        for states in (False, True) if name not in OURS else (True,):
+            model, label = model_of(name), name + (" with states" if states and name not in OURS else "")
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    if states and name not in OURS:
+                        with_states(model)
+                    again = any("read again" in str(w.message) for w in said)
+                found = diagnose(model)
+            except RefineError as error:
+                print(f"| {label} | refused: {error} |")
+                continue
+            print(f"| {label}{' (by tokens)' if again else ''} | " + " | ".join(cells(found)) + " |", flush=True)
+            words += [f"{label}: {f.name}: {f.why}" for f in found.findings if f.why and f.name not in ("kernels", "recurrence")]
+    print("\n" + "\n".join(words))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

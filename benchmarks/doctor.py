@@ -11,14 +11,14 @@ import warnings
 
 import torch
 import transformers
+from tests.models.families import build
+from tests.models.transformers_models import CONFIGS, OTHERS
 from transformers import AutoModelForCausalLM
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models import with_states
 from refine_nsp.models.checks import Diagnosis, diagnose
 from refine_nsp.models.checks.lines import LINES
-from tests.models.families import build
-from tests.models.transformers_models import CONFIGS, OTHERS
 
 OURS = ("delta_net", "gated_deltanet", "lact_swiglu")
 # Columns of the table: lines of the doctor under one heading. A cell says the worst of its lines.
@@ -57,7 +57,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 def cells(found: Diagnosis) -> list[str]:
-    """Write a row: `yes`, the error where something fails, `!` where it fails with an exception, `no: said` where it is refused, `-`."""
+    """Write a row: yes; where something fails its error in bold, or that it raises or returns none; refuses; - where it is not asked."""
     by_name = {f.name: f for f in found.findings}
     row = []
     for names in COLUMNS.values():
@@ -66,11 +66,11 @@ def cells(found: Diagnosis) -> list[str]:
         if failed:
             errors = [f.error_in_float64 if f.error_in_float64 is not None else f.error for f in failed]
             known = [e for e in errors if e is not None]
-            row.append(f"**{max(known):.0e}**" if known else "**raises**" if "fails with" in failed[0].why else "**no**")
+            row.append(f"**{max(known):.0e}**" if known else "**raises**" if "fails with" in failed[0].why else "**none**")
         elif asked:
             row.append("yes")
         else:
-            row.append("refuses" if by_name[names[0]].why.startswith("refused") else "–")
+            row.append("refuses" if by_name[names[0]].why.startswith("refused") else "-")
     return row
 
 
@@ -90,7 +90,8 @@ def main(names: list[str]) -> None:
                     again = any("read again" in str(w.message) for w in said)
                 found = diagnose(model)
             except RefineError as error:
-                print(f"| {label} | refused: {error} |")
+                print(f"| {label} | refused |" + " |" * (len(COLUMNS) - 1))
+                words.append(f"{label}: {error}")
                 continue
             print(f"| {label}{' (by tokens)' if again else ''} | " + " | ".join(cells(found)) + " |", flush=True)
             words += [f"{label}: {f.name}: {f.why}" for f in found.findings if f.why and f.name not in ("kernels", "recurrence")]

@@ -31,6 +31,7 @@ from refine_nsp.models.checks.precision import average
 from refine_nsp.models.checks.ways import Ways, leaves_of, states_of
 from refine_nsp.models.state import FastWeightCache
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
 EXACT_SINCE = "5.23"  # recurrent layers of earlier releases write into the states they are given
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, EXACT_SINCE.split(".")))
 # How far states and hidden states may be off at loading, as shares of their size: a wrong state is off by far more.
@@ -78,7 +79,7 @@ def _check_head(model: StatefulCausalModel) -> None:
     problem = None
     if "bias" in dict(head.named_parameters()):
         problem = "its head has a bias"
-    elif model.config.get_text_config(decoder=True).to_dict().get("final_logit_softcapping"):
+    elif any(model.config.get_text_config(decoder=True).to_dict().get(name) for name in CAPS):
         problem = "it caps its logits"  # which small ones, as an untrained model's, would not show
     elif error > TOLERANCE[logits.dtype] / 10:
         problem = f"its logits differ from that by {error:.2g} of their spread"

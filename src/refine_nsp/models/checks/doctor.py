@@ -7,9 +7,9 @@ precision and in float64, on a copy in which casts to float32 are suspended. A l
     e <= 10 r (r counted as at least 8 units of rounding)      in the model's own precision, and
     e <= 1e-8                                                  in float64, where only a fault is left.
 
-A line that is not asked in float64 (`quick` asks one alone; saving and kernels make no sense there) takes the rounding of the first that
-was, and holds where e <= 100 r. Without a copy in float64 (it does not fit into memory, or the model cannot run in it), r is taken to be
-8 units of rounding, and the same holds.
+A line that is not asked in float64 (`quick` asks one alone; saving and kernels make no sense there), or that compares a model's own
+answers, takes the rounding of the first that was asked there, and holds where e <= 100 r. Without a copy in float64 (it does not fit into
+memory, or the model cannot run in it), r is taken to be 8 units of rounding, and the same holds.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Copies:
 
     def _judge(self, line: Line, own: Pair, exact: Pair | None, why: str) -> Finding:
         error, least = largest(*own), LEAST_UNITS * torch.finfo(self.dtype).eps
-        if exact is not None:
+        if exact is not None and not line.answers:
             rounding, factor = max(least, largest(exact[0], own[0])), FACTOR
             self.rounding = rounding if self.rounding is None else self.rounding
         else:

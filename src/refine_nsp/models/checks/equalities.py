@@ -330,6 +330,8 @@ def checkpointing_with_cache(probe: Probe) -> Pair:
                 _, cache = probe.ways.follow(probe.module, probe.ids[:, : probe.cut], None, 0, None)
                 if cache is None and not whether:
                     raise NotApplicable("it returns no cache in training, with gradient checkpointing or without")
+                if cache is None:
+                    raise Broken("it returns no cache then, and a line in the log is all that says so")
                 values = probe.ways.follow(probe.module, probe.ids[:, probe.cut :], cache, probe.cut, None)[0]
             except REFUSALS as error:
                 if whether:

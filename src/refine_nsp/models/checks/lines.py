@@ -24,6 +24,7 @@ class Line:
         compare: reads a text in two ways; None is a check that raises where it does not hold.
         quick: whether it belongs to the quick ones. in_float64: whether a copy in float64 takes it too.
         in_bfloat16: whether a copy in bfloat16 takes it instead. follows: lines that it cannot hold without.
+        answers: whether what is compared depends on the model's own answers, which another precision may give otherwise.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Line:
     in_float64: bool = True
     in_bfloat16: bool = False
     follows: tuple[str, ...] = ()
+    answers: bool = False
 
 
 LINES = (
@@ -119,7 +121,7 @@ LINES = (
     Line(
         "generation", "generate with a cache = without",
         "answers depend on a setting that should change speed alone; scores of evaluations too",
-        "evaluate with use_cache=False, or " + WITH_STATES, equalities.generation, quick=False, follows=("single_tokens",),
+        "evaluate with use_cache=False, or " + WITH_STATES, equalities.generation, quick=False, follows=("single_tokens",), answers=True,
     ),
     Line(
         "checkpointing", "gradient checkpointing changes nothing",

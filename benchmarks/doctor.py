@@ -1,7 +1,7 @@
 """What `refine-nsp check` finds on tiny random models of every hybrid that transformers has: `python -m benchmarks.doctor [NAME ...]`.
 
-Prints a Markdown table, a model a row: as transformers calls it, and as this library does (`with_states`). Weights are random and float32,
-on PyTorch's operations; what fails is the code's doing, not the weights'.
+Prints two Markdown tables, a model a row: called as transformers calls it, and with states as this library calls it. Columns in which
+nothing fails are named below. Weights are random (seed 0) and float32, on PyTorch's operations; what fails is the code's doing, not theirs.
 """
 
 from __future__ import annotations
@@ -74,28 +74,46 @@ def cells(found: Diagnosis) -> list[str]:
     return row
 
 
+def ask(name: str, states: bool) -> tuple[list[str], list[str]]:
+    """Ask one model; return its row, and in words why something fails or is not asked."""
+    model = model_of(name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            if states and name not in OURS:
+                with_states(model)
+        except RefineError as error:
+            return [f"{name}: not supported", *[""] * len(COLUMNS)], [f"{name}: {error}"]
+    found = diagnose(model)
+    why = [f"{name}: {f.name}: {f.why}" for f in found.findings if f.why and f.name not in ("kernels", "recurrence")]
+    return [f"{name}{' (by tokens)' if any('read again' in str(w.message) for w in said) else ''}", *cells(found)], why
+
+
+def show(rows: list[list[str]]) -> None:
+    """Print the columns in which something fails, and name the others."""
+    told = [i for i in range(1, len(COLUMNS) + 1) if any(row[i] not in ("yes", "-", "") for row in rows)]
+    heads = ["model", *(list(COLUMNS)[i - 1] for i in told)]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for row in rows:
+        print("| " + " | ".join([row[0], *(row[i] for i in told)]) + " |")
+    print(f"\nHolds for all: {', '.join(name for i, name in enumerate(COLUMNS, 1) if i not in told)}.\n")
+
+
 def main(names: list[str]) -> None:
-    """Print the table, then every failure in words."""
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}\n")
-    print("| model | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
-    words = []
-    for name in names or [*CONFIGS, *OTHERS, *OURS]:
-        for states in (False, True) if name not in OURS else (True,):
-            model, label = model_of(name), name + (" with states" if states and name not in OURS else "")
-            try:
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    if states and name not in OURS:
-                        with_states(model)
-                    again = any("read again" in str(w.message) for w in said)
-                found = diagnose(model)
-            except RefineError as error:
-                print(f"| {label} | refused |" + " |" * (len(COLUMNS) - 1))
-                words.append(f"{label}: {error}")
+    """Print both tables, then every failure in words."""
+    words: list[str] = []
+    for states in (False, True):
+        rows = []
+        for name in names or [*CONFIGS, *OTHERS, *OURS]:
+            if name in OURS and not states:
                 continue
-            print(f"| {label}{' (by tokens)' if again else ''} | " + " | ".join(cells(found)) + " |", flush=True)
-            words += [f"{label}: {f.name}: {f.why}" for f in found.findings if f.why and f.name not in ("kernels", "recurrence")]
-    print("\n" + "\n".join(words))
+            row, why = ask(name, states)
+            rows.append(row)
+            words += [f"{'with states: ' if states else ''}{line}" for line in why]
+            sys.stderr.write(f"{name}\n")
+        print(f"transformers {transformers.__version__}, torch {torch.__version__}, {'with states' if states else 'as it is'}\n")
+        show(rows)
+    print("\n".join(words))
 
 
 if __name__ == "__main__":

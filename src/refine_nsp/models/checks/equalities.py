@@ -223,6 +223,8 @@ def decoding_behind_pads(probe: Probe) -> Pair:
             seen += 1
         return torch.cat(found, 1)
 
+    if probe.ways.masked is None:
+        raise NotApplicable(probe.need("masked"))
     ids, mask, rest, lengths = _prefixes(probe, probe.single)
     found = decode(ids, rest, mask)
     alone = [decode(probe.ids[b : b + 1, :n], rest[b : b + 1], None) for b, n in enumerate(lengths)]

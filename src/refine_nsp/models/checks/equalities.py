@@ -56,7 +56,7 @@ class Probe:
 
     def need(self, name: str) -> str:
         """Return the reason why a way of calling is not there."""
-        return self.ways.missing.get(name, f"it is not said how ({name})")
+        return self.ways.missing.get(name, f"its Ways have no {name}")
 
     def run(self, ids: Tensor | None = None) -> Tensor:
         """Read ids in one pass without a cache; by default all rows, which is done once where no gradients are asked for."""

@@ -84,7 +84,7 @@ class Probe:
 
 
 def one(values: Tensor) -> Tensors:
-    """Name the values of a pass."""
+    """Name the values of a pass, so that they can be compared as states and gradients are."""
     return {"values": values}
 
 
@@ -136,8 +136,10 @@ def states_after_pieces(probe: Probe) -> Pair:
 
 @torch.enable_grad()
 def recurrence(probe: Probe) -> None:
-    """See that a recurrent state comes from the one before where several tokens follow. The graph is asked, since what is left of a
-    state after a few tokens may be below rounding."""
+    """See that a recurrent state comes from the one before where several tokens follow.
+
+    The graph is asked, since what is left of a state after a few tokens may be below rounding.
+    """
     if probe.ways.leaves is None:
         raise NotApplicable("its cache gives no states that a graph could begin with")
     _, cache = probe.follow(probe.ids[:, : probe.cut])

@@ -21,8 +21,11 @@ SMALL = 1e-3  # a tensor counts as at least so large, as a share of the largest 
 
 
 class Float64Stays(TorchFunctionMode):
-    """Casts of float64 to float32 do nothing. transformers computes norms, decays and the delta rule in float32 whatever the weights
-    are, which would hide an error of a state behind rounding; here the same code runs in float64 throughout."""
+    """Let casts of float64 to float32 do nothing.
+
+    transformers computes norms, decays and the delta rule in float32 whatever the weights are, which would hide an error of a state behind
+    rounding; here the same code runs in float64 throughout.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -37,7 +40,7 @@ class Float64Stays(TorchFunctionMode):
 
 @contextmanager
 def float64_throughout() -> Iterator[None]:
-    """`Float64Stays`, also where the backward pass runs a forward pass again, which modes do not reach."""
+    """Apply `Float64Stays`, also where the backward pass runs a forward pass again, which modes do not reach."""
     settings = cast(Any, inspect.unwrap(checkpoint)).__kwdefaults__
     before = settings["context_fn"]
     settings["context_fn"] = lambda: (nullcontext(), Float64Stays())

@@ -98,7 +98,7 @@ def ways_of(model: PreTrainedModel) -> Ways:
 
 
 def has_states(model: nn.Module) -> bool:
-    """Whether a model continues from a `FastWeightCache`: our families do, and models of transformers that were given states."""
+    """Tell whether a model continues from a `FastWeightCache`: our families do, and models of transformers that were given states."""
     return isinstance(model, FastWeightForCausalLM) or "_refine_plain" in vars(type(model))
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
 from refine_nsp.models import with_states
-from refine_nsp.models.checks import Ways, diagnose, doctor
+from refine_nsp.models.checks import Ways, diagnose, doctor, equalities
 from refine_nsp.models.checks.lines import LINES
 from refine_nsp.models.checks.precision import largest
 from tests.models.families import build
@@ -183,6 +183,26 @@ def test_without_a_copy_in_float64_the_figures_say_so(monkeypatch):
     assert "continuation" in failures(diagnose(Toy("the cache is forgotten"), WAYS, vocab_size=V))
 
 
+def test_a_module_that_does_not_run_without_its_casts_keeps_them():
+    class Casts(Toy):
+        def forward(self, *args, **kwargs):
+            values, state = super().forward(*args, **kwargs)
+            narrow = values.to(torch.float32)
+            if narrow.dtype != torch.float32:
+                raise RuntimeError("expected float32")
+            return narrow, state
+
+    found = diagnose(Casts(), WAYS, vocab_size=V)
+    assert not found.failed and found.notes == ["its casts to float32 stay in float64, since it does not run without them"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_a_model_in_float64_is_its_own_yardstick(name):
+    """Also one whose layers compute in float32 whatever the weights are."""
+    found = diagnose(plain(name), only=["continuation", "single_tokens", "states", "left_padding", "batch_size"])
+    assert not found.failed and all(f.error < 1e-10 for f in found.findings)
+
+
 @pytest.mark.parametrize("name", ["llama", "mamba2"])
 def test_models_of_transformers_are_called_as_they_are(name):
     found = diagnose(plain(name, dtype=torch.float32))
@@ -207,12 +227,21 @@ def test_a_wrapped_model_of_transformers_is_caught_too():
     assert not found & {"continuation", "right_padding", "rows", "gradient"}
 
 
-def test_the_weights_and_the_mode_of_training_are_left_as_they_were():
-    model = plain("llama", dtype=torch.float32)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    diagnose(model)
+def test_weights_the_mode_of_training_and_chance_are_left_as_they_were():
+    model = plain("llama", dtype=torch.float32).train()
+    before, chance = {name: x.clone() for name, x in model.state_dict().items()}, torch.get_rng_state()
+    diagnose(model, only=["continuation", "gradient", "checkpointing", "checkpointing_cache"])
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    assert not model.training and not model.is_gradient_checkpointing and all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert model.training and not model.is_gradient_checkpointing and all(p.grad is None for p in model.parameters())
+
+
+def test_kernels_are_asked_where_they_could_run(monkeypatch):
+    (found,) = diagnose(Toy(), WAYS, vocab_size=V, only=["kernels"]).findings
+    assert found.why.endswith("are not installed") or "CUDA" in found.why
+    monkeypatch.setattr(equalities, "find_spec", lambda name: name)
+    (found,) = diagnose(Toy(), WAYS, vocab_size=V, only=["kernels"]).findings
+    assert found.why == "the model is not on a CUDA device, where kernels run"
 
 
 def test_quick_asks_less():

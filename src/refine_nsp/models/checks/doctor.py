@@ -9,7 +9,8 @@ precision and in float64, on a copy in which casts to float32 are suspended. A l
 
 A line that is not asked in float64 (`quick` asks one alone; saving and kernels make no sense there), or that compares a model's own
 answers, takes the rounding of the first that was asked there, and holds where e <= 100 r. Without a copy in float64 (it does not fit into
-memory, or the model cannot run in it), r is taken to be 8 units of rounding, and the same holds.
+memory, or the model cannot run in it), r is taken to be 8 units of rounding, and the same holds. Where a model does not run with its casts
+suspended, they stay, and 1e-8 is 1e-4.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from refine_nsp.models.checks.ways import Ways, quiet, ways_of
 FACTOR = 10.0  # errors may be so many times the model's own rounding
 LEAST_UNITS = 8  # and its rounding counts as at least so many units of its precision
 EXACT = 1e-8  # in float64
+EXACT_BUT_CASTS = 1e-4  # in float64, where a model's own casts to float32 stay
 LOOSE_FACTOR = 100.0  # where the rounding is another line's
 TOKENS, QUICK_TOKENS, ROWS = 96, 20, 3
 QUICK_IN_FLOAT64 = ("continuation",)
@@ -91,7 +93,7 @@ def diagnose(
     """Try a model on a few random tokens and say what holds of it.
 
     Args:
-        module: any module. One of transformers needs nothing else; it is left in eval mode.
+        module: any module. One of transformers needs nothing else; it is left as it was.
         ways: how it is called; by default as transformers calls its models.
         quick: leave out the dearer checks, read fewer tokens, and ask one line alone in float64.
         vocab_size: ids are below it; by default the configuration's.
@@ -110,26 +112,34 @@ def diagnose(
     began, length = monotonic(), tokens or (QUICK_TOKENS if quick else TOKENS)
     if length < 16:
         raise RefineError(f"tokens={length} are too few for a prefix and what follows it; expected 16 or more")
-    module.eval()
-    probe = Probe(module, ways, _ids(module, vocab_size, length), length * 3 // 5, 2 if quick else max(2, length // 8))
-    with quiet(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        _call_once(probe)
-        copies = Copies(probe, quick)
-        findings: list[Finding] = []
-        for line in LINES:
-            if only and line.name not in only:
-                continue
-            if progress is not None:
-                progress(line.title)
-            left_out = quick and not line.quick
-            found = Finding(line.name, line.title, "skipped", why="left out by quick") if left_out else copies.ask(line)
-            roots = [f.title for f in findings if f.name in line.follows and f.status == "fails"]
-            if found.status == "fails" and roots:
-                found = replace(found, why="; ".join(x for x in (found.why, f"so does: {roots[0]}") if x))
-            findings.append(found)
+    training = module.training
+    probe = Probe(module.eval(), ways, _ids(module, vocab_size, length), length * 3 // 5, 2 if quick else max(2, length // 8))
+    try:
+        with quiet(), warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            _call_once(probe)
+            copies = Copies(probe, quick)
+            findings = _ask_all(
+                copies, [line for line in LINES if not only or line.name in only], progress or (lambda title: None)
+            )
+    finally:
+        module.train(training)
     dtype = str(_dtype(module)).removeprefix("torch.")
-    return Diagnosis(type(module).__name__, dtype, findings, _notes(module, length, copies.problem), monotonic() - began)
+    return Diagnosis(type(module).__name__, dtype, findings, _notes(module, length, copies), monotonic() - began)
+
+
+def _ask_all(copies: Copies, lines: Sequence[Line], progress: Callable[[str], None]) -> list[Finding]:
+    """Ask every line, and say of a failure which earlier one it comes with."""
+    findings: list[Finding] = []
+    for line in lines:
+        progress(line.title)
+        left_out = copies.quick and not line.quick
+        found = Finding(line.name, line.title, "skipped", why="left out by quick") if left_out else copies.ask(line)
+        roots = [f.title for f in findings if f.name in line.follows and f.status == "fails"]
+        if found.status == "fails" and roots:
+            found = replace(found, why="; ".join(x for x in (found.why, f"so does: {roots[0]}") if x))
+        findings.append(found)
+    return findings
 
 
 class Copies:
@@ -137,22 +147,42 @@ class Copies:
 
     Attributes:
         problem: why there is no copy in float64, or None.
+        suspended: whether casts to float32 are suspended in float64; not where a model then mixes precisions.
     """
 
     def __init__(self, probe: Probe, quick: bool = False) -> None:
-        self.own, self.dtype, self.quick = probe, _dtype(probe.module), quick
+        self.own, self.dtype, self.quick = probe.of(probe.module), _dtype(probe.module), quick
         self.rounding: float | None = None  # of the first line that was asked in float64
         self.exact: Probe | None = None
-        self.problem = None if self.dtype == torch.float64 else float64_problem(probe.module)
-        self.suspended = True  # whether casts to float32 are suspended on the copy
-        if self.dtype != torch.float64 and self.problem is None:
+        self.suspended, self.problem = True, None
+        if self.dtype == torch.float64:
+            self.suspended = self._runs(self.own) is None
+            return
+        self.own, self.problem = probe, float64_problem(probe.module)
+        if self.problem is None:
             try:
-                self.exact = probe.of(in_dtype(probe.module, torch.float64))
-                self._exactly(lambda p: p.run())
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # foreign code's, of any kind
-                self.exact, self.problem = None, f"it does not run in float64 ({type(error).__name__}: {first_line(error)})"
+                exact = probe.of(in_dtype(probe.module, torch.float64))
+            except RuntimeError as error:
+                self.problem = f"it cannot be copied ({first_line(error)})"
+                return
+            if self._runs(exact) is not None:
+                self.suspended, exact = False, exact.of(exact.module)
+                self.problem = self._runs(exact)
+            self.exact = exact if self.problem is None else None
+
+    def _runs(self, probe: Probe) -> str | None:
+        """Say why a model does not run in float64; None if it does."""
+        try:
+            self._in_float64(lambda p: p.run(), probe)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # foreign code's, of any kind
+            return f"it does not run in float64 ({type(error).__name__}: {first_line(error)})"
+        return None
+
+    def _in_float64(self, compare: Callable[[Probe], T], probe: Probe) -> T:
+        with float64_throughout() if self.suspended else nullcontext():
+            return compare(probe)
 
     def ask(self, line: Line) -> Finding:
         """Run one check and judge it."""
@@ -160,9 +190,9 @@ class Copies:
             if line.in_bfloat16:
                 with suppress(Broken):
                     line.compare(self.own)  # where it does not apply, no copy is made
-            probe = self.own.of(in_dtype(self.own.module, torch.bfloat16)) if line.in_bfloat16 else self.own
-            with float64_throughout() if self.dtype == torch.float64 and not line.in_bfloat16 else nullcontext():
-                own = line.compare(probe)
+                own = line.compare(self.own.of(in_dtype(self.own.module, torch.bfloat16)))
+            else:
+                own = self._in_float64(line.compare, self.own) if self.dtype == torch.float64 else line.compare(self.own)
         except (NotApplicable, Broken, RefineError) as said:
             return _said(line, said)
         except torch.OutOfMemoryError:
@@ -174,7 +204,7 @@ class Copies:
         exact, why = None, ""
         if line.in_float64 and self.exact is not None and (not self.quick or line.name in QUICK_IN_FLOAT64):
             try:
-                exact = self._exactly(line.compare)
+                exact = self._in_float64(line.compare, self.exact)
             except (NotApplicable, Broken, RefineError) as said:
                 return _said(line, said)
             except Exception as error:  # it runs in its own precision, which is what counts
@@ -189,23 +219,12 @@ class Copies:
         else:
             rounding, factor = self.rounding or least, LOOSE_FACTOR
         in_float64 = error if self.dtype == torch.float64 else None if exact is None else largest(*exact)
-        holds = (error <= factor * rounding or self.dtype == torch.float64) and (in_float64 is None or in_float64 <= EXACT)
-        if not holds and in_float64 is not None and in_float64 <= EXACT:
+        limit = EXACT if self.suspended else EXACT_BUT_CASTS
+        holds = (error <= factor * rounding or self.dtype == torch.float64) and (in_float64 is None or in_float64 <= limit)
+        if not holds and in_float64 is not None and in_float64 <= limit:
             why = "exact in float64: only the precision is at fault"
         found = Finding(line.name, line.title, "holds" if holds else "fails", error, rounding, in_float64, why)
         return found if holds else replace(found, means=line.means, mend=line.mend)
-
-    def _exactly(self, compare: Callable[[Probe], T]) -> T:
-        assert self.exact is not None
-        if self.suspended:
-            try:
-                with float64_throughout():
-                    return compare(self.exact)
-            except (NotApplicable, Broken, RefineError, torch.OutOfMemoryError):
-                raise
-            except Exception:  # code that mixes the two precisions on purpose
-                pass
-        return compare(self.exact)
 
 
 def _said(line: Line, said: Exception) -> Finding:
@@ -257,9 +276,11 @@ def _ids(module: nn.Module, vocab_size: int, length: int) -> Tensor:
     return ids.to(device)
 
 
-def _notes(module: nn.Module, length: int, problem: str | None) -> list[str]:
+def _notes(module: nn.Module, length: int, copies: Copies) -> list[str]:
     """Say what the figures leave open."""
-    notes = [f"no float64: {problem}"] if problem else []
+    notes = [f"no float64: {copies.problem}"] if copies.problem else []
+    if not copies.suspended and not copies.problem:
+        notes.append("its casts to float32 stay in float64, since it does not run without them")
     config = vars(module).get("config")
     fields = {} if config is None else config.get_text_config(decoder=True).to_dict()
     longer = {name: fields[name] for name in CHUNKS if isinstance(fields.get(name), int) and fields[name] >= length}

@@ -251,6 +251,14 @@ def test_quick_asks_less():
     assert {"continuation"} <= failures(diagnose(Toy("the cache is forgotten"), WAYS, vocab_size=V, quick=True))
 
 
+def test_what_is_not_a_number_fails_and_is_no_number_in_json():
+    broken = replace(WAYS, masked=lambda module, ids, mask: module(ids)[0] * float("nan"))
+    (found,) = diagnose(Toy(), broken, vocab_size=V, only=["left_padding"]).findings
+    assert found.status == "fails" and found.why == "NaN or infinity in what was found"
+    said = diagnose(Toy(), broken, vocab_size=V, only=["left_padding"]).as_json()
+    assert json.loads(json.dumps(said, allow_nan=False))["findings"][0]["error"] is None
+
+
 def test_distances_are_shares_of_a_tensor_s_size():
     x = {"a": torch.full((4,), 2.0), "b": torch.zeros(3)}
     assert largest(x, {"a": torch.tensor([2.0, 2.0, 2.0, 3.0]), "b": torch.zeros(3)}) == 0.5

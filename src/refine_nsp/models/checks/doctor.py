@@ -15,6 +15,7 @@ suspended, they stay, and 1e-8 is 1e-4.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -82,8 +83,12 @@ class Diagnosis:
         return [f for f in self.findings if f.status == "fails"]
 
     def as_json(self) -> dict[str, object]:
-        """Return it all in plain values."""
-        return asdict(self) | {"holds": not self.failed}
+        """Return it all in plain values; a figure that is not finite is None."""
+        findings = [
+            {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(f).items()}
+            for f in self.findings
+        ]
+        return asdict(self) | {"findings": findings, "holds": not self.failed}
 
 
 def diagnose(
@@ -223,6 +228,8 @@ class Copies:
         holds = (error <= factor * rounding or self.dtype == torch.float64) and (in_float64 is None or in_float64 <= limit)
         if not holds and in_float64 is not None and in_float64 <= limit:
             why = "exact in float64: only the precision is at fault"
+        if not math.isfinite(error):
+            why = "NaN or infinity in what was found"
         found = Finding(line.name, line.title, "holds" if holds else "fails", error, rounding, in_float64, why)
         return found if holds else replace(found, means=line.means, mend=line.mend)
 

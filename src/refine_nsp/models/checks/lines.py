@@ -9,7 +9,7 @@ from functools import partial
 from refine_nsp.models.checks import equalities
 from refine_nsp.models.checks.equalities import Pair, Probe
 
-WITH_STATES = "refine_nsp.load and with_states take its states by reference, or read prefixes again where they cannot"
+WITH_STATES = "load it by refine_nsp.load, or give it states by with_states: they are taken by reference, or prefixes read again"
 APART = "train on rows of one document, or load the model by refine_nsp.load, which gives every document a row of its own"
 LENGTHS = "put rows of one length together, or load the model by refine_nsp.load and say lengths or attention_mask"
 

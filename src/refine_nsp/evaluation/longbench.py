@@ -192,7 +192,11 @@ def _belongs(stem: str, name: str) -> bool:
 def _example(name: str, index: int, row: Mapping[str, object]) -> Example:
     where, key = f"{name}, row {index}", row.get("_id", row.get("id", index))
     answers = as_answers(row.get("answers", row.get("answer")), where)
-    return Example(f"{name}-{key}", _prompt(name, row, where), answers, TASKS[name].budget, {"index": index})
+    context = row.get("context")  # beside a whole prompt, a part of it
+    return Example(
+        f"{name}-{key}", _prompt(name, row, where), answers, TASKS[name].budget, {"index": index},
+        context="" if context is None else str(context),
+    )  # fmt: skip
 
 
 def _prompt(name: str, row: Mapping[str, object], where: str) -> str:

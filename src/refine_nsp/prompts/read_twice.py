@@ -69,13 +69,18 @@ def mark_context(encode: Encode, text: str, span: tuple[int, int]) -> MarkedProm
     when it is read once.
     """
     ids = encode(text)
-    start, end = (_shared(ids, encode(text[:place])) for place in span)
+    start, end = (_tokens_before(encode, ids, text, place) for place in span)
     return MarkedPrompt(ids, start, end)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count the tokens with which both begin."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _tokens_before(encode: Encode, ids: Sequence[int], text: str, place: int) -> int:
+    """Count the tokens of a text before one of its characters."""
+    before, leading, behind = encode(text[:place]), encode(""), encode(text[place:])
+    behind = behind[len(leading) :] if behind[: len(leading)] == leading else behind
+    if behind and len(behind) < len(ids) and list(ids[-len(behind) :]) == behind:
+        return len(ids) - len(behind)
+    # Tokenizers that mark the beginning of a text have other tokens behind the place; so the tokens before it say where it is.
+    return next((i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before)))
 
 
 def new_line(tokenizer: PreTrainedTokenizerBase) -> list[int]:

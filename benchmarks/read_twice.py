@@ -13,7 +13,7 @@ import argparse
 import gzip
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -35,23 +35,23 @@ LEARNING_RATE = 3e-4  # of a step of NTP on the prompt, as chosen in docs/result
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 
-def cells(task: GenerationTask, first: int, last: int) -> Iterator[list[str]]:
-    """Yield the ids of prompts `first` to `last` of each length."""
-    for length in LENGTHS:
-        yield [e.id for e in task.examples if e.meta["length"] == length and first <= int(str(e.meta["index"])) < last]
+def cell(task: GenerationTask, length: int) -> list[str]:
+    """List the ids of the prompts of a length, in their order."""
+    return [e.id for e in task.examples if e.meta["length"] == length]
 
 
 def answer(
-    tasks: Sequence[GenerationTask], context: Context, adapter: Adapter | None, out: Path, read_twice: bool, part: tuple[int, int]
+    tasks: Sequence[GenerationTask], context: Context, adapter: Adapter | None, out: Path, read_twice: bool, part: slice
 ) -> None:
-    """Answer a block of prompts of every cell, but for those that have an answer."""
-    for task in tasks:
-        asked, known = task.questions(), read_rows(out, task.name)
-        wanted = [i for ids in cells(task, *part) for i in ids if i not in known]
-        if wanted:
-            reading = replace(task, read_twice=read_twice)
-            for row in reading.rows(wanted, replace(context, adapter=adapter, cost={})):
-                append_json_lines(rows_path(out, task.name, None), [asdict(replace(row, question=asked[row.id]))])
+    """Answer a block of prompts of every cell, but for those that have an answer. All tasks have one score and are answered together."""
+    asked = {i: (task, question) for task in tasks for i, question in task.questions().items()}
+    block = [i for task in tasks for length in LENGTHS for i in cell(task, length)[part]]
+    known = {i for task in tasks for i in read_rows(out, task.name)}
+    wanted = [i for i in block if i not in known]
+    everything = replace(tasks[0], examples=[e for task in tasks for e in task.examples], read_twice=read_twice)
+    for row in everything.rows(wanted, replace(context, adapter=adapter, cost={})) if wanted else ():
+        task, question = asked[row.id]
+        append_json_lines(rows_path(out, task.name, None), [asdict(replace(row, question=question))])
 
 
 def gather(tasks: Sequence[GenerationTask], out: Path) -> twice.Scores:
@@ -59,7 +59,8 @@ def gather(tasks: Sequence[GenerationTask], out: Path) -> twice.Scores:
     found: twice.Scores = {}
     for task in tasks:
         rows = read_rows(out, task.name)
-        for length, ids in zip(LENGTHS, cells(task, 0, len(task.examples)), strict=True):
+        for length in LENGTHS:
+            ids = cell(task, length)
             answered = [next(iter(rows[i].scores.values())) if i in rows else None for i in ids]
             whole = answered.index(None) if None in answered else len(answered)
             found[f"{task.name} {length}"] = [round(x, 6) for x in answered[:whole] if x is not None]
@@ -97,8 +98,8 @@ def write(scores: twice.Record, costs: dict[str, list[float]], essays: str | Non
         "question once; tokens are those of one reading and its answer. Each base is one checkpoint: ± is the standard error over prompts",
         "difference": "paired by prompt, with a 95 % t-interval; * beyond it. About one in twenty is beyond it by chance",
         "costs": "; ".join(f"{base} {a} s to adapt, {b} s to answer, {c} s read twice" for base, (a, b, c) in costs.items()),
-        "adapted": f"the 8 needle tasks, the first {n[twice.ADAPTED]} prompts of each cell; adapted: one NTP step (AdamW, {LEARNING_RATE}) on "
-        "the prompt read once, restored after it; paired by prompt, with a 95 % t-interval; * beyond it",
+        "adapted": f"the 8 needle tasks, the first {n[twice.ADAPTED]} prompts of each cell; adapted: one NTP step (AdamW, "
+        f"{LEARNING_RATE}) on the prompt read once, restored after it; paired by prompt, with a 95 % t-interval; * beyond it",
     }
     packed = json.dumps({"scores": scores, "notes": notes}, separators=(",", ":"))
     write_bytes_atomically(record, gzip.compress(packed.encode(), mtime=0))
@@ -144,11 +145,11 @@ def main() -> None:
                     if ways is adapted
                     else None
                 )
-                context = Context(model.eval(), tokenizer, 32768)
+                context = Context(model.eval(), tokenizer, 65536)
                 chosen = [t for t in tasks[name] if t.name in names]
                 for way, read_twice in ways:
                     out = args.output_dir / name.replace(" ", "_") / way.replace(", ", "_")
-                    answer(chosen, context, adapter, out, read_twice, (first, min(first + args.block, samples)))
+                    answer(chosen, context, adapter, out, read_twice, slice(first, first + args.block))
             print(
                 f"{(time.monotonic() - start) / 60:.1f} min: prompts {first} to {min(first + args.block, samples)} of {ways[0][0]}",
                 flush=True,

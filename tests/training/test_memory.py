@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 
 from refine_nsp.cli import main
-from refine_nsp.commands.model_options import ModelArguments
+from refine_nsp.commands.shared import ModelArguments
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightModel
 from refine_nsp.training import ReFINEConfig

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.module import take_step
@@ -229,8 +228,6 @@ class NextSequence(Phase):
         """Sample rollouts for all batches by the current policy, unless each step samples its own."""
         if not self.prepares_steps or not batches:
             return
-        if self.config.kl_coef > 0 and self.reference is None:
-            raise RefineError(f"kl_coef={self.config.kl_coef} needs a reference_model")
         with torch.no_grad():
             made: list[Rollouts] = model(step=lambda m: first_pass([self._work(m, batch) for batch in batches]))
         for batch, rollouts in zip(batches, made, strict=True):

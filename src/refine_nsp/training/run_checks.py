@@ -47,6 +47,12 @@ def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
     )
 
 
+def check_reference(args: ReFINEConfig, reference_model: object) -> None:
+    """Refuse a KL term without the frozen model that it is measured against (RefineError)."""
+    if args.nsp.kl_coef > 0 and "kl_coef" in args.phase.reads and reference_model is None:
+        raise RefineError(f"kl_coef={args.nsp.kl_coef} needs a reference_model, usually a frozen copy of the starting model")
+
+
 def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | Mapping[str, Dataset] | None) -> None:
     """Refuse a figure that is to decide which checkpoint is best (`metric_for_best_model`) and that validation does not compute.
 

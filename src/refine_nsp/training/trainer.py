@@ -42,7 +42,7 @@ from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
-from refine_nsp.training.run_checks import check_best_figure, weights_problems
+from refine_nsp.training.run_checks import check_best_figure, check_reference, weights_problems
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
@@ -97,6 +97,8 @@ class ReFINETrainer(ResumingTrainer):
         check_arguments(kwargs)
         args = with_rewards(args if args is not None else ReFINEConfig(output_dir="runs/refine"), reward_funcs)
         check_machine(args)
+        if phase is None:
+            check_reference(args, reference_model)
         model, kwargs["processing_class"] = model_given(model, kwargs.get("processing_class"), peft_config, args)
         if kwargs.setdefault("data_collator", collate) is collate:
             for name in ("train_dataset", "eval_dataset"):

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from refine_nsp.environment import environment
+from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.statistics import Comparison, compare_pairs, estimate
+from refine_nsp.files import write_atomically, write_bytes_atomically
 from refine_nsp.report.tables import Cell, Table
 
 from .settings import BASES
@@ -18,6 +21,8 @@ TITLE = "Reading twice"
 ONCE, TWICE = "once", "twice"
 ADAPTED, ADAPTED_TWICE = "adapted, once", "adapted, twice"
 SHARES = (0.0, 1.0)
+SEED = 42  # of the prompts
+LAST = "\n\n## Earlier bases"
 Scores = dict[str, list[float]]  # by "task tokens", in the order of the prompts
 Record = dict[str, dict[str, Scores]]  # by base and way of reading
 
@@ -26,6 +31,40 @@ def read_record(path: Path = RECORD) -> tuple[Record, dict[str, str]]:
     """Read the scores of every prompt, and what the table says of how they were made."""
     held = json.loads(gzip.decompress(path.read_bytes()))
     return held["scores"], held["notes"]
+
+
+def keep(scores: Record, notes: dict[str, str], path: Path) -> None:
+    """Keep scores, cut to the number of prompts that all bases have in both ways, once and twice; the same scores give the same bytes."""
+    kept: Record = {base: {} for base in scores}
+    counts = {}
+    for ways in ((ONCE, TWICE), (ADAPTED, ADAPTED_TWICE)):
+        cells = [scores[base].get(way, {}) for base in scores for way in ways]
+        fewest = min(len(x) for s in cells for x in s.values()) if all(cells) else 0
+        counts[ways[0]] = fewest
+        for base in scores if fewest else ():
+            for way in ways:
+                kept[base][way] = {cell: x[:fewest] for cell, x in scores[base][way].items()}
+    if not counts[ONCE]:
+        raise RefineError("a cell has no answer yet, so there is no table; run it again without --so_far")
+    told = {name: note.format(once=counts[ONCE], adapted=counts[ADAPTED]) for name, note in notes.items()}
+    packed = json.dumps({"scores": kept, "notes": told}, separators=(",", ":"))
+    write_bytes_atomically(path, gzip.compress(packed.encode(), mtime=0))
+
+
+def notes_of(essays: str, learning_rate: float, seconds: dict[str, tuple[float, float, float]]) -> dict[str, str]:
+    """Say how the figures were made; {once} and {adapted} stand for the numbers of prompts."""
+    env = environment(SEED)
+    machine = ", ".join(f"{name} {env[name]}" for name in ("python", "torch", "transformers", "machine", "cpus"))
+    return {
+        "prompts": f"{{once}} prompts a cell (seed {SEED}, essays: {essays}), the same in both columns; `python benchmarks/read_twice.py`, "
+        f"one thread ({machine}). The context stands twice, the question once; tokens are those of one reading with its answer. Each base "
+        "is one checkpoint and decoding is greedy: ± is the standard error over prompts",
+        "difference": "differences are paired by prompt, with a 95 % t-interval; * beyond it. About one in twenty is beyond it by chance",
+        "adapted": f"the 8 needle tasks, the first {{adapted}} prompts of each cell; adapted: one NTP step (AdamW, {learning_rate}) on the "
+        "prompt read once, restored after it; paired by prompt, with a 95 % t-interval; * beyond it",
+        "seconds": "seconds a prompt, one by one, medians: "
+        + "; ".join(f"{base} {a:.2f} to adapt, {b:.2f} to answer, {c:.2f} read twice" for base, (a, b, c) in seconds.items()),
+    }
 
 
 def cells_of(scores: Scores, length: str, needles: bool) -> list[str]:
@@ -91,7 +130,7 @@ def adapted_table(record: Record, notes: dict[str, str]) -> Table | None:
             "Reading twice next to test-time training, % right, greedy",
             columns,
             rows,
-            [notes["adapted"], f"seconds a prompt, one by one, medians: {notes['costs']}"],
+            [notes["adapted"], notes["seconds"]],
         )
         if rows
         else None
@@ -125,3 +164,13 @@ def section(path: Path = RECORD) -> str:
     """Write the section as Markdown, heading included; an empty text where nothing was measured."""
     tables = tables_of(path)
     return "\n".join([f"\n## {TITLE}\n", "", *(t.markdown() for t in tables)]) if tables else ""
+
+
+def write(record: Path, document: Path) -> None:
+    """Put the section into the document, before its last one, in the place of an earlier one."""
+    text = document.read_text(encoding="utf-8")
+    before, found, old = text.partition(f"\n\n## {TITLE}\n")
+    if found:
+        text = before + LAST + old.partition(LAST)[2]
+    before, _, last = text.partition(LAST)
+    write_atomically(document, f"{before}\n{section(record)}{LAST}{last}")

@@ -99,6 +99,13 @@ def test_longbench_s_contexts_are_known(tmp_path, loaded):
     for task in build_tasks(a, loaded[1]):
         text = loaded[1].decode(task._request(0, loaded[1]).ids)
         assert len(re.findall(r"Some long context\.\n ?Some long context\.", text)) == 1
+    # Whole prompts have it where the benchmark's wording shows it.
+    for name in ("narrativeqa", "samsum", "lcc"):
+        whole = longbench.TASKS[name].prompt.format(context="Some long context.\nIt ends.", input="What?").rstrip()
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": whole, "answers": ["a"]}))
+    a = EvaluationArguments(tasks=["narrativeqa", "samsum", "lcc"], longbench=str(tmp_path), read_twice=True)
+    for task in build_tasks(a, loaded[1]):
+        assert task.examples[0].context.strip() == "Some long context.\nIt ends."
     (tmp_path / "qasper.jsonl").write_text(json.dumps({"prompt": "Whole prompt", "answers": ["a"]}))
     with pytest.raises(RefineError, match="qasper, example qasper-0: the prompt has no context to read twice"):
         build_tasks(EvaluationArguments(tasks=["qasper"], longbench=str(tmp_path), read_twice=True), loaded[1])

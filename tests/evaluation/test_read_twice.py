@@ -124,7 +124,7 @@ def test_the_published_protocol_reads_twice_without_bos(prompts, loaded):
         (["ruler", "piqa"], "piqa has no context that could be read twice; leave it out, or leave out read_twice"),
         (["ruler", "lm_eval:swde"], r"lm_eval:swde has no context that could be read twice \(lm-eval hands over whole prompts"),
         (["niah", "ntp"], "ntp has no context that could be read twice"),
-        (["piqa"], "nothing reads read_twice=True .it needs the task ruler, longbench or prompts"),
+        (["continuation"], "continuation has no context that could be read twice"),
     ],
 )
 def test_tasks_without_a_context_are_refused_by_name(tasks, message):

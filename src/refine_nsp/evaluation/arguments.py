@@ -103,7 +103,7 @@ class EvaluationArguments:
     short_context: str | None = setting(None, read_by=any_of(*likelihood.TASKS, words="short_context"), common=True)
     limit: int = setting(0, common=True)
     max_prompt_tokens: int = setting(0, read_by=ANSWERED, common=True)
-    read_twice: bool = setting(False, read_by=ANSWERED, common=True)
+    read_twice: bool = setting(False, common=True)
     batch_tokens: int = setting(16384, common=True)
     seed: int = setting(42, read_by=DRAWN, common=True)
     num_proc: int = setting(1, read_by=RULER, common=True)

@@ -40,6 +40,15 @@ class HandedStates:
     columns: int
     added: list[set[str]]
 
+    @classmethod
+    def of(cls, cache: FastWeightCache | None) -> HandedStates | None:
+        """Take the states that the first segment starts from."""
+        if cache is None:
+            return None
+        assert cache.lengths is not None
+        layers: list[dict[str, tuple[Tensor, ...]]] = [{name: (x,) for name, x in layer.items()} for layer in cache.layers]
+        return cls(layers, cache.lengths, cache.columns, [set() for _ in layers])
+
     def cache(self) -> FastWeightCache:
         """Join the parts to the states that the next segment starts from."""
         layers = [
@@ -139,7 +148,12 @@ class PassBySegments:
 
 
 def read_by_segments(
-    trunk: Trunk, input_ids: Tensor, lengths: Tensor, size: int, positions: Tensor | None = None
+    trunk: Trunk,
+    input_ids: Tensor,
+    lengths: Tensor,
+    size: int,
+    positions: Tensor | None = None,
+    past: FastWeightCache | None = None,
 ) -> PassBySegments:
     """Run a trunk over [B, T] ids in segments of about `size` tokens (two or more).
 
@@ -147,6 +161,7 @@ def read_by_segments(
         trunk: a model below its head.
         lengths: [B] long, on the host; rows are padded on the right.
         positions: [B, P] long, input columns of the last tokens of prefixes (-1: before the first), when known beforehand.
+        past: states that the rows start from, only read; None: they start from nothing.
 
     Raises:
         RefineError: a model whose states are tokens; it would read everything before a segment with the segment.
@@ -160,7 +175,7 @@ def read_by_segments(
     segments, flat = Segments(trunk, input_ids, lengths), positions.flatten()
     ends = segment_ends(input_ids.shape[1], size, set(flat.tolist()))
     hidden: list[Tensor] = []
-    before: list[HandedStates | None] = [None]
+    before: list[HandedStates | None] = [HandedStates.of(past)]
     parts: list[FastWeightCache] = []
     order: list[Tensor] = []
     for start, end in pairwise([0, *ends]):

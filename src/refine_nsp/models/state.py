@@ -89,6 +89,34 @@ class FastWeightCache(Cache):
         """Join states that were taken in parts; slots: for each part the rows its states become, long, on the host."""
         return parts[0] if len(parts) == 1 else cls.concatenate(parts).index(torch.cat(list(slots)).argsort())
 
+    @classmethod
+    def joined(cls, rows: Sequence[FastWeightCache | None]) -> FastWeightCache | None:
+        """Join states of one row each; None is a row that starts from nothing. The result is None where all rows do.
+
+        A row that has consumed no token starts from nothing whatever its tensors hold, so these are zeros.
+        """
+        known = next((row for row in rows if row is not None), None)
+        if known is None:
+            return None
+        nothing = [
+            {name: x[:, :, :0] if name in NEWEST_LAST else torch.zeros_like(x) for name, x in layer.items()}
+            for layer in known.layers
+        ]
+        fresh = cls(nothing, torch.zeros(1, dtype=torch.long))
+        return cls.concatenate([fresh if row is None else row for row in rows])
+
+    def apart(self) -> list[FastWeightCache]:
+        """Part the rows, each detached, in memory of its own and without the columns of keys that only others have."""
+        parts = []
+        for i, length in enumerate(self._lengths().tolist()):
+            row = self.index(torch.tensor([i])).detach()
+            layers = [
+                {name: x[:, :, max(0, x.shape[2] - length) :].clone() if name in NEWEST_LAST else x for name, x in layer.items()}
+                for layer in row.layers
+            ]
+            parts.append(FastWeightCache(layers, row.lengths, length))
+        return parts
+
     @property
     def nbytes(self) -> int:
         """Count the bytes of all states of all rows."""

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
 
-from refine_nsp.models.borrowed.layer_cache import RECURRENT_KINDS, ReferenceCache, kinds_of, nothing_yet, prefix, trimmed
+from refine_nsp.models.borrowed.layer_cache import (
+    ATTENDING_KINDS,
+    RECURRENT_KINDS,
+    ReferenceCache,
+    kinds_of,
+    nothing_yet,
+    prefix,
+    trimmed,
+)
 from refine_nsp.models.borrowed.trunk import StatefulTrunk
 from refine_nsp.models.state import FastWeightCache, StatesOfPass, consumed_tokens
 from refine_nsp.processes import is_sharded
@@ -42,6 +50,9 @@ class ByReference:
         self.trunk = trunk
         kinds, self.windows = kinds_of(trunk.config)
         self.recurs = any(kind in RECURRENT_KINDS for kind in kinds)
+        self.keeps_all_tokens = any(
+            kind in ATTENDING_KINDS and window is None for kind, window in zip(kinds, self.windows, strict=True)
+        )
         limits = [vars(m)["time_step_limit"] for m in trunk.modules() if vars(m).get("time_step_limit") is not None]
         self.same_by_single_tokens = all(tuple(limit) == (0.0, math.inf) for limit in limits)
         parameters = inspect.signature(trunk.forward).parameters

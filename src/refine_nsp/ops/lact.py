@@ -153,7 +153,7 @@ def lact(
             chunks.append(fast)
     o = torch.cat(outputs, 2) if together else torch.stack(outputs).sum(0)
     if all(later is fast for later in chunks):
-        o = _with_a_part_in(o, tokens)
+        o = _with_a_part_in(o, tokens, beginning if state is not None else None)
     return o, LaCTStates(chunks, joined, opened, C)
 
 
@@ -233,13 +233,14 @@ def _behind_open(before: Tokens, tokens: Tokens, opened: Tensor) -> Tokens:
     return _join(before, tokens).each(lambda x: x.gather(2, source.expand(-1, x.shape[1], -1, x.shape[3])))
 
 
-def _with_a_part_in(o: Tensor, tokens: Tokens) -> Tensor:
-    """Make o depend on learning rates and momentum, with a weight of zero.
+def _with_a_part_in(o: Tensor, tokens: Tokens, initial: Pair | None = None) -> Tensor:
+    """Make o depend on learning rates and momentum, and on the `initial` weights, with a weight of zero.
 
-    Where no chunk was completed nothing was learned, and their projections would get no gradient: distributed training, which waits for
-    the gradient of every parameter, would stop at the first batch of short rows.
+    Where no chunk was completed nothing was learned, and their projections would get no gradient, nor would the initial weights where all
+    rows continue from a state: distributed training, which waits for the gradient of every parameter, would stop at the first batch of
+    short rows.
     """
-    for x in (tokens.lr, tokens.momentum):
+    for x in (tokens.lr, tokens.momentum, *(initial if initial is not None else ())):
         if x is not None and x.requires_grad:
             o = o + 0.0 * x[:, :, :1].sum().to(o.dtype)
     return o

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.forward import run_and_leave
 from refine_nsp.nsp.module import take_step
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work
@@ -57,6 +58,8 @@ class MicroBatch:
             sum by its own.
         rollouts: rollouts that were sampled beforehand, or None.
         result: the record of the latest step, for a table of completions.
+        lanes: the lane of each row, where states are carried from window to window; else empty.
+        left: the states that the latest step left for the next windows of these lanes.
     """
 
     sequences: Batch
@@ -64,6 +67,8 @@ class MicroBatch:
     totals: Mapping[str, float | Tensor] = field(default_factory=dict)
     rollouts: Rollouts | None = None
     result: StepResult | None = None
+    lanes: tuple[int, ...] = ()
+    left: FastWeightCache | None = None
 
     @property
     def input_ids(self) -> Tensor:  # [B, T] long
@@ -198,7 +203,7 @@ class NextToken(Phase):
         return True
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        hidden = run_hidden(model, batch.sequences, self.config)
+        hidden, batch.left = run_and_leave(model, batch.sequences, self.config)
         loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
         return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
 
@@ -251,14 +256,14 @@ class NextSequence(Phase):
 
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """Count the rollout tokens, selected positions, or weighed targets of each sequence, [B]."""
-        c, lengths = self.config, batch.sequences.lengths
+        c, lengths, before = self.config, batch.sequences.lengths, batch.sequences.consumed
         if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
-        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
+        return count_positions(lengths, c, before) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         result = take_step(self._work(model, batch), batch.rollouts)
-        batch.result = result
+        batch.result, batch.left = result, result.left
         losses = {"loss_ntp": result.loss_ntp.detach(), "loss_policy": result.loss_policy.detach()}
         return result.loss, {**losses, **result.metrics}
 

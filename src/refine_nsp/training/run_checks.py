@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -11,6 +12,8 @@ from datasets import Dataset
 from torch import nn
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.models.adapters import without_adapters
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import Phase
@@ -45,6 +48,20 @@ def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
         f"of learning_rate={learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
         "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
     )
+
+
+def check_carrying(model: nn.Module) -> None:
+    """Refuse to carry states that grow with the document.
+
+    Raises:
+        RefineError: the model, why its states cannot be carried, and what to do.
+    """
+    trunk = cast(CausalModel, without_adapters(model)).model
+    if trunk.keeps_all_tokens:
+        raise RefineError(
+            f"carry_states: {trunk.label} attends over everything, so its states grow with the document; give its attention a window "
+            "(`refine-nsp convert` makes one of attention), or leave carry_states out"
+        )
 
 
 def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | Mapping[str, Dataset] | None) -> None:

@@ -7,6 +7,12 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from refine_nsp.cli import main
+from refine_nsp.commands.estimate import EstimateArguments
+from refine_nsp.commands.evaluate import RunArguments
+from refine_nsp.commands.generate import GenerateArguments
+from refine_nsp.commands.inspect import InspectArguments
+from refine_nsp.commands.shared import ModelArguments, TestTimeArguments
+from refine_nsp.commands.ttt import PromptArguments
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.arguments import EvaluationArguments
@@ -16,7 +22,8 @@ from refine_nsp.training.answers import AnswerArguments
 from refine_nsp.training.nested import PostTrainingConfig
 from refine_nsp.training.test_time import TestTimeConfig
 
-OURS = [NSPConfig, ReFINEConfig, PostTrainingConfig, TestTimeConfig, DataArguments, AnswerArguments, EvaluationArguments]
+OURS = [NSPConfig, ReFINEConfig, PostTrainingConfig, TestTimeConfig, DataArguments, AnswerArguments, EvaluationArguments, ModelArguments,
+        TestTimeArguments, RunArguments, PromptArguments, InspectArguments, EstimateArguments, GenerateArguments]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,6 @@ REFUSED = [
     (ReFINEConfig, {"context_scores": "cached"}, "context_scores='cached' (it needs context scores"),
     (ReFINEConfig, {"clip_low": 0.1}, "clip_low=0.1 (it needs rollouts sampled beforehand (steps_per_generation above 1"),
     (ReFINEConfig, {"objective": "ntp", "estimator": "closed_form", "tau": 2.0}, "tau=2.0 (it needs estimator='sampled' or"),
-    (PostTrainingConfig, {"objective": "none", "inner_steps": 2, "gradient_accumulation_steps": 2}, "inner_steps=2 (it needs an inner"),
     (TestTimeConfig, {"lora_r": 4}, "lora_r=4 (it needs parameters='lora')"),
     (TestTimeConfig, {"nsp": NSPConfig.preset("expected"), "seed": 1}, "seed=1 (it needs positions or adapters that are drawn"),
     (DataArguments, {"streaming": True, "dataset_num_proc": 2}, "dataset_num_proc=2 (it needs streaming=False)"),
@@ -88,6 +94,11 @@ REFUSED = [
     (DataArguments, {"validation_fraction": 0, "split_seed": 3}, "split_seed=3 (it needs a validation_fraction above 0)"),
     (AnswerArguments, {"dataset_name": "x", "ruler_length": 512}, "ruler_length=512 (it needs prompts built from squad or hotpotqa)"),
     (AnswerArguments, {"squad": "x", "question_column": "q"}, "question_column='q' (it needs prompts that are given"),
+    (ModelArguments, {"lora_r": 4}, "lora_r=4 (it needs use_peft)"),
+    (TestTimeArguments, {"ttt_batch_size": 2}, "ttt_batch_size=2 (it needs test-time training, by ttt=refine or ntp)"),
+    (InspectArguments, {"max_tokens": 9}, "max_tokens=9 (it needs a text to look at, by file)"),
+    (EstimateArguments, {"sharded": True}, "sharded=True (it needs num_processes above 1)"),
+    (GenerateArguments, {"greedy": True, "temperature": 0.5, "top_k": 3}, "temperature=0.5, top_k=3 (they need sampling, without greedy)"),
     (EvaluationArguments, {"tasks": ["ntp"], "samples": 3}, "samples=3 (it needs the task ruler, or one of it)"),
     (EvaluationArguments, {"tasks": ["niah"], "squad": "x"}, "squad='x' (it needs the task qa_1)"),
     (EvaluationArguments, {"tasks": ["vt"], "essays": "x", "depths": [0.5]}, "depths=[0.5] (it needs the task niah"),
@@ -108,7 +119,13 @@ def test_settings_without_a_reader_are_refused(cls, settings, said):
 
 def test_the_control_of_a_comparison_takes_the_methods_settings():
     settings = {"output_dir": "x", "use_cpu": True, "preset": "context", "steps_per_generation": 2, "context_scores": "cached"}
-    assert ReFINEConfig(objective="ntp", **settings).nsp == ReFINEConfig(**settings).nsp
+    assert ReFINEConfig(objective="ntp", **settings).nsp == replace(ReFINEConfig(**settings).nsp, schedule="auto")
+
+
+def test_inspecting_a_model_alone_takes_no_settings_of_positions(capsys):
+    assert main(["inspect", "refine-nsp/tiny-delta-net", "--selection", "entropy"]) == 1
+    line = capsys.readouterr().err
+    assert "nothing reads selection='entropy' (needs a text to look at, by file)" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["midtrain", "estimate"])

@@ -234,7 +234,7 @@ class NSPConfig:
 
     @property
     def selects(self) -> bool:
-        """Whether positions are chosen: for rollouts, or for the closed form by `token_weights="selected"`."""
+        """Tell whether positions are chosen: for rollouts, or for the closed form by `token_weights="selected"`."""
         return self.estimator == "sampled" or self.token_weights == "selected"
 
     @property
@@ -250,7 +250,7 @@ class NSPConfig:
 
     @property
     def samples_rollouts(self) -> bool:
-        """Whether rollouts are sampled."""
+        """Tell whether rollouts are sampled."""
         return self.estimator == "sampled"
 
     @property
@@ -289,12 +289,12 @@ class NSPConfig:
 
     @property
     def drawn(self) -> str:
-        """How positions are drawn: as `selection` implies, else by `draw`, else `sample`."""
+        """Say how positions are drawn: as `selection` implies, else by `draw`, else `sample`."""
         return PUBLISHED_SELECTIONS.get(self.selection, ("", self.draw or "sample"))[1]
 
     @property
     def smoothed(self) -> str:
-        """How entropies are smoothed: by `smoothing`, or as published, which smooths only where positions are sampled."""
+        """Say how entropies are smoothed: by `smoothing`, or as published, which smooths only where positions are sampled."""
         if not self.published:
             return self.smoothing
         return "published" if self.drawn == "sample" else "none"

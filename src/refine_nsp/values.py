@@ -24,7 +24,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Accepted:
-    """The values that a setting accepts.
+    """Hold what values a setting accepts.
 
     Attributes:
         kinds: words of `KINDS`, and `choice` (one of `choices`), `code` (a callable, which text names) and `list of KIND`.
@@ -36,7 +36,7 @@ class Accepted:
 
     @property
     def words(self) -> str:
-        """The kinds as a reader of YAML knows them."""
+        """Name the kinds as a reader of YAML knows them."""
         named = [
             ", ".join(self.choices) if kind == "choice" else "a list" if kind.startswith("list") else IN_WORDS.get(kind, "text")
             for kind in self.kinds

@@ -122,6 +122,44 @@ def test_attention_over_everything_is_known(name):
     assert stateful(name).model.keeps_all_tokens
 
 
+@pytest.mark.parametrize(("name", "keys"), [("llama", 200), ("bamba", 200), ("bamba", None)])
+def test_keys_within_the_bound_are_the_whole_documents(name, keys):
+    with float64_throughout():
+        model, ids = stateful(name), documents()
+        whole = model.model(ids, use_cache=False).last_hidden_state
+        rows: list[FastWeightCache | None] = [None, None]
+        for i in range(WINDOWS):
+            batch = Batch.of(window(ids, i), starts=starts(ids, i, FastWeightCache.joined(rows)))
+            hidden, left = run_and_leave(model, batch, NSPConfig())
+            torch.testing.assert_close(hidden, whole[:, i * STRIDE : (i + 1) * STRIDE + 1], rtol=1e-9, atol=1e-9)
+            rows = left.apart(keys)
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_keys_beyond_the_bound_are_forgotten_and_positions_are_not(size, monkeypatch):
+    from tests.models import transformers_models as tm
+
+    # One layer, whose keys depend on their own token alone: the tokens within the bound, run with the window, are the whole truth.
+    config = tm.CONFIGS["llama"]()
+    config.num_hidden_layers, N = 1, 9
+    monkeypatch.setitem(tm.CONFIGS, "shallow", lambda: config)
+    with float64_throughout():
+        model, ids = stateful("shallow"), documents()
+        rows: list[FastWeightCache | None] = [None, None]
+        for i in range(WINDOWS):
+            n = (STRIDE + 1, 20)  # the second row's windows are shorter, and its next begins behind what it read
+            batch = Batch.of(window(ids, i), torch.tensor(n), starts=starts(ids, 0, FastWeightCache.joined(rows)))
+            hidden, left = run_and_leave(model, batch, NSPConfig(segment_tokens=size))
+            before = [torch.cat([window(ids, j)[b, : n[b] - 1] for j in range(i)] or [ids[b, :0]])[-N:] for b in (0, 1)]
+            for b in (0, 1):
+                seen = torch.cat([before[b], window(ids, i)[b, : n[b]]])[None]
+                places = (n[b] - 1) * i - len(before[b]) + torch.arange(seen.shape[1])[None]
+                expected = model.model.plain(seen, position_ids=places, use_cache=False)
+                torch.testing.assert_close(hidden[b, : n[b]], expected[0, len(before[b]) :], rtol=1e-9, atol=1e-9)
+            rows = left.apart(N)
+            assert left.consumed.tolist() == [(i + 1) * (x - 1) for x in n]
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_row_may_start_from_nothing_next_to_one_that_does_not(family):
     model, ids, config = build(family).train(), documents(), NSPConfig()

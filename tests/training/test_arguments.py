@@ -11,7 +11,8 @@ import torch
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.training import PostTrainingConfig, ReFINEConfig
+from refine_nsp.training import PostTrainingConfig, ReFINEConfig, ReFINETrainer, TestTimeConfig
+from tests.models.families import build
 from tests.training.test_trainer import trainer
 
 ALL_RIGHT = lambda *, completion_ids, **_: torch.ones(len(completion_ids))  # noqa: E731
@@ -130,3 +131,12 @@ def test_a_reward_that_is_a_partial_has_a_name_too():
 )
 def test_weights_are_trained_in_float32_under_autocast_unless_told_otherwise(tmp_path, autocast, given, loaded):
     assert ReFINEConfig(output_dir=str(tmp_path), use_cpu=True, **autocast).weights_dtype(given) == loaded
+
+
+@pytest.mark.parametrize("schedule", ["fused", "snapshot"])
+def test_a_kl_term_without_its_reference_is_refused_before_training(schedule, tmp_path):
+    args = ReFINEConfig(output_dir=str(tmp_path), kl_coef=0.1, schedule=schedule, report_to="none", use_cpu=True)
+    with pytest.raises(RefineError, match=r"kl_coef=0\.1 needs a reference_model"):
+        ReFINETrainer(build("delta_net"), args)
+    with pytest.raises(RefineError, match=r"kl_coef=0\.1 needs a frozen reference model"):
+        TestTimeConfig(nsp=NSPConfig.preset("test_time", kl_coef=0.1))

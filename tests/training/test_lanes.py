@@ -19,6 +19,7 @@ from refine_nsp.training.lane_states import LANES_FILE
 from refine_nsp.training.lanes import LaneOrder, documents_of, in_windows
 from refine_nsp.training.phases import NextToken
 from tests.models.families import build
+from tests.models.transformers_models import float64_throughout
 from tests.training.test_trainer import assert_close, trainer, weights
 
 LENGTHS = [90, 33, 61, 120, 47, 75, 20, 101, 64, 88]  # tokens of documents; windows are of 25
@@ -194,8 +195,29 @@ def test_a_chance_without_carried_states_is_refused(tmp_path):
 
 
 def test_attention_over_everything_is_refused(tmp_path):
-    with pytest.raises(RefineError, match=r"llama .* attends over everything"):
+    with pytest.raises(RefineError, match=r"llama .* attends over everything.*carried_keys"):
         trainer(tmp_path, "llama", train_dataset=books(), **CARRIED)
+
+
+def test_attention_over_everything_carries_a_bound_of_keys(tmp_path):
+    def run(folder: str, **settings):
+        more = {"train_dataset": books(), "carried_keys": 10, "objective": "ntp", "max_steps": 4, **CARRIED, **settings}
+        return trainer(tmp_path / folder, "bamba", **more)
+
+    with float64_throughout():
+        straight = run("a")
+        straight.train()
+        run("b", save_strategy="steps", save_steps=2).train()
+        (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").unlink()
+        again = run("b")
+        with pytest.warns(UserWarning, match="not complete"):
+            again.train(resume_from_checkpoint=True)
+        parts = run("c", per_device_train_batch_size=1, gradient_accumulation_steps=4, segment_tokens=10)
+        parts.train()
+    assert all(torch.equal(x, weights(straight)[name]) for name, x in weights(again).items())
+    assert_close(weights(straight), weights(parts))
+    held = [lane.cache for lane in straight.lanes.lanes.values()]
+    assert all(cache.layers[1]["keys"].shape[2] <= 10 for cache in held) and max(int(cache.consumed) for cache in held) > 24
 
 
 def test_a_phase_that_leaves_no_states_is_refused(tmp_path):

@@ -1,14 +1,31 @@
 """A run that finds no memory ends with one line, which names the part of the step that asked for it."""
 
+import re
+from dataclasses import fields
+
 import pytest
 import torch
 from transformers import Trainer
 
 from refine_nsp.cli import main
+from refine_nsp.commands.shared import ModelArguments
+from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightModel
+from refine_nsp.training import ReFINEConfig
+from refine_nsp.training.remedies import TEST_TIME, TRAINING
+from refine_nsp.training.test_time import TestTimeConfig
 from tests.ops.test_memory import cuda
 from tests.test_cli import fails, tiny
 from tests.training.test_trainer import trainer
+
+
+@pytest.mark.parametrize(("remedies", "holders"), [
+    (TRAINING, (ReFINEConfig, NSPConfig, ModelArguments)), (TEST_TIME, (TestTimeConfig, NSPConfig)),
+])  # fmt: skip
+def test_remedies_name_settings_that_there_are(remedies, holders):
+    known = {f.name for holder in holders for f in fields(holder)}
+    named = {name for remedy in remedies.values() for name in re.findall(r"\b[a-z]+_[a-z_]+\b", remedy)} - {"fast_weights"}
+    assert named and named <= known
 
 
 def refused(*args, **kwargs):

@@ -81,7 +81,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What can be given to a command, as the table holds it.
+    """Declare what can be given to a command, as the table holds it.
 
     Attributes:
         name: the command's. summary: one sentence. description: a paragraph for its help.

@@ -16,6 +16,7 @@ from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.shared import MODEL, ModelArguments, with_adapters
 from refine_nsp.config import NSPConfig
 from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.families import FAMILIES
 from refine_nsp.models.load import load_config
 from refine_nsp.report.tables import Cell, Table
@@ -34,11 +35,14 @@ class EstimateArguments:
         total_tokens: of the whole run, for its hours.
     """
 
-    device: str = "h100"
-    num_processes: int = 1
-    sharded: bool = False
-    utilisation: float = 0.35
-    total_tokens: float = 200e6
+    device: str = setting("h100", common=True)
+    num_processes: int = setting(1, common=True)
+    sharded: bool = setting(False, read_by=Reader("num_processes above 1", lambda a: a.num_processes > 1), common=True)
+    utilisation: float = setting(0.35, common=True)
+    total_tokens: float = setting(200e6, common=True)
+
+    def __post_init__(self) -> None:
+        check_read(self)
 
 
 COMMAND = Command(

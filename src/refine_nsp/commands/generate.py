@@ -13,7 +13,10 @@ from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
 from refine_nsp.commands.shared import DEFAULT_MODEL, load_to_answer, read_text
 from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import encode_prompt
+
+SAMPLING = Reader("sampling, without greedy", lambda a: not a.greedy)
 
 
 @dataclass
@@ -32,17 +35,18 @@ class GenerateArguments:
         seed: seed of sampling.
     """
 
-    model_name_or_path: str = DEFAULT_MODEL
-    prompt: str | None = None
-    prompt_file: Path | None = None
-    max_new_tokens: int = 128
-    greedy: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
+    model_name_or_path: str = setting(DEFAULT_MODEL)
+    prompt: str | None = setting(None)
+    prompt_file: Path | None = setting(None)
+    max_new_tokens: int = setting(128)
+    greedy: bool = setting(False)
+    temperature: float = setting(1.0, read_by=SAMPLING)
+    top_k: int = setting(50, read_by=SAMPLING)
+    top_p: float = setting(1.0, read_by=SAMPLING)
+    seed: int = setting(0, read_by=SAMPLING)
 
     def __post_init__(self) -> None:
+        check_read(self)
         if self.max_new_tokens < 1:
             raise RefineError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not self.temperature > 0:

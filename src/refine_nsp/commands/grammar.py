@@ -39,7 +39,7 @@ PRESET_HELP = "settings to start from: the paper's by phase, or ours (start with
 
 @dataclass(frozen=True)
 class Settings:
-    """A dataclass as a command shows it.
+    """Say how a command shows a dataclass.
 
     Attributes:
         cls: the dataclass. group: the heading of its flags in help.
@@ -118,7 +118,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Command:
-    """What can be given to a command.
+    """Declare what can be given to a command.
 
     Attributes:
         summary: one sentence, for the list of commands.

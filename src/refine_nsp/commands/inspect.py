@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -61,7 +61,9 @@ COMMAND = Command(
 
 def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     """Print the table of facts; with a file, write the page."""
-    if arguments.file is not None and not config.samples_rollouts:
+    if arguments.file is None:
+        check_only_model(call)
+    elif not config.samples_rollouts:
         raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
     if call.dry_run:
         Console().print(str(config))
@@ -83,6 +85,13 @@ def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     console = Console()
     console.print(facts.rich())
     console.print(f"page: {path}")
+
+
+def check_only_model(call: Call) -> None:
+    """Refuse settings of the method where there is no text that they could select positions in."""
+    names = {f.name for f in fields(NSPConfig)} | {"preset"}
+    if changed := [f"{name}={value!r}" for name, value in call.changed().items() if name in names]:
+        raise RefineError(f"nothing reads {', '.join(changed)} (needs {WITH_TEXT.words}); give a text as well, or leave them out")
 
 
 def model_facts(model: CausalModel, ids: Tensor) -> Table:

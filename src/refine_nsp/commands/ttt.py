@@ -44,7 +44,7 @@ class PromptArguments:
 
 COMMAND = Command(
     "Adapt to a prompt, answer it, and restore the weights.",
-    (Settings(PromptArguments, "prompt"), *TEST_TIME),
+    (Settings(PromptArguments, "prompt"), replace(TEST_TIME[0], skip=("ttt_batch_size",)), *TEST_TIME[1:]),
     positional=("model_name_or_path",),
     exclusive=((("prompt", "prompt_file"), True),),
     dry_run=True,

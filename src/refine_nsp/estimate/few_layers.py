@@ -19,7 +19,7 @@ WithAdapters = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a model is built from; weights are not needed.
+    """Hold what a model is built from; weights are not needed.
 
     Attributes:
         config: of a causal language model. dtype: of the weights. adapters: wraps a model in LoRA adapters, or None.

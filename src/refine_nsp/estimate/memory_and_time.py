@@ -22,7 +22,7 @@ from refine_nsp.training.arguments import ReFINEConfig
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator: flops, dense bfloat16 operations a second at its peak, as the maker states; and bytes of memory."""
+    """Hold what an accelerator has: `flops`, dense bfloat16 operations a second at its peak, by its maker; `bytes` of memory."""
 
     flops: float
     bytes: float
@@ -58,7 +58,7 @@ def device_named(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each device, and what an optimizer step takes.
+    """Hold the bytes on each device, and what an optimizer step takes.
 
     Attributes:
         activations: bytes of the objective's at their peak; ntp_activations: of the cross-entropy's alone. flops: of an optimizer step on
@@ -114,8 +114,10 @@ def estimate(
     moments = MOMENTS.get(str(getattr(args.optim, "value", args.optim)))
     elements = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    # Every process holds the frozen model of a KL term whole.
+    reference = weights if args.nsp.kl_coef > 0 and args.phase.samples else 0
     return Estimate(
-        weights=weights / share + gathered,
+        weights=weights / share + gathered + reference,
         gradients=trained / share if accumulated else 0.0,
         optimizer=(2 * trained if moments is None else moments * elements) / share,
         activations=peak,

@@ -124,7 +124,8 @@ def measure_step(
         for p in built.parameters():
             p.grad = (torch.zeros_like if shapes is None else torch.empty_like)(p) if p.requires_grad else None
     model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
-    phase = PHASES[objective](args.nsp if not segment else replace(args.nsp, segment_tokens=segment))
+    # The model stands for the frozen one of a KL term, which takes as much.
+    phase = PHASES[objective](args.nsp if not segment else replace(args.nsp, segment_tokens=segment), model)
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])

@@ -188,7 +188,7 @@ def _check_called(name: str, module: nn.Module) -> None:
 
 
 def _adapted(*layers: nn.Module) -> bool:
-    """Whether one of the layers has LoRA inside or around it."""
+    """Tell whether one of the layers has LoRA inside or around it."""
     return any(hasattr(part, "lora_A") for layer in layers for part in layer.modules())
 
 

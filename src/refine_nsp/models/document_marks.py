@@ -105,7 +105,7 @@ def find_documents(
 
 
 def begins_again(position_ids: object, attention_mask: object) -> bool:
-    """Whether positions [B, T] begin again within a row, as where documents are packed.
+    """Tell whether positions [B, T] begin again within a row, as where documents are packed.
 
     Without a mask any break in their counting does, since transformers' attention finds documents so; with one, only a fall.
     """
@@ -122,7 +122,7 @@ def begins_again(position_ids: object, attention_mask: object) -> bool:
 
 
 def is_packed(keywords: Mapping[str, object]) -> bool:
-    """Whether the keywords of a call mark packed documents."""
+    """Tell whether the keywords of a call mark packed documents."""
     if any(keywords.get(name) is not None for name in (*BOUNDARIES, "seq_idx")):
         return True
     return begins_again(keywords.get("position_ids"), keywords.get("attention_mask"))

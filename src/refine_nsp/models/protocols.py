@@ -65,12 +65,12 @@ class Trunk(Protocol):
 
     @property
     def cuts_at_positions(self) -> bool:
-        """Whether a pass is cut where states are wanted, so that the positions decide how many passes there are."""
+        """Tell whether a pass is cut where states are wanted, so that the positions decide how many passes there are."""
         ...
 
     @property
     def rereads_prefixes(self) -> bool:
-        """Whether the state of a prefix is its tokens, which are read again with whatever follows."""
+        """Tell whether the state of a prefix is its tokens, which are read again with whatever follows."""
         ...
 
     @property

@@ -39,6 +39,7 @@ class HandedStates:
     lengths: Tensor
     columns: int
     added: list[set[str]]
+    earlier: Tensor | None = None  # see `FastWeightCache`
 
     @classmethod
     def of(cls, cache: FastWeightCache | None) -> HandedStates | None:
@@ -47,14 +48,14 @@ class HandedStates:
             return None
         assert cache.lengths is not None
         layers: list[dict[str, tuple[Tensor, ...]]] = [{name: (x,) for name, x in layer.items()} for layer in cache.layers]
-        return cls(layers, cache.lengths, cache.columns, [set() for _ in layers])
+        return cls(layers, cache.lengths, cache.columns, [set() for _ in layers], cache.earlier)
 
     def cache(self) -> FastWeightCache:
         """Join the parts to the states that the next segment starts from."""
         layers = [
             {name: torch.cat(parts, 2) if len(parts) > 1 else parts[0] for name, parts in layer.items()} for layer in self.layers
         ]
-        return FastWeightCache(layers, self.lengths, self.columns)
+        return FastWeightCache(layers, self.lengths, self.columns, self.earlier)
 
     def behind(self, before: HandedStates | None) -> HandedStates:
         """Put the parts before in front, where a segment returned only its own."""
@@ -64,7 +65,7 @@ class HandedStates:
             {name: (*old[name], *parts) if name in added else parts for name, parts in new.items()}
             for old, new, added in zip(before.layers, self.layers, self.added, strict=True)
         ]
-        return HandedStates(layers, self.lengths, self.columns, self.added)
+        return HandedStates(layers, self.lengths, self.columns, self.added, self.earlier)
 
 
 @dataclass(frozen=True)
@@ -216,4 +217,4 @@ def _written(after: FastWeightCache, before: HandedStates | None) -> HandedState
         # A copy: a slice would keep all of what it was cut from.
         layers.append({name: (x[:, :, -new:].clone() if name in grew else x,) for name, x in layer.items()})
         added.append(grew)
-    return HandedStates(layers, after.lengths, after.columns, added)
+    return HandedStates(layers, after.lengths, after.columns, added, after.earlier)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.errors import RefineError
 from refine_nsp.nsp.forward import Forward, run
 from refine_nsp.nsp.records import Metrics, Prefixes, Rollouts, StepResult, Work, masked_mean
 
@@ -47,10 +48,16 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
 
 @torch.no_grad()
 def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
-    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term."""
+    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term.
+
+    Raises:
+        RefineError: a KL term without a reference model.
+    """
     reference, config = work.learning.reference, work.config
-    if config.kl_coef == 0 or reference is None:
+    if config.kl_coef == 0:
         return None
+    if reference is None:
+        raise RefineError(f"kl_coef={config.kl_coef} needs a reference_model")
     # The figures are the same under every schedule, so the reference model takes the cheap one.
     forward = run(replace(work, model=reference, config=replace(config, schedule="snapshot")), rollouts.positions)
     return forward.replay(forward.states(rollouts.positions), rollouts.tokens).log_probs

@@ -110,7 +110,7 @@ class Batch:
     def consumed(self) -> Tensor:
         """Count the tokens that each row's model has read before it, [B] long on the host."""
         past = self.past
-        return torch.zeros_like(self.lengths) if past is None or past.lengths is None else past.lengths
+        return torch.zeros_like(self.lengths) if past is None else past.consumed
 
     @property
     def hand_over(self) -> Tensor | None:

@@ -76,12 +76,12 @@ def wanted() -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels are interpreted on the CPU instead of compiled."""
+    """Tell whether Triton's kernels are interpreted on the CPU instead of compiled."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def fused(x: Tensor) -> bool:
-    """Whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
+    """Tell whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
     # The device is asked first: on a CPU nothing else needs asking, so nothing is imported.
     return (
         (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
@@ -89,7 +89,7 @@ def fused(x: Tensor) -> bool:
 
 
 def norm_runs(x: Tensor) -> bool:
-    """Whether a norm over the last axis of x runs on a kernel; where its width forbids that, one warning says so."""
+    """Tell whether a norm over the last axis of x runs on a kernel; where its width forbids that, one warning says so."""
     if not fused(x):
         return False
     if (size := x.shape[-1] * x.element_size()) > WIDEST_NORM:
@@ -99,7 +99,7 @@ def norm_runs(x: Tensor) -> bool:
 
 
 def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) -> bool:
-    """Whether the delta rule runs on kernels for inputs on x's device, multiplied in `dtype`; where not, one warning says why."""
+    """Tell whether the delta rule runs on kernels for inputs on x's device, multiplied in `dtype`; where not, one warning says why."""
     if not fused(x):
         return False
     problem = delta_rule_problem(dtype, key_width, gated)
@@ -109,7 +109,7 @@ def delta_rule_runs(x: Tensor, dtype: torch.dtype, key_width: int, gated: bool) 
 
 
 def window_attention_runs(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether window attention of heads x [..., d], in `dtype`, runs on FlashAttention; where it does not, one warning says why."""
+    """Tell whether window attention of heads x [..., d], in `dtype`, runs on FlashAttention; where it does not, one warning says why."""
     if not x.is_cuda or wanted() == "torch":
         return False
     problem = window_attention_problem(dtype, x.shape[-1])

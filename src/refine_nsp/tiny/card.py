@@ -1,4 +1,4 @@
-"""The model card of a base, written from its settings and from the figures that its run has logged."""
+"""Write the model card of a base from its settings and from the figures that its run has logged."""
 
 from __future__ import annotations
 

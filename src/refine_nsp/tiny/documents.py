@@ -1,4 +1,4 @@
-"""Generated documents as rows of token ids: a family's statements, hidden in a haystack, then questions on them with their answers.
+"""Write generated documents as token ids: a family's statements, hidden in a haystack, then questions on them with their answers.
 
 The parts of a document are encoded one by one. Each begins with a line break or a space, so that together they are what the tokenizer
 would make of the whole text. Documents of `facts` are laid out by `tiny/facts.py` instead: their questions stand among the statements.
@@ -27,7 +27,7 @@ Pieces = list[tuple[list[int], bool]]  # token ids, and whether they are an answ
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a draft that fit into a document: `statements` in their order, and in `asked` each question with its answer."""
+    """Keep the parts of a draft that fit into a document: `statements` in their order, and in `asked` each question with its answer."""
 
     head: list[int]
     statements: list[list[int]]
@@ -50,7 +50,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text to hide statements in, and the ascending places (`cuts`) where they may stand: the first is its start, the last its end."""
+    """A haystack holds text to hide statements in, and the ascending places (`cuts`) where they may stand, from its start to its end."""
 
     ids: list[int]
     cuts: list[int]
@@ -58,7 +58,7 @@ class Haystack:
 
 @dataclass(frozen=True)
 class Writer:
-    """A writer of documents for one tokenizer, which must be a byte-level one whose words begin with their space.
+    """A writer makes documents for one tokenizer, which must be a byte-level one whose words begin with their space.
 
     Attributes:
         end: the id of the end of text. noise: the tokens of a line of RULER's noise. prose: documentation strings as running text.

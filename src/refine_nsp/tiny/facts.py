@@ -1,7 +1,7 @@
-"""Generated recall documents: facts `name = value` scattered in filler, asked for again later.
+"""The family `facts` scatters lines `name = value value;` in text and mentions each again later.
 
-A fact and its later mention look the same, so predicting the value of a second mention is recall of the first. A value is two words,
-drawn independently, so chance is 1 / len(VALUES)^2.
+A fact and its later mention look the same, so whoever predicts the value of the second mention recalls the first. A value is two words
+that are drawn independently, so chance is 1 / len(VALUES)^2.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VALUES = (
 
 @dataclass(frozen=True)
 class FactTokens:
-    """The token ids of a fact's parts, which follow from the tokenizer: names and values by their index, and what stands between them."""
+    """Hold the token ids of a fact's parts, which follow from the tokenizer: names and values by their index, and what joins them."""
 
     names: list[list[int]]
     values: list[list[int]]
@@ -54,7 +54,7 @@ class FactTokens:
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and its two values, as indices into `NAMES` and `VALUES`."""
+    """A fact gives a name two values; all are indices into `NAMES` and `VALUES`."""
 
     name: int
     values: tuple[int, int]

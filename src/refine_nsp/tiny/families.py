@@ -1,4 +1,4 @@
-"""Families of generated documents: each states things and asks for them, in several wordings.
+"""Each family of generated documents states things and asks for them, in several wordings.
 
 The wordings with an even index are trained on. The odd ones are held out and only measured with, so that a format learned by heart does
 not count as recall. `needles` 0 and `chains` 0 are RULER's own wording (arXiv 2404.06654), and `paragraphs` uses RULER's format for
@@ -28,7 +28,7 @@ Piece = tuple[str, bool]  # a piece of an answer, and whether it can only be kno
 
 @dataclass(frozen=True)
 class Question:
-    """A question's `text` with its line breaks, up to the answer, and the pieces of the `answer`."""
+    """A question holds its `text` with line breaks, up to the answer, and the pieces of the `answer`."""
 
     text: str
     answer: list[Piece]
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """Statements that belong together, in the order in which they are said, and the questions on them."""
+    """An item holds statements that belong together, in the order in which they are said, and the questions on them."""
 
     statements: list[str]
     questions: list[Question]
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Draft:
-    """A document's parts as text. Where not all items fit, the last are left out.
+    """A draft holds a document's parts as text. Where not all items fit, the last are left out.
 
     Attributes:
         heads: texts that may open the document, the fullest first; the first that leaves room for the rest is used, or none.
@@ -65,7 +65,7 @@ Make = Callable[[random.Random, int, int], Draft]  # (rng, wording, how many sta
 
 @dataclass(frozen=True)
 class Family:
-    """A family of documents that are drafted as text.
+    """A family describes documents that are drafted as text.
 
     Attributes:
         make: draws a draft in a given wording. wordings: how many wordings there are.

@@ -1,5 +1,5 @@
-"""What pretraining measures on its way, in addition to held-out text: recall in every family that is trained on, in trained and in
-held-out wordings; and a page of the curves.
+"""Pretraining measures, in addition to held-out text, recall in every family that is trained on, in trained and in held-out wordings;
+and it draws a page of the curves.
 """
 
 from __future__ import annotations

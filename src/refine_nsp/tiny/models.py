@@ -1,4 +1,4 @@
-"""The tiny bases at the start of pretraining, made induction-friendly: the query for a value already resembles the value's key.
+"""Make the tiny bases as pretraining starts them, induction-friendly: the query for a value already resembles the value's key.
 
 Without that, recall does not appear within minutes of training.
 """

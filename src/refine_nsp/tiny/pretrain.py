@@ -47,7 +47,7 @@ from refine_nsp.training.phases import Counts, MicroBatch, NextToken
 from refine_nsp.training.trainer import ReFINETrainer
 
 END_OF_TEXT = "<|endoftext|>"
-WORD_REPEATS = 20_000  # of the words of facts, in the text a tokenizer learns from
+WORD_REPEATS = 20_000  # the text that a tokenizer learns from has the words of facts so many times
 WINDOWS, WINDOW_TOKENS = 16, 512  # held-out text that every validation measures
 
 
@@ -74,7 +74,7 @@ def pretrain(args: PretrainConfig, resume: str | bool = False, callbacks: Sequen
 
 
 def trainer_of(args: PretrainConfig, callbacks: Sequence[TrainerCallback]) -> PreTrainer:
-    """Make the tokenizer, the model at its start, the rows to train on, and what is measured; all but the rows from held-out modules."""
+    """Make the tokenizer, the model at its start, the rows to train on, and from held-out modules what is measured, for one trainer."""
     torch.manual_seed(args.seed)
     make_folder(Path(str(args.output_dir)))  # known before any work whether results can be kept
     texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
@@ -95,7 +95,7 @@ def trainer_of(args: PretrainConfig, callbacks: Sequence[TrainerCallback]) -> Pr
 
 
 class WeightedTokens(NextToken):
-    """The cross-entropy in which a target weighs what the rows' column `target_weights` says.
+    """Learn by the cross-entropy in which a target weighs what the rows' column `target_weights` says.
 
     A validation scores held-out text and, under `probes`, sets of recall probes by name.
     """
@@ -137,7 +137,7 @@ def weights_of_targets(batch: MicroBatch) -> Tensor:
 
 
 class PreTrainer(ReFINETrainer):
-    """`ReFINETrainer` as pretraining wants it: matrices alone decay, and the base has a card and curves of its own."""
+    """Train as `ReFINETrainer` does, but let matrices alone decay, and give the base a card and curves of its own."""
 
     args: PretrainConfig
 

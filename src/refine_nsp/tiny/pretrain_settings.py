@@ -1,4 +1,4 @@
-"""Settings of a tiny base's pretraining: its sizes, and the phases of its data, in addition to those of every training here."""
+"""Settings of pretraining say how large a base is and what its data are, in addition to the settings of every training here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from refine_nsp.values import as_meant
 
 @dataclass(frozen=True)
 class PretrainPhase:
-    """A stretch of pretraining whose rows have one length and one mixture.
+    """A phase is a stretch of pretraining whose rows have one length and one mixture.
 
     Attributes:
         steps: optimizer steps. length: tokens of a row.

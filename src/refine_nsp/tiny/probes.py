@@ -1,4 +1,4 @@
-"""Recall probes and held-out text: the figures that judge a training at small scale.
+"""Score recall probes and held-out text, whose figures judge a training at small scale.
 
 A probe is scored from one forward pass over prompt + answer. The argmax is right at every token of the answer exactly where greedy
 decoding would produce that answer; the same pass gives the answer's log p and the probability of sampling it.
@@ -21,7 +21,7 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Probes of one kind: `prompts` of `length` tokens each, [n][length], and their `answers`, [n][1 or more]."""
+    """A set holds probes of one kind: `prompts` of `length` tokens each, [n][length], and their `answers`, [n][1 or more]."""
 
     length: int
     prompts: list[list[int]]
@@ -30,7 +30,7 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Means over probes.
+    """Scores are means over probes.
 
     Attributes:
         greedy: share of answers that greedy decoding produces. log_p: log-probability of the answer, nats.
@@ -82,7 +82,7 @@ def score_probes(model: CausalModel, probes: ProbeSet, temperature: float = 1.0)
 
 @dataclass(frozen=True)
 class TextScore:
-    """Means over the targets of a text: cross-entropy and entropy in nats, accuracy of the argmax and (expected) of a sampled token."""
+    """Scores are means over the targets of a text: nats of cross-entropy and entropy, accuracy of the argmax and of a sampled token."""
 
     loss: float
     accuracy: float

@@ -1,4 +1,4 @@
-"""The main job, end to end, on the shipped base: mid-train it by next-token prediction and by the presets, on the same data in the
+"""Run the main job end to end on the shipped base: mid-train it by next-token prediction and by the presets, on the same data in the
 same order, then compare what each did to held-out text and to recall.
 
 Whatever comes out is printed. Differences are paired by seed and come with their t-interval, and the tables mark those that exceed it.
@@ -63,7 +63,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the job; lengths are in tokens. The base was trained on rows of up to 1,024, so longer prompts extrapolate.
+    """Set the sizes of the job; lengths are in tokens. The base was trained on rows of up to 1,024, so longer prompts extrapolate.
 
     Attributes:
         shares: share of the rows that each family of generated documents has; the other rows are plain text.
@@ -96,7 +96,7 @@ def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> 
 
 @dataclass(frozen=True)
 class Material:
-    """Data to train on (`sources` of rows) and to measure with.
+    """Hold the data to train on (`sources` of rows) and to measure with.
 
     Attributes:
         windows: held-out text, [n, T]. needles, unseen: probes with one needle, in wordings that are trained on and in others; a row for
@@ -111,7 +111,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Job:
-    """A quickstart: its settings `s`, its folder `out`, the base, the user's text (or None) and what follows from them."""
+    """A job holds its settings `s`, its folder `out`, the base, the user's text (or None) and what follows from them."""
 
     s: Settings
     out: Path

@@ -1,4 +1,4 @@
-"""Rows to pretrain on: windows of text and generated documents, made from a seed and the number of the step alone.
+"""Rows to pretrain on are windows of text and generated documents, made from a seed and the number of the step alone.
 
 So a resumed run sees the rows that an uninterrupted one would, on any number of processes, and nothing is stored.
 """
@@ -31,7 +31,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Te
 
 @dataclass(frozen=True)
 class Sources:
-    """The material of rows: all texts as one `stream` of tokens, and the `writer` of generated documents."""
+    """Hold what rows are made of: all texts as one `stream` of tokens, and the `writer` of generated documents."""
 
     stream: Tensor
     writer: Writer
@@ -71,7 +71,7 @@ def family_at(phase: PretrainPhase, u: float) -> str | None:
 
 
 class PhaseRows(Dataset[dict[str, Tensor | list[int] | list[Tensor]]]):
-    """The examples of a whole pretraining, each with as many rows of its phase as fit into `max_length` tokens.
+    """Make the examples of a whole pretraining, each with as many rows of its phase as fit into `max_length` tokens.
 
     An example is packed as `training/data.py` packs documents: its rows' tokens one after another, and their `lengths`. The column
     `target_weights` has a tensor [T] for each row.

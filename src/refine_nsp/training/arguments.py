@@ -76,6 +76,7 @@ RANGES: Ranges = (
         "must be a finite number of at least 0",
     ),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    (("carried_keys",), lambda x: x is None or x >= 1, "must be at least 1"),
     (("carry_between_documents",), lambda x: 0 <= x <= 1, "must be a chance from 0 to 1"),
     (("seed", "data_seed"), lambda x: x is None or 0 <= x < 2**32, "must be a whole number from 0 to 2**32 - 1"),
 )
@@ -151,6 +152,8 @@ class ReFINEConfig(TrainingArguments):
             where a window begins (docs/long_documents.md).
         carry_between_documents: the chance that a document starts from the states of the one that its lane read before, instead of from
             nothing (arXiv 2507.02782).
+        carried_keys: attention over everything keeps the keys and values of its newest so many tokens between windows, which would grow
+            with the document otherwise; a layer with a window keeps no more than these either.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
     """
 
@@ -165,6 +168,7 @@ class ReFINEConfig(TrainingArguments):
     num_completions_to_print: int = setting(8, read_by=Reader("log_completions", lambda args: args.log_completions))
     carry_states: bool = setting(False, common=True, card=True, resume=True)
     carry_between_documents: float = setting(0.0, read_by=CARRIES, card=True, resume=True)
+    carried_keys: int | None = setting(None, read_by=CARRIES, card=True, resume=True)
     max_skipped_steps: int = setting(5)
 
     learning_rate: float = setting(1e-6, common=True, card=True, resume=True, help="Paper, Table 2.")
@@ -238,12 +242,12 @@ class ReFINEConfig(TrainingArguments):
                 "train_sampling_strategy='group_by_length' would put rows together by length, and carry_states puts each window behind the "
                 "one before; leave it out"
             )
-        if self.context_scores == "cached":
+        if self.context_scores == "cached" and self.phase.reads_scores:
             raise RefineError(
                 "context_scores='cached' are of windows that start from nothing, and carry_states has them see the document; use "
                 "context_scores='online'"
             )
-        if self.nsp.kl_coef > 0:
+        if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
             raise RefineError(
                 f"kl_coef={self.nsp.kl_coef} compares with a reference model, whose states of a document are not carried; leave kl_coef "
                 "out, or carry_states"

@@ -43,9 +43,11 @@ class LaneStates:
 
     Attributes:
         recent: H, how many of the last tokens are kept with them, for context scores.
+        keys: of so many of the newest tokens attention's keys and values are kept; None: of all there are.
     """
 
     recent: int
+    keys: int | None = None
     lanes: dict[int, Lane] = field(default_factory=dict)
 
     def forget(self, lanes: Iterable[int]) -> None:
@@ -66,8 +68,8 @@ class LaneStates:
         """Keep what the rows of a batch left, for the next window in each lane."""
         assert batch.starts is not None
         tokens = torch.cat([batch.starts.recent, batch.input_ids], 1)
-        seen = left.lengths if left.lengths is not None else torch.zeros_like(batch.lengths)
-        for i, (lane, row) in enumerate(zip(lanes, left.apart(), strict=True)):
+        seen = left.consumed
+        for i, (lane, row) in enumerate(zip(lanes, left.apart(self.keys), strict=True)):
             end = self.recent + batch.sizes[i] - 1  # the last token is the first of the next window
             recent = tokens[i, max(0, end - min(self.recent, int(seen[i]))) : end].clone()
             finite = torch.stack([x.isfinite().all() for layer in row.layers for x in layer.values()]).all()
@@ -79,6 +81,7 @@ class LaneStates:
         for number, lane in self.lanes.items():
             assert lane.cache.lengths is not None
             tensors |= {f"{number}.lengths": lane.cache.lengths, f"{number}.recent": lane.recent}
+            tensors[f"{number}.consumed"] = lane.cache.consumed.clone()
             for i, layer in enumerate(lane.cache.layers):
                 tensors |= {f"{number}.{i}.{name}": x.contiguous() for name, x in layer.items()}
         layers = max((len(lane.cache.layers) for lane in self.lanes.values()), default=0)
@@ -107,6 +110,7 @@ class LaneStates:
                         _, layer, what = name.split(".")
                         layers[int(layer)][what] = file.get_tensor(name).to(device)
                     lengths = file.get_tensor(f"{number}.lengths")
-                    cache = FastWeightCache(layers, lengths, int(lengths[0]))
+                    earlier = file.get_tensor(f"{number}.consumed") - lengths
+                    cache = FastWeightCache(layers, lengths, int(lengths[0]), earlier if bool(earlier) else None)
                     recent = file.get_tensor(f"{number}.recent").to(device)
                     self.lanes[number] = Lane(cache, recent, torch.tensor(True))

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.evaluation.text_metrics import MATCHES
-from refine_nsp.fields import Reader, setting
+from refine_nsp.fields import setting
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.generation import Decoding, Request, answer_all, end_tokens
 from refine_nsp.models.protocols import CausalModel
@@ -38,13 +38,13 @@ from refine_nsp.training.micro_batches import deal
 from refine_nsp.training.phases import PHASES, Counts, MicroBatch, Phase
 from refine_nsp.training.trainer import ReFINETrainer, StepInputs
 
-INNER = Reader("an inner update, by objective='refine' or 'ntp'", lambda args: args.objective != "none")
-
 
 @with_nsp
 @dataclass
 class PostTrainingConfig(ReFINEConfig):
     """Extend `ReFINEConfig` by the nested phase; its preset is `post_training` (hybrid reward, lambda_rl 0.2).
+
+    The objectives `ntp` and `none` take the settings of the inner update too, read or not: they are controls, the same run with one switch.
 
     Attributes:
         objective: what a batch's prompts are trained on before its answers: `refine`, `ntp` or `none`.
@@ -60,7 +60,7 @@ class PostTrainingConfig(ReFINEConfig):
     objective: Literal["refine", "ntp", "none"] = setting(  # type: ignore[assignment]
         "refine", common=True, card=True, resume=True
     )
-    inner_steps: int = setting(1, read_by=INNER, common=True, resume=True)
+    inner_steps: int = setting(1, common=True, resume=True)
     reference: Literal["first", "random"] = setting("first", common=True, resume=True)
     answer_metric: str = setting("any_match", common=True)
     max_new_tokens: int = setting(32, common=True)

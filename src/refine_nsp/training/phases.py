@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.forward import run_and_leave
@@ -104,10 +103,12 @@ class Phase:
         config: settings of the method. reference: frozen model of a KL term, or None.
         sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one process.
             The trainer sets it.
+        carried_keys: the bound on keys that go from window to window in validation, or None. The trainer sets it too.
         reads_once: whether a step reads every sequence in one pass; in several, noise on embeddings would differ from one to the next.
     """
 
     sum_over: Callable[[Tensor], Tensor] | None = None
+    carried_keys: int | None = None
     reads_once: ClassVar[bool] = False
 
     def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
@@ -169,7 +170,7 @@ class Phase:
 
     def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
         """Sum up over validation batches, as collated; `summarise` makes figures of the sums once those of all processes are added."""
-        return validate(model, batches, self.config, model.device)
+        return validate(model, batches, self.config, model.device, self.carried_keys)
 
     def summarise(self, sums: Counts) -> dict[str, float]:
         """Make figures of the sums, by name and without `eval_`."""
@@ -234,8 +235,6 @@ class NextSequence(Phase):
         """Sample rollouts for all batches by the current policy, unless each step samples its own."""
         if not self.prepares_steps or not batches:
             return
-        if self.config.kl_coef > 0 and self.reference is None:
-            raise RefineError(f"kl_coef={self.config.kl_coef} needs a reference_model")
         with torch.no_grad():
             made: list[Rollouts] = model(step=lambda m: first_pass([self._work(m, batch) for batch in batches]))
         for batch, rollouts in zip(batches, made, strict=True):

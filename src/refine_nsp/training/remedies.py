@@ -1,4 +1,4 @@
-"""What to set differently when memory runs out, by the part of a step that asked for too much (`ops/memory.py`).
+"""Advise what to set differently when memory runs out, by the part of a step that asked for too much (`ops/memory.py`).
 
 Lower rooms name the parts; only here is it known which settings of a run make them smaller.
 """

@@ -121,7 +121,7 @@ class ResumingTrainer(Trainer):
         early = [] if self._trained_before else self.state.log_history
         self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
         self._begun_at, self._pending = 0, []
-        self.lanes = LaneStates(self.recent_tokens) if self.args.carry_states else None
+        self.lanes = LaneStates(self.recent_tokens, self.args.carried_keys) if self.args.carry_states else None
         if checkpoint is not None:
             self._begun_at = checkpoint.step
             self.dealing.check(checkpoint.path)

@@ -50,18 +50,26 @@ def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
     )
 
 
-def check_carrying(model: nn.Module) -> None:
+def check_carrying(model: nn.Module, carried_keys: int | None) -> None:
     """Refuse to carry states that grow with the document.
 
     Raises:
         RefineError: the model, why its states cannot be carried, and what to do.
     """
     trunk = cast(CausalModel, without_adapters(model)).model
-    if trunk.keeps_all_tokens:
+    if trunk.rereads_prefixes:
+        raise RefineError(f"carry_states: {trunk.label} cannot go on from a state, which windows do; leave carry_states out")
+    if trunk.keeps_all_tokens and carried_keys is None:
         raise RefineError(
-            f"carry_states: {trunk.label} attends over everything, so its states grow with the document; give its attention a window "
-            "(`refine-nsp convert` makes one of attention), or leave carry_states out"
+            f"carry_states: {trunk.label} attends over everything, so its states would grow with the document; bound them by carried_keys "
+            "(keys of so many tokens before a window), or leave carry_states out"
         )
+
+
+def check_reference(args: ReFINEConfig, reference_model: object) -> None:
+    """Refuse a KL term without the frozen model that it is measured against (RefineError)."""
+    if args.nsp.kl_coef > 0 and "kl_coef" in args.phase.reads and reference_model is None:
+        raise RefineError(f"kl_coef={args.nsp.kl_coef} needs a reference_model, usually a frozen copy of the starting model")
 
 
 def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | Mapping[str, Dataset] | None) -> None:

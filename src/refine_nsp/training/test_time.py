@@ -80,6 +80,10 @@ class TestTimeConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check_read(self)
+        if self.objective == "refine" and self.nsp.kl_coef > 0:
+            raise RefineError(
+                f"kl_coef={self.nsp.kl_coef} needs a frozen reference model, which test time does not keep; leave it at 0"
+            )
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
                 raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")

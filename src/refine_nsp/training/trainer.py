@@ -44,7 +44,7 @@ from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
-from refine_nsp.training.run_checks import check_best_figure, check_carrying, weights_problems
+from refine_nsp.training.run_checks import check_best_figure, check_carrying, check_reference, weights_problems
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
@@ -99,6 +99,8 @@ class ReFINETrainer(ResumingTrainer):
         check_arguments(kwargs)
         args = with_rewards(args if args is not None else ReFINEConfig(output_dir="runs/refine"), reward_funcs)
         check_machine(args)
+        if phase is None:
+            check_reference(args, reference_model)
         model, kwargs["processing_class"] = model_given(model, kwargs.get("processing_class"), peft_config, args)
         if kwargs.setdefault("data_collator", collate) is collate:
             for name in ("train_dataset", "eval_dataset"):
@@ -114,7 +116,7 @@ class ReFINETrainer(ResumingTrainer):
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
         if args.carry_states:
-            check_carrying(self.accelerator.unwrap_model(self.model))
+            check_carrying(self.accelerator.unwrap_model(self.model), args.carried_keys)
         self.nsp: NSPConfig = args.nsp
         for problem in weights_problems(self.model, args, bool(self.is_fsdp_enabled)) if self.is_world_process_zero() else []:
             warnings.warn(problem, stacklevel=2)
@@ -153,7 +155,7 @@ class ReFINETrainer(ResumingTrainer):
 
     def shared(self, phase: P) -> P:
         """Tell a phase how to add up over the processes of this run, and return it."""
-        phase.sum_over = self._sum_over
+        phase.sum_over, phase.carried_keys = self._sum_over, self.args.carried_keys
         return phase
 
     @property

@@ -21,12 +21,14 @@ SEED = 0
 
 
 @torch.no_grad()
-def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device) -> dict[str, float]:
+def validate(
+    model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device, carried_keys: int | None = None
+) -> dict[str, float]:
     """Sum up over all batches: nll, correct, sampled (expected) and entropy over `targets`; match and cosine of greedy tokens over
     `places`. Batches of documents in lanes (`documents_in_lanes`) continue from the states of their windows before."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = config.at_random()
-    carried = LaneStates(recent=0)
+    carried = LaneStates(recent=0, keys=carried_keys)
     rows = 0
     for inputs in batches:
         ids = inputs["input_ids"].to(device)

@@ -118,7 +118,7 @@ def _state_error(method: ByReference, ids: Tensor) -> float:
 
 @torch.enable_grad()
 def _forgets(method: ByReference, ids: Tensor) -> bool:
-    """Whether a recurrent layer's state does not come from the one before where several tokens follow, as in Jamba.
+    """Tell whether a recurrent layer's state does not come from the one before where several tokens follow, as in Jamba.
 
     The graph that the layer leaves is asked. Values would not tell: what is left of a state after a few tokens may be below rounding.
     """

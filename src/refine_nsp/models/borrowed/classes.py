@@ -195,7 +195,7 @@ def argument_names(plain: type[PreTrainedModel]) -> list[str]:
 
 
 def keeps_its_own(past: object, keywords: Mapping[str, object]) -> bool:
-    """Whether a call brings a cache of transformers, which knows nothing of packed documents: a RefineError where there are any."""
+    """Tell whether a call brings a cache of transformers, which knows nothing of packed documents: a RefineError where there are any."""
     if not isinstance(past, Cache) or isinstance(past, FastWeightCache):
         return False
     if is_packed(keywords):

@@ -60,7 +60,7 @@ def deciding(function: Callable[..., object], kernel: Callable[..., object]) -> 
 
 
 def _delta_rule_runs(queries: Tensor, gated: bool) -> bool:
-    """Whether the delta rule's kernels run on queries [B, T, H, Dk]."""
+    """Tell whether the delta rule's kernels run on queries [B, T, H, Dk]."""
     return kernels.delta_rule_runs(queries, queries.dtype, queries.shape[-1], gated)
 
 

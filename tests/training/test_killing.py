@@ -41,7 +41,7 @@ PHASES = {
 }
 NAMES = ("between", *PHASES.values())
 MORE = {"in order, validated": ["evaluation"], "nested": ["inner update"]}
-TERMINATED = f"terminated; {cli.GO_ON}\n"
+TERMINATED = f"terminated; {cli.CONTINUE}\n"
 TRIES = 15  # to hit a moment: a run may end first
 
 

@@ -138,6 +138,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind, streamed):
     assert all(torch.equal(x, weights(straight)[name]) for name, x in weights(again).items())
 
 
+def test_documents_go_on_from_epoch_to_epoch_and_when_resumed(tmp_path):
+    windows = in_windows(books([90, 61, 120]), 25, 9)  # 12 windows: 6 turns of two lanes, which end in the middle of documents
+    settings = dict(train_dataset=windows, objective="ntp", per_device_train_batch_size=2, max_steps=16, num_train_epochs=3)
+
+    def read(folder: str, resume: bool = False, **more):
+        t, seen = carrying(tmp_path / folder, **settings, **more), []
+        original = t.compute_loss
+        t.compute_loss = lambda model, inputs, *a, **k: (seen.append(inputs["batch"]), original(model, inputs, *a, **k))[1]
+        t.train(resume_from_checkpoint=resume)
+        return t, seen
+
+    straight, seen = read("a", save_strategy="steps", save_steps=9)
+    order, expected = LaneOrder(windows["begins"][:], 2, 42, shuffled=True), []
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        expected += [windows[i] for i in order]
+    assert [ids for batch in seen for ids in batch.input_ids.tolist()] == [
+        row["input_ids"] + [0] * (max(len(expected[i // 2 * 2 + j]["input_ids"]) for j in (0, 1)) - len(row["input_ids"]))
+        for i, row in enumerate(expected[:32])
+    ]
+    for i, row in enumerate(expected[2:32]):  # every window but the first of a document goes on from what its lane read before
+        consumed = int(seen[(i + 2) // 2].sequences.consumed[i % 2])
+        assert (consumed == 0) == row["begins"]
+    (tmp_path / "a" / "checkpoint-16").rename(tmp_path / "last")
+    again, late = read("a", resume=True)
+    assert len(late) == 7 and all(torch.equal(x, weights(straight)[name]) for name, x in weights(again).items())
+
+
 def test_streamed_text_is_read_as_a_dataset_in_order(tmp_path):
     windows = in_windows(books(), 25, 9)
     whole = carrying(tmp_path / "a", train_dataset=windows, train_sampling_strategy="sequential")

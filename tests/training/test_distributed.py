@@ -70,7 +70,7 @@ ALIKE = {
 }
 SLOW = {  # are slow: each is like one that is not
     "lact, one scale", "lact, several steps from one batch of rollouts", "hybrid, several steps from one batch of rollouts", "packed",
-    "lact, short rows", "hybrid",
+    "lact, short rows", "hybrid", "carried", "carried, streamed",
 }  # fmt: skip
 CARRIED_STEPS = {**CARRIED, **GROUPS, "lambda_rl": 1.0, "family": "gated_deltanet"}
 THREE_STEPS = {**GROUPS, "max_steps": 3, "steps_per_generation": 3, "lambda_rl": 1.0}

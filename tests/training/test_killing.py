@@ -200,7 +200,6 @@ def end_and_go_on(tmp_path: Path, kind: str, with_signal: int, aims: list[str | 
 @pytest.mark.parametrize(("kind", "with_signal", "aims"), [
     ("three steps, several epochs", signal.SIGKILL, [None, "saving"]),
     ("nested", signal.SIGKILL, ["inner update"]),
-    ("carried, in lanes", signal.SIGKILL, ["saving"]),
     ("in order, validated", signal.SIGTERM, [None, "evaluation"]),
 ])  # fmt: skip
 def test_a_run_that_was_ended_goes_on_as_if_it_was_not(tmp_path, kind, with_signal, aims):

@@ -4,6 +4,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
-from refine_nsp.training import ReFINEConfig
+from refine_nsp.training import ReFINEConfig, scores
 from refine_nsp.training.lane_states import LANES_FILE
 from refine_nsp.training.lanes import LaneOrder, documents_of, in_windows
 from refine_nsp.training.phases import NextToken
@@ -104,7 +106,7 @@ def test_a_lane_reads_its_document_as_one(tmp_path):
     assert sum(losses[4:]) == pytest.approx(both, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in ("ntp", "several steps") else k for k in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k != "closed form" else k for k in KINDS])
 def test_one_batch_of_4_equals_4_batches_of_1(tmp_path, kind):
     big = carrying(tmp_path / "a", **KINDS[kind])
     small = carrying(
@@ -201,6 +203,25 @@ def test_a_lane_that_is_not_finite_begins_anew(tmp_path):
     assert all(x.isfinite().all() for layer in starts.cache.layers for x in layer.values())
 
 
+def test_cached_scores_see_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(scores, "PART_ROWS", 2)
+    data = books()
+    t = carrying(tmp_path / "a", train_dataset=data, context_scores="cached", **KINDS["closed form"])
+    rows, model = t.train_dataset, build("delta_net")
+    documents = documents_of(rows["begins"][:])
+    assert len(documents) == len(data)
+    for document, ids in zip(documents, data["input_ids"], strict=True):
+        batch = Batch.of(torch.tensor([ids]))
+        with torch.no_grad():
+            whole = context_divergence(model, batch, run_hidden(model, batch, t.nsp), t.nsp, gain=False)[0]
+        for i, row in enumerate(document):
+            d = torch.tensor(rows[row]["context_scores"], dtype=torch.float64)
+            torch.testing.assert_close(d, whole[24 * i : 24 * i + len(d)], rtol=1e-9, atol=1e-12)
+    assert scores.part_ends(9, [True, True, False, False, False, True, True, False, True]) == [5, 8, 9]
+    t.train()
+
+
 def test_fewer_documents_than_lanes_are_said(tmp_path):
     with pytest.warns(UserWarning, match="3 documents for 4 lanes"):
         carrying(tmp_path, [60, 60, 60], objective="ntp", max_steps=1).train()
@@ -208,9 +229,9 @@ def test_fewer_documents_than_lanes_are_said(tmp_path):
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"context_scores": "cached", "preset": "expected", "rollout_length": 2}, "context_scores='online'"),
     ({"kl_coef": 0.1}, "leave kl_coef out"),
     ({"train_sampling_strategy": "group_by_length"}, "leave it out"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size=True would put"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, words):
     with pytest.raises(RefineError, match=words):

@@ -242,11 +242,11 @@ class ReFINEConfig(TrainingArguments):
                 "train_sampling_strategy='group_by_length' would put rows together by length, and carry_states puts each window behind the "
                 "one before; leave it out"
             )
-        if self.context_scores == "cached" and self.phase.reads_scores:
-            raise RefineError(
-                "context_scores='cached' are of windows that start from nothing, and carry_states has them see the document; use "
-                "context_scores='online'"
-            )
+        for name in ("ignore_data_skip", "auto_find_batch_size"):
+            if getattr(self, name):
+                raise RefineError(
+                    f"{name}=True would put windows behind states of other documents than their own, and carry_states is set; leave it out"
+                )
         if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
             raise RefineError(
                 f"kl_coef={self.nsp.kl_coef} compares with a reference model, whose states of a document are not carried; leave kl_coef "

@@ -101,8 +101,7 @@ def tokenize(
     Args:
         column: holds texts, or the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a
             list with a value per document). num_proc: processes for text that is not streamed. place_of: finds the file and row of a
-            value, for errors. carried: windows are to continue from the states of those before; they share a token, and a column `begins`
-            says which are the first of their document.
+            value, for errors. carried: windows are to follow each other; they share a token, and `begins` says which are the first.
 
     Raises:
         RefineError: no document is long enough, or a row holds neither text nor tokens of the vocabulary.

@@ -57,7 +57,10 @@ class LaneStates:
 
     def starts(self, lanes: Sequence[int], device: torch.device) -> Starts:
         """Join what the given lanes continue from, one row each. A lane whose states a failed step left not finite begins anew."""
-        self.forget([lane for lane in lanes if lane in self.lanes and not bool(self.lanes[lane].finite)])
+        there = [lane for lane in lanes if lane in self.lanes]
+        if there:  # the one thing that the device is asked for
+            finite = torch.stack([self.lanes[lane].finite for lane in there]).tolist()
+            self.forget(lane for lane, well in zip(there, finite, strict=True) if not well)
         known = [self.lanes.get(lane) for lane in lanes]
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         recent = [nothing if lane is None else lane.recent for lane in known]
@@ -113,4 +116,4 @@ class LaneStates:
                     earlier = file.get_tensor(f"{number}.consumed") - lengths
                     cache = FastWeightCache(layers, lengths, int(lengths[0]), earlier if bool(earlier) else None)
                     recent = file.get_tensor(f"{number}.recent").to(device)
-                    self.lanes[number] = Lane(cache, recent, torch.tensor(True))
+                    self.lanes[number] = Lane(cache, recent, torch.tensor(True, device=device))

@@ -62,9 +62,11 @@ def pretrain(folder: Path, capsys) -> object:
 
 
 def evaluate(folder: Path, capsys) -> object:
-    """Answers sampled, from weights adapted with sampled rollouts."""
-    argv = ["evaluate", BASE, "--tasks", "niah_single_1", "niah_multikey_1", "--lengths", "512", "--samples", "2", "--protocol",
-            "published", "--ttt", "refine", *ADAPTED, "--output_dir", str(folder / "run")]  # fmt: skip
+    """Answers sampled (those of the file, by the published protocol), from weights adapted with sampled rollouts."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"import os\nx = {i}\n" * 12, "answer": "y"}) + "\n" for i in range(2)))
+    argv = ["evaluate", BASE, "--tasks", "niah_multikey_1", "prompts", "--lengths", "512", "--samples", "2", "--prompts", str(prompts),
+            "--protocol", "published", "--ttt", "refine", *ADAPTED, "--output_dir", str(folder / "run")]  # fmt: skip
     assert main(argv) == 0
     seconds = re.compile(r'"[a-z_]*seconds": [\d.e-]+')
     return {p.name: seconds.sub("", p.read_text()) for p in sorted((folder / "run").rglob("*.jsonl"))}

@@ -353,7 +353,9 @@ def test_an_evaluation_that_is_asked_to_stop(tmp_path, capsys, monkeypatch):
     """As a scheduler does, after the first answers: they are kept, and the rest is answered as it would have been."""
     from refine_nsp.evaluation import tasks
 
-    argv = [*EVALUATION, "--samples", "3", "--protocol", "published", "--batch_tokens", "600"]
+    prompts = tmp_path / "prompts.jsonl"  # answers to them are sampled by the published protocol
+    prompts.write_text("".join(json.dumps({"prompt": TEXT[500 * i : 500 * i + 1500], "answer": "y"}) + "\n" for i in range(3)))
+    argv = ["evaluate", "--tasks", "prompts", "--prompts", str(prompts), "--protocol", "published", "--batch_tokens", "600"]
     assert main([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
     answer, asked = tasks.answer_all, []
 
@@ -370,7 +372,7 @@ def test_an_evaluation_that_is_asked_to_stop(tmp_path, capsys, monkeypatch):
     assert len(asked) == 1 and said.count("terminated; run the same command again") == 1 and "Traceback" not in said
     monkeypatch.undo()
     assert main([*argv, "--output_dir", str(tmp_path / "stopped")]) == 0
-    straight, stopped = (read_rows(tmp_path / name, "niah_single_1") for name in ("straight", "stopped"))
+    straight, stopped = (read_rows(tmp_path / name, "prompts") for name in ("straight", "stopped"))
     assert len(straight) == 3 and straight == stopped
 
 

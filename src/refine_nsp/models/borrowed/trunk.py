@@ -28,6 +28,7 @@ class StateMethod(Protocol):
     """Keeps the states of a trunk in its way. x: ids [B, T] or embeddings [B, T, D]; past: states of B rows, or None."""
 
     rereads_prefixes: bool  # see `protocols.Trunk`
+    keeps_all_tokens: bool  # see `protocols.Trunk`
 
     def run(self, x: Tensor, past: FastWeightCache | None) -> Tensor:
         """Return hidden states [B, T, D]."""
@@ -62,6 +63,11 @@ class StatefulTrunk(PreTrainedModel):
     def rereads_prefixes(self) -> bool:
         """See `protocols.Trunk`."""
         return self.state_method.rereads_prefixes
+
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """See `protocols.Trunk`."""
+        return self.state_method.keeps_all_tokens
 
     @property
     def label(self) -> str:

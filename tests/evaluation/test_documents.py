@@ -29,7 +29,7 @@ def whole(model, ids: list[int], config: NSPConfig) -> dict[str, float]:
     return figures
 
 
-@pytest.mark.parametrize("block", [16, 37, 1024])
+@pytest.mark.parametrize("block", [37, *(pytest.param(block, marks=pytest.mark.slow) for block in (16, 1024))])
 @pytest.mark.parametrize("family", [*FAMILY_NAMES, "bamba"])
 def test_continuations_block_by_block_are_those_of_one_pass(family, block, monkeypatch):
     monkeypatch.setattr(documents, "BLOCK", block)

@@ -248,6 +248,7 @@ def test_attention_over_everything_is_refused(tmp_path):
         trainer(tmp_path, "llama", train_dataset=books(), **CARRIED)
 
 
+@pytest.mark.slow
 def test_attention_over_everything_carries_a_bound_of_keys(tmp_path):
     def run(folder: str, **settings):
         more = {"train_dataset": books(), "carried_keys": 10, "objective": "ntp", "max_steps": 4, **CARRIED, **settings}

@@ -207,6 +207,11 @@ def test_the_command_line_takes_names_and_weights(names):
     assert data.names == names[:1]
 
 
+def test_states_are_not_carried_through_a_mixture(names, tokenizer):
+    with pytest.raises(RefineError, match="carry_states reads documents of one source"):
+        prepare_data(DataArguments(dataset_name=names, dataset_weights=WEIGHTS), tokenizer, 64, 16, carried=True)
+
+
 def test_a_stream_stays_one(names, tokenizer):
     assert isinstance(mixed(names, tokenizer, streaming=True)[0], IterableDataset)
 

@@ -116,12 +116,12 @@ def test_another_model_text_or_setting_is_another_key():
     assert key == scores_key(rows, model, NSPConfig(selection="context_kl", local_window=8, rollout_length=2, lambda_rl=1.0))
 
 
-def test_rows_that_a_mixture_has_several_times_are_scored_once(scored):
-    model, rows = build("delta_net"), data(6)
-    plain = with_context_scores(rows, model, CONFIG)["context_scores"][:]
+def test_rows_that_a_mixture_has_several_times_are_scored_once(tmp_path, scored):
+    rows, settings = data(6), {"context_scores": "cached", "selection": "context_kl", "local_window": 8}
+    plain = trainer(tmp_path / "a", train_dataset=rows, **settings).train_dataset["context_scores"][:]
     del scored.rows[:]
     order = [3, 0, 3, 5, 0, 3]
-    again = with_context_scores(rows.select(order), model, CONFIG)
+    again = trainer(tmp_path / "b", train_dataset=rows.select(order), **settings).train_dataset
     assert again["context_scores"][:] == [plain[i] for i in order] and len(scored.rows) == 3
     assert again["input_ids"][:] == [rows["input_ids"][i] for i in order]
 

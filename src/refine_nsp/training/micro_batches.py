@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from refine_nsp.nsp.records import Batch
-from refine_nsp.training.data import ANSWER_COLUMN, Collated
+from refine_nsp.training.data import ANSWER_COLUMN, BEGINS_COLUMN, Collated
 from refine_nsp.training.phases import MicroBatch, Phase
 
 Places = Sequence[tuple[int, int]]  # (example, document) of each row of a collated batch
@@ -19,10 +19,11 @@ Places = Sequence[tuple[int, int]]  # (example, document) of each row of a colla
 def to_batch(inputs: Collated, device: torch.device) -> Batch:
     """Send a collated batch to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
     scores = inputs.get("context_scores")
-    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", ANSWER_COLUMN, "_places")}
+    no_columns = ("input_ids", "lengths", "context_scores", "_places", ANSWER_COLUMN, BEGINS_COLUMN)
+    columns = {k: v for k, v in inputs.items() if k not in no_columns}
     ids = inputs["input_ids"].to(device, non_blocking=True)
     scores = None if scores is None else scores.to(device, non_blocking=True)
-    return Batch.of(ids, inputs["lengths"], columns, scores, inputs.get(ANSWER_COLUMN))
+    return Batch.of(ids, inputs["lengths"], columns, scores, answer_starts=inputs.get(ANSWER_COLUMN))
 
 
 def places_of(inputs: Collated) -> Places:

@@ -97,20 +97,37 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> No
 
 
 def prepare_data(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    min_length: int,
+    keep_columns: bool = False,
+    carried: bool = False,
 ) -> tuple[Windows, Held]:
     """Make windows for training and validation as `DataArguments` says; of several sources a mixture, with a column `dataset_source`.
 
     Args:
         keep_columns: whether training windows keep their document's other columns, for rewards that ask for them.
+        carried: whether windows continue from the states of those before them (see `tokenize`).
 
     Raises:
         RefineError: settings that do not fit together, or bad input, by the name of its source.
     """
     a = arguments
     check_data(a, max_length, min_length)
+    if carried and a.packing:
+        raise RefineError(
+            "carry_states reads a document window by window, and packing puts several in one row; leave packing out"
+        )
+    if carried and len(a.all_names) > 1:
+        raise RefineError(
+            "carry_states reads documents of one source window by window, and a mixture deals out windows of "
+            f"{', '.join(a.all_names)}; name one, or leave carry_states out"
+        )
     sources = sources_of(a)
-    cut = partial(tokenize, tokenizer=tokenizer, max_length=max_length, min_length=min_length, num_proc=a.dataset_num_proc)
+    cut: Callable[..., Windows] = partial(
+        tokenize, tokenizer=tokenizer, max_length=max_length, min_length=min_length, num_proc=a.dataset_num_proc, carried=carried
+    )
     # All are opened before the first is tokenized, so that a name or a column that is not there is said at once.
     documents = {source: read_source(source, a, keep_columns) for source in sources}
     for source, rows in documents.items():

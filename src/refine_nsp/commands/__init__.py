@@ -2,5 +2,5 @@
 
 NAMES = (
     "quickstart", "pretrain", "midtrain", "posttrain", "ttt", "evaluate", "compare", "generate", "inspect", "env", "estimate",
-    "completion", "export", "report",
+    "completion", "convert", "export", "report",
 )  # fmt: skip

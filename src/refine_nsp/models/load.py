@@ -99,7 +99,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         return model.eval()
     folder = Path(where)
     if folder.exists():
-        _check_folder(folder)
+        check_folder(folder)
     config = load_config(where)
     ours = config.model_type in FAMILIES
     model_class: type[LoadedModel] = FAMILIES[config.model_type][2] if ours else class_for(config)
@@ -293,7 +293,8 @@ def hub_problem(name: str, error: BaseException) -> RefineError | None:
     return None if problem is None else RefineError(f"{name} {problem}")
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise a RefineError unless a folder holds config.json and weights that no program can hide in."""
     if not folder.is_dir():
         raise RefineError(f"{folder} is a file; expected a model folder with config.json and *.safetensors")
     config = folder / "config.json"

@@ -134,10 +134,10 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
     shutil.rmtree(temporary, ignore_errors=True)
     with made_whole(temporary, folder), step_progress(len(shapes), title="convert") as progress:
         temporary.mkdir(parents=True)
+        opened.carry(temporary)
         weights = _weights(opened, model, shapes, origins, settings.seed, progress)
         write_weights(temporary / WEIGHTS, shapes, dtype, ((name, weight.to(dtype)) for name, weight in weights))
         config.save_pretrained(temporary)
-        opened.carry(temporary)
         if not (temporary / GENERATION).exists():
             GenerationConfig.from_model_config(config).save_pretrained(temporary)
         new = sum(math.prod(shape) for name, shape in shapes.items() if name not in origins)

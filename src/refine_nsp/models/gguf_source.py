@@ -5,7 +5,6 @@ llama.cpp stores the rows of q and k of its architecture "llama" in the order of
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +33,10 @@ def open_gguf(path: Path) -> AttentionSource:
     """Open the file; see `open_source`."""
     if not path.is_file():
         raise RefineError(f"no file {path}; expected a GGUF file, a folder or a hub name")
-    if importlib.util.find_spec("gguf") is None:
-        raise RefineError(f"{path} is a GGUF file, which the package gguf reads: pip install 'refine-nsp[gguf]'")
-    from gguf import GGUFReader, dequantize
-
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise RefineError(f"{path} is a GGUF file, which the package gguf reads: pip install 'refine-nsp[gguf]'") from error
     try:
         reader = GGUFReader(path)
         facts: dict[str, object] = {
@@ -85,7 +84,9 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
 def _refuse_others(path: Path, architecture: str, facts: Mapping[str, object], names: set[str]) -> None:
     """Raise a RefineError for what transformers' reading of the file would not tell."""
     if architecture not in ARCHITECTURES:
-        raise RefineError(f"{path} holds an {architecture!r} model; convert takes GGUF files of {', '.join(ARCHITECTURES)}")
+        raise RefineError(
+            f"{path} holds a model of architecture {architecture!r}; convert takes GGUF files of {', '.join(ARCHITECTURES)}"
+        )
     found = []
     if (scaling := facts.get(f"{architecture}.rope.scaling.type", "none")) != "none" or "rope_freqs.weight" in names:
         found.append(f"scaled rotary positions ({'rope_freqs' if scaling == 'none' else scaling})")

@@ -3,6 +3,7 @@ and resumed in the slow test."""
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.study import material as m
-from benchmarks.study import measuring, schedule, tables
+from benchmarks.study import measuring, schedule, tables, twice
 from benchmarks.study.controls import LongCE
 from benchmarks.study.jobs import Job, Study, chosen, settings_of
 from benchmarks.study.records import pack, unpack
@@ -277,6 +278,36 @@ def test_the_document_of_the_study_is_what_its_kept_figures_give(tmp_path):
     tables.write_results(study, "medium", tmp_path / "results.md")
     written, kept = ((p.read_text().split("\n## ", 1)[1]) for p in (tmp_path / "results.md", ROOT / "docs" / "results.md"))
     assert written == kept
+
+
+def test_the_section_of_reading_twice_pairs_prompts_and_is_written_once(tmp_path):
+    def scores(one, two):
+        return {f"{task} {n}": [one, two, 0.0] for task in ("niah_single_1", "vt") for n in (1024, 2048)}
+
+    plain = {twice.ONCE: scores(0.0, 1.0), twice.TWICE: {cell: x[:2] for cell, x in scores(1.0, 1.0).items()}}
+    adapted = {
+        way: {c: x[:1] for c, x in scores(0.0, 0.0).items() if "niah" in c} for way in (twice.ADAPTED, twice.ADAPTED_TWICE)
+    }
+    notes = twice.notes_of("a.txt", 1e-4, {"LaCT": (3.0, 1.0, 2.0)})
+    document = tmp_path / "results.md"
+    document.write_text("# Results\n\n\n## The test\n\nx\n\n\n## Earlier bases\n\nLast.\n")
+    for found in ({"DeltaNet": plain | adapted, "LaCT": plain}, {"DeltaNet": plain | adapted, "LaCT": plain | adapted}):
+        twice.keep(found, notes, tmp_path / "record.gz")
+        twice.write(tmp_path / "record.gz", document)
+    written = document.read_text()
+    assert re.findall("^## (.*)", written, re.M) == ["The test", "Reading twice", "Earlier bases"]
+    assert written.startswith("# Results\n\n\n## The test\n\nx\n\n\n## Reading") and written.endswith(
+        "\n\n\n## Earlier bases\n\nLast.\n"
+    )
+    # Three prompts were read once and two twice, so two are compared: 0 and 1 against 1 and 1.
+    assert "| LaCT | 2048 | needles (1) | 50.0 ± 50.0 | 100.0 ± 0.0 | +50.0 (-100.0 to +100.0) |" in written
+    assert (
+        "2 prompts a cell (seed 42, essays: a.txt)" in written
+        and "LaCT 3.00 to adapt, 1.00 to answer, 2.00 read twice" in written
+    )
+    assert written.count("Reading twice next to test-time training") == 1
+    with pytest.raises(RefineError, match="no answer yet"):
+        twice.keep({"DeltaNet": {twice.ONCE: plain[twice.ONCE]}}, notes, tmp_path / "record.gz")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from refine_nsp.files import write_atomically
 from refine_nsp.report import html, plots
 from refine_nsp.report.tables import Cell, Table
 
+from . import twice
 from .jobs import Figures, Job, Study, chosen, settings_of
 from .schedule import arms_of, seeds_of, unfinished
 from .settings import ARMS, CE, EXPECTED, MAIN, NTP, POST, POST_AFTER, SAME_TIME, SHARPENED, STARTS, TEST_TIME
@@ -532,6 +533,9 @@ def write_results(study: Study, scale: str, document: Path) -> Path:
         lines += ["", *(t.markdown() for t in section.tables)]
         drawn = html.plots(*section.drawings.values())
         page.append(html.Section(section.title, drawn + "".join(t.html() for t in section.tables)))
+    if scale == "medium" and twice.RECORD.exists():
+        lines.append(twice.section())
+        page.append(html.Section(twice.TITLE, "".join(t.html() for t in twice.tables_of())))
     lines.append(EARLIER_BASES)
     write_atomically(document, "\n".join(lines))
     return write_atomically(study.folder("report.html"), html.page(f"The study, {scale} scale", "", page))

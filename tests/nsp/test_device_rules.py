@@ -1,5 +1,7 @@
 """On an accelerator a step waits for the device once, for its positions, and never mixes the host's tensors with the device's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
+from refine_nsp.training.lane_states import LaneStates
 from tests.device_rules import DeviceRules, Readings, host
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.test_step import LENGTHS, generator, ids
@@ -42,6 +45,24 @@ def test_a_step_asks_the_device_for_its_positions_and_nothing_else(family, name)
     assert not backward.ops or config.segment_tokens is not None  # segments, run again, read the host's lengths
     assert not rules.mixed and len(rules.waits) <= waits, rules.waits
     assert all(isinstance(v, torch.Tensor) for n, v in result.metrics.items() if not n.startswith("seconds"))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", ["closed form", "paper", "context", "closed form, by segments"])
+def test_carried_states_stay_on_the_device(family, name):
+    settings, waits = STEPS[name]
+    config = fitting(local_window=8, rollout_length=3, positions_per_sequence=3, min_prefix=5, **settings)
+    step, lanes, n = ReFINEStep(build(family, dtype=torch.float32).train(), config), LaneStates(recent=16), len(LENGTHS)
+    with DeviceRules() as rules:
+        for i in range(3):
+            lanes.forget([0] if i == 2 else [])
+            starts = lanes.starts(range(n), torch.device("cpu"))
+            starts = replace(starts, recent=starts.recent.detach())  # the test's device is the host's
+            batch = Batch.of(ids(), host(LENGTHS.clone()), starts=starts)
+            result = step(batch.input_ids, batch.lengths, generator(), starts=starts)
+            lanes.keep(range(n), batch, result.left)
+    # Whether states are finite is asked once for all lanes, as the next windows begin.
+    assert not rules.mixed and len(rules.waits) <= 3 * waits + 2, rules.waits
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

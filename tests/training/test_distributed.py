@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from refine_nsp.training.lane_states import LANES_FILE
 from refine_nsp.training.pending_rollouts import ROLLOUTS_FILE
 from tests.children import run_side_by_side
 from tests.training.jobs import JOBS, run_jobs
@@ -21,6 +22,11 @@ GROUPS = {"num_generations": 2, "advantage_scale": "global", "baseline": "leave_
 SHORT_LACT = {
     "family": "lact_swiglu", "lengths": [12 + i % 4 for i in range(16)], "objective": "ntp", "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "ddp_find_unused_parameters": False,
+}  # fmt: skip
+# Documents of one to five windows, in eight lanes.
+CARRIED = {
+    "lengths": [90, 33, 61, 120, 47, 75, 20, 101, 64, 88], "carry_states": True, "max_length": 25, "max_steps": 5,
+    "ddp_find_unused_parameters": False,
 }  # fmt: skip
 # Steps are of 8 rows of several lengths, shuffled. Sizes: of a micro-batch with two processes, and with one.
 ALIKE = {
@@ -50,14 +56,23 @@ ALIKE = {
     "lact, short rows": ("midtrain", SHORT_LACT, 4, 8),
     "hybrid": ("midtrain", {**GROUPS, "family": "qwen3_next", "lambda_rl": 1.0}, 2, 4),
     "hybrid, closed form": ("midtrain", {**CLOSED_FORM, "family": "qwen3_next"}, 2, 4),
+    "carried": ("midtrain", {**CARRIED, **CLOSED_FORM, "carry_between_documents": 0.5}, 2, 4),
+    "carried, lact, rollouts": (
+        "midtrain",
+        {**CARRIED, **GROUPS, "family": "lact_swiglu", "lambda_rl": 1.0, "evaluate": True},
+        4,
+        2,
+    ),
+    "carried, streamed": ("midtrain", {**CARRIED, "objective": "ntp", "streamed": True}, 1, 8),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, 4, 8),
 }
 SLOW = {  # are slow: each is like one that is not
     "lact, one scale", "lact, several steps from one batch of rollouts", "hybrid, several steps from one batch of rollouts", "packed",
-    "lact, short rows", "hybrid",
+    "lact, short rows", "hybrid", "carried", "carried, streamed",
 }  # fmt: skip
+CARRIED_STEPS = {**CARRIED, **GROUPS, "lambda_rl": 1.0, "family": "gated_deltanet"}
 THREE_STEPS = {**GROUPS, "max_steps": 3, "steps_per_generation": 3, "lambda_rl": 1.0}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -81,6 +96,14 @@ def two(tmp_path_factory) -> Path:
         ("copy", "alone", {"source": str(folder / "stopped")}),
         ("midtrain", "stopped", {**three, "resume": True}),
         ("midtrain", "one", {**THREE_STEPS, **batches(1, 2), "resume": True}),
+    ]
+    carried = {**CARRIED_STEPS, **batches(2, 2)}
+    jobs += [
+        ("midtrain", "carried straight", {**carried, **SAVED}),
+        ("copy", "carried stopped", {"source": str(folder / "carried straight")}),
+        ("forget", "carried stopped", {"checkpoints": [3, 4, 5]}),
+        ("copy", "carried alone", {"source": str(folder / "carried stopped")}),
+        ("midtrain", "carried stopped", {**carried, "resume": True}),
     ]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + "alpha beta " * 60}) for i in range(40)))
     argv = ["--dataset_name", str(folder / "texts.jsonl"), "--output_dir", str(folder / "tokenized"), "--max_length", "64"]
@@ -164,3 +187,13 @@ def test_a_run_goes_on_alike_on_another_number_of_processes(two):
     JOBS["midtrain"](two / "alone", **THREE_STEPS, **batches(4, 1), resume=True)
     assert_close(weights_of(two / "alone"), straight, 1e-9)  # from two processes to one
     assert_close(weights_of(two / "one"), straight, 1e-9)  # and from one to two
+
+
+def test_lanes_go_on_on_another_number_of_processes(two):
+    straight = weights_of(two / "carried straight")
+    assert all(torch.equal(x, straight[name]) for name, x in weights_of(two / "carried stopped").items())
+    lanes = [load_file(two / "carried alone" / "checkpoint-2" / LANES_FILE.format(rank)) for rank in (0, 1)]
+    numbers = [{int(name.split(".")[0]) for name in own} for own in lanes]
+    assert numbers == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    JOBS["midtrain"](two / "carried alone", **CARRIED_STEPS, **batches(4, 1), resume=True)
+    assert_close(weights_of(two / "carried alone"), straight, 1e-9)

@@ -29,6 +29,7 @@ KINDS = {
     "in order, validated": {"train_sampling_strategy": "sequential", "eval_strategy": "steps", "eval_steps": 1},
     "streamed": {"streamed": True, "steps_per_generation": 3, "schedule": "snapshot"},
     "nested": {"nested": True},
+    "carried, in lanes": {"carry_states": True, "max_length": 25, "carry_between_documents": 0.5},
 }
 # Phases of a run, by the trainer's method; and those of which every kind has some.
 PHASES = {
@@ -209,7 +210,7 @@ def test_a_run_that_was_ended_goes_on_as_if_it_was_not(tmp_path, kind, with_sign
 @pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ended_at_many_moments_and_in_every_phase(tmp_path, kind, with_signal, record_property):
-    """Over the five kinds at least 20 moments of either signal, and every phase."""
+    """Over the six kinds at least 20 moments of either signal, and every phase."""
     aims = [None] * 4 + ["step", "rollout", "saving", *MORE.get(kind, [])]
     hits = end_and_go_on(tmp_path, kind, with_signal, aims, seed=1)
     record_property("phases that were hit", dict(hits))

@@ -21,7 +21,7 @@ from tests.children import run_side_by_side
 from tests.models.families import build
 from tests.training.jobs import JOBS
 from tests.training.sharded_jobs import run_sharded_jobs
-from tests.training.test_distributed import CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, weights_of
+from tests.training.test_distributed import CARRIED, CLOSED_FORM, GROUPS, SAVED, assert_close, batches, figures_of, weights_of
 from tests.training.test_trainer import trainer
 
 SHARDED = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "reshard_after_forward": True}
@@ -51,13 +51,15 @@ ALIKE = {
     "hybrid, rollouts, checkpointing": ("midtrain", {**ROLLOUTS, **UNEVEN, "family": "qwen3_next"}, CHECKPOINTING, 2),
     "hybrid, rollouts": ("midtrain", {**ROLLOUTS, **UNEVEN, "family": "falcon_h1", "evaluate": True}, SHARDED, 2),
     "rollouts by segments": ("midtrain", {**ROLLOUTS, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
+    "carried, lact, checkpointing": ("midtrain", {**CARRIED, **CLOSED_FORM, "family": "lact_swiglu"}, CHECKPOINTING, 2),
+    "carried, rollouts by segments": ("midtrain", {**CARRIED, **ROLLOUTS, "segment_tokens": 10, "evaluate": True}, SHARDED, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
 }
 # What `make test` has time for: both kinds of models and a hybrid, sampled and closed form, both phases.
 FIRST = {
     "rollouts", "lact, checkpointing", "closed form by segments, fewer on one process", "several steps from one batch of rollouts",
-    "hybrid, checkpointing", "hybrid, rollouts", "nested closed form",
+    "hybrid, checkpointing", "hybrid, rollouts", "carried, lact, checkpointing", "nested closed form",
 }  # fmt: skip
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
 

@@ -11,10 +11,9 @@ from transformers import TextStreamer
 
 from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.shared import DEFAULT_MODEL, load_to_answer, read_text
+from refine_nsp.commands.shared import DEFAULT_MODEL, ReadingArguments, encode_reading, load_to_answer, read_text
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
-from refine_nsp.prompts.encoding import encode_prompt
 
 SAMPLING = Reader("sampling, without greedy", lambda a: not a.greedy)
 
@@ -61,22 +60,20 @@ class GenerateArguments:
 
 COMMAND = Command(
     "Continue a prompt, token by token as they come.",
-    (Settings(GenerateArguments),),
+    (Settings(GenerateArguments), Settings(ReadingArguments)),
     positional=("model_name_or_path",),
     exclusive=((("prompt", "prompt_file"), False),),
 )
 
 
-def run(call: Call, arguments: GenerateArguments) -> None:
+def run(call: Call, arguments: GenerateArguments, reading: ReadingArguments) -> None:
     """Stream the continuation to standard output."""
     prompt = arguments.prompt
     if prompt is None:
         prompt = read_text(arguments.prompt_file) if arguments.prompt_file is not None else sys.stdin.read()
     model, tokenizer = load_to_answer(arguments.model_name_or_path)
     torch.manual_seed(arguments.seed)
-    ids = encode_prompt(tokenizer, prompt)
-    if not ids:
-        raise RefineError("the prompt is empty: give --prompt, --prompt_file or text on standard input")
+    _, ids = encode_reading(tokenizer, prompt, reading, "--prompt, --prompt_file or text on standard input")
     sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     model.generate(
         torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),

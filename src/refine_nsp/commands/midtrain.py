@@ -31,7 +31,9 @@ def run(call: Call, source: ModelArguments, data: DataArguments, args: ReFINECon
     check_reporting(args)
     model, tokenizer = load_to_train(source, args)
     with args.main_process_first(desc="tokenize"):  # the other processes of a machine read what the first one leaves in the cache
-        train, validation = prepare_data(data, tokenizer, args.max_length, args.nsp.shortest, wants_columns(args.nsp))
+        train, validation = prepare_data(
+            data, tokenizer, args.max_length, args.nsp.shortest, wants_columns(args.nsp), args.carry_states
+        )
     if call.dry_run:
         Console().print(dry_run_table(plan(model, train, validation, args), call).rich())
         return

@@ -19,6 +19,7 @@ from refine_nsp.models.adapters import new_adapters, peft
 from refine_nsp.models.load import adapters_of, check_vocabulary, load, load_adapter, load_model, load_tokenizer
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.processes import to_device
+from refine_nsp.prompts.read_twice import encode_question
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.settings import check_machine
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer
@@ -120,6 +121,38 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise RefineError(f"{path} is empty")
     return text
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+@dataclass
+class ReadingArguments:
+    """Say how a prompt is read.
+
+    Attributes:
+        question: a question about the prompt, put on a line behind it.
+        read_twice: give the prompt twice before the question, or, without one, the whole prompt twice.
+    """
+
+    question: str | None = setting(None, common=True)
+    read_twice: bool = setting(False, common=True)
+
+
+def encode_reading(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, reading: ReadingArguments, source: str
+) -> tuple[list[int], list[int]]:
+    """Encode a prompt and its question. Return the tokens of one reading, and those to answer; they differ where it is read twice.
+
+    Raises:
+        RefineError: the prompt or the question is empty; the message says that prompts come from `source`.
+    """
+    if reading.question is not None and not reading.question.strip():
+        raise RefineError("the question is empty: give --question some text, or leave it out")
+    if reading.question is not None and not prompt.strip():
+        raise RefineError(f"the prompt is empty: give {source}; --question asks about it")
+    once, ids = encode_question(tokenizer, prompt, reading.question, reading.read_twice)
+    if not ids:
+        raise RefineError(f"the prompt is empty: give {source}")
+    return once, ids
 
 
 # --- test-time training -----------------------------------------------------------------------------------------------

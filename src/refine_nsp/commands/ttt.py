@@ -11,12 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, load_to_answer, read_text
+from refine_nsp.commands.shared import (
+    DEFAULT_MODEL,
+    TEST_TIME,
+    ReadingArguments,
+    TestTimeArguments,
+    encode_reading,
+    load_to_answer,
+    read_text,
+)
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import setting
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, nbytes
 
@@ -44,14 +51,19 @@ class PromptArguments:
 
 COMMAND = Command(
     "Adapt to a prompt, answer it, and restore the weights.",
-    (Settings(PromptArguments, "prompt"), replace(TEST_TIME[0], skip=("ttt_batch_size",)), *TEST_TIME[1:]),
+    (
+        Settings(PromptArguments, "prompt"),
+        Settings(ReadingArguments, "prompt"),
+        replace(TEST_TIME[0], skip=("ttt_batch_size",)),
+        *TEST_TIME[1:],
+    ),
     positional=("model_name_or_path",),
     exclusive=((("prompt", "prompt_file"), True),),
     dry_run=True,
 )
 
 
-def run(call: Call, prompt: PromptArguments, ttt: TestTimeArguments, config: TestTimeConfig) -> None:
+def run(call: Call, prompt: PromptArguments, reading: ReadingArguments, ttt: TestTimeArguments, config: TestTimeConfig) -> None:
     """Answer without and with adaptation, and print both with seconds and memory."""
     text = read_text(prompt.prompt_file) if prompt.prompt_file is not None else str(prompt.prompt)
     config = replace(config, objective=ttt.ttt or "refine")
@@ -59,12 +71,12 @@ def run(call: Call, prompt: PromptArguments, ttt: TestTimeArguments, config: Tes
         Console().print(str(config))
         return
     model, tokenizer = load_to_answer(prompt.model_name_or_path)
-    request = Request(0, encode_prompt(tokenizer, text), prompt.max_new_tokens)
-    if not request.ids:
-        raise RefineError("the prompt is empty: give --prompt or --prompt_file with some text")
+    # The weights learn what the prompt says once; a second copy would teach them to copy.
+    once, ids = encode_reading(tokenizer, text, reading, "--prompt or --prompt_file with some text")
+    request = Request(0, ids, prompt.max_new_tokens)
     trainer = TestTimeTrainer(model, config)
     plain, plain_seconds = answer(model, tokenizer, request)
-    with trainer.adapt(request.ids):
+    with trainer.adapt(once):
         adapted, adapted_seconds = answer(model, tokenizer, request)
     last = trainer.last
     assert last is not None
@@ -72,9 +84,10 @@ def run(call: Call, prompt: PromptArguments, ttt: TestTimeArguments, config: Tes
         ["plain", plain, f"{plain_seconds:.2f}", "0.0"],
         [f"adapted ({config.objective})", adapted, f"{last.seconds + adapted_seconds:.2f}", f"{last.extra_bytes / 2**20:.1f}"],
     ]
+    read = f" ({len(ids):,} as read twice, to answer)" if reading.read_twice else ""
     losses = " -> ".join(f"{x:.4f}" for x in last.losses)
     notes = [
-        f"{len(request.ids):,} prompt tokens; model {nbytes(list(model.parameters())) / 2**20:.1f} MiB; adapting took "
+        f"{len(once):,} prompt tokens{read}; model {nbytes(list(model.parameters())) / 2**20:.1f} MiB; adapting took "
         f"{last.seconds:.2f} s of the second row; loss by step {losses}; the weights are "
         f"{'as adapted' if config.scope == 'never' else 'restored'}",
         "extra memory: copies of what changes (or adapters) and the optimizer's state",

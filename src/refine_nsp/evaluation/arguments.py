@@ -76,6 +76,8 @@ class EvaluationArguments:
         short_context: a folder with piqa.jsonl, arc_easy.jsonl, ...
         limit: at most so many examples for each task (0: all).
         max_prompt_tokens: longer prompts lose their middle, or by the published protocol their end (0: no limit).
+        read_twice: give the context of every prompt twice before its question, which needs no training and takes about twice the tokens.
+            `lengths` and `max_prompt_tokens` are those of the prompt read once, and test-time training adapts to it read once.
         batch_tokens: prompt tokens of a batch, which bound the memory.
         seed: the seed of generated prompts and of sampling.
         num_proc: processes that build RULER's prompts.
@@ -101,6 +103,7 @@ class EvaluationArguments:
     short_context: str | None = setting(None, read_by=any_of(*likelihood.TASKS, words="short_context"), common=True)
     limit: int = setting(0, common=True)
     max_prompt_tokens: int = setting(0, read_by=ANSWERED, common=True)
+    read_twice: bool = setting(False, common=True)
     batch_tokens: int = setting(16384, common=True)
     seed: int = setting(42, read_by=DRAWN, common=True)
     num_proc: int = setting(1, read_by=RULER, common=True)
@@ -127,6 +130,15 @@ class EvaluationArguments:
             if getattr(self, name) < 0:
                 raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
 
+        answered = (*ruler.TASKS, *longbench.TASKS, "prompts")
+        if self.read_twice and (other := [name for name in self.names() if name not in answered]):
+            harness = (
+                " (lm-eval hands over whole prompts and does not say what their context is)" if "lm_eval:" in other[0] else ""
+            )
+            raise RefineError(
+                f"{other[0]} has no context that could be read twice{harness}; leave it out, or leave out read_twice, which is for ruler, "
+                "longbench and prompts"
+            )
         if self.window == 1:
             raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
 

@@ -17,9 +17,8 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.forward import run
-from refine_nsp.nsp.greedy import greedy_match
-from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
+from refine_nsp.nsp.greedy import match_of
+from refine_nsp.nsp.records import Batch, Prefixes, uniforms
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -98,18 +97,57 @@ def _token_figures(model: CausalModel, hidden: Tensor, targets: Tensor) -> Tenso
 
 @torch.no_grad()
 def continuation_match(model: CausalModel, ids: Sequence[int], config: NSPConfig, seed: int) -> dict[str, float]:
-    """Measure the share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions."""
+    """Measure the share of K greedy tokens that equal the text's, and their mean cosine, at random and at high-entropy positions.
+
+    The document is read block by block, each from the states of the one before, so that memory does not grow with it but for its tokens.
+    It is read twice: which positions have a high entropy is known at its end.
+    """
     batch = Batch.of(torch.as_tensor(list(ids), device=model.device)[None])
-    forward = run(Work(model, batch, config, learning=Learning(ntp_normalizer=1.0)))
     u, _ = uniforms(1, config.positions_per_sequence, 1, config.rollout_length, torch.Generator().manual_seed(seed))
-    entropy = smooth_entropy(forward.entropy, batch, config)
+    entropy = smooth_entropy(_entropy(model, batch.input_ids), batch, config)
     figures: dict[str, float] = {}
     anywhere, greatest = replace(config, selection="uniform", draw=None), replace(config, selection="argmax", draw=None)
-    for name, scores, how in (("random", torch.zeros_like(entropy), anywhere), ("high_entropy", entropy, greatest)):
-        positions = select_positions(scores, batch, u, how)
-        match, similarity, places = greedy_match(forward, positions, config.rollout_length)
+    ways = {"random": (torch.zeros_like(entropy), anywhere), "high_entropy": (entropy, greatest)}
+    chosen = {name: select_positions(scores, batch, u, how)[0].tolist() for name, (scores, how) in ways.items()}
+    sums = _matches(model, batch.input_ids, list(chosen.values()), config.rollout_length)
+    for name, (match, similarity, places) in zip(chosen, sums, strict=True):
         figures[f"match_{name}"], figures[f"cosine_{name}"] = match / max(1, places), similarity / max(1, places)
     return figures
+
+
+def _entropy(model: CausalModel, ids: Tensor) -> Tensor:
+    """Compute the entropy of every next-token distribution of ids [1, T], block by block; [1, T], nats."""
+    cache, parts = FastWeightCache(), []
+    for block in ids.split(BLOCK, 1):
+        hidden = model.model(block, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        none = torch.zeros(len(hidden), device=hidden.device)
+        parts.append(linear_cross_entropy(hidden, head_weight(model), none.long(), none)[1].entropy)
+    return torch.cat(parts)[None]
+
+
+def _matches(model: CausalModel, ids: Tensor, kinds: Sequence[Sequence[int]], K: int) -> list[tuple[float, float, int]]:
+    """Compare greedy tokens with the text ids [1, T] at the positions of each kind (-1: none); sums as `greedy_match` returns them.
+
+    A block is run K tokens beyond its end, where the text behind its last positions stands; its states go on from its end.
+    """
+    cache: FastWeightCache | None = None
+    sums = [(0.0, 0.0, 0)] * len(kinds)
+    for start in range(0, ids.shape[1], BLOCK):
+        end = min(start + BLOCK, ids.shape[1])
+        inside = [[t - start for t in positions if start <= t < end] for positions in kinds]
+        wanted = torch.tensor([[*(t for own in inside for t in own), end - start - 1]])
+        tokens = ids[:, start : end + K]
+        out = model.model(tokens, past_key_values=cache, use_cache=False, snapshot_positions=wanted)
+        assert out.snapshots is not None
+        cache, first = out.snapshots.index(torch.tensor([wanted.shape[1] - 1])), 0
+        for i, own in enumerate(inside):
+            if own:
+                rows, positions = torch.arange(first, first + len(own)), torch.tensor([own], device=ids.device)
+                prefixes = Prefixes(positions, out.last_hidden_state[0, own], out.snapshots.index(rows))
+                found = match_of(model, tokens, out.last_hidden_state, prefixes, K)
+                sums[i] = (sums[i][0] + found[0], sums[i][1] + found[1], sums[i][2] + found[2])
+            first += len(own)
+    return sums
 
 
 def perplexity(loss: float) -> float:

@@ -192,7 +192,19 @@ def _belongs(stem: str, name: str) -> bool:
 def _example(name: str, index: int, row: Mapping[str, object]) -> Example:
     where, key = f"{name}, row {index}", row.get("_id", row.get("id", index))
     answers = as_answers(row.get("answers", row.get("answer")), where)
-    return Example(f"{name}-{key}", _prompt(name, row, where), answers, TASKS[name].budget, {"index": index})
+    prompt, context = _prompt(name, row, where), row.get("context")
+    known = _context_in(name, prompt) if context is None else str(context)
+    return Example(f"{name}-{key}", prompt, answers, TASKS[name].budget, {"index": index}, context=known)
+
+
+def _context_in(name: str, prompt: str) -> str:
+    """Return the context of a prompt that is given whole, by the benchmark's wording around it; empty where that does not show it."""
+    head, _, behind = TASKS[name].prompt.partition("{context}")
+    between, rest = behind.partition("{input}")[0], prompt.removeprefix(head)
+    words = between.strip()
+    if not prompt.startswith(head) or not between or (not words and rest.count(between) != 1):
+        return ""
+    return rest.rpartition(words or between)[0]
 
 
 def _prompt(name: str, row: Mapping[str, object], where: str) -> str:

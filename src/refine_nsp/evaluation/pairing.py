@@ -92,6 +92,11 @@ def _other_question(a: Row, b: Row, cut_otherwise: bool) -> str:
         return "their references differ"
     if a.weight != b.weight or a.meta.get("tokens") != b.meta.get("tokens"):
         return "their documents are of different tokens"
-    if cut_otherwise and a.meta.get("prompt_tokens") != b.meta.get("prompt_tokens"):
+    if cut_otherwise and _once_tokens(a) != _once_tokens(b):
         return "their prompts were cut to different lengths"
     return ""
+
+
+def _once_tokens(row: Row) -> object:
+    """Return the tokens of a prompt as it is read once, whether or not its context was read twice."""
+    return row.meta.get("once_tokens", row.meta.get("prompt_tokens"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import encode_prompt, encode_text, render, truncate_middle
 from refine_nsp.prompts.examples import Example, in_row, read_prompts
 from refine_nsp.prompts.qa_sources import read_qa
+from refine_nsp.prompts.read_twice import MarkedPrompt, find_context, mark_context, new_line
 from refine_nsp.text.reading import read_documents
 
 PUBLISHED_BUDGET = 32
@@ -112,6 +114,8 @@ class GenerationTask:
     Attributes:
         score: the figures of one answer, given its references.
         add_bos, cut: how prompts become tokens; the paper's code gives them no special tokens and cuts long ones on the right.
+        read_twice: whether a prompt's context is given twice before its question. What `max_prompt_tokens` limits, and what test-time
+            training adapts to, is the prompt as it is read once.
     """
 
     name: str
@@ -121,35 +125,48 @@ class GenerationTask:
     max_prompt_tokens: int = 0
     add_bos: bool = True
     cut: Callable[[Sequence[int], int], list[int]] = truncate_middle
+    read_twice: bool = False
     notes: list[str] = field(default_factory=list)
 
     def questions(self) -> dict[str, str]:
         """Return the digest of each prompt with its references, by id."""
         return {e.id: digest(e.prompt, e.template, e.references) for e in self.examples}
 
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find, before any prompt is answered, a conversation that the template refuses and a context that cannot be read twice."""
+        for key, e in enumerate(self.examples):
+            if self.read_twice or not isinstance(e.prompt, str):
+                with in_row(self._where(key)):
+                    text = self._text(e, tokenizer)
+                    if self.read_twice:
+                        find_context(text, e.context)
+
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
         """Answer prompts and score the answers. With `context.adapter` each prompt is answered by the weights adapted to it."""
         place = {e.id: i for i, e in enumerate(self.examples)}
-        requests = [self._request(place[i], context.tokenizer) for i in wanted]
+        read_once = {place[i]: self._read_once(place[i], context.tokenizer) for i in wanted}
+        requests = [self._request(key, context.tokenizer, marked) for key, marked in read_once.items()]
+        once = {key: marked.ids for key, marked in read_once.items()}
         eos = end_tokens(context.model, context.tokenizer)
         if context.adapter is None:
             batches = answer_all(context.model, requests, eos, self.decoding, context.batch_tokens, context.on_tokens)
         else:
-            batches = self._answer_adapted(requests, eos, context)
+            batches = self._answer_adapted(requests, once, eos, context)
         for batch in batches:
             for request, tokens in batch:
-                yield self._row(request, tokens, context)
+                yield self._row(request, tokens, len(once[request.key]), context)
 
     def _answer_adapted(
-        self, requests: Sequence[Request], eos: set[int], context: Context
+        self, requests: Sequence[Request], once: Mapping[int, list[int]], eos: set[int], context: Context
     ) -> Iterator[list[tuple[Request, list[int]]]]:
+        """Answer each prompt by weights adapted to what it says once: a second copy would teach copying, at twice the time."""
         assert context.adapter is not None
         size = context.adapt_together
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             rows = [r.ids for r in batch]
-            shortest = min(batch, key=lambda r: len(r.ids))  # an error about a prompt that is too short is about this one
-            with in_row(self._where(shortest.key)), context.adapter.adapt(rows):
+            shortest = min(batch, key=lambda r: len(once[r.key]))  # an error about a prompt that is too short is about this one
+            with in_row(self._where(shortest.key)), context.adapter.adapt([once[r.key] for r in batch]):
                 clock = time.perf_counter()
                 hidden, cache = prefill(context.model, rows)
                 tokens = decode(context.model, hidden, cache, batch, eos, self.decoding, keep_rows=True)
@@ -169,23 +186,32 @@ class GenerationTask:
         e = self.examples[key]
         return e.where or f"{self.name}, example {e.id}"
 
-    def _request(self, key: int, tokenizer: PreTrainedTokenizerBase) -> Request:
-        e = self.examples[key]
-        with in_row(self._where(key)):
-            if self.add_bos:
-                ids = encode_prompt(tokenizer, e.prompt, **e.template)
-            else:
-                ids = encode_text(tokenizer, e.prompt if isinstance(e.prompt, str) else render(tokenizer, e.prompt, **e.template))
-            if not ids:
-                raise RefineError("the prompt has no token that the tokenizer knows")
-            if self.max_prompt_tokens:
-                ids = self.cut(ids, self.max_prompt_tokens)
-        return Request(key, ids, e.budget)
+    def _text(self, e: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+        return e.prompt if isinstance(e.prompt, str) else render(tokenizer, e.prompt, **e.template)
 
-    def _row(self, request: Request, tokens: list[int], context: Context) -> Row:
+    def _read_once(self, key: int, tokenizer: PreTrainedTokenizerBase) -> MarkedPrompt:
+        """Encode a prompt as it is read once, cut to its limit. Its context is marked where it will be read twice."""
+        e = self.examples[key]
+        encode = partial(encode_prompt if self.add_bos else encode_text, tokenizer)
+        with in_row(self._where(key)):
+            text = self._text(e, tokenizer)
+            marked = MarkedPrompt(encode(text), 0, 0)
+            if self.read_twice:
+                marked = mark_context(encode, text, find_context(text, e.context))
+            if not marked.ids:
+                raise RefineError("the prompt has no token that the tokenizer knows")
+            return marked.cut(self.cut, self.max_prompt_tokens) if self.max_prompt_tokens else marked
+
+    def _request(self, key: int, tokenizer: PreTrainedTokenizerBase, marked: MarkedPrompt | None = None) -> Request:
+        marked = marked or self._read_once(key, tokenizer)
+        ids = marked.twice(new_line(tokenizer)) if self.read_twice else marked.ids
+        return Request(key, ids, self.examples[key].budget)
+
+    def _row(self, request: Request, tokens: list[int], once_tokens: int, context: Context) -> Row:
         e = self.examples[request.key]
         output = str(context.tokenizer.decode(tokens, skip_special_tokens=True))
-        meta = {**e.meta, "prompt_tokens": len(request.ids), "new_tokens": len(tokens), **context.cost}
+        lengths = {"once_tokens": once_tokens} if self.read_twice else {}
+        meta = {**e.meta, "prompt_tokens": len(request.ids), **lengths, "new_tokens": len(tokens), **context.cost}
         return Row(e.id, output, e.references, self.score(output, e.references), 1.0, meta)
 
 
@@ -285,15 +311,12 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
 
     def generation(name: str, examples: list[Example], score: Callable[[str, Sequence[str]], Scores], as_paper: bool) -> None:
         examples = examples[: a.limit or None]
-        for e in examples:
-            if not isinstance(e.prompt, str):
-                with in_row(e.where):  # a conversation that the template refuses is found before any prompt is answered
-                    render(tokenizer, e.prompt, **e.template)
-        tasks[name] = GenerationTask(name, examples, score, max_prompt_tokens=a.max_prompt_tokens)
+        task = GenerationTask(name, examples, score, max_prompt_tokens=a.max_prompt_tokens, read_twice=a.read_twice)
         if as_paper:
-            examples = [replace(e, budget=PUBLISHED_BUDGET) for e in examples]
-            decoding = Decoding(False, 1.0, 50, seed=a.seed)
-            tasks[name] = GenerationTask(name, examples, score, decoding, a.max_prompt_tokens, False, truncate_right)
+            task.examples = [replace(e, budget=PUBLISHED_BUDGET) for e in examples]
+            task.decoding, task.add_bos, task.cut = Decoding(False, 1.0, 50, seed=a.seed), False, truncate_right
+        task.check(tokenizer)
+        tasks[name] = task
 
     wanted = [n for n in names if n in ruler.TASKS]
     if wanted:

@@ -167,6 +167,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
     mixer_class: ClassVar[Callable[..., Mixer]]
     cuts_at_positions = False
     rereads_prefixes = False
+    keeps_all_tokens = False
 
     def __init__(self, config: FamilyConfig) -> None:
         super().__init__(config)

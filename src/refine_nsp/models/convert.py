@@ -24,8 +24,10 @@ from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, live, setting
 from refine_nsp.files import made_whole, write_atomically
-from refine_nsp.models.attention_source import GENERATION, WEIGHTS, AttentionSource, open_source
+from refine_nsp.models.attention_source import AttentionSource
+from refine_nsp.models.gguf_source import open_gguf
 from refine_nsp.models.lact import LaCTConfig, LaCTForCausalLM, LaCTMixer
+from refine_nsp.models.safetensors_source import GENERATION, WEIGHTS, open_model
 from refine_nsp.models.stream import write_weights
 from refine_nsp.models.weight_names import some
 from refine_nsp.progress import StepProgress, step_progress
@@ -121,7 +123,7 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
     settings = settings or MemorySettings()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise RefineError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}; name a new folder")
-    opened = open_source(source)
+    opened = open_gguf(Path(source)) if str(source).endswith(".gguf") else open_model(str(source))
     config, dtype = lact_config(opened, settings), dtype_of(opened, settings)
     with torch.device("meta"):
         model = LaCTForCausalLM(config)
@@ -167,7 +169,7 @@ def lact_config(source: AttentionSource, settings: MemorySettings) -> LaCTConfig
         num_attn_heads=c["num_attention_heads"],
         norm_eps=c["rms_norm_eps"],
         rope_theta=c["rope_parameters"]["rope_theta"],
-        qkv_bias="model.layers.0.self_attn.q_proj.bias" in source.shapes,
+        qkv_bias=source.config.model_type == "qwen2",
         architectures=["LaCTForCausalLM"],
     )
     if config.fw_hidden_dim < 1:

@@ -30,7 +30,11 @@ INSIDE = {
 
 
 def open_gguf(path: Path) -> AttentionSource:
-    """Open the file; see `open_source`."""
+    """Open the file.
+
+    Raises:
+        RefineError: no such file, a damaged one, no package to read it by, or a model that LaCT's layers cannot hold unchanged.
+    """
     if not path.is_file():
         raise RefineError(f"no file {path}; expected a GGUF file, a folder or a hub name")
     try:

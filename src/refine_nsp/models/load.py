@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
+import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -65,6 +66,7 @@ def resolve(name_or_path: str | Path) -> str:
 
 
 LoadedModel = FastWeightForCausalLM | StatefulCausalModel
+M = TypeVar("M", bound=PreTrainedModel)
 
 
 def load(
@@ -97,23 +99,57 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         model.name_or_path = where  # an adapter that is put on it next belongs on this, not on the base
         _check_numbers(where, model)
         return model.eval()
+    config = _config_of_weights(where)
+    ours = config.model_type in FAMILIES
+    model_class: type[LoadedModel] = FAMILIES[config.model_type][2] if ours else class_for(config)
+    model = _read(where, config, model_class, dtype, kwargs)
+    if not ours:
+        check(cast(StatefulCausalModel, model))
+    return model.eval()
+
+
+def load_as_it_is(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal model as transformers has it, without states of this package's; a family of ours is the same either way.
+
+    Raises:
+        RefineError: as `load` does, and for adapters, which are no model by themselves.
+    """
+    if isinstance(dtype, str):
+        check_choice("dtype", dtype, DTYPES)
+    where = resolve(name_or_path)
+    if adapters_of(where, kwargs.get("revision")):
+        raise RefineError(
+            f"{where} holds adapters, no model; make one of them and their base first: refine-nsp export {where} FOLDER"
+        )
+    config = _config_of_weights(where)
+    if config.model_type in FAMILIES:
+        return load_model(where, dtype, **kwargs)
+    return _read(where, config, class_for(config)._refine_plain, dtype, kwargs).eval()
+
+
+def _config_of_weights(where: str) -> PreTrainedConfig:
+    """Load the configuration of a folder or hub name that should have weights too."""
     folder = Path(where)
     if folder.exists():
         check_folder(folder)
-    config = load_config(where)
-    ours = config.model_type in FAMILIES
-    model_class: type[LoadedModel] = FAMILIES[config.model_type][2] if ours else class_for(config)
-    if not ours and model_class.config_class is not type(config):
+    return load_config(where)
+
+
+def _read(
+    where: str, config: PreTrainedConfig, model_class: type[M], dtype: torch.dtype | str | None, kwargs: Mapping[str, Any]
+) -> M:
+    """Read the weights into a model of the given class, and raise a RefineError unless they are its own, all and finite."""
+    if model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # a model of several kinds of input has one for text
 
-    def read(**more: Any) -> tuple[LoadedModel, LoadingInfo]:
+    def read(**more: Any) -> tuple[M, LoadingInfo]:
         # Shapes that differ are accepted here, to be named below with all else that differs.
         with part("loading"), _without_reports():
             loaded: object = model_class.from_pretrained(
                 where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True, **more, **kwargs,
             )  # fmt: skip
-        return cast(tuple[LoadedModel, LoadingInfo], loaded)
+        return cast(tuple[M, LoadingInfo], loaded)
 
     try:
         model, names = read()
@@ -133,9 +169,7 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
     _check_tokens(where, model)
     _check_names(where, names)
     _check_numbers(where, model)
-    if not ours:
-        check(cast(StatefulCausalModel, model))
-    return model.eval()
+    return model
 
 
 @contextmanager
@@ -221,7 +255,7 @@ def check_vocabulary(model: nn.Module | Configured, tokenizer: PreTrainedTokeniz
         )
 
 
-def _check_tokens(where: str, model: LoadedModel) -> None:
+def _check_tokens(where: str, model: PreTrainedModel) -> None:
     """Raise a RefineError for special tokens that are no ids."""
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -268,6 +302,12 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     except RefineError:
         raise
     except Exception as error:
+        if "custom code" in str(error):
+            raise RefineError(
+                f"{where} cannot be called without code of its own (auto_map in its config.json), which is not run here; expected a model "
+                f"that transformers {transformers.__version__} has; load such a one yourself, and see what holds of it by "
+                "refine_nsp.models.checks.diagnose(model)"
+            ) from error
         raise hub_problem(where, error) or RefineError(
             f"cannot load a model from {where!r}: {first_line(error)}; expected a folder with config.json and "
             f"*.safetensors, a hub name, or one of {', '.join(SHIPPED)}"

@@ -73,6 +73,11 @@ class Trunk(Protocol):
         """Tell whether the state of a prefix is its tokens, which are read again with whatever follows."""
         ...
 
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """Whether states grow with every token read, as those of attention over everything do."""
+        ...
+
     def __call__(
         self,
         input_ids: Tensor | None = None,

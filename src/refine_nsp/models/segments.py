@@ -39,13 +39,23 @@ class HandedStates:
     lengths: Tensor
     columns: int
     added: list[set[str]]
+    earlier: Tensor | None = None  # see `FastWeightCache`
+
+    @classmethod
+    def of(cls, cache: FastWeightCache | None) -> HandedStates | None:
+        """Take the states that the first segment starts from."""
+        if cache is None:
+            return None
+        assert cache.lengths is not None
+        layers: list[dict[str, tuple[Tensor, ...]]] = [{name: (x,) for name, x in layer.items()} for layer in cache.layers]
+        return cls(layers, cache.lengths, cache.columns, [set() for _ in layers], cache.earlier)
 
     def cache(self) -> FastWeightCache:
         """Join the parts to the states that the next segment starts from."""
         layers = [
             {name: torch.cat(parts, 2) if len(parts) > 1 else parts[0] for name, parts in layer.items()} for layer in self.layers
         ]
-        return FastWeightCache(layers, self.lengths, self.columns)
+        return FastWeightCache(layers, self.lengths, self.columns, self.earlier)
 
     def behind(self, before: HandedStates | None) -> HandedStates:
         """Put the parts before in front, where a segment returned only its own."""
@@ -55,7 +65,7 @@ class HandedStates:
             {name: (*old[name], *parts) if name in added else parts for name, parts in new.items()}
             for old, new, added in zip(before.layers, self.layers, self.added, strict=True)
         ]
-        return HandedStates(layers, self.lengths, self.columns, self.added)
+        return HandedStates(layers, self.lengths, self.columns, self.added, self.earlier)
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,12 @@ class PassBySegments:
 
 
 def read_by_segments(
-    trunk: Trunk, input_ids: Tensor, lengths: Tensor, size: int, positions: Tensor | None = None
+    trunk: Trunk,
+    input_ids: Tensor,
+    lengths: Tensor,
+    size: int,
+    positions: Tensor | None = None,
+    past: FastWeightCache | None = None,
 ) -> PassBySegments:
     """Run a trunk over [B, T] ids in segments of about `size` tokens (two or more).
 
@@ -147,6 +162,7 @@ def read_by_segments(
         trunk: a model below its head.
         lengths: [B] long, on the host; rows are padded on the right.
         positions: [B, P] long, input columns of the last tokens of prefixes (-1: before the first), when known beforehand.
+        past: states that the rows start from, only read; None: they start from nothing.
 
     Raises:
         RefineError: a model whose states are tokens; it would read everything before a segment with the segment.
@@ -160,7 +176,7 @@ def read_by_segments(
     segments, flat = Segments(trunk, input_ids, lengths), positions.flatten()
     ends = segment_ends(input_ids.shape[1], size, set(flat.tolist()))
     hidden: list[Tensor] = []
-    before: list[HandedStates | None] = [None]
+    before: list[HandedStates | None] = [HandedStates.of(past)]
     parts: list[FastWeightCache] = []
     order: list[Tensor] = []
     for start, end in pairwise([0, *ends]):
@@ -201,4 +217,4 @@ def _written(after: FastWeightCache, before: HandedStates | None) -> HandedState
         # A copy: a slice would keep all of what it was cut from.
         layers.append({name: (x[:, :, -new:].clone() if name in grew else x,) for name, x in layer.items()})
         added.append(grew)
-    return HandedStates(layers, after.lengths, after.columns, added)
+    return HandedStates(layers, after.lengths, after.columns, added, after.earlier)

@@ -35,15 +35,24 @@ class FastWeightCache(Cache):
         layers: one `LayerState` per layer, empty before the first forward pass.
         lengths: [R] long, on the host: real tokens consumed by each row; None before the first forward pass.
         columns: input columns seen, pads included, which `generate` calls the sequence length.
+        earlier: [R] long, on the host: tokens consumed before those of `lengths`, whose keys were let go; None: none were. Positions
+            count them.
     """
 
     layers: list[LayerState]  # type: ignore[assignment]  # a list of other things in transformers
 
-    def __init__(self, layers: list[LayerState] | None = None, lengths: Tensor | None = None, columns: int = 0) -> None:
+    def __init__(
+        self,
+        layers: list[LayerState] | None = None,
+        lengths: Tensor | None = None,
+        columns: int = 0,
+        earlier: Tensor | None = None,
+    ) -> None:
         super().__init__(layers=[])
         self.layers = layers if layers is not None else []
         self.lengths = None if lengths is None else lengths.cpu()
         self.columns = columns
+        self.earlier = earlier
 
     # --- ours: pure, each returns a new cache -------------------------------------------------------------------------
     def index(self, rows: Tensor) -> FastWeightCache:
@@ -52,7 +61,8 @@ class FastWeightCache(Cache):
             {name: x.index_select(0, rows.to(x.device, non_blocking=True)) for name, x in layer.items()} for layer in self.layers
         ]
         lengths = None if self.lengths is None else self.lengths.index_select(0, rows.cpu())
-        return FastWeightCache(layers, lengths, self.columns)
+        earlier = None if self.earlier is None else self.earlier.index_select(0, rows.cpu())
+        return FastWeightCache(layers, lengths, self.columns, earlier)
 
     def expand(self, repeats: int) -> FastWeightCache:
         """Repeat every row, copies next to each other: B*P rows become R = B*P*N in row-major order. Differentiable."""
@@ -63,11 +73,11 @@ class FastWeightCache(Cache):
     def detach(self) -> FastWeightCache:
         """Return the same states outside any graph, without copying them."""
         layers = [{name: x.detach() for name, x in layer.items()} for layer in self.layers]
-        return FastWeightCache(layers, self.lengths, self.columns)
+        return FastWeightCache(layers, self.lengths, self.columns, self.earlier)
 
     def copy(self) -> FastWeightCache:
         """Make a cache that can be continued without changing this one; tensors are shared, since none is written in place."""
-        return FastWeightCache([dict(layer) for layer in self.layers], self.lengths, self.columns)
+        return FastWeightCache([dict(layer) for layer in self.layers], self.lengths, self.columns, self.earlier)
 
     @classmethod
     def stack(cls, caches: Sequence[FastWeightCache]) -> FastWeightCache:
@@ -82,12 +92,53 @@ class FastWeightCache(Cache):
             {name: _all_rows([c.layers[i][name] for c in caches], name in NEWEST_LAST) for name in layer}
             for i, layer in enumerate(caches[0].layers)
         ]
-        return cls(layers, torch.cat([c._lengths() for c in caches]), max(c.columns for c in caches))
+        earlier = None
+        if any(c.earlier is not None for c in caches):
+            earlier = torch.cat([torch.zeros_like(c._lengths()) if c.earlier is None else c.earlier for c in caches])
+        return cls(layers, torch.cat([c._lengths() for c in caches]), max(c.columns for c in caches), earlier)
 
     @classmethod
     def in_order(cls, parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
         """Join states that were taken in parts; slots: for each part the rows its states become, long, on the host."""
         return parts[0] if len(parts) == 1 else cls.concatenate(parts).index(torch.cat(list(slots)).argsort())
+
+    @classmethod
+    def joined(cls, rows: Sequence[FastWeightCache | None]) -> FastWeightCache | None:
+        """Join states of one row each; None is a row that starts from nothing. The result is None where all rows do.
+
+        A row that has consumed no token starts from nothing whatever its tensors hold, so these are zeros.
+        """
+        known = next((row for row in rows if row is not None), None)
+        if known is None:
+            return None
+        nothing = [
+            {name: x[:, :, :0] if name in NEWEST_LAST else torch.zeros_like(x) for name, x in layer.items()}
+            for layer in known.layers
+        ]
+        fresh = cls(nothing, torch.zeros(1, dtype=torch.long))
+        return cls.concatenate([fresh if row is None else row for row in rows])
+
+    def apart(self, keys: int | None = None) -> list[FastWeightCache]:
+        """Part the rows, each detached, in memory of its own and without the columns of keys that only others have.
+
+        keys: of so many of the newest tokens alone are keys and values kept; None: of all that are there.
+        """
+        attends = any(name in NEWEST_LAST for layer in self.layers for name in layer)
+        parts = []
+        for i, length in enumerate(self._lengths().tolist()):
+            row, kept = self.index(torch.tensor([i])).detach(), min(length, keys) if keys is not None and attends else length
+            layers = [
+                {name: x[:, :, max(0, x.shape[2] - kept) :].clone() if name in NEWEST_LAST else x for name, x in layer.items()}
+                for layer in row.layers
+            ]
+            earlier = row.consumed - kept
+            parts.append(FastWeightCache(layers, torch.tensor([kept]), kept, earlier if bool(earlier) else None))
+        return parts
+
+    @property
+    def consumed(self) -> Tensor:
+        """Count the tokens that each row has consumed, [R] long on the host, those whose keys were let go among them."""
+        return self._lengths() if self.earlier is None else self._lengths() + self.earlier
 
     @property
     def nbytes(self) -> int:
@@ -101,10 +152,10 @@ class FastWeightCache(Cache):
 
     def advance(self, layers: list[LayerState], lengths: Tensor | None, n_columns: int) -> None:
         """Replace the states by those after another `n_columns` input columns."""
-        self._become(FastWeightCache(layers, lengths, self.columns + n_columns))
+        self._become(FastWeightCache(layers, lengths, self.columns + n_columns, self.earlier))
 
     def _become(self, other: FastWeightCache) -> None:
-        self.layers, self.lengths, self.columns = other.layers, other.lengths, other.columns
+        self.layers, self.lengths, self.columns, self.earlier = other.layers, other.lengths, other.columns, other.earlier
 
     # --- what generate() and friends call -----------------------------------------------------------------------------
     @property

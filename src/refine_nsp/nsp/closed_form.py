@@ -8,15 +8,15 @@ every token: no sampling, no state, no baseline, no variance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from refine_nsp.models.adapters import head_weight
-from refine_nsp.nsp.context import local_hidden
-from refine_nsp.nsp.forward import Predictions, run_hidden
+from refine_nsp.nsp.context import have_far_context, local_hidden
+from refine_nsp.nsp.forward import Predictions, run_and_leave
 from refine_nsp.nsp.next_token import by_sequence, next_token_loss, next_tokens, target_weights
 from refine_nsp.nsp.records import Batch, Metrics, StepResult, Work, masked_mean
 from refine_nsp.nsp.selection import count_positions, select
@@ -26,8 +26,8 @@ from refine_nsp.ops.memory import part
 
 def refine_in_closed_form(work: Work) -> StepResult:
     """Take one step without rollouts: one pass over the sequences, and one over local windows where scores are not known beforehand."""
-    hidden = run_hidden(work.model, work.batch, work.config)
-    return learn_in_closed_form(work, hidden, weigh(work, hidden))
+    hidden, left = run_and_leave(work.model, work.batch, work.config)
+    return replace(learn_in_closed_form(work, hidden, weigh(work, hidden)), left=left)
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,17 @@ def weigh(work: Work, hidden: Tensor) -> Weighing:
         detached = hidden.detach()
         positions = select(Predictions(work, detached, *next_token_loss(work.model, detached, batch)))
         chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
-        return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config).sum()))
+        return Weighing(chosen, None, positions, int(count_positions(batch.lengths, config, batch.consumed).sum()))
     # All K tokens of the continuation must be there: t + K <= length - 1.
     allowed = batch.before(batch.lengths - config.rollout_length).to(hidden.dtype)
     if batch.scores is not None:
         scores = batch.scores.to(torch.promote_types(hidden.dtype, torch.float32))
         return Weighing(allowed * scores, None, None, batch.num_targets)
-    first, T = 2 * config.local_window, batch.input_ids.shape[1]
-    if first >= T:
-        return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
     local = local_hidden(work.model, batch, config.local_window, config.local_span)
-    scored = torch.arange(T, device=hidden.device) >= first
-    return Weighing(allowed * scored, F.pad(local, (0, 0, first, 0)), None, batch.num_targets)
+    if local is None:
+        return Weighing(torch.zeros_like(allowed), None, None, batch.num_targets)
+    scored = have_far_context(batch, config.local_window)
+    return Weighing(allowed * scored, F.pad(local, (0, 0, allowed.shape[1] - local.shape[1], 0)), None, batch.num_targets)
 
 
 @part("logits")

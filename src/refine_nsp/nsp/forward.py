@@ -51,10 +51,12 @@ class Forward(Predictions):
 
     Attributes:
         take: gives the states at positions [B, P]; differentiable where the pass is.
+        left: the states that go on to the rows' next windows, detached; None where none do.
         finished: when the pass ended, in seconds, for timings.
     """
 
     take: Callable[[Tensor], FastWeightCache]
+    left: FastWeightCache | None = None
     finished: float = field(default_factory=time.perf_counter)
 
     @part("rollouts")
@@ -89,7 +91,7 @@ class Recomputed(Forward):
         for p in range(positions.shape[1]):
             lengths = positions[:, p] + 1
             width = max(1, int(lengths.max()))
-            caches.append(FastWeightCache())
+            caches.append(past if (past := batch.past) is not None else FastWeightCache())
             self.work.model.model(batch.input_ids[:, :width], lengths=lengths, past_key_values=caches[-1], use_cache=True)
         return Prefixes(positions, gather_positions(self.hidden, positions).flatten(0, 1), FastWeightCache.stack(caches))
 
@@ -103,7 +105,8 @@ class Recomputed(Forward):
             at = lengths.repeat_interleave(N)[:, None] + torch.arange(K, device=ids.device)
             rows = tokens[:, p].reshape(-1, K)
             ids = ids.scatter(1, at, rows)
-            h = model.model(ids, lengths=at[:, -1] + 1, use_cache=False).last_hidden_state
+            past = self.work.batch.past  # B states, from each of which N neighbours continue
+            h = model.model(ids, lengths=at[:, -1] + 1, past_key_values=past, use_cache=False).last_hidden_state
             index = torch.arange(len(ids), device=ids.device)[:, None]
             log_p, entropy = token_log_probs(model.lm_head(h[index, at - 1]), rows, self.work.config.temperature)
             log_probs.append(log_p.view(-1, N, K))
@@ -121,22 +124,37 @@ def run(work: Work, positions: Tensor | None = None) -> Forward:
     """
     model, batch = work.model, work.batch
     recomputes = schedule_of(work.config).recomputes
+    wanted, after = None if recomputes else positions, batch.hand_over
+    asked = [where.cpu() for where in (wanted, after) if where is not None]
+    where = torch.cat(asked, 1) if asked else None
+    take: Callable[[Tensor], FastWeightCache] | None
     if (size := segment_size(batch, work.config)) is not None:
         with part("forward"):
-            parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, positions)
-        hidden, take = parts.hidden, parts.at if positions is None else _always(parts.snapshots)
+            parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, where, batch.past)
+        hidden, snapshots, take = parts.hidden, parts.snapshots, parts.at
     else:
         with part("forward"):
             out = model.model(
                 batch.input_ids,
                 lengths=batch.lengths,
-                snapshot_positions=None if recomputes else positions,
+                past_key_values=batch.past,
+                snapshot_positions=where,
                 output_states=positions is None and not recomputes,
                 use_cache=False,
             )
-        hidden, take = out.last_hidden_state, _always(out.snapshots) if out.states is None else out.states.at
+        hidden, snapshots, take = out.last_hidden_state, out.snapshots, None if out.states is None else out.states.at
+    snapshots, left = (snapshots, None) if after is None else _parted(snapshots, len(batch.sizes))
     loss, stats = next_token_loss(model, hidden, batch, work.learning.ntp_normalizer)
-    return (Recomputed if recomputes else Forward)(work, hidden, loss, stats, take)
+    take = _always(snapshots) if positions is not None or take is None else take
+    return (Recomputed if recomputes else Forward)(work, hidden, loss, stats, take, left)
+
+
+def _parted(snapshots: FastWeightCache | None, B: int) -> tuple[FastWeightCache | None, FastWeightCache]:
+    """Part the states of B*(P + 1) rows, the last of each sequence's being those that go on; these are detached."""
+    assert snapshots is not None
+    rows = torch.arange(snapshots.batch_size).view(B, -1)
+    inside = None if rows.shape[1] == 1 else snapshots.index(rows[:, :-1].flatten())
+    return inside, snapshots.detach().index(rows[:, -1])
 
 
 def _always(snapshots: FastWeightCache | None) -> Callable[[Tensor], FastWeightCache]:
@@ -150,11 +168,26 @@ def _always(snapshots: FastWeightCache | None) -> Callable[[Tensor], FastWeightC
 
 
 @part("forward")
+def run_and_leave(model: CausalModel, batch: Batch, config: NSPConfig) -> tuple[Tensor, FastWeightCache | None]:
+    """Run the sequences where nobody asks for states inside them.
+
+    Returns the final-norm output [B, T, D], and the states that go on to the rows' next windows, detached; None where none do.
+    """
+    after = batch.hand_over
+    if (size := segment_size(batch, config)) is not None:
+        parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, after, batch.past)
+        hidden, snapshots = parts.hidden, parts.snapshots
+    else:
+        out = model.model(
+            batch.input_ids, lengths=batch.lengths, past_key_values=batch.past, snapshot_positions=after, use_cache=False
+        )
+        hidden, snapshots = out.last_hidden_state, out.snapshots
+    return hidden, None if after is None or snapshots is None else snapshots.detach()
+
+
 def run_hidden(model: CausalModel, batch: Batch, config: NSPConfig) -> Tensor:
     """Run the sequences where nobody asks for states; return the final-norm output [B, T, D]."""
-    if (size := segment_size(batch, config)) is not None:
-        return read_by_segments(model.model, batch.input_ids, batch.lengths, size).hidden
-    return model.model(batch.input_ids, lengths=batch.lengths, use_cache=False).last_hidden_state
+    return run_and_leave(model, batch, config)[0]
 
 
 def segment_size(batch: Batch, config: NSPConfig) -> int | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import Forward
-from refine_nsp.nsp.records import gather_positions
+from refine_nsp.nsp.records import Prefixes, gather_positions
 from refine_nsp.nsp.rewards import cosine
 
 
@@ -14,14 +15,23 @@ def greedy_match(forward: Forward, positions: Tensor, K: int) -> tuple[float, fl
 
     Returns the sum over positions of the share of equal tokens, the sum of mean cosines, and how many positions there are.
     """
-    model, batch, valid = forward.work.model, forward.work.batch, positions.flatten() >= 0
-    prefixes = forward.states(positions)
-    cache, hidden, match, similarity = prefixes.cache, prefixes.hidden, 0.0, 0.0
+    work = forward.work
+    return match_of(work.model, work.batch.input_ids, forward.hidden, forward.states(positions), K)
+
+
+def match_of(model: CausalModel, input_ids: Tensor, true_states: Tensor, prefixes: Prefixes, K: int) -> tuple[float, float, int]:
+    """Compare K greedy tokens from each of the prefixes with the text; the result is that of `greedy_match`.
+
+    Args:
+        input_ids: [B, T] long. true_states: [B, T, D], the final-norm output after consuming each token of the text.
+    """
+    positions = prefixes.positions
+    cache, hidden, match, similarity, valid = prefixes.cache, prefixes.hidden, 0.0, 0.0, positions.flatten() >= 0
     for j in range(1, K + 1):
         token = model.lm_head(hidden).argmax(-1)
         hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
-        ahead = (positions.clamp(min=0) + j).clamp(max=batch.input_ids.shape[1] - 1)
-        truth, true_hidden = batch.input_ids.gather(1, ahead).flatten(), gather_positions(forward.hidden, ahead).flatten(0, 1)
+        ahead = (positions.clamp(min=0) + j).clamp(max=input_ids.shape[1] - 1)
+        truth, true_hidden = input_ids.gather(1, ahead).flatten(), gather_positions(true_states, ahead).flatten(0, 1)
         match += float((token == truth)[valid].sum())
         similarity += float(cosine(hidden=hidden, truth_hidden=true_hidden)[valid].sum())
     return match / K, similarity / K, int(valid.sum())

@@ -23,6 +23,7 @@ from refine_nsp.nsp.records import (
     Normalizer,
     Rollouts,
     Sampled,
+    Starts,
     StepResult,
     Work,
 )
@@ -69,6 +70,7 @@ class ReFINEStep(nn.Module):
         policy_normalizer: Normalizer = None,
         columns: Columns | None = None,
         scores: Tensor | None = None,
+        starts: Starts | None = None,
     ) -> StepResult:
         """Select, sample, judge, and return the losses; or, with `estimator="closed_form"`, the losses alone.
 
@@ -80,8 +82,9 @@ class ReFINEStep(nn.Module):
                 sum by its own.
             columns: other columns of the dataset, B values each, for rewards that ask for them.
             scores: [B, T] context scores d known beforehand, instead of a pass over local windows.
+            starts: states that the rows continue from, as windows of documents; the result then holds those that go on (`left`).
         """
-        batch = self._batch(input_ids, lengths, columns, scores)
+        batch = self._batch(input_ids, lengths, columns, scores, starts)
         draws = Draws.of(batch, self.config, generator)
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
         rollouts = self._first_pass(batch, draws) if schedule_of(self.config).two_passes else None
@@ -94,11 +97,12 @@ class ReFINEStep(nn.Module):
         generator: Generators = None,
         columns: Columns | None = None,
         scores: Tensor | None = None,
+        starts: Starts | None = None,
     ) -> Rollouts:
         """Sample rollouts by the current policy, without gradients, for several optimizer steps to learn from (`learn`)."""
         if not self.config.samples_rollouts:
             raise RefineError(f"estimator={self.config.estimator!r} samples no rollouts; only estimator='sampled' does")
-        batch = self._batch(input_ids, lengths, columns, scores)
+        batch = self._batch(input_ids, lengths, columns, scores, starts)
         return self._first_pass(batch, Draws.of(batch, self.config, generator))
 
     @torch.no_grad()
@@ -114,9 +118,10 @@ class ReFINEStep(nn.Module):
         lengths: Tensor | None = None,
         ntp_normalizer: Normalizer = None,
         policy_normalizer: Normalizer = None,
+        starts: Starts | None = None,
     ) -> StepResult:
         """Compute the losses of rollouts that `sample` returned; the ratio to the policy that sampled them is clipped."""
-        batch = self._batch(input_ids, lengths)
+        batch = self._batch(input_ids, lengths, starts=starts)
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
         return self._run(lambda m: second_pass(Work(m, batch, self.config, learning=learning), rollouts))
 
@@ -128,13 +133,14 @@ class ReFINEStep(nn.Module):
         lengths: Tensor | None = None,
         old_log_probs: Tensor | None = None,
         columns: Columns | None = None,
+        starts: Starts | None = None,
     ) -> StepResult:
         """Take the step with given positions [B, P] (-1: none) and rollouts [B, P, N, K], so that anyone can check it.
 
         Args:
             old_log_probs: [B, P, N, K] of the sampling policy; None: the current policy's own (ratio 1).
         """
-        batch = self._batch(input_ids, lengths, columns)
+        batch = self._batch(input_ids, lengths, columns, starts=starts)
         check_rollouts(positions, rollouts, batch)
         learning = Learning(reference=self.reference_model)
         return self._run(lambda m: score(Work(m, batch, self.config, learning=learning), positions, rollouts, old_log_probs))
@@ -150,13 +156,14 @@ class ReFINEStep(nn.Module):
         lengths: Tensor | None,
         columns: Columns | None = None,
         scores: Tensor | None = None,
+        starts: Starts | None = None,
     ) -> Batch:
         """Make a batch of which at least one sequence can hold a rollout.
 
         Raises:
             RefineError: sequences that are all too short, or other shapes.
         """
-        batch, c = Batch.of(input_ids, lengths, columns, scores), self.config
+        batch, c = Batch.of(input_ids, lengths, columns, scores, starts), self.config
         if max(batch.sizes) < c.rollout_length + 1:
             raise RefineError(
                 f"the longest sequence has {max(batch.sizes)} tokens; a rollout of K={c.rollout_length} needs at least K + 1 "

@@ -42,6 +42,7 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
         log_probs=policy.log_probs.detach(),
         rewards=rollouts.rewards,
         advantages=rollouts.advantages,
+        left=forward.left,
     )
 
 

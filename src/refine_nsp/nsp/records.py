@@ -25,6 +25,22 @@ Metrics = dict[str, float | Tensor]  # scalars, tensors until somebody logs them
 
 
 @dataclass(frozen=True)
+class Starts:
+    """Hold what B windows of documents continue from: the windows before them, whose gradient has ended.
+
+    Consecutive windows of a document share a token, the last of one and the first of the next, so that every token is predicted once. The
+    states that go on are therefore those before a window's last token.
+
+    Attributes:
+        cache: states of B rows, detached; rows that have consumed no token start from nothing. None: all rows do.
+        recent: [B, H] long, the tokens consumed before each row, newest last and 0 where there are fewer; context scores read them.
+    """
+
+    cache: FastWeightCache | None
+    recent: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Hold B sequences, the real tokens of each on the left.
 
@@ -33,16 +49,18 @@ class Batch:
         lengths: [B] long, on the host, so that what follows from lengths alone is known without asking a device.
         columns: other columns of the dataset, for rewards that ask for them.
         scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
+        starts: what the rows continue from where states are carried; None: every row is a document of its own.
     """
 
     input_ids: Tensor
     lengths: Tensor
     columns: Columns = field(default_factory=dict)
     scores: Tensor | None = None
+    starts: Starts | None = None
 
     @classmethod
     def of(cls, input_ids: Tensor, lengths: Tensor | None = None, columns: Columns | None = None,
-           scores: Tensor | None = None) -> Batch:  # fmt: skip
+           scores: Tensor | None = None, starts: Starts | None = None) -> Batch:  # fmt: skip
         """Make a batch of [B, T] ids and [B] lengths (None: all T are real).
 
         Raises:
@@ -57,7 +75,9 @@ class Batch:
             raise RefineError(f"lengths must be [B] = [{B}], got shape {tuple(lengths.shape)}")
         if scores is not None and scores.shape != (B, T):
             raise RefineError(f"scores must be [B, T] = [{B}, {T}], got shape {tuple(scores.shape)}")
-        return cls(input_ids, lengths.cpu(), columns or {}, scores)
+        if starts is not None and starts.cache is not None and starts.cache.batch_size != B:
+            raise RefineError(f"starts must hold states of B = {B} rows, got {starts.cache.batch_size}")
+        return cls(input_ids, lengths.cpu(), columns or {}, scores, starts)
 
     def widened(self, T: int) -> Batch:
         """Return the batch right-padded to T columns."""
@@ -80,6 +100,23 @@ class Batch:
     def target_mask(self) -> Tensor:
         """Mark the tokens t whose next token is real, [B, T] bool on the device."""
         return self.before(self.lengths - 1)
+
+    @property
+    def past(self) -> FastWeightCache | None:
+        """Give the states that the rows continue from, to be read or to be continued; None: all start from nothing."""
+        return None if self.starts is None or self.starts.cache is None else self.starts.cache.copy()
+
+    @property
+    def consumed(self) -> Tensor:
+        """Count the tokens that each row's model has read before it, [B] long on the host."""
+        past = self.past
+        return torch.zeros_like(self.lengths) if past is None else past.consumed
+
+    @property
+    def hand_over(self) -> Tensor | None:
+        """Give the token after which each row's states go on to the next window, [B, 1] long on the host (-1: those it started from);
+        None where none go on."""
+        return None if self.starts is None else (self.lengths - 2).clamp(min=-1)[:, None]
 
     def before(self, ends: Tensor) -> Tensor:
         """Mark the tokens before `ends` [B], which are on the host; [B, T] bool on the device."""
@@ -245,6 +282,7 @@ class StepResult:
         rollouts: [B, P, N, K] long; None without rollouts, as are the next three.
         log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N].
         token_weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
+        left: the states that go on to the next windows, detached; None where the batch has no `starts`.
     """
 
     loss: Tensor
@@ -260,6 +298,7 @@ class StepResult:
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     token_weights: Tensor | None = None
+    left: FastWeightCache | None = None
 
 
 def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Tensor, Tensor]:

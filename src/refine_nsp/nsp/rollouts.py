@@ -21,7 +21,7 @@ from refine_nsp.ops.memory import part
 @torch.no_grad()
 def sample(forward: Forward, prefixes: Prefixes) -> Sampled:
     """Sample N rollouts of K tokens from each prefix, by the step's draws; as published, no rollout ends."""
-    model, config, u = forward.work.model, forward.work.config, forward.work.draws.tokens
+    model, config, u, batch = forward.work.model, forward.work.config, forward.work.draws.tokens, forward.work.batch
     start = time.perf_counter()
     tokens, log_probs, hidden = sample_tokens(
         model,
@@ -37,7 +37,7 @@ def sample(forward: Forward, prefixes: Prefixes) -> Sampled:
         tokens=tokens.view(u.shape),
         log_probs=log_probs.view(u.shape),
         hidden=hidden.view(*u.shape, -1),
-        num_positions=int(count_positions(forward.work.batch.lengths, config).sum()),
+        num_positions=int(count_positions(batch.lengths, config, batch.consumed).sum()),
         metrics=seconds,
     )
 

@@ -116,9 +116,9 @@ def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig)
             have the same position.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
-    if int(count_positions(batch.lengths, config).sum()) < P * len(batch.sizes):
+    if int(count_positions(batch.lengths, config, batch.consumed).sum()) < P * len(batch.sizes):
         _warn_once_about_short_sequences()
-    allowed = chunk_tokens(batch.lengths, T, config).to(scores.device, non_blocking=True)  # [B, P, T]
+    allowed = chunk_tokens(batch.lengths, T, config, batch.consumed).to(scores.device, non_blocking=True)  # [B, P, T]
     # A broken model (NaN) still gets admissible positions; its step is skipped where losses and gradients are checked.
     tokenwise = scores.double().nan_to_num()[:, None].expand(-1, P, -1)
     chosen = DRAWS[config.drawn](tokenwise, allowed, u, config.tau)
@@ -135,26 +135,28 @@ def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
     return torch.div(index, size[:, None], rounding_mode="floor").clamp(max=P - 1)
 
 
-def bounds(lengths: Tensor, config: NSPConfig) -> tuple[Tensor, Tensor]:
+def bounds(lengths: Tensor, config: NSPConfig, consumed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Give the first and last admissible position of each sequence, [B] each; there is none where the last comes before the first.
 
-    Ours have at least `min_prefix` tokens before t and K after it. Published ones have at least `min_prefix` tokens up to t and as many
-    after it; on a text that is too short for both, the second rule wins.
+    Ours have at least `min_prefix` tokens before t and K after it; tokens `consumed` [B] before a row's first stand before t too.
+    Published ones have at least `min_prefix` tokens up to t and as many after it; on a text that is too short for
+    both, the second rule wins.
     """
     if config.published:
         last = lengths - 1 - config.min_prefix
         return last.clamp(max=config.min_prefix - 1), last
-    return torch.full_like(lengths, config.min_prefix), lengths - 1 - config.rollout_length
+    before = torch.zeros_like(lengths) if consumed is None else consumed
+    return (config.min_prefix - before).clamp(min=0), lengths - 1 - config.rollout_length
 
 
-def admissible(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
+def admissible(lengths: Tensor, n_tokens: int, config: NSPConfig, consumed: Tensor | None = None) -> Tensor:
     """Mark where positions can be, from the first to the last of `bounds`; [B, T] bool."""
     t = torch.arange(n_tokens)
-    first, last = bounds(lengths, config)
+    first, last = bounds(lengths, config, consumed)
     return (t >= first[:, None]) & (t <= last[:, None])
 
 
-def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
+def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig, consumed: Tensor | None = None) -> Tensor:
     """Mark the tokens of each chunk that its position is drawn from, the admissible ones; [B, P, T] bool.
 
     As published, all are drawn from so long as the sequence has `config.shortest` tokens, and the remainder is in no chunk.
@@ -163,15 +165,15 @@ def chunk_tokens(lengths: Tensor, n_tokens: int, config: NSPConfig) -> Tensor:
     chunk = chunk_of_tokens(lengths, n_tokens, P)
     inside = chunk[:, None] == torch.arange(P)[:, None]
     if not config.published:
-        return admissible(lengths, n_tokens, config)[:, None] & inside
+        return admissible(lengths, n_tokens, config, consumed)[:, None] & inside
     in_chunks = torch.where(lengths < config.shortest, 0, lengths - lengths % P)
     return inside & (torch.arange(n_tokens) < in_chunks[:, None])[:, None]
 
 
-def count_positions(lengths: Tensor, config: NSPConfig) -> Tensor:
-    """Count the positions that `select_positions` will choose in each sequence [B]; they depend on lengths alone."""
+def count_positions(lengths: Tensor, config: NSPConfig, consumed: Tensor | None = None) -> Tensor:
+    """Count the positions that `select_positions` will choose in each sequence [B]; they depend on lengths, and tokens before, alone."""
     longest = max(lengths.tolist(), default=0)
-    return chunk_tokens(lengths, max(longest, 1), config).any(-1).sum(-1)
+    return chunk_tokens(lengths, max(longest, 1), config, consumed).any(-1).sum(-1)
 
 
 _warned = False

@@ -118,7 +118,8 @@ def lact(
         q: [B, H, T, Dk], the queries that read. tokens: [B, H, T, ...], the tokens that are learned from.
         initial: fast weights before any update, [1, H, ...] or [B, H, ...]; updates keep the norms of their rows.
         rule: see `UpdateRule`. chunk: C.
-        state: from `LaCTStates.at`, [B, ...], or None before any token. seen: [B] long on the host, tokens it has seen.
+        state: from `LaCTStates.at`, [B, ...], or None before any token. seen: [B] long on the host, tokens it has seen; rows that have seen
+            none begin with `initial`, whatever their state holds.
         lengths: [B] long on the host, real tokens of each row, or None: all T. Outputs at pads mean nothing.
 
     Returns:
@@ -132,7 +133,7 @@ def lact(
         # Copied: states are read after the pass, and where a model is in shards a block's own parameters are gone by then.
         fast = initial_state(_for_rows(Pair(beginning.w02, beginning.w1.clone()), B), rule)
     else:
-        fast = _fast_state(state)
+        fast = _fast_state_of_rows(state, seen, beginning, rule)
     total = opened + (T if lengths is None else lengths.cpu())
     n_chunks = max(1, -(-(int(opened.max()) + T) // C))
     norms, chunks, outputs = row_norms(beginning), [fast], []
@@ -152,7 +153,7 @@ def lact(
             chunks.append(fast)
     o = torch.cat(outputs, 2) if together else torch.stack(outputs).sum(0)
     if all(later is fast for later in chunks):
-        o = _with_a_part_in(o, tokens)
+        o = _with_a_part_in(o, tokens, beginning if state is not None else None)
     return o, LaCTStates(chunks, joined, opened, C)
 
 
@@ -168,11 +169,12 @@ def naive_lact(
 ) -> tuple[Tensor, list[State]]:
     """Compute `lact` token by token, by its definition; return o with zeros at pads, and each row's last state."""
     rows = _for_rows(Pair.of(initial), len(q))
-    start = _named(initial_state(rows, rule)) if state is None else state
+    fresh = _named(initial_state(rows, rule))
     norms = row_norms(rows)
     outputs, states = [], []
     for b in range(len(q)):
         own = slice(b, b + 1)
+        start = fresh if state is None or (seen is not None and int(seen[b]) == 0) else state
         fast, norm = _fast_state({name: x[own] for name, x in start.items()}), Pair(*(x[own] for x in norms))
         kept = 0 if state is None or seen is None else int(open_count(seen, chunk)[b])
         opened = (tokens if state is None else Tokens.of(state)).cut(slice(kept), own)
@@ -197,7 +199,8 @@ def lact_branches(q: Tensor, tokens: Tokens, initial: Triple, rule: UpdateRule, 
     S, (R, H, T, D) = len(seen), q.shape
     n = R // S
     folded = q.view(S, n, H, T, D).transpose(1, 2).flatten(2, 3)  # [S, H, n*T, Dk]
-    o = read(_fast_state(state).weights, folded).view(S, H, n, T, D).transpose(1, 2).flatten(0, 1)
+    fast = _fast_state_of_rows(state, seen, Pair.of(initial), rule)
+    o = read(fast.weights, folded).view(S, H, n, T, D).transpose(1, 2).flatten(0, 1)
     beyond = open_count(seen, chunk) + T > chunk
     if not bool(beyond.any()):
         return _with_a_part_in(o, tokens)
@@ -230,13 +233,14 @@ def _behind_open(before: Tokens, tokens: Tokens, opened: Tensor) -> Tokens:
     return _join(before, tokens).each(lambda x: x.gather(2, source.expand(-1, x.shape[1], -1, x.shape[3])))
 
 
-def _with_a_part_in(o: Tensor, tokens: Tokens) -> Tensor:
-    """Make o depend on learning rates and momentum, with a weight of zero.
+def _with_a_part_in(o: Tensor, tokens: Tokens, initial: Pair | None = None) -> Tensor:
+    """Make o depend on learning rates and momentum, and on the `initial` weights, with a weight of zero.
 
-    Where no chunk was completed nothing was learned, and their projections would get no gradient: distributed training, which waits for
-    the gradient of every parameter, would stop at the first batch of short rows.
+    Where no chunk was completed nothing was learned, and their projections would get no gradient, nor would the initial weights where all
+    rows continue from a state: distributed training, which waits for the gradient of every parameter, would stop at the first batch of
+    short rows.
     """
-    for x in (tokens.lr, tokens.momentum):
+    for x in (tokens.lr, tokens.momentum, *(initial if initial is not None else ())):
         if x is not None and x.requires_grad:
             o = o + 0.0 * x[:, :, :1].sum().to(o.dtype)
     return o
@@ -273,6 +277,15 @@ def _fast_state(state: State) -> FastState:
     weights = pair("")
     assert weights is not None
     return FastState(weights, pair("main_"), pair("momentum_"))
+
+
+def _fast_state_of_rows(state: State, seen: Tensor | None, initial: Pair, rule: UpdateRule) -> FastState:
+    """Take the fast weights of rows, with the initial ones where a row has seen no token; a gradient then reaches these."""
+    fast = _fast_state(state)
+    if seen is None or bool((seen > 0).all()):
+        return fast
+    continues = (seen > 0).to(fast.weights.w1.device, non_blocking=True)
+    return _where(continues, fast, initial_state(_for_rows(initial, len(seen)), rule))
 
 
 def _where(rows: Tensor, learned: FastState, before: FastState) -> FastState:

@@ -35,6 +35,7 @@ class Example:
         meta: what a table or a plot may group by (length, depth, ...).
         template: what a chat template is given in addition to messages.
         where: the file and the row, for errors.
+        context: the part of the prompt that may be read twice; empty where it is not known.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     meta: dict[str, object] = field(default_factory=dict)
     template: dict[str, object] = field(default_factory=dict)
     where: str = ""
+    context: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def in_row(where: str) -> Iterator[None]:
 def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[str, list[Example]]:
     """Read ready-made prompts from a file, by task: the `task` column, or the file's name.
 
-    The columns are those of `read_row`; id or index, task, max_gen_tokens and max_seq_length may be there too.
+    The columns are those of `read_row`; id or index, task, max_gen_tokens, max_seq_length, and `context` beside a whole prompt (the part of
+    it that `read_twice` gives twice) may be there too.
 
     Raises:
         RefineError: there is no prompt or answer column, a prompt is empty, or a row has no answer.
@@ -101,7 +104,11 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
         name_of_row = next((row[k] for k in NAMING[:3] if row.get(k) is not None), i)
         with expecting("a whole number in max_gen_tokens", where):
             budget = int(row.get("max_gen_tokens") or default_budget)
-        example = Example(f"{task}/{name_of_row}", asked.prompt, asked.references, budget, meta, asked.template, where)
+        context = row.get("context")
+        example = Example(
+            f"{task}/{name_of_row}", asked.prompt, asked.references, budget, meta, asked.template, where,
+            context if isinstance(context, str) else "",
+        )  # fmt: skip
         examples.setdefault(task, []).append(example)
     for task, of_task in examples.items():
         check_unique(task, of_task)

@@ -13,12 +13,10 @@ import math
 import random
 import re
 import string
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from functools import lru_cache, partial
-from importlib import resources
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,8 +28,10 @@ from refine_nsp.prompts.encoding import encode_prompt
 from refine_nsp.prompts.essays import essay_words as essay_words
 from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
+from refine_nsp.prompts.ruler_words import distinct, draw_word
+from refine_nsp.prompts.ruler_words import word_lists as word_lists
 
-Draft = tuple[str, list[str], dict[str, object]]  # prompt, references, meta
+Draft = tuple[str, list[str], dict[str, object], str]  # prompt, references, meta, context (what `read_twice` gives twice)
 Build = Callable[[int], Draft]  # makes a draft with so many units of haystack, from the same draws for every size
 
 
@@ -120,7 +120,9 @@ def build_ruler(
     for row in rows:
         if not row["problem"]:
             meta = json.loads(row["meta"])
-            examples[row["task"]].append(Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta))
+            examples[row["task"]].append(
+                Example(row["id"], row["prompt"], list(row["references"]), row["budget"], meta, context=row["context"])
+            )
     problems = _problems(jobs, rows)
     if jobs and not any(examples.values()):
         raise RefineError(next(iter(problems.values()))[0])
@@ -157,12 +159,13 @@ def _build_one(
 
     builder = _builder(Job(task, length, index, depth), sources, f"{seed}-{name}", tokens)
     try:
-        prompt, references, meta = fit(
+        prompt, references, meta, context = fit(
             builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
         )
     except DoesNotFitError as error:
-        return {**row, "prompt": "", "references": [], "meta": "{}", "problem": str(error)}
-    return {**row, "prompt": prompt, "references": references, "meta": json.dumps({"length": length, "index": index, **meta})}
+        return {**row, "prompt": "", "references": [], "meta": "{}", "context": "", "problem": str(error)}
+    told = json.dumps({"length": length, "index": index, **meta})
+    return {**row, "prompt": prompt, "references": references, "meta": told, "context": context}
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,8 @@ NEEDLE_QUESTION = (
 
 def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: str, units: int) -> Draft:
     rng = random.Random(seed)
-    keys = _distinct(rng, task.keys, task.num_keys)
-    values = [[_draw(rng, task.values) for _ in range(task.num_values)] for _ in keys]
+    keys = distinct(rng, task.keys, task.num_keys)
+    values = [[draw_word(rng, task.values) for _ in range(task.num_values)] for _ in keys]
     asked = rng.sample(range(len(keys)), task.num_queries)
     single = task.num_queries * task.num_values == 1
     kind = task.values
@@ -258,7 +261,7 @@ def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: st
     plural = {"some": "Some", "are": "are", "are_all": "are all", "kind": kind}
     prompt = NEEDLE_QUESTION.format(context=context, query=query, **(singular if single else plural))
     references = [v for i in asked for v in values[i]]
-    return prompt, references, {"depth": round(context.find(references[0]) / max(1, len(context)), 4)}
+    return prompt, references, {"depth": round(context.find(references[0]) / max(1, len(context)), 4)}, context
 
 
 def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, str]], rng: random.Random, units: int) -> str:
@@ -269,7 +272,10 @@ def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, st
     elif task.haystack == "noise":
         pieces, glue = [NOISE[i % len(NOISE)] for i in range(units)], " "
     else:
-        pieces = [NEEDLE.format(kind=task.values, key=_draw(rng, task.keys), value=_draw(rng, task.values)) for _ in range(units)]
+        pieces = [
+            NEEDLE.format(kind=task.values, key=draw_word(rng, task.keys), value=draw_word(rng, task.values))
+            for _ in range(units)
+        ]
         glue = "\n"
     slots: dict[int, list[str]] = {}
     for depth, needle in placed:
@@ -294,33 +300,6 @@ def _noise_lines(sentences: list[str], slots: dict[int, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _draw(rng: random.Random, kind: str) -> str:
-    if kind == "numbers":
-        return str(rng.randint(10**6, 10**7 - 1))
-    if kind == "uuids":
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    nouns, adjectives, _ = word_lists()
-    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
-
-
-def _distinct(rng: random.Random, kind: str, count: int) -> list[str]:
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        drawn[_draw(rng, kind)] = None
-    return list(drawn)
-
-
-@lru_cache(maxsize=1)
-def word_lists() -> tuple[list[str], list[str], list[str]]:
-    """Read the nouns, adjectives and verbs of the `wonderwords` package, from which the benchmark draws its keys."""
-    folder = resources.files("wonderwords.assets")
-    files = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
-    nouns, adjectives, verbs = (
-        sorted({w.strip() for w in (folder / f).read_text("utf-8").splitlines() if w.strip()}) for f in files
-    )
-    return nouns, adjectives, verbs
-
-
 # --- variable tracking ------------------------------------------------------------------------------------------------
 
 VARIABLE_HOPS = 4
@@ -333,8 +312,8 @@ EXAMPLE_TOKENS = 500  # the worked example takes at most so many, as in the benc
 
 
 def _variables(seed: str, example: str, lines: int) -> Draft:
-    prompt, variables = variable_text(random.Random(seed), lines, 5)
-    return f"{example}\n\n{prompt}", variables, {}
+    prompt, variables, context = variable_text(random.Random(seed), lines, 5)
+    return f"{example}\n\n{prompt}", variables, {}, context
 
 
 def _worked_chain(seed: str, length: int, tokens: Callable[[Draft], int]) -> str:
@@ -344,18 +323,19 @@ def _worked_chain(seed: str, length: int, tokens: Callable[[Draft], int]) -> str
     """
 
     def build(lines: int) -> Draft:
-        return *variable_text(random.Random(f"{seed}-example"), lines, 3), {}
+        text, names, context = variable_text(random.Random(f"{seed}-example"), lines, 3)
+        return text, names, {}, context
 
     smallest = VARIABLE_HOPS + 1
     try:
-        prompt, answer, _ = fit(build, tokens, min(EXAMPLE_TOKENS, length // 4), smallest, None, "vt's example")
+        prompt, answer, *_ = fit(build, tokens, min(EXAMPLE_TOKENS, length // 4), smallest, None, "vt's example")
     except DoesNotFitError:
-        prompt, answer, _ = build(smallest)
+        prompt, answer, *_ = build(smallest)
     return f"{prompt} {' '.join(answer)}"
 
 
-def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str = " ") -> tuple[str, list[str]]:
-    """Write a chain of variables into `lines` lines of noise and ask for it. Return the text, and the variables.
+def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str = " ") -> tuple[str, list[str], str]:
+    """Write a chain of variables into `lines` lines of noise and ask for it. Return the text, the variables, and the lines.
 
     Args:
         hop_end: what ends every statement but the first; the space is the benchmark's.
@@ -369,7 +349,8 @@ def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str
     where = sorted(rng.sample(range(lines), len(statements)))
     for shift, (at, statement) in enumerate(zip(where, statements, strict=True)):
         text.insert(at + shift, statement)
-    return VARIABLE_PROMPT.format(context="\n".join(text), value=value, count=len(chain)), chain
+    context = "\n".join(text)
+    return VARIABLE_PROMPT.format(context=context, value=value, count=len(chain)), chain, context
 
 
 # --- common and frequent words ----------------------------------------------------------------------------------------
@@ -388,7 +369,7 @@ def _common_words(seed: str, length: int, words: int) -> Draft:
     example, answer = _word_list(random.Random(f"{seed}-example"), *((20, 3, 1) if short else (40, 10, 3)))
     context, common = _word_list(rng, words, *((6, 1) if short else (30, 3)))
     shown = " ".join(f"{i}. {w}" for i, w in enumerate(answer, 1))
-    return f"{COMMON_PROMPT.format(context=example)} {shown}\n{COMMON_PROMPT.format(context=context)}", common, {}
+    return f"{COMMON_PROMPT.format(context=example)} {shown}\n{COMMON_PROMPT.format(context=context)}", common, {}, context
 
 
 def _word_list(rng: random.Random, words: int, repeats: int, other_repeats: int) -> tuple[str, list[str]]:
@@ -399,7 +380,7 @@ def _word_list(rng: random.Random, words: int, repeats: int, other_repeats: int)
     chosen = rng.sample(known, min(words, len(known)))
     more: dict[str, None] = {}
     while len(chosen) + len(more) < words:
-        more[_draw(rng, "words")] = None
+        more[draw_word(rng, "words")] = None
     chosen += list(more)
     listed = chosen[:COMMON_WORDS] * repeats + chosen[COMMON_WORDS:] * other_repeats
     rng.shuffle(listed)
@@ -423,7 +404,8 @@ def _frequent_words(seed: str, max_tokens: int, count: int) -> Draft:
     words = ["...", *list(vocabulary)[1:]]
     text = [w for k, w in enumerate(words, 1) for _ in range(int(count / k**2 / ZETA_2))]
     rng.shuffle(text)
-    return FREQUENT_PROMPT.format(context=" ".join(text)), words[1:4], {}
+    context = " ".join(text)
+    return FREQUENT_PROMPT.format(context=context), words[1:4], {}, context
 
 
 # --- questions on documents -------------------------------------------------------------------------------------------
@@ -446,4 +428,4 @@ def _documents(source: QASource, question: Question, seed: str, count: int) -> D
     chosen = (own + near + far)[:count]
     random.Random(f"{seed}-order").shuffle(chosen)
     context = "\n\n".join(f"Document {i}:\n{source.documents[d]}" for i, d in enumerate(chosen, 1))
-    return QA_PROMPT.format(context=context, question=question.text), question.answers, {"documents": count}
+    return QA_PROMPT.format(context=context, question=question.text), question.answers, {"documents": count}, context

@@ -49,7 +49,7 @@ def results_table(results: Sequence[TaskResult]) -> Table:
         "Results",
         ["task", "figure", "mean ± standard error", "95 % interval", "examples"],
         rows,
-        [*(note for r in results for note in r.notes), *means(results), *adaptation_cost(results)],
+        [*(note for r in results for note in r.notes), *means(results), *reading_cost(results), *adaptation_cost(results)],
     )
 
 
@@ -62,6 +62,19 @@ def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
     return [
         f"test-time training, per prompt: {adapt:.3f} s to adapt and {answer:.3f} s to answer (plain generation is the latter alone): "
         f"{(adapt + answer) / answer:.1f} times the time; {extra / 2**20:.1f} MiB kept beside the model"
+    ]
+
+
+def reading_cost(results: Sequence[TaskResult]) -> list[str]:
+    """Say how long prompts became whose context was read twice; return nothing where all were read once."""
+    rows = [row.meta for r in results for row in r.rows if "once_tokens" in row.meta]
+    if not rows:
+        return []
+    once, read = (mean(m[k] for m in rows) for k in ("once_tokens", "prompt_tokens"))
+    longest = max(m["prompt_tokens"] for m in rows)
+    return [
+        f"contexts were read twice: {read:,.0f} tokens a prompt instead of {once:,.0f}, {longest:,} at most; lengths and limits are those "
+        "of one reading"
     ]
 
 

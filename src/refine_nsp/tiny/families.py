@@ -217,7 +217,7 @@ def chains(rng: random.Random, wording: int, count: int) -> Draft:
     head = CHAIN_WORDINGS[wording][0]
     if wording == 0 and rng.random() < 0.5:
         # The benchmark ends a hop with a space. The shipped bases were trained on chains without it, so it is left out here too.
-        example, answer = variable_text(rng, longest, 3, hop_end="")
+        example, answer, _ = variable_text(rng, longest, 3, hop_end="")
         return Draft(items, [f"{example} {' '.join(answer)}\n\n{head}", head])
     return Draft(items, [head])
 

@@ -150,6 +150,10 @@ class PretrainConfig(ReFINEConfig):
         if self.total_steps < 1:
             raise RefineError("pretraining needs phases with at least one step")
         super().__post_init__()
+        if self.carry_states:
+            raise RefineError(
+                "carry_states is for documents longer than a row, and pretraining makes rows of short ones; leave it out"
+            )
         check_ranges(self, ((SIZES, lambda x: x >= 1, "must be at least 1"),))
         if LACT(self) and self.num_heads != 2:
             raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")

@@ -76,8 +76,13 @@ RANGES: Ranges = (
         "must be a finite number of at least 0",
     ),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    (("carried_keys",), lambda x: x is None or x >= 1, "must be at least 1"),
+    (("carry_between_documents",), lambda x: 0 <= x <= 1, "must be a chance from 0 to 1"),
     (("seed", "data_seed"), lambda x: x is None or 0 <= x < 2**32, "must be a whole number from 0 to 2**32 - 1"),
 )
+
+
+CARRIES = Reader("carry_states=True", lambda args: args.carry_states)
 
 
 def of_nsp(reader: Reader) -> Reader:
@@ -143,6 +148,12 @@ class ReFINEConfig(TrainingArguments):
             the run starts from, and kept with the data (`cached`): a step then costs what an NTP step costs.
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
+        carry_states: windows of a document follow each other, each starting from the states that the one before left; the gradient ends
+            where a window begins (docs/long_documents.md).
+        carry_between_documents: the chance that a document starts from the states of the one that its lane read before, instead of from
+            nothing (arXiv 2507.02782).
+        carried_keys: attention over everything keeps the keys and values of its newest so many tokens between windows, which would grow
+            with the document otherwise; a layer with a window keeps no more than these either.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
     """
 
@@ -155,6 +166,9 @@ class ReFINEConfig(TrainingArguments):
     context_scores: Literal["online", "cached"] = setting("online", read_by=of_nsp(CONTEXT_SCORES), common=True, resume=True)
     log_completions: bool = setting(False, read_by=of_nsp(SAMPLED), common=True)
     num_completions_to_print: int = setting(8, read_by=Reader("log_completions", lambda args: args.log_completions))
+    carry_states: bool = setting(False, common=True, card=True, resume=True)
+    carry_between_documents: float = setting(0.0, read_by=CARRIES, card=True, resume=True)
+    carried_keys: int | None = setting(None, read_by=CARRIES, card=True, resume=True)
     max_skipped_steps: int = setting(5)
 
     learning_rate: float = setting(1e-6, common=True, card=True, resume=True, help="Paper, Table 2.")
@@ -181,6 +195,7 @@ class ReFINEConfig(TrainingArguments):
         check_ranges(self, RANGES)
         check_read(self)
         self._check_noise()
+        self._check_carrying()
         check_settings(self)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
@@ -213,6 +228,30 @@ class ReFINEConfig(TrainingArguments):
             f"neftune_noise_alpha={self.neftune_noise_alpha} puts other noise on the embeddings in every pass, and {more}; leave it "
             "out, or train by the cross-entropy alone"
         )
+
+    def _check_carrying(self) -> None:
+        """Refuse settings that do not go with windows which continue from each other.
+
+        Raises:
+            RefineError: the setting, why it does not go with `carry_states`, and what to change.
+        """
+        if not self.carry_states:
+            return
+        if self.train_sampling_strategy == "group_by_length":
+            raise RefineError(
+                "train_sampling_strategy='group_by_length' would put rows together by length, and carry_states puts each window behind the "
+                "one before; leave it out"
+            )
+        for name in ("ignore_data_skip", "auto_find_batch_size"):
+            if getattr(self, name):
+                raise RefineError(
+                    f"{name}=True would put windows behind states of other documents than their own, and carry_states is set; leave it out"
+                )
+        if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
+            raise RefineError(
+                f"kl_coef={self.nsp.kl_coef} compares with a reference model, whose states of a document are not carried; leave kl_coef "
+                "out, or carry_states"
+            )
 
     def _check_method(self) -> None:
         """Refuse settings of the run and of the method that do not fit together.

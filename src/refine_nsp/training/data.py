@@ -22,6 +22,7 @@ from refine_nsp.text.folders import is_local
 from refine_nsp.text.reading import place_of, read_documents
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
+BEGINS_COLUMN = "begins"  # where states are carried: whether a window is the first of its document
 Collated = dict[str, Any]  # a batch as a collator makes it: tensors, and lists of whatever the columns of a dataset hold
 
 # Who reads settings of the data.
@@ -74,9 +75,12 @@ class DataArguments:
 # --- tokens and windows -----------------------------------------------------------------------------------------------
 
 
-def cut_windows(ids: Sequence[int], max_length: int, min_length: int) -> list[list[int]]:
-    """Cut tokens into consecutive windows of `max_length`; a shorter last one is kept if it has at least `min_length`."""
-    windows = [list(ids[s : s + max_length]) for s in range(0, len(ids), max_length)]
+def cut_windows(ids: Sequence[int], max_length: int, min_length: int, shared: int = 0) -> list[list[int]]:
+    """Cut tokens into consecutive windows of `max_length`; a shorter last one is kept if it has at least `min_length`.
+
+    Each begins with the last `shared` tokens of the one before.
+    """
+    windows = [list(ids[s : s + max_length]) for s in range(0, len(ids), max_length - shared)]
     return [w for w in windows if len(w) >= min_length]
 
 
@@ -90,13 +94,14 @@ def tokenize(
     keep_columns: bool = False,
     num_proc: int | None = None,
     place_of: Callable[..., str | None] | None = None,
+    carried: bool = False,
 ) -> Dataset | IterableDataset:
     """Make windows of tokens: rows of `input_ids`, and `lengths` of the documents in them when packed. They are cached by content.
 
     Args:
         column: holds texts, or the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a
             list with a value per document). num_proc: processes for text that is not streamed. place_of: finds the file and row of a
-            value, for errors.
+            value, for errors. carried: windows are to follow each other; they share a token, and `begins` says which are the first.
 
     Raises:
         RefineError: no document is long enough, or a row holds neither text nor tokens of the vocabulary.
@@ -116,12 +121,15 @@ def tokenize(
         except RefineError as error:
             where = place_of(is_wrong=lambda value: not has_tokens(value, column, tokenizer)) if place_of else None
             raise RefineError(f"{where}: {error}") if where else error from None
-        windows = [(i, window) for i, ids in enumerate(documents) for window in cut_windows(ids, max_length, min_length)]
+        cut = [cut_windows(ids, max_length, min_length, shared=int(carried)) for ids in documents]
+        windows = [(i, window) for i, own in enumerate(cut) for window in own]
         rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
+        if carried:
+            rows[BEGINS_COLUMN] = [at == 0 for own in cut for at in range(len(own))]
         return packed(rows, max_length) if packing else rows
 
     # A first batch without values would not tell the types.
-    features = features_of_windows(data.features, others, packing) if others and data.features is not None else None
+    features = features_of_windows(data.features, others, packing, carried) if others and data.features is not None else None
     cut = partial(data.map, windows_of, batched=True, batch_size=1000 if packing else 16)
     cut = partial(cut, remove_columns=data.column_names, features=features)
     if isinstance(data, IterableDataset):
@@ -129,7 +137,7 @@ def tokenize(
     # The rows are named by content, since a pickled tokenizer has another fingerprint once it has been used.
     key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
-    result: Dataset = cut(desc="tokenize", new_fingerprint=Hasher.hash(key), num_proc=processes)
+    result: Dataset = cut(desc="tokenize", new_fingerprint=Hasher.hash((*key, "carried") if carried else key), num_proc=processes)
     if len(result) == 0:
         raise RefineError(
             f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; got {len(data)} "
@@ -138,11 +146,12 @@ def tokenize(
     return result
 
 
-def features_of_windows(features: Features, others: Sequence[str], packing: bool) -> Features:
+def features_of_windows(features: Features, others: Sequence[str], packing: bool, carried: bool = False) -> Features:
     """Return the types of windows that keep their documents' other columns."""
     lengths = {LENGTHS_COLUMN: [Value("int64")]} if packing else {}
     kept = {name: [features[name]] if packing else features[name] for name in others}
-    return Features({"input_ids": [Value("int32")], **lengths, **kept})
+    begins = {BEGINS_COLUMN: Value("bool")} if carried else {}
+    return Features({"input_ids": [Value("int32")], **lengths, **kept, **begins})
 
 
 def tokens_of(values: Sequence[object], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -281,15 +290,25 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> st
 
 
 def prepare_data(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, min_length: int, keep_columns: bool = False
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    min_length: int,
+    keep_columns: bool = False,
+    carried: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Make windows for training and validation as `DataArguments` says. RefineError for bad input.
 
     Args:
         keep_columns: whether training windows keep their document's other columns, for rewards that ask for them.
+        carried: whether windows continue from the states of those before them (see `tokenize`).
     """
     a = arguments
     name = check_data(arguments, max_length, min_length)
+    if carried and a.packing:
+        raise RefineError(
+            "carry_states reads a document window by window, and packing puts several in one row; leave packing out"
+        )
     columns = (a.text_column, TOKENS_COLUMN) if a.text_column == TEXT_COLUMN else (a.text_column,)
     also = (LENGTHS_COLUMN,)  # packed rows of tokens are known by it
     cut = partial(
@@ -299,6 +318,7 @@ def prepare_data(
         max_length=max_length,
         min_length=min_length,
         num_proc=a.dataset_num_proc,
+        carried=carried,
     )
     source: tuple[str, Sequence[str], str | None, str | Sequence[str]] = (name, columns, a.dataset_config, a.dataset_split)
     held_source = source

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from refine_nsp.nsp.records import Batch
-from refine_nsp.training.data import Collated
+from refine_nsp.training.data import BEGINS_COLUMN, Collated
 from refine_nsp.training.phases import MicroBatch, Phase
 
 Places = Sequence[tuple[int, int]]  # (example, document) of each row of a collated batch
@@ -19,7 +19,7 @@ Places = Sequence[tuple[int, int]]  # (example, document) of each row of a colla
 def to_batch(inputs: Collated, device: torch.device) -> Batch:
     """Send a collated batch to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
     scores = inputs.get("context_scores")
-    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places")}
+    columns = {k: v for k, v in inputs.items() if k not in ("input_ids", "lengths", "context_scores", "_places", BEGINS_COLUMN)}
     ids = inputs["input_ids"].to(device, non_blocking=True)
     return Batch.of(ids, inputs["lengths"], columns, None if scores is None else scores.to(device, non_blocking=True))
 

@@ -77,6 +77,8 @@ class PostTrainingConfig(ReFINEConfig):
             raise RefineError("steps_per_generation belongs to mid-training; several inner steps on a batch are inner_steps")
         if self.context_scores == "cached":
             raise RefineError("context_scores='cached' belongs to mid-training; prompts are scored online")
+        if self.carry_states:
+            raise RefineError("carry_states belongs to mid-training on documents; a prompt with its answer is one row")
 
     @property
     def phase(self) -> Phase:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.models.state import FastWeightCache
+from refine_nsp.nsp.forward import run_and_leave
 from refine_nsp.nsp.module import take_step
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work
@@ -56,6 +57,8 @@ class MicroBatch:
             sum by its own.
         rollouts: rollouts that were sampled beforehand, or None.
         result: the record of the latest step, for a table of completions.
+        lanes: the lane of each row, where states are carried from window to window; else empty.
+        left: the states that the latest step left for the next windows of these lanes.
     """
 
     sequences: Batch
@@ -63,6 +66,8 @@ class MicroBatch:
     totals: Mapping[str, float | Tensor] = field(default_factory=dict)
     rollouts: Rollouts | None = None
     result: StepResult | None = None
+    lanes: tuple[int, ...] = ()
+    left: FastWeightCache | None = None
 
     @property
     def input_ids(self) -> Tensor:  # [B, T] long
@@ -98,10 +103,12 @@ class Phase:
         config: settings of the method. reference: frozen model of a KL term, or None.
         sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one process.
             The trainer sets it.
+        carried_keys: the bound on keys that go from window to window in validation, or None. The trainer sets it too.
         reads_once: whether a step reads every sequence in one pass; in several, noise on embeddings would differ from one to the next.
     """
 
     sum_over: Callable[[Tensor], Tensor] | None = None
+    carried_keys: int | None = None
     reads_once: ClassVar[bool] = False
 
     def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
@@ -163,7 +170,7 @@ class Phase:
 
     def validate(self, model: CausalModel, batches: Iterable[Collated]) -> Counts:
         """Sum up over validation batches, as collated; `summarise` makes figures of the sums once those of all processes are added."""
-        return validate(model, batches, self.config, model.device)
+        return validate(model, batches, self.config, model.device, self.carried_keys)
 
     def summarise(self, sums: Counts) -> dict[str, float]:
         """Make figures of the sums, by name and without `eval_`."""
@@ -197,7 +204,7 @@ class NextToken(Phase):
         return True
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        hidden = run_hidden(model, batch.sequences, self.config)
+        hidden, batch.left = run_and_leave(model, batch.sequences, self.config)
         loss, _ = next_token_loss(model, hidden, batch.sequences, batch.totals["targets"])
         return self.config.lambda_ntp * loss, {"loss_ntp": loss.detach()}
 
@@ -248,14 +255,14 @@ class NextSequence(Phase):
 
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """Count the rollout tokens, selected positions, or weighed targets of each sequence, [B]."""
-        c, lengths = self.config, batch.sequences.lengths
+        c, lengths, before = self.config, batch.sequences.lengths, batch.sequences.consumed
         if not c.samples_rollouts and c.token_weights != "selected":
             return (lengths - 1).clamp(min=0)
-        return count_positions(lengths, c) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
+        return count_positions(lengths, c, before) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
     def loss(self, model: CausalModel, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         result = take_step(self._work(model, batch), batch.rollouts)
-        batch.result = result
+        batch.result, batch.left = result, result.left
         losses = {"loss_ntp": result.loss_ntp.detach(), "loss_policy": result.loss_policy.detach()}
         return result.loss, {**losses, **result.metrics}
 

@@ -17,6 +17,7 @@ from refine_nsp.training.callbacks import ProgressCallback, StopCallback
 from refine_nsp.training.cards import Origin, told_of
 from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.dealing import Dealing
+from refine_nsp.training.lane_states import LaneStates
 from refine_nsp.training.pending_rollouts import load_pending, save_pending
 from refine_nsp.training.phases import MicroBatch, Phase
 from refine_nsp.training.remedies import TRAINING
@@ -50,6 +51,7 @@ class ResumingTrainer(Trainer):
         self._model_in_words = model_of(self.model)
         self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
         self._trained_before = False
+        self.lanes: LaneStates | None = None  # of this process, where states are carried
         self._settings: dict[str, object] = {}
 
     @property
@@ -62,6 +64,24 @@ class ResumingTrainer(Trainer):
         """Return how this run deals the examples of an optimizer step out."""
         w, b, loading = self.args.world_size, self._train_batch_size, vars(self.args.accelerator_config)
         return Dealing(w, self.args.gradient_accumulation_steps, b // w if loading["split_batches"] else b)
+
+    @property
+    def n_lanes(self) -> int:
+        """Count the lanes of a run that carries states: the examples that are drawn together, each of which continues in its lane when the
+        next are."""
+        return self.dealing.examples * (self.args.steps_per_generation if self.phase.prepares_steps else 1)
+
+    @property
+    def own_lanes(self) -> list[int]:
+        """List the lanes whose rows this process gets."""
+        turn, own = self.dealing.processes * self.dealing.batch, self.args.process_index * self.dealing.batch
+        return [lane for lane in range(self.n_lanes) if own <= lane % turn < own + self.dealing.batch]
+
+    @property
+    def recent_tokens(self) -> int:
+        """Count the tokens before a window that context scores read."""
+        nsp = self.phase.config
+        return nsp.local_span * nsp.local_window if self.phase.reads_scores else 0
 
     def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint, and None means what `args` say.
@@ -101,11 +121,14 @@ class ResumingTrainer(Trainer):
         early = [] if self._trained_before else self.state.log_history
         self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
         self._begun_at, self._pending = 0, []
+        self.lanes = LaneStates(self.recent_tokens, self.args.carried_keys) if self.args.carry_states else None
         if checkpoint is not None:
             self._begun_at = checkpoint.step
             self.dealing.check(checkpoint.path)
             checkpoint.check_shards(bool(self.is_fsdp_enabled))
             check_settings(checkpoint, self._settings)
+            if self.lanes is not None:
+                self.lanes.load(checkpoint.path, self.own_lanes, Dealing.of(checkpoint.path), self.args.device)
             self._restored = load_pending(checkpoint.path, self.args.process_index, self.dealing, self.args.device)
         if self.is_world_process_zero():
             self.run_folder.begin(checkpoint, early)
@@ -156,6 +179,8 @@ class ResumingTrainer(Trainer):
         with checkpoint.whole_or_not_at_all():
             if self._pending and self._pending[0].rollouts is not None:
                 save_pending(checkpoint.path, self.args.process_index, self._pending)
+            if self.lanes is not None:
+                self.lanes.save(checkpoint.path, self.args.process_index)
             if self.args.should_save:
                 self.dealing.save(checkpoint.path)
                 save_settings(checkpoint.path, self._settings)

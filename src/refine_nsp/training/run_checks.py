@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -11,6 +12,8 @@ from datasets import Dataset
 from torch import nn
 
 from refine_nsp.errors import RefineError, closest
+from refine_nsp.models.adapters import without_adapters
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import Phase
@@ -45,6 +48,22 @@ def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
         f"of learning_rate={learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
         "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
     )
+
+
+def check_carrying(model: nn.Module, carried_keys: int | None) -> None:
+    """Refuse to carry states that grow with the document.
+
+    Raises:
+        RefineError: the model, why its states cannot be carried, and what to do.
+    """
+    trunk = cast(CausalModel, without_adapters(model)).model
+    if trunk.rereads_prefixes:
+        raise RefineError(f"carry_states: {trunk.label} cannot go on from a state, which windows do; leave carry_states out")
+    if trunk.keeps_all_tokens and carried_keys is None:
+        raise RefineError(
+            f"carry_states: {trunk.label} attends over everything, so its states would grow with the document; bound them by carried_keys "
+            "(keys of so many tokens before a window), or leave carry_states out"
+        )
 
 
 def check_reference(args: ReFINEConfig, reference_model: object) -> None:

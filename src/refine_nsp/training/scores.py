@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,18 +14,19 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
-from refine_nsp.nsp.forward import run_hidden
+from refine_nsp.nsp.forward import run_and_leave
 from refine_nsp.nsp.records import Batch
 from refine_nsp.processes import to_device
 from refine_nsp.progress import step_progress
-from refine_nsp.training.data import collate
+from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.data import BEGINS_COLUMN, collate
+from refine_nsp.training.lane_states import LaneStates
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PART_ROWS = 64  # so many rows are scored and kept together, and an interruption costs no more
@@ -38,6 +40,7 @@ def with_context_scores(
     autocast: torch.dtype | None = None,
     process: int = 0,
     processes: int = 1,
+    carried: LaneStates | None = None,
 ) -> Dataset:
     """Add a column `context_scores` to the data, d of every token (float32, or float64), and read it back where it is known.
 
@@ -48,6 +51,7 @@ def with_context_scores(
     Args:
         autocast: what products are computed in, where that is not the weights' dtype.
         process, processes: the index of this process among so many.
+        carried: where the windows of a document continue from each other, what is kept between them, empty; the scores see the document.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
@@ -57,18 +61,19 @@ def with_context_scores(
         raise RefineError(
             "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
         )
-    key = scores_key(data, model, config, autocast)
+    key = scores_key(data, model, config, autocast, () if carried is None else ("carried", carried.keys))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
 
-    def scored(row: Mapping[str, object]) -> dict[str, list[float]]:
+    def scored(row: Mapping[str, object], index: int) -> dict[str, list[float]]:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-            return {"context_scores": scores_of(row, model, config, gain, device)}
+            return {"context_scores": scores_of(row, model, config, gain, device, carried, index == 0)}
 
     features = datasets.Features({**data.features, "context_scores": datasets.Sequence(datasets.Value(kept_dtype(model)))})
-    starts = range(0, len(data), PART_ROWS)
-    own_first = sorted(starts, key=lambda start: (start // PART_ROWS - process) % processes)
+    ends = part_ends(len(data), None if carried is None else data[BEGINS_COLUMN][:])
+    starts = [0, *ends[:-1]]
+    own_first = sorted(starts, key=lambda start: (starts.index(start) - process) % processes)
     parts: dict[int, Dataset] = {}
     training = model.training
     model.eval()
@@ -76,12 +81,12 @@ def with_context_scores(
         for start, blocking in [(s, False) for s in own_first] + [(s, True) for s in own_first]:
             if start in parts:
                 continue
-            rows = data.select(range(start, min(start + PART_ROWS, len(data))))
+            rows = data.select(range(start, ends[starts.index(start)]))
             # The part is named here, since `datasets` would pickle the model to find a name for it.
             part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{key}-{start}"}
             try:
                 with FileLock(folder / f"part-{start}.lock", blocking=blocking):
-                    parts[start] = rows.map(scored, features=features, load_from_cache_file=True, **part)
+                    parts[start] = rows.map(scored, with_indices=True, features=features, load_from_cache_file=True, **part)
             except Timeout:
                 continue  # another process is at it
             progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
@@ -89,7 +94,7 @@ def with_context_scores(
     return concatenate_datasets([parts[start] for start in starts])
 
 
-def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: TrainingArguments, quiet: bool) -> Dataset:
+def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: ReFINEConfig, quiet: bool) -> Dataset:
     """Add context scores to a run's data by the model as it is, each process scoring a share on its device.
 
     Raises:
@@ -105,16 +110,34 @@ def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args
     # The weights that FSDP is to share out are whole still, and on the host.
     to_device(model, args.device)
     autocast = AUTOCAST.get(args.mixed_precision)
-    scored = with_context_scores(data, model, config, quiet, autocast, args.process_index, args.world_size)
+    carried = LaneStates(config.local_span * config.local_window, args.carried_keys) if args.carry_states else None
+    scored = with_context_scores(data, model, config, quiet, autocast, args.process_index, args.world_size, carried)
     to_device(model, home)
     return scored
 
 
-def scores_key(data: Dataset, model: nn.Module, config: NSPConfig, autocast: torch.dtype | None = None) -> str:
+def part_ends(n_rows: int, begins: Sequence[bool] | None) -> list[int]:
+    """Say where parts of PART_ROWS rows end; where windows continue from each other, of that many or more, in whole documents."""
+    if begins is None:
+        return [*range(PART_ROWS, n_rows, PART_ROWS), n_rows]
+    ends: list[int] = []
+    for row, begin in enumerate(begins):
+        if begin and row - (ends[-1] if ends else 0) >= PART_ROWS:
+            ends.append(row)
+    return [*ends, n_rows]
+
+
+def scores_key(
+    data: Dataset,
+    model: nn.Module,
+    config: NSPConfig,
+    autocast: torch.dtype | None = None,
+    carried: tuple[object, ...] = (),
+) -> str:
     """Name the scores by what they depend on: the data, the weights, what is computed with them, and which score it is."""
     gain = wants_gain(config)
     settings = (data._fingerprint, weights_key(model), model_key(model), config.local_window, config.local_span, gain)
-    wide = ("float64",) if kept_dtype(model) == "float64" else ()
+    wide = (*carried, *(("float64",) if kept_dtype(model) == "float64" else ()))
     return Hasher.hash((*settings, *wide) if autocast is None else (*settings, *wide, str(autocast)))
 
 
@@ -141,13 +164,28 @@ def wants_gain(config: NSPConfig) -> bool:
 
 
 @torch.no_grad()
-def scores_of(row: Mapping[str, object], model: nn.Module, config: NSPConfig, gain: bool, device: torch.device) -> list[float]:
-    """Compute d of one example's tokens; of a packed example document by document."""
+def scores_of(
+    row: Mapping[str, object],
+    model: nn.Module,
+    config: NSPConfig,
+    gain: bool,
+    device: torch.device,
+    carried: LaneStates | None = None,
+    first: bool = False,
+) -> list[float]:
+    """Compute d of one example's tokens; of a packed example document by document; of a window in its document, from what is `carried`."""
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
+    if carried is not None:
+        if first or row[BEGINS_COLUMN]:
+            carried.forget([0])
+        batch = replace(batch, starts=carried.starts([0], device))
 
     def score(m: CausalModel) -> Tensor:
-        return context_divergence(m, batch, run_hidden(m, batch, config), config, gain)
+        hidden, left = run_and_leave(m, batch, config)
+        if carried is not None and left is not None:
+            carried.keep([0], batch, left)
+        return context_divergence(m, batch, hidden, config, gain)
 
     d = model(step=score).cpu()
     return torch.cat([x[:n] for x, n in zip(d, batch.sizes, strict=True)]).tolist()

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,18 +31,20 @@ from refine_nsp.models.load import check_vocabulary
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import StepResult
 from refine_nsp.nsp.schedule import Needs, with_schedule
+from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.completions import show_completions
-from refine_nsp.training.data import Collated, collate
+from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
+from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_in_lanes
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
-from refine_nsp.training.run_checks import check_best_figure, check_reference, weights_problems
+from refine_nsp.training.run_checks import check_best_figure, check_carrying, check_reference, weights_problems
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
@@ -113,6 +115,8 @@ class ReFINETrainer(ResumingTrainer):
             asked, args.nsp = args.nsp.schedule, with_schedule(args.nsp, Needs(shards=self.model))
             if args.nsp.schedule != asked and self.is_world_process_zero():
                 warnings.warn(f"schedule='snapshot' in the place of {asked!r}, since weights lie in shards", stacklevel=2)
+        if args.carry_states:
+            check_carrying(self.accelerator.unwrap_model(self.model), args.carried_keys)
         self.nsp: NSPConfig = args.nsp
         for problem in weights_problems(self.model, args, bool(self.is_fsdp_enabled)) if self.is_world_process_zero() else []:
             warnings.warn(problem, stacklevel=2)
@@ -133,7 +137,8 @@ class ReFINETrainer(ResumingTrainer):
         if isinstance(self.train_dataset, IterableDataset):
             # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
             keep = self.args.steps_per_generation + 3
-            self.train_dataset = Stream(self.train_dataset, self.dealing.examples, keep)
+            rows = self.train_dataset, self.dealing.examples, keep
+            self.train_dataset = LaneStream(*rows, self.n_lanes) if self.args.carry_states else Stream(*rows)
 
     def _replace_callbacks(self) -> None:
         """Show our progress instead of transformers', guard the gradients, and end cleanly when asked to stop."""
@@ -150,7 +155,7 @@ class ReFINETrainer(ResumingTrainer):
 
     def shared(self, phase: P) -> P:
         """Tell a phase how to add up over the processes of this run, and return it."""
-        phase.sum_over = self._sum_over
+        phase.sum_over, phase.carried_keys = self._sum_over, self.args.carried_keys
         return phase
 
     @property
@@ -175,10 +180,29 @@ class ReFINETrainer(ResumingTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         """Make the Trainer's sampler, but for `group_by_length` one whose order the epoch alone decides, so that a resumed run has it."""
         data = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.carry_states:
+            return self._lane_order(data)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ByLength(lengths_of(data, self.args.length_column_name), self.dealing.examples, seed)
+
+    def _lane_order(self, data: Dataset) -> LaneOrder:
+        """Make the order in which lanes read the windows of a dataset. RefineError where its rows are no windows."""
+        if BEGINS_COLUMN not in (getattr(data, "column_names", None) or []):
+            raise RefineError(
+                f"carry_states needs windows that say which begin a document (a column {BEGINS_COLUMN!r}, as prepare_data and the trainer "
+                "make of documents); these rows have none"
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = LaneOrder(data[BEGINS_COLUMN][:], self.n_lanes, seed, self.args.train_sampling_strategy == "random")
+        if len(order.documents) < self.n_lanes and self.is_world_process_zero():
+            warnings.warn(
+                f"carry_states: {len(order.documents)} documents for {self.n_lanes} lanes (rows of a step), so several lanes read the same "
+                "one at once; a smaller per_device_train_batch_size or gradient_accumulation_steps makes fewer lanes",
+                stacklevel=2,
+            )
+        return order
 
     # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
@@ -194,6 +218,8 @@ class ReFINETrainer(ResumingTrainer):
             # The interrupted run had drawn these from the data loader already.
             self._pending, drawn = self._restored, len(self._restored)
             self._restored = None
+            for i, batch in enumerate(self._pending):
+                self._continue(batch, num_batches * self.args.steps_per_generation - drawn + i)
             for _ in range(drawn):
                 next(epoch_iterator, None)
         if not self._pending:
@@ -219,10 +245,27 @@ class ReFINETrainer(ResumingTrainer):
             if inputs is None:
                 break
             generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
-            batches.append(self.micro_batch(inputs, generators, device))
+            batch = self.micro_batch(inputs, generators, device)
+            self._continue(batch, len(batches), inputs.get(BEGINS_COLUMN, ()))
+            batches.append(batch)
         if not self._is_sharded or not batches:
             return batches
         return of_one_width(batches, self.accelerator.gather, self.args.device)
+
+    def _continue(self, batch: MicroBatch, drawn: int, begins: Sequence[bool] = ()) -> None:
+        """Have the rows of a micro-batch start from the states of their lanes; `drawn` of them were drawn before. Rows that begin a
+        document start from nothing, or by chance from the document before."""
+        if self.lanes is None:
+            return
+        args, sequences = self.args, batch.sequences
+        first = (drawn * self.dealing.processes + args.process_index) * self.dealing.batch
+        batch.lanes = tuple(range(first, first + len(sequences.sizes)))
+        for lane, begin in zip(batch.lanes, begins, strict=False):
+            if begin and float(torch.rand((), generator=generator_of(args.seed, self.state.global_step, lane, -1))) >= (
+                args.carry_between_documents
+            ):
+                self.lanes.forget([lane])
+        batch.sequences = replace(sequences, starts=self.lanes.starts(batch.lanes, sequences.input_ids.device))
 
     def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
         """Make what a phase gets of a collated batch."""
@@ -255,6 +298,7 @@ class ReFINETrainer(ResumingTrainer):
         self.bar.tokens_this_step += batch.num_tokens
         self.figures.tokens += batch.num_tokens
         loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
+        self._keep_states(batch)
         self._show(batch)
         return (loss, batch.result) if return_outputs else loss
 
@@ -266,6 +310,18 @@ class ReFINETrainer(ResumingTrainer):
             # A share of the step's mean; logged values are averaged over micro-batches, so undo the sharing.
             self.figures.add(prefix + name, value * shares if name.startswith("loss") else value)
         return loss
+
+    def _keep_states(self, batch: MicroBatch) -> None:
+        """Keep what a micro-batch left for the next windows of its lanes. RefineError where its phase left nothing."""
+        if self.lanes is None:
+            return
+        if batch.left is None:
+            raise RefineError(
+                f"carry_states: {type(self.phase).__name__}.loss leaves no states for the next windows; have it set batch.left, as "
+                "run_and_leave (refine_nsp.nsp.forward) returns them, or leave carry_states out"
+            )
+        self.lanes.keep(batch.lanes, batch.sequences, batch.left)
+        batch.left = None
 
     def update(self, phase: Phase, batches: Sequence[MicroBatch], prefix: str) -> None:
         """Make an optimizer step of another phase between the Trainer's own, by the calls that make those: accumulated without
@@ -370,4 +426,6 @@ class ReFINETrainer(ResumingTrainer):
             assert isinstance(self.eval_dataset, Mapping)
             data = self.eval_dataset[data]
         process, processes = (0, 1) if self._is_sharded else (self.args.process_index, self.args.world_size)
+        if self.args.carry_states:
+            return documents_in_lanes(data, self.data_collator, self.args.per_device_eval_batch_size, process, processes)
         return share_of_batches(data, self.data_collator, self.args.per_device_eval_batch_size, process, processes)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from refine_nsp.models.load import adapters_of, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import resolve_reward, wants_columns
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN, tokenize
+from refine_nsp.training.lanes import in_windows
 
 
 def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardSpec] | None) -> ReFINEConfig:
@@ -85,8 +87,9 @@ def tokenized(data: object, tokenizer: PreTrainedTokenizerBase | None, args: ReF
         return data
     columns = data.column_names or []
     if TEXT_COLUMN not in columns or TOKENS_COLUMN in columns:
-        return data
+        return in_windows(data, args.max_length, args.nsp.shortest) if args.carry_states else data
     if tokenizer is None:
         raise RefineError(f"the dataset has a column {TEXT_COLUMN!r} and no input_ids: give the tokenizer as processing_class")
     keep = wants_columns(args.nsp)
-    return tokenize(data, tokenizer, TEXT_COLUMN, args.max_length, args.nsp.shortest, packing=False, keep_columns=keep)
+    cut = partial(tokenize, packing=False, keep_columns=keep, carried=args.carry_states)
+    return cut(data, tokenizer, TEXT_COLUMN, args.max_length, args.nsp.shortest)

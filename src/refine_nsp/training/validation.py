@@ -14,21 +14,30 @@ from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
-from refine_nsp.training.data import Collated
+from refine_nsp.training.data import BEGINS_COLUMN, Collated
+from refine_nsp.training.lane_states import LaneStates
 
 SEED = 0
 
 
 @torch.no_grad()
-def validate(model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device) -> dict[str, float]:
+def validate(
+    model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device, carried_keys: int | None = None
+) -> dict[str, float]:
     """Sum up over all batches: nll, correct, sampled (expected) and entropy over `targets`; match and cosine of greedy tokens over
-    `places`."""
+    `places`. Batches of documents in lanes (`documents_in_lanes`) continue from the states of their windows before."""
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = config.at_random()
+    carried = LaneStates(recent=0, keys=carried_keys)
     rows = 0
     for inputs in batches:
-        batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
+        ids = inputs["input_ids"].to(device)
+        lanes: list[int] = inputs.get("_lanes", [])
+        carried.forget(lane for lane, begins in zip(lanes, inputs.get(BEGINS_COLUMN, []), strict=False) if begins)
+        batch = Batch.of(ids, inputs["lengths"], starts=carried.starts(lanes, device) if lanes else None)
         sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)))
+        if sequence_pass.left is not None:
+            carried.keep(lanes, batch, sequence_pass.left)
         stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
         sums["nll"] += float(stats.nll[mask].double().sum())
         sums["correct"] += float((stats.argmax == targets)[mask].sum())

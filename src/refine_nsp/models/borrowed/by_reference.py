@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
 
-from refine_nsp.models.borrowed.layer_cache import RECURRENT_KINDS, ReferenceCache, kinds_of, nothing_yet, prefix, trimmed
+from refine_nsp.models.borrowed.layer_cache import (
+    ATTENDING_KINDS,
+    RECURRENT_KINDS,
+    ReferenceCache,
+    kinds_of,
+    nothing_yet,
+    prefix,
+    trimmed,
+)
 from refine_nsp.models.borrowed.trunk import StatefulTrunk
 from refine_nsp.models.state import FastWeightCache, StatesOfPass, consumed_tokens
 from refine_nsp.processes import is_sharded
@@ -42,6 +50,9 @@ class ByReference:
         self.trunk = trunk
         kinds, self.windows = kinds_of(trunk.config)
         self.recurs = any(kind in RECURRENT_KINDS for kind in kinds)
+        self.keeps_all_tokens = any(
+            kind in ATTENDING_KINDS and window is None for kind, window in zip(kinds, self.windows, strict=True)
+        )
         limits = [vars(m)["time_step_limit"] for m in trunk.modules() if vars(m).get("time_step_limit") is not None]
         self.same_by_single_tokens = all(tuple(limit) == (0.0, math.inf) for limit in limits)
         parameters = inspect.signature(trunk.forward).parameters
@@ -109,7 +120,8 @@ class ByReference:
         layers = [] if past is None or columns == 0 else prefix(trimmed(past.layers, columns), self.windows, 0)
         arguments: dict[str, Tensor | bool] = {"use_cache": True}
         if self.takes_positions:
-            arguments["position_ids"] = (lengths[:, None] + torch.arange(T)).to(x.device, non_blocking=True)
+            consumed = lengths if past is None or past.earlier is None else past.consumed
+            arguments["position_ids"] = (consumed[:, None] + torch.arange(T)).to(x.device, non_blocking=True)
         if columns > int(lengths.min()):
             real = torch.arange(columns + T) >= columns - lengths[:, None]
             arguments["attention_mask"] = real.long().to(x.device, non_blocking=True)
@@ -130,7 +142,7 @@ class ByReference:
         hidden, *tensors = out
         given = iter(tensors)
         after = [{name: next(given) for name in layer} for layer in names]
-        return hidden, FastWeightCache(after, lengths + T, columns + T)
+        return hidden, FastWeightCache(after, lengths + T, columns + T, None if past is None else past.earlier)
 
 
 @contextmanager
@@ -193,7 +205,7 @@ class Taken:
         for t in tokens:
             layers = prefix(after.layers, self.method.windows, end - 1 - t)
             lengths = consumed_tokens(after, after.batch_size) - (end - 1 - t)
-            self._add(t, FastWeightCache(layers, lengths, after.columns - (end - 1 - t)))
+            self._add(t, FastWeightCache(layers, lengths, after.columns - (end - 1 - t), after.earlier))
         self.last = after
 
     def _add(self, token: int, states: FastWeightCache) -> None:
@@ -207,7 +219,8 @@ class Taken:
         states = FastWeightCache.in_order(self.parts, self.slots)
         assert states.lengths is not None
         columns = int(states.lengths.max()) if len(states.lengths) else 0
-        return FastWeightCache(trimmed(states.layers, columns) if columns else states.layers, states.lengths, columns)
+        layers = trimmed(states.layers, columns) if columns else states.layers
+        return FastWeightCache(layers, states.lengths, columns, states.earlier)
 
 
 @dataclass(frozen=True)

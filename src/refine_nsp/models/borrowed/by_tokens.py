@@ -16,6 +16,7 @@ class ByTokens:
     """The state of a prefix is its tokens, newest last; what follows is read together with them."""
 
     rereads_prefixes = True
+    keeps_all_tokens = True
 
     def __init__(self, trunk: StatefulTrunk) -> None:
         self.trunk = trunk

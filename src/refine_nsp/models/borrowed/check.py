@@ -1,12 +1,17 @@
-"""Check a model of transformers when it is loaded: a few tokens show whether its states and its head are exact."""
+"""Check a model of transformers when it is loaded: a few tokens show whether its states and its head are exact.
+
+The equalities are those of `models/checks`, asked of states by reference instead of transformers' own cache.
+"""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from refine_nsp.errors import RefineError, first_line
@@ -14,8 +19,19 @@ from refine_nsp.models.borrowed.by_reference import ByReference
 from refine_nsp.models.borrowed.by_tokens import ByTokens
 from refine_nsp.models.borrowed.layer_cache import EXACT_KINDS, RECURRENT_KINDS, kinds_of
 from refine_nsp.models.borrowed.trunk import StatefulCausalModel, StatefulTrunk
-from refine_nsp.models.state import FastWeightCache, LayerState
+from refine_nsp.models.checks.equalities import (
+    Broken,
+    NotApplicable,
+    Probe,
+    continuation_behind_pads,
+    recurrence,
+    states_after_pieces,
+)
+from refine_nsp.models.checks.precision import average
+from refine_nsp.models.checks.ways import Ways, leaves_of, states_of
+from refine_nsp.models.state import FastWeightCache
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
 EXACT_SINCE = "5.23"  # recurrent layers of earlier releases write into the states they are given
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, EXACT_SINCE.split(".")))
 # How far states and hidden states may be off at loading, as shares of their size: a wrong state is off by far more.
@@ -63,7 +79,7 @@ def _check_head(model: StatefulCausalModel) -> None:
     problem = None
     if "bias" in dict(head.named_parameters()):
         problem = "its head has a bias"
-    elif model.config.get_text_config(decoder=True).to_dict().get("final_logit_softcapping"):
+    elif any(model.config.get_text_config(decoder=True).to_dict().get(name) for name in CAPS):
         problem = "it caps its logits"  # which small ones, as an untrained model's, would not show
     elif error > TOLERANCE[logits.dtype] / 10:
         problem = f"its logits differ from that by {error:.2g} of their spread"
@@ -83,51 +99,38 @@ def state_problem(trunk: StatefulTrunk) -> str | None:
             return f"its recurrent layers change states in place in transformers {transformers.__version__}, from {EXACT_SINCE} on not"
         return f"its layers keep {', '.join(unknown)}, of which {', '.join(EXACT_KINDS)} are known"
     ids = _few_tokens(trunk, 2, 12)
-    whole = trunk.plain(ids, use_cache=False)
+    probe = Probe(trunk, ways_by_reference(method), ids, cut=4, single=1, same_by_single_tokens=method.same_by_single_tokens)
     try:
-        worst = max(_hidden_error(method, ids, whole), _state_error(method, ids))
-        if _forgets(method, ids):
-            return "its layers do not go on from their recurrent state where several tokens follow"
+        pairs = [continuation_behind_pads(replace(probe, cut=7)), states_after_pieces(probe)]
+        with suppress(NotApplicable):  # no layer keeps a recurrent state
+            recurrence(probe)
     except torch.OutOfMemoryError:
         raise  # says nothing of the states
+    except Broken as said:
+        return str(said)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign code's; the warning says which
         return f"a pass with a cache fails: {type(error).__name__}: {first_line(error)}"
-    return None if worst <= TOLERANCE[whole.dtype] else f"a pass that goes on from a state differs by {worst:.2g}"
+    worst = max(average(*pair) for pair in pairs)
+    return None if worst <= TOLERANCE[trunk.dtype] else f"a pass that goes on from a state differs by {worst:.2g}"
 
 
-def _hidden_error(method: ByReference, ids: Tensor, whole: Tensor) -> float:
-    """Measure how far rows of different lengths, continued from states, are from the whole pass [2, T, D], as a share of its spread."""
-    _, states = method.run_and_take(ids, None, torch.tensor([[2], [6]]))
-    x, expected = (torch.stack([t[0, 3:7], t[1, 7:11]]) for t in (ids, whole))
-    return float((method.run(x, states) - expected).abs().mean() / whole.std().clamp(min=1e-12))
+def ways_by_reference(method: ByReference) -> Ways:
+    """Say how a trunk's hidden states are had with states by reference; pads of a first pass stand on the left, as `Ways` has them."""
 
+    def run(module: nn.Module, ids: Tensor) -> Tensor:
+        return method.trunk.plain(ids, use_cache=False)
 
-def _state_error(method: ByReference, ids: Tensor) -> float:
-    """Measure how far states differ after a pass in pieces, one of them a single token where that is code of its own.
+    def follow(module: nn.Module, ids: Tensor, cache: object, seen: int, mask: Tensor | None) -> tuple[Tensor, object]:
+        assert cache is None or isinstance(cache, FastWeightCache)
+        B, T = ids.shape
+        ends = torch.full((B, 1), T - 1)
+        if cache is None and mask is not None:
+            ends = mask.sum(1, keepdim=True).cpu() - 1
+            columns = (torch.arange(T) + T - 1 - ends).clamp(max=T - 1)  # real tokens to the left
+            ids = ids.gather(1, columns.to(ids.device, non_blocking=True))
+        return method.run_and_take(ids, cache, ends)
 
-    Returns the worst layer's difference as a share of its state's size, however little the layer counts in the output.
-    """
-    _, direct = method.run_and_take(ids, None, torch.full((2, 1), ids.shape[1] - 1))
-    states = None
-    for piece in ids.split([4, 1, ids.shape[1] - 5] if method.same_by_single_tokens else [4, ids.shape[1] - 4], 1):
-        _, states = method.run_and_take(piece, states, torch.full((2, 1), piece.shape[1] - 1))
-    assert states is not None
-    pairs = [(x, states.layers[i][name]) for i, layer in enumerate(direct.layers) for name, x in layer.items()]
-    return max((float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-12)) for a, b in pairs), default=0.0)
-
-
-@torch.enable_grad()
-def _forgets(method: ByReference, ids: Tensor) -> bool:
-    """Tell whether a recurrent layer's state does not come from the one before where several tokens follow, as in Jamba.
-
-    The graph that the layer leaves is asked. Values would not tell: what is left of a state after a few tokens may be below rounding.
-    """
-    _, states = method.run_and_take(ids[:, :4], None, torch.full((2, 1), 3))
-    before: list[LayerState] = [{name: x.detach().requires_grad_() for name, x in layer.items()} for layer in states.layers]
-    _, states = method.run_and_take(ids[:, 4:6], FastWeightCache(before, states.lengths, states.columns), torch.full((2, 1), 1))
-    pairs = [(x, states.layers[i][name]) for i, layer in enumerate(before) for name, x in layer.items() if "recurrent" in name]
-    found = [torch.autograd.grad(after.sum(), x, retain_graph=True, allow_unused=True)[0] for x, after in pairs]
-    return bool(found) and (any(g is None for g in found) or not any(g.any() for g in found if g is not None))
+    return Ways(run=run, follow=follow, states=states_of, leaves=leaves_of)
 
 
 def _few_tokens(module: PreTrainedModel, rows: int, count: int) -> Tensor:

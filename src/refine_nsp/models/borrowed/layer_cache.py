@@ -29,6 +29,7 @@ from refine_nsp.models.state import LayerState
 
 # What a layer can keep so that its state is exact: keys and values of all tokens or of a window, states of one size, both, or nothing.
 EXACT_KINDS = ("full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "dummy")
+ATTENDING_KINDS = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
 RECURRENT_KINDS = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 
 

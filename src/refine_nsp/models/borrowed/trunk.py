@@ -28,6 +28,7 @@ class StateMethod(Protocol):
     """Keeps the states of a trunk in its way. x: ids [B, T] or embeddings [B, T, D]; past: states of B rows, or None."""
 
     rereads_prefixes: bool  # see `protocols.Trunk`
+    keeps_all_tokens: bool  # see `protocols.Trunk`
 
     def run(self, x: Tensor, past: FastWeightCache | None) -> Tensor:
         """Return hidden states [B, T, D]."""
@@ -62,6 +63,11 @@ class StatefulTrunk(PreTrainedModel):
     def rereads_prefixes(self) -> bool:
         """See `protocols.Trunk`."""
         return self.state_method.rereads_prefixes
+
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """See `protocols.Trunk`."""
+        return self.state_method.keeps_all_tokens
 
     @property
     def label(self) -> str:
@@ -122,7 +128,10 @@ class StatefulTrunk(PreTrainedModel):
     def plain(self, x: Tensor, **arguments: Any) -> Tensor:
         """Return the hidden states [B, T, D] of the model's own forward pass."""
         inputs = {"input_ids" if x.ndim == 2 else "inputs_embeds": x}
-        return self._refine_plain.forward(self, **inputs, **arguments).last_hidden_state
+        hidden = self._refine_plain.forward(self, **inputs, **arguments).last_hidden_state
+        dtype = self.get_input_embeddings().weight.dtype
+        # Mamba-2 leaves a half-precision model in float32, and casts before its head.
+        return hidden.to(dtype) if hidden.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) else hidden
 
     @contextmanager
     def as_it_is(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Optional by nature: lm-eval's own tasks, kernels for GPUs, and a format of compression.
-OPTIONAL = {"lm_eval": "evaluation/harness", "fla": "ops/", "triton": "ops/", "zstandard": "text/"}
+# Optional by nature: lm-eval's own tasks, kernels for GPUs, a format of compression, and one of quantised models.
+OPTIONAL = {"lm_eval": "evaluation/harness", "fla": "ops/", "triton": "ops/", "zstandard": "text/", "gguf": "models/gguf_source"}
 # What is not named there comes by what needs it itself.
 DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jinja2": "torch", "pyarrow": "datasets"}
 

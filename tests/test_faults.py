@@ -26,6 +26,7 @@ from refine_nsp.evaluation.run import read_rows
 from refine_nsp.stopping import TERMINATED_CODE
 from refine_nsp.training.checkpoints import Checkpoint
 from tests.models.families import build
+from tests.models.transformers_models import plain
 from tests.test_cli import TEXT, tiny
 from tests.tiny.test_pretrain import TINY as TINY_BASE
 from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
@@ -151,6 +152,14 @@ def test_no_room_for_an_exported_model(tmp_path):
     check_one_line(*limited(argv, 5_000))
     assert not (tmp_path / "plain").exists() and not list(tmp_path.glob("*.tmp"))
     assert main(argv) == 0 and load_file(tmp_path / "plain" / "model.safetensors")
+
+
+def test_no_room_for_a_converted_model(tmp_path):
+    plain("llama").save_pretrained(tmp_path / "source")
+    load("refine-nsp/tiny-delta-net")[1].save_pretrained(tmp_path / "source")
+    argv = ["convert", str(tmp_path / "source"), str(tmp_path / "new"), "--window_size", "12", "--num_lact_heads", "2"]
+    check_one_line(*limited(argv, 50_000))
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*.tmp"))
 
 
 def test_no_room_for_the_cache_of_tokens(tmp_path, text, monkeypatch):

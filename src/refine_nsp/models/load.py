@@ -131,7 +131,7 @@ def _config_of_weights(where: str) -> PreTrainedConfig:
     """Load the configuration of a folder or hub name that should have weights too."""
     folder = Path(where)
     if folder.exists():
-        _check_folder(folder)
+        check_folder(folder)
     return load_config(where)
 
 
@@ -333,7 +333,8 @@ def hub_problem(name: str, error: BaseException) -> RefineError | None:
     return None if problem is None else RefineError(f"{name} {problem}")
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise a RefineError unless a folder holds config.json and weights that no program can hide in."""
     if not folder.is_dir():
         raise RefineError(f"{folder} is a file; expected a model folder with config.json and *.safetensors")
     config = folder / "config.json"

@@ -1,0 +1,288 @@
+"""Convert an attention model to a LaCT model that starts as exactly itself within a window (docs/your_own_checkpoint.md).
+
+LaCT adds to window attention what its fast weights recall, from the same q, k and v. So q, k, v, o, norms, MLP and embeddings go in
+unchanged (key and value heads repeated where query heads share them), and with `ttt_scale_proj` at zero the recall is silu(0) = 0 times
+something, whose gradient is not zero: the new model is the old one with a sliding window, and learns from there. Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import GenerationConfig
+
+from refine_nsp.config import check_choice
+from refine_nsp.errors import RefineError
+from refine_nsp.fields import Reader, check_read, live, setting
+from refine_nsp.files import made_whole, write_atomically
+from refine_nsp.models.attention_source import AttentionSource
+from refine_nsp.models.gguf_source import open_gguf
+from refine_nsp.models.lact import LaCTConfig, LaCTForCausalLM, LaCTMixer
+from refine_nsp.models.safetensors_source import GENERATION, WEIGHTS, open_model
+from refine_nsp.models.stream import write_weights
+from refine_nsp.models.weight_names import some
+from refine_nsp.progress import StepProgress, step_progress
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Names in the new model -> those in the source, whose rows are joined.
+OUTSIDE = {
+    "model.embeddings.weight": ("model.embed_tokens.weight",),
+    "model.norm.weight": ("model.norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+INSIDE = {
+    "attn_norm.weight": ("input_layernorm.weight",),
+    "attn.qkv.weight": tuple(f"{part}.weight" for part in PROJECTIONS),
+    "attn.qkv.bias": tuple(f"{part}.bias" for part in PROJECTIONS),
+    "attn.o_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+    **{f"mlp.{part}_proj.weight": (f"mlp.{part}_proj.weight",) for part in ("gate", "up", "down")},
+}
+SHARED = tuple(f"{part}.{kind}" for part in PROJECTIONS[1:] for kind in ("weight", "bias"))  # several query heads may share these
+
+LOW_RANK = Reader("w0_w2_low_rank above 0", lambda s: s.w0_w2_low_rank > 0)
+MUON = Reader("use_muon", lambda s: s.use_muon)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Say what memory an attention model gets, by the names of LaCT's config.
+
+    Attributes:
+        window_size: tokens that attention sees, its own among them; farther ones only the memory can recall.
+        lact_chunk_size: tokens after which the fast weights are updated.
+        num_lact_heads: heads of the fast weights; each is a network of (hidden_size / heads)^2 weights, three times.
+        inter_multi: width inside a fast-weight network, in widths of its head.
+        w0_w2_low_rank: rank of the initial w0 and w2, beside half the identity; -1: full matrices.
+        fw_init_gain: their size at the start.
+        use_momentum: momentum in the fast weights' updates.
+        use_muon: orthogonalise the updates. muon_dtype: of that (bfloat16, as published, or float32).
+        ttt_prenorm: normalise fast weights when they are read, not when they are updated.
+        dtype: of the weights (float32, bfloat16, float16, float64); default: the source's, and float32 for GGUF.
+        seed: of the new weights.
+    """
+
+    window_size: int = setting(2048, common=True)
+    lact_chunk_size: int = setting(2048, common=True)
+    num_lact_heads: int = setting(4, common=True)
+    inter_multi: float = setting(1.0)
+    w0_w2_low_rank: int = setting(-1)
+    fw_init_gain: float = setting(0.5, read_by=LOW_RANK)
+    use_momentum: bool = setting(True)
+    use_muon: bool = setting(False)
+    muon_dtype: str = setting("bfloat16", read_by=MUON)
+    ttt_prenorm: bool = setting(False)
+    dtype: str | None = setting(None, common=True)
+    seed: int = setting(0)
+
+    def __post_init__(self) -> None:
+        check_read(self)
+        for name in ("window_size", "lact_chunk_size", "num_lact_heads"):
+            if (value := getattr(self, name)) < 1:
+                raise RefineError(f"{name} must be at least 1, got {value}")
+        if self.w0_w2_low_rank != -1 and self.w0_w2_low_rank < 1:
+            raise RefineError(f"w0_w2_low_rank must be at least 1, or -1 for full matrices; got {self.w0_w2_low_rank}")
+        for name in ("inter_multi", "fw_init_gain"):
+            if not 0 < (number := getattr(self, name)) < math.inf:
+                raise RefineError(f"{name} must be above 0, got {number}")
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Reports a conversion: parameters in all and those that are new, and how long it took."""
+
+    config: LaCTConfig
+    parameters: int
+    new_parameters: int
+    seconds: float
+
+
+def convert(source: str | Path, folder: Path, settings: MemorySettings | None = None) -> Converted:
+    """Write an attention model as a LaCT model. The folder is complete, or it is not there; no more than a layer is in memory.
+
+    Args:
+        source: a folder, a hub name or a GGUF file of a Llama, Mistral or Qwen2.
+
+    Raises:
+        RefineError: a source that cannot be converted unchanged, by the name of what differs; settings that do not fit it; a folder
+            that has something in it.
+    """
+    start = time.monotonic()
+    settings = settings or MemorySettings()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise RefineError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}; name a new folder")
+    opened = open_gguf(Path(source)) if str(source).endswith(".gguf") else open_model(str(source))
+    config, dtype = lact_config(opened, settings), dtype_of(opened, settings)
+    with torch.device("meta"):
+        model = LaCTForCausalLM(config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]  # as save_pretrained does
+    origins = {name: origin for name in shapes if (origin := origin_of(name))}
+    check_weights(opened, shapes, origins)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with made_whole(temporary, folder), step_progress(len(shapes), title="convert") as progress:
+        temporary.mkdir(parents=True)
+        opened.carry(temporary)
+        weights = _weights(opened, model, shapes, origins, settings.seed, progress)
+        write_weights(temporary / WEIGHTS, shapes, dtype, ((name, weight.to(dtype)) for name, weight in weights))
+        config.save_pretrained(temporary)
+        if not (temporary / GENERATION).exists():
+            GenerationConfig.from_model_config(config).save_pretrained(temporary)
+        new = sum(math.prod(shape) for name, shape in shapes.items() if name not in origins)
+        made = Converted(config, sum(map(math.prod, shapes.values())), new, time.monotonic() - start)
+        write_atomically(temporary / "README.md", card(opened, folder.absolute().name, settings, made))
+    return made
+
+
+def lact_config(source: AttentionSource, settings: MemorySettings) -> LaCTConfig:
+    """Make the new model's configuration. Raises RefineError where the settings do not fit the source."""
+    c = source.config.to_dict()
+    longest = c.get("max_position_embeddings")
+    if longest is not None and settings.window_size > longest:
+        raise RefineError(
+            f"window_size={settings.window_size} is longer than the {longest} tokens that {source.name} was trained for: choose fewer"
+        )
+    if source.window is not None and settings.window_size > source.window:
+        raise RefineError(f"{source.name} has a sliding window of {source.window} tokens itself: choose a window_size up to that")
+    fast = ("window_size", "lact_chunk_size", "num_lact_heads", "inter_multi", "w0_w2_low_rank", "fw_init_gain", "use_momentum")
+    kept = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings",
+        "pad_token_id", "bos_token_id", "eos_token_id",
+    )  # fmt: skip
+    config = LaCTConfig(
+        **{name: c[name] for name in kept},
+        **{name: getattr(settings, name) for name in (*fast, "use_muon", "muon_dtype", "ttt_prenorm")},
+        num_attn_heads=c["num_attention_heads"],
+        norm_eps=c["rms_norm_eps"],
+        rope_theta=c["rope_parameters"]["rope_theta"],
+        qkv_bias=source.config.model_type == "qwen2",
+        architectures=["LaCTForCausalLM"],
+    )
+    if config.fw_hidden_dim < 1:
+        raise RefineError(f"inter_multi={settings.inter_multi} leaves no width inside fast-weight heads of {config.fw_head_dim}")
+    config.dtype = dtype_of(source, settings)
+    return config
+
+
+def dtype_of(source: AttentionSource, settings: MemorySettings) -> torch.dtype:
+    """Return the dtype of the new model's weights: the source's, unless another was asked for."""
+    return source.dtype if settings.dtype is None else getattr(torch, settings.dtype)
+
+
+def origin_of(name: str) -> tuple[str, ...]:
+    """Return the source's names of the weights that make one of the new model's; none for a weight that is new."""
+    if not name.startswith("model.layers."):
+        return OUTSIDE[name]
+    layer, inside = name.removeprefix("model.layers.").split(".", 1)
+    return tuple(f"model.layers.{layer}.{part}" for part in INSIDE.get(inside, ()))
+
+
+def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]], origins: Mapping[str, Sequence[str]]) -> None:
+    """Raise a RefineError unless the source has the weights that are needed, in their shapes, and no others."""
+    c = source.config.to_dict()
+    heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+    if heads % groups:
+        raise RefineError(f"{source.name}: {heads} query heads cannot share {groups} key/value heads evenly")
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, parts in origins.items():
+        rows, *rest = shapes[name]
+        for part in parts:
+            own = rows // len(parts)
+            expected[part] = (own // heads * groups if part.endswith(SHARED) else own, *rest)
+    known = {name for name in source.shapes if not name.endswith("rotary_emb.inv_freq")}  # a table, which old files hold
+    if c["tie_word_embeddings"] and "lm_head.weight" in known:
+        known.remove("lm_head.weight")
+        if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+            raise RefineError(
+                f"{source.name} says tie_word_embeddings=True, but its lm_head.weight differs from its embeddings; correct its config.json"
+            )
+    differ = [f"{n} {list(source.shapes[n])} for {list(s)}" for n, s in expected.items() if n in known and source.shapes[n] != s]
+    kinds = {"missing": sorted(expected.keys() - known), "unknown": sorted(known - expected.keys()), "of another shape": differ}
+    if problems := [f"{len(names):,} {kind}: {some(names)}" for kind, names in kinds.items() if names]:
+        raise RefineError(f"the weights of {source.name} are not those of its configuration: {'; '.join(problems)}")
+
+
+def _weights(
+    source: AttentionSource,
+    model: LaCTForCausalLM,
+    shapes: Mapping[str, tuple[int, ...]],
+    origins: Mapping[str, Sequence[str]],
+    seed: int,
+    progress: StepProgress,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the new model's weights in order, each made when it is its turn."""
+    config, layer, new = cast(LaCTConfig, model.config), "", {}
+    repeats = config.num_attn_heads // source.config.to_dict()["num_key_value_heads"]
+    for name in shapes:
+        if name in origins:
+            parts = [_repeated(source.read(part), config, repeats if part.endswith(SHARED) else 1) for part in origins[name]]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            layer_of_name, inside = name.removeprefix("model.layers.").split(".", 1)
+            if layer_of_name != layer:
+                layer, new = layer_of_name, new_weights(model, seed, int(layer_of_name))
+            weight = new[inside.removeprefix("attn.")]
+        yield name, weight
+        progress.advance(0)
+
+
+def _repeated(weight: Tensor, config: LaCTConfig, repeats: int) -> Tensor:
+    """Give each query head its own copy of the rows of the key or value head that it shares."""
+    if repeats == 1:
+        return weight
+    return weight.unflatten(0, (config.num_attn_heads // repeats, -1)).repeat_interleave(repeats, 0).flatten(0, 1)
+
+
+@torch.no_grad()
+def new_weights(model: LaCTForCausalLM, seed: int, layer: int) -> dict[str, Tensor]:
+    """Draw what a layer's mixer has and attention has not, as LaCT begins, but for a read-out that is zero."""
+    with torch.device("meta"):
+        mixer = LaCTMixer(cast(LaCTConfig, model.config))
+    del mixer.qkv, mixer.o_proj  # these are the source's
+    mixer = mixer.to(torch.float32).to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed * 1_000_003 + layer)
+        mixer.apply(model._init_weights)
+    mixer.ttt_scale_proj.weight.zero_()
+    mixer.ttt_scale_proj.bias.zero_()
+    return {name: weight.detach() for name, weight in mixer.named_parameters()}
+
+
+def card(source: AttentionSource, name: str, settings: MemorySettings, made: Converted) -> str:
+    """Write the model card: what the model came from, and what it is before any training."""
+    head: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head["tags"] = ["refine-nsp", "fast-weights", "long-context", "lact"]
+    hub_name = not Path(source.name).exists()
+    if hub_name:
+        head["base_model"] = source.name
+    if source.license is not None:
+        head["license"] = source.license
+    shown = " ".join((source.name if hub_name else Path(source.name).absolute().name).replace("`", "'").split())
+    c = made.config
+    lines = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {' '.join(name.split())}\n",
+        f"`{shown}` ({source.config.model_type}) with a memory: its weights, unchanged, in a LaCT model (`lact_swiglu`), by",
+        f"`refine-nsp convert`. {made.new_parameters:,} of its {made.parameters:,} parameters are new.\n",
+        "| setting | value |\n| --- | --- |",
+        *(f"| `{name}` | {getattr(c, name)} |" for name in sorted(live(settings) & set(c.to_dict()) - {"dtype"})),
+        f"| weights | {str(c.dtype).removeprefix('torch.')}, the new ones from seed {settings.seed} |\n",
+        f"**It has not been trained.** Within {c.window_size} tokens it computes what its source computes. What lies farther back is",
+        "forgotten, because nothing is read from the memory yet: the scale of the read-out is zero, and training moves it from there.\n",
+        '```python\nimport refine_nsp\n\nmodel, tokenizer = refine_nsp.load("FOLDER")\n```\n',
+        "Licence and limits of the source still hold.\n",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""Open a model of safetensors as a source to be converted, from a folder or the hub: each weight is read when it is asked for."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from refine_nsp.errors import RefineError, first_line
+from refine_nsp.files import expecting, read_json
+from refine_nsp.models.attention_source import AttentionSource, checked_dtype, refuse_others
+from refine_nsp.models.load import TOKENIZER_FILES, adapters_of, check_folder, hub_problem, load_config, resolve
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "LICENSE*")
+GENERATION = "generation_config.json"
+
+
+def open_model(name: str) -> AttentionSource:
+    """Open a folder or a hub name.
+
+    Raises:
+        RefineError: no such thing, pickled weights, or a model that LaCT's layers cannot hold unchanged, by the name of what differs.
+    """
+    where = resolve(name)
+    if adapters_of(where):
+        raise RefineError(f"{name} holds adapters, not a model: merge them first with refine-nsp export {name} FOLDER")
+    folder = Path(where)
+    if folder.is_dir() and not (folder / "config.json").exists() and (others := sorted(folder.glob("*.gguf"))):
+        raise RefineError(f"{name} has no config.json, but GGUF files: name one of them, such as {others[0]}")
+    if folder.exists():
+        check_folder(folder)
+    config = load_config(where)
+    refuse_others(name, config)
+    if not folder.exists():
+        folder = _downloaded(where)
+    files = _files(folder)
+    shapes = {weight: shape for path in sorted(set(files.values())) for weight, shape in _shapes(path).items()}
+
+    def read(weight: str) -> Tensor:
+        # Opened for each weight, so that the pages of those that were read before are given back.
+        with _reading(files[weight]), safe_open(files[weight], framework="pt") as file:
+            return file.get_tensor(weight)
+
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else read(next(iter(shapes))).dtype
+    return AttentionSource(name, config, checked_dtype(name, stored), shapes, read, lambda out: _carry(folder, out))
+
+
+def _downloaded(where: str) -> Path:
+    """Return the folder of a hub name in the hub's cache, downloaded where it is not there: never pickles, never code."""
+    try:
+        return Path(snapshot_download(where, allow_patterns=["*.safetensors", "*.json", *CARRIED]))
+    except Exception as error:
+        raise hub_problem(where, error) or RefineError(f"cannot download {where}: {first_line(error)}") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Find the file of each weight, as transformers does: one file, or shards by an index."""
+    if (index := folder / INDEX).exists() and not (folder / WEIGHTS).exists():
+        shards = read_json(index, "an index of safetensors shards")
+        with expecting("an index of safetensors shards", index):
+            files = {str(name): folder / Path(file).name for name, file in shards["weight_map"].items()}
+        if gone := sorted({path.name for path in files.values() if not path.exists()}):
+            raise RefineError(f"{folder} lacks {', '.join(gone)}, which {INDEX} names; copy or download it again")
+        return files
+    if not (folder / WEIGHTS).exists():
+        raise RefineError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+    return dict.fromkeys(_shapes(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+class _reading:
+    """Turn safetensors' own errors into one line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SafetensorError | OSError):
+            raise RefineError(f"cannot read the weights in {self.path}: {first_line(error)}") from error
+
+
+def _carry(folder: Path, out: Path) -> None:
+    """Copy what belongs to the model besides its weights; warn where there is no tokenizer."""
+    files = {path for pattern in (*CARRIED, GENERATION) for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(files):
+        shutil.copyfile(path, out / path.name)
+    if not any((out / name).exists() for name in TOKENIZER_FILES):
+        warnings.warn(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}), so the new folder has none either", stacklevel=2
+        )

@@ -19,7 +19,8 @@ from refine_nsp.models.checks.precision import in_dtype
 from refine_nsp.models.checks.ways import Ways
 
 Tensors = Mapping[str, Tensor]
-REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError)  # said aloud, which misleads nobody
+# A model that raises one of these refuses a call in words, so it misleads nobody: the line says "refuses" and does not fail.
+REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError)
 Pair = tuple[Tensors, Tensors]  # what was expected, and what was found
 
 

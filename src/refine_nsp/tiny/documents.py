@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.prompts.encoding import encode_text
 from refine_nsp.prompts.ruler import NOISE
-from refine_nsp.tiny.facts import FactTokens, fact_document, fact_probe
+from refine_nsp.tiny.facts import FactTokens, fact_document, fact_probe, set_at
 from refine_nsp.tiny.families import FACTS, WORDED, Draft
 
 SHORTEST_ROW = 128  # tokens; in less, half of the wordings have no room (`facts` have in any)
@@ -37,23 +38,7 @@ class Parts:
     @property
     def length(self) -> int:
         """Count the tokens of all parts."""
-        asked = sum(len(question) + sum(len(ids) for ids, _ in answer) for question, answer in self.asked)
-        return len(self.head) + sum(map(len, self.statements)) + len(self.foot) + asked
-
-    def questions(self) -> Pieces:
-        """List what follows the statements: the foot, then each question with its answer."""
-        pieces: Pieces = [(self.foot, False)]
-        for question, answer in self.asked:
-            pieces += [(question, False), *answer]
-        return pieces
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """A haystack holds text to hide statements in, and the ascending places (`cuts`) where they may stand, from its start to its end."""
-
-    ids: list[int]
-    cuts: list[int]
+        return sum(map(len, (self.head, *self.statements, self.foot))) + sum(map(_size, self.asked))
 
 
 @dataclass(frozen=True)
@@ -105,7 +90,10 @@ class Writer:
         haystack, glue, parts = self._draw(rng, family, length - 1, dense, held_out)
         room = length - 1 - parts.length
         body = self._hide(rng, parts, haystack, glue, filler, room)
-        pieces: Pieces = [(parts.head, False), (body, False), *parts.questions(), ([self.end], False)]
+        pieces: Pieces = [(parts.head, False), (body, False), (parts.foot, False)]
+        for question, answer in parts.asked:
+            pieces += [(question, False), *answer]
+        pieces.append(([self.end], False))
         left = length - sum(len(ids) for ids, _ in pieces)
         rest = list(filler[len(filler) - left :]) if left else []
         # Text that stands before the document ends before it; text after the document follows the document's end.
@@ -129,8 +117,7 @@ class Writer:
             haystack, glue, parts = self._draw(rng, family, length, 1.0, held_out, items, questions=1)
             question, answer = parts.asked[0]
             values = [ids for ids, recalled in answer if recalled]
-            hidden = haystack != "none" or depth is None
-            if hidden and values == [ids for ids, _ in answer[: len(values)]]:
+            if (haystack != "none" or depth is None) and values == [ids for ids, _ in answer[: len(values)]]:
                 break
         parts = Parts(parts.head, parts.statements, parts.foot, [(question, [])])
         body = self._hide(rng, parts, haystack, glue, filler, length - parts.length, depth)
@@ -143,21 +130,17 @@ class Writer:
         self, rng: random.Random, family: str, length: int, dense: float, held_out: bool, items: int | None = None,
         questions: int | None = None,
     ) -> tuple[str, str, Parts]:  # fmt: skip
-        """Draw a haystack's kind, the glue between statements, and the parts of a draft that fit into `length` tokens.
-
-        Args:
-            items, questions: the most there may be of each; None: as many as fit.
-        """
+        """Draw a haystack's kind, the glue between statements, and the parts of a draft, at most `items`, that fit into `length` tokens."""
         f = WORDED[family]
         for _ in range(ATTEMPTS if length + 1 >= SHORTEST_ROW else 0):
             haystack = rng.choice(f.haystacks)
             budget = int(length * (1.0 if haystack == "none" else dense))
             draft = f.make(rng, f.choose(rng, held_out), max(2, budget // 24))
             glue = draft.glue if haystack == "none" else " " if haystack == "prose" else "\n"
-            most = items
-            if most is None and haystack != "none" and rng.random() < ONE_ITEM_SHARE:
+            most = items or len(draft.items)
+            if items is None and haystack != "none" and rng.random() < ONE_ITEM_SHARE:
                 most = 1
-            parts = self._select(rng, draft, glue, budget, length, most or len(draft.items), questions)
+            parts = self._select(rng, draft, glue, budget, length, most, questions)
             if parts is not None:
                 return haystack, glue, parts
         raise RefineError(f"no {family} document fits into rows of {length + 1} tokens; they need {SHORTEST_ROW}")
@@ -167,10 +150,8 @@ class Writer:
     ) -> Parts | None:  # fmt: skip
         """Select as many items and questions on them as `budget` allows, at least one of each.
 
-        A random share of the budget goes to the statements, or all of it where the number of questions is given.
-
-        Returns:
-            The parts, or None if one item and one question do not fit into `length` tokens.
+        A random share of the budget goes to the statements, or all of it where the number of questions is given. None is returned where
+        one item and one question do not fit into `length` tokens.
         """
         head, foot, said, asked = self._encode(draft, glue, length)
         share = 1.0 if questions is not None else rng.uniform(0.25, 0.75)
@@ -190,10 +171,9 @@ class Writer:
                 break
             chosen.append(question)
             used += size
-        if used + len(head) + len(foot) > length:
-            head = []
-        if used + len(head) + len(foot) > length:
+        if used + len(foot) > length:
             return None
+        head = head if used + len(head) + len(foot) <= length else []
         return Parts(head, _in_order(rng, said[:kept], draft.mixed), foot, chosen)
 
     def _encode(
@@ -220,31 +200,27 @@ class Writer:
         """Hide the statements in up to `room` tokens of a haystack, at random places, or all at one depth."""
         if haystack == "none":
             return [i for statement in parts.statements for i in statement]
-        hay = self._haystack(rng, haystack, filler, room)
+        hay, cuts = self._haystack(rng, haystack, filler, room)
         if depth is None:
-            places = sorted(rng.choice(hay.cuts) for _ in parts.statements)
+            places = sorted(rng.choice(cuts) for _ in parts.statements)
         else:
-            places = [min(hay.cuts, key=lambda cut: abs(cut - depth * hay.cuts[-1]))] * len(parts.statements)
-        ids: list[int] = []
-        for statement, start, end in zip(parts.statements, [0, *places[:-1]], places, strict=True):
-            ids += [*hay.ids[start:end], *statement]
-        ids += hay.ids[places[-1] :]
+            places = [min(cuts, key=lambda cut: abs(cut - depth * cuts[-1]))] * len(parts.statements)
+        ids = set_at(places, parts.statements, hay)
         if parts.head and haystack == "prose":  # prose alone begins with a space, and a head is a line of its own
-            on_a_new_line = self._on_a_new_line(ids)
+            word = next((i for i in range(1, len(ids)) if self.begins_word[ids[i]]), len(ids))
+            first = str(self.tokenizer.decode(ids[:word])).removeprefix(" ")
+            on_a_new_line = [*encode_text(self.tokenizer, f"\n{first}"), *ids[word:]]
             return on_a_new_line if len(on_a_new_line) <= room + sum(map(len, parts.statements)) else ids
         return ids
 
-    def _on_a_new_line(self, ids: list[int]) -> list[int]:
-        """Replace the space before the first word by a line break."""
-        word = next((i for i in range(1, len(ids)) if self.begins_word[ids[i]]), len(ids))
-        text = str(self.tokenizer.decode(ids[:word]))
-        return [*self.tokenizer("\n" + text.removeprefix(" "), add_special_tokens=False)["input_ids"], *ids[word:]]
+    def _haystack(self, rng: random.Random, kind: str, filler: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+        """Make a haystack of up to `room` tokens: RULER's noise, code (from `filler`) or prose, cut where lines or sentences end.
 
-    def _haystack(self, rng: random.Random, kind: str, filler: Sequence[int], room: int) -> Haystack:
-        """Make a haystack of up to `room` tokens: RULER's noise, code (from `filler`) or prose, cut where lines or sentences end."""
+        Return its ids, and the ascending places where statements may stand, from its start to its end.
+        """
         if kind == "noise":
             ids = self.noise * (room // len(self.noise))
-            return Haystack(ids, list(range(0, len(ids) + 1, len(self.noise))))
+            return ids, list(range(0, len(ids) + 1, len(self.noise)))
         if kind == "prose":
             room = max(0, room - SPARE)
             start = rng.randrange(max(1, len(self.prose) - 2 * room))
@@ -255,7 +231,7 @@ class Writer:
             cuts = [i for i, token in enumerate(source) if self.begins_line[token]]
         first = cuts[0] if cuts else 0
         cuts = [i - first for i in cuts if i - first <= room] or [0]
-        return Haystack(source[first : first + cuts[-1]], cuts)
+        return source[first : first + cuts[-1]], cuts
 
 
 def _size(question: tuple[list[int], Pieces]) -> int:
@@ -265,11 +241,6 @@ def _size(question: tuple[list[int], Pieces]) -> int:
 
 def _in_order(rng: random.Random, said: Sequence[list[list[int]]], mixed: bool) -> list[list[int]]:
     """List the statements of all items, each item's in its own order: one item after another, or with `mixed` in between."""
-    if not mixed:
-        return [statement for statements in said for statement in statements]
-    timed = [
-        (at, statement)
-        for statements in said
-        for at, statement in zip(sorted(rng.random() for _ in statements), statements, strict=True)
-    ]
-    return [statement for _, statement in sorted(timed, key=lambda pair: pair[0])]
+    times = [at for statements in said for at in sorted(rng.random() for _ in statements)] if mixed else []
+    statements = [statement for of_item in said for statement in of_item]
+    return [statements[i] for i in sorted(range(len(times)), key=times.__getitem__)] if mixed else statements

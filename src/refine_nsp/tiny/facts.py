@@ -9,8 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
+
+from refine_nsp.prompts.encoding import encode_text
 
 NAMES = (
     "anchor apple arrow badge basin beach berry blade bloom board bottle branch bridge brush bucket button cabin cable camel "
@@ -35,7 +38,7 @@ VALUES = (
 
 @dataclass(frozen=True)
 class FactTokens:
-    """Hold the token ids of a fact's parts, which follow from the tokenizer: names and values by their index, and what joins them."""
+    """Hold the token ids of a fact's parts, which follow from the tokenizer: all names and values, and what joins them."""
 
     names: list[list[int]]
     values: list[list[int]]
@@ -45,40 +48,17 @@ class FactTokens:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> FactTokens:
         """Encode all names and values, each with the space before it."""
-
-        def encode(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+        encode = partial(encode_text, tokenizer)
         return cls([encode(f" {w}") for w in NAMES], [encode(f" {w}") for w in VALUES], encode(" ="), encode(";"))
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A fact gives a name two values; all are indices into `NAMES` and `VALUES`."""
-
-    name: int
-    values: tuple[int, int]
+Fact = tuple[list[int], list[int]]  # the tokens of ` name =` and of ` value value`
 
 
-def draw_facts(rng: random.Random, count: int) -> list[Fact]:
+def draw_facts(rng: random.Random, tokens: FactTokens, count: int) -> list[Fact]:
     """Draw `count` facts with different names."""
-    names = rng.sample(range(len(NAMES)), count)
-    return [Fact(n, (rng.randrange(len(VALUES)), rng.randrange(len(VALUES)))) for n in names]
-
-
-def question(tokens: FactTokens, fact: Fact) -> list[int]:
-    """Return the tokens of ` name =`."""
-    return tokens.names[fact.name] + tokens.equals
-
-
-def answer(tokens: FactTokens, fact: Fact) -> list[int]:
-    """Return the tokens of ` value value`."""
-    return tokens.values[fact.values[0]] + tokens.values[fact.values[1]]
-
-
-def statement(tokens: FactTokens, fact: Fact) -> list[int]:
-    """Return the tokens of ` name = value value;`."""
-    return question(tokens, fact) + answer(tokens, fact) + tokens.end
+    names = rng.sample(tokens.names, count)
+    return [(name + tokens.equals, rng.choice(tokens.values) + rng.choice(tokens.values)) for name in names]
 
 
 def take_filler(rng: random.Random, filler: Sequence[int], count: int) -> list[int]:
@@ -89,37 +69,36 @@ def take_filler(rng: random.Random, filler: Sequence[int], count: int) -> list[i
 
 def scattered(rng: random.Random, parts: Sequence[list[int]], text: Sequence[int]) -> list[int]:
     """Set `parts` into the text, in their order, at random places."""
-    cuts = sorted(rng.randrange(len(text) + 1) for _ in parts)
+    return set_at(sorted(rng.randrange(len(text) + 1) for _ in parts), parts, text)
+
+
+def set_at(places: Sequence[int], parts: Sequence[list[int]], text: Sequence[int]) -> list[int]:
+    """Set each of at least one part into the text at its place; places ascend."""
     ids: list[int] = []
-    for part, start, end in zip(parts, [0, *cuts[:-1]], cuts, strict=True):
+    for part, start, end in zip(parts, [0, *places[:-1]], places, strict=True):
         ids += [*text[start:end], *part]
-    return [*ids, *text[cuts[-1] if cuts else 0 :]]
+    return [*ids, *text[places[-1] :]]
 
 
 def fact_document(
     rng: random.Random, tokens: FactTokens, filler: Sequence[int], length: int, dense: float
 ) -> tuple[list[int], list[bool]]:
-    """Write a document of `length` tokens, and say of each token whether it is an answer that can be recalled.
-
-    Args:
-        dense: share of the document that is facts and questions rather than filler, 0..1.
-    """
+    """Write a document of `length` tokens, a share `dense` of it facts and questions; say of each token whether it can be recalled."""
     per_fact = 6
     budget = max(2, int(length * dense / per_fact))  # statements and questions together
-    facts = draw_facts(rng, min(max(1, rng.randint(budget // 4, max(1, budget // 2))), len(NAMES) // 2))
-    events = [(rng.random() * 0.7, fact, False) for fact in facts]
-    first = {fact.name: at for at, fact, _ in events}
+    facts = draw_facts(rng, tokens, min(max(1, rng.randint(budget // 4, max(1, budget // 2))), len(NAMES) // 2))
+    stated = [rng.random() * 0.7 for _ in facts]
+    events = [(at, False, fact) for at, fact in zip(stated, facts, strict=True)]
     for _ in range(max(1, budget - len(facts))):
-        fact = rng.choice(facts)
-        events.append((first[fact.name] + (1 - first[fact.name]) * rng.random(), fact, True))
-    events.sort(key=lambda e: (e[0], e[2]))
+        i = rng.randrange(len(facts))
+        events.append((stated[i] + (1 - stated[i]) * rng.random(), True, facts[i]))
+    events.sort(key=lambda e: e[:2])
     gap = max(0, length - per_fact * len(events)) / max(1, len(events))
     ids: list[int] = []
     mask: list[bool] = []
-    for _, fact, asked in events:
+    for _, asked, (question, answer) in events:
         pause = take_filler(rng, filler, int(rng.random() * 2 * gap))
-        parts = [(pause, False), (question(tokens, fact), False), (answer(tokens, fact), asked), (tokens.end, False)]
-        for part, recalled in parts:
+        for part, recalled in ((pause, False), (question, False), (answer, asked), (tokens.end, False)):
             ids += part
             mask += [recalled] * len(part)
     if len(ids) < length:
@@ -131,17 +110,11 @@ def fact_document(
 def fact_probe(
     rng: random.Random, tokens: FactTokens, filler: Sequence[int], length: int, count: int
 ) -> tuple[list[int], list[int]]:
-    """Write a prompt of exactly `length` tokens that states `count` facts in filler and asks for one; return it and the answer.
-
-    Raises:
-        ValueError: more facts than fit into the prompt.
-    """
-    facts = draw_facts(rng, count)
-    asked = rng.choice(facts)
-    statements = [statement(tokens, fact) for fact in facts]
-    tail = question(tokens, asked)
-    room = length - len(tail) - sum(map(len, statements))
+    """Write a prompt of `length` tokens that states `count` facts and asks for one; return it and the answer. ValueError: no room."""
+    facts = draw_facts(rng, tokens, count)
+    question, answer = rng.choice(facts)
+    statements = [[*q, *a, *tokens.end] for q, a in facts]
+    room = length - len(question) - sum(map(len, statements))
     if room < 0:
         raise ValueError(f"{count} facts do not fit into {length} tokens")
-    hay = take_filler(rng, filler, room)
-    return scattered(rng, statements, hay) + tail, answer(tokens, asked)
+    return scattered(rng, statements, take_filler(rng, filler, room)) + question, answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,11 +37,9 @@ def log_likelihoods(
             raise RefineError(f"pair {i} has {len(context)} context and {len(continuation)} continuation tokens; both need one")
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     likelihoods: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    start = 0
-    while start < len(order):
-        width = sum(map(len, pairs[order[start]]))
-        batch = order[start : start + max(1, batch_tokens // width)]
-        start += len(batch)
+    while order:
+        size = max(1, batch_tokens // sum(map(len, pairs[order[0]])))
+        batch, order = order[:size], order[size:]
         rows = [torch.tensor([*pairs[i][0], *pairs[i][1]]) for i in batch]
         lengths = torch.tensor([len(r) for r in rows], device=model.device)
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
@@ -57,18 +56,11 @@ def log_likelihoods(
     return likelihoods
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ChoiceExample:
-    """Hold one example of a short-context task.
+    """Hold one example of a short-context task: a context and a continuation for each choice, and the index of the right one.
 
-    Attributes:
-        pairs: (context, continuation) for each choice.
-        choices: the text of each choice, by whose length `acc_norm` divides.
-        label: the index of the right choice.
-        where: the file and the row, for errors.
+    `acc_norm` divides by the length of the choices' text; `where` names the file and the row in errors.
     """
 
     id: str
@@ -99,9 +91,7 @@ def _last_word(row: Mapping[str, object]) -> Parts:
 
 
 TASKS: dict[str, tuple[Callable[[Mapping[str, object]], Parts], tuple[str, ...]]] = {
-    "piqa": (_question, ("question", "choices", "label")),
-    "arc_easy": (_question, ("question", "choices", "label")),
-    "arc_challenge": (_question, ("question", "choices", "label")),
+    **dict.fromkeys(("piqa", "arc_easy", "arc_challenge"), (_question, ("question", "choices", "label"))),
     "winogrande": (_blank, ("sentence", "choices", "label")),
     "lambada_openai": (_last_word, ("context", "target")),
 }
@@ -119,8 +109,8 @@ def _choices(row: Mapping[str, object]) -> list[str]:
     if not isinstance(row["choices"], list | tuple) or len(row["choices"]) < 2:
         raise RefineError(f"choices is {row['choices']!r:.60}; expected a list of two or more texts")
     choices = [as_text(c) for c in row["choices"]]
-    if not all(c.strip() for c in choices):
-        raise RefineError(f"choice {next(i for i, c in enumerate(choices) if not c.strip())} is empty; expected text")
+    if empty := [i for i, c in enumerate(choices) if not c.strip()]:
+        raise RefineError(f"choice {empty[0]} is empty; expected text")
     return choices
 
 
@@ -155,11 +145,7 @@ def as_ours(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_choices(name: str, folder: str) -> list[ChoiceExample]:
-    """Read the rows of `folder/NAME.jsonl` (or .parquet, or of a file that is named itself), in our layout or the hub's.
-
-    Raises:
-        RefineError: a file or column is missing, or a row, named by its number, is malformed.
-    """
+    """Read the rows of `folder/NAME.jsonl` (or .parquet, or of a file that is named itself), in our layout or the hub's."""
     make, columns = TASKS[name]
     path = Path(folder)
     files = [path] if path.is_file() else sorted(p for p in path.glob(f"{name}.*") if p.suffix in (".jsonl", ".json", ".parquet"))
@@ -188,10 +174,8 @@ def score_choices(example: ChoiceExample, likelihoods: Sequence[tuple[float, boo
         return {"acc": float(likelihoods[0][1]), "log_p": likelihoods[0][0]}
     log_p = [x for x, _ in likelihoods]
     per_character = [x / len(c) for x, c in zip(log_p, example.choices, strict=True)]
-    return {
-        "acc": float(max(range(len(log_p)), key=log_p.__getitem__) == example.label),
-        "acc_norm": float(max(range(len(log_p)), key=per_character.__getitem__) == example.label),
-    }
+    figures = {"acc": log_p, "acc_norm": per_character}
+    return {figure: float(scores.index(max(scores)) == example.label) for figure, scores in figures.items()}
 
 
 def choice_scores(
@@ -203,14 +187,11 @@ def choice_scores(
 ) -> Iterator[tuple[ChoiceExample, dict[str, float], list[tuple[float, bool]]]]:
     """Yield each example with its scores and the likelihoods of its choices, 64 examples at a time."""
     for start in range(0, len(examples), 64):
-        part = examples[start : start + 64]
-        pairs = []
+        part, pairs = examples[start : start + 64], []
         for e in part:
             with in_row(e.where or e.id):
                 pairs += [encode_pair(tokenizer, *pair) for pair in e.pairs]
-        likelihoods = log_likelihoods(model, pairs, batch_tokens, on_tokens)
-        at = 0
+        likelihoods = iter(log_likelihoods(model, pairs, batch_tokens, on_tokens))
         for e in part:
-            own = likelihoods[at : at + len(e.pairs)]
-            at += len(e.pairs)
+            own = list(islice(likelihoods, len(e.pairs)))
             yield e, score_choices(e, own), own

@@ -121,8 +121,7 @@ def _interval_without_spread(value: float, n: float, bounds: Bounds) -> tuple[fl
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return the mean of a few differences (one for each seed) and half the width of its 95 % t-interval, nan with one difference."""
     x, _ = _checked(differences, None)
-    n = len(x)
-    half = t_quantile(n - 1) * float(x.std(ddof=1)) / n**0.5 if n > 1 else math.nan
+    half = t_quantile(len(x) - 1) * float(x.std(ddof=1)) / len(x) ** 0.5 if len(x) > 1 else math.nan
     return float(x.mean()), half
 
 

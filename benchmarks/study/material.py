@@ -21,8 +21,7 @@ from refine_nsp.evaluation.tasks import Task, build_tasks
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.facts import FactTokens, draw_facts, scattered
+from refine_nsp.tiny.documents import FactTokens, Writer, draw_facts, scattered
 from refine_nsp.tiny.families import WORDED
 from refine_nsp.tiny.measures import ProbeSet, family_probes
 from refine_nsp.tiny.pretrain_settings import PretrainPhase

@@ -9,7 +9,7 @@ import refine_nsp
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny.corpus import HELD_OUT, standard_library
-from refine_nsp.tiny.facts import NAMES, VALUES, FactTokens, fact_document, fact_probe
+from refine_nsp.tiny.documents import NAMES, VALUES, FactTokens, fact_document, fact_probe
 from refine_nsp.tiny.measures import ProbeSet, score_probes, score_text
 from refine_nsp.tiny.models import NEW_MODELS
 from refine_nsp.tiny.pretrain_settings import PretrainConfig

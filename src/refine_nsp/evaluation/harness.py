@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError, first_line
 from refine_nsp.evaluation.documents import score_document
 from refine_nsp.evaluation.harness_settings import (
-    DEFAULT_NEW_TOKENS,
     Settings,
     logger,
     place,
@@ -125,10 +124,6 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         return start_token(self.tokenizer) if self.custom_prefix_token_id is None else int(self.custom_prefix_token_id)
-
-    @property
-    def max_gen_toks(self) -> int:
-        return DEFAULT_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
@@ -40,20 +41,25 @@ def log_likelihoods(
     while order:
         size = max(1, batch_tokens // sum(map(len, pairs[order[0]])))
         batch, order = order[:size], order[size:]
-        rows = [torch.tensor([*pairs[i][0], *pairs[i][1]]) for i in batch]
-        lengths = torch.tensor([len(r) for r in rows], device=model.device)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
-        for row, i in enumerate(batch):
-            n, k = len(rows[row]), len(pairs[i][1])
-            logits = model.lm_head(hidden[row, n - k - 1 : n - 1])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            truth = ids[row, n - k : n]
+        for i, (logits, truth) in zip(batch, continuation_logits(model, [pairs[i] for i in batch]), strict=True):
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
             likelihoods[i] = (float(log_p), bool((logits.argmax(-1) == truth).all()))
         if on_batch is not None:
-            on_batch(int(lengths.sum()))
+            on_batch(sum(len(context) + len(continuation) for context, continuation in (pairs[i] for i in batch)))
     return likelihoods
+
+
+@torch.no_grad()
+def continuation_logits(model: CausalModel, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run pairs in one batch. Yield for each the logits [K, V], at least float32, of its continuation, and the continuation [K]."""
+    rows = [torch.tensor([*context, *continuation]) for context, continuation in pairs]
+    lengths = torch.tensor([len(r) for r in rows], device=model.device)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
+    for row, h, (context, continuation) in zip(ids, hidden, pairs, strict=True):
+        first, end = len(context), len(context) + len(continuation)
+        logits = model.lm_head(h[first - 1 : end - 1])
+        yield logits.to(torch.promote_types(logits.dtype, torch.float32)), row[first:end]
 
 
 @dataclass(frozen=True)

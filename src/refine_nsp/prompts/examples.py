@@ -31,11 +31,9 @@ class Example:
     """Hold a prompt with its references; the task's metric decides whether any is right or all are asked for.
 
     Attributes:
-        id: a name by which results are resumed and compared.
-        budget: how many tokens may be generated.
+        id: a name by which results are resumed and compared. budget: how many tokens may be generated.
         meta: what a table or a plot may group by (length, depth, ...).
-        template: what a chat template is given in addition to messages.
-        where: the file and the row, for errors.
+        template: what a chat template is given in addition to messages. where: the file and the row, for errors.
         context: the part of the prompt that may be read twice; empty where it is not known.
     """
 
@@ -81,9 +79,6 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
 
     The columns are those of `read_row`; id or index, task, max_gen_tokens, max_seq_length, and `context` beside a whole prompt (the part of
     it that `read_twice` gives twice) may be there too.
-
-    Raises:
-        RefineError: there is no prompt or answer column, a prompt is empty, or a row has no answer.
     """
     data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *FURTHER, *NAMING), as_found=True)
     check_columns(name, data.column_names)
@@ -133,15 +128,16 @@ def read_row(row: Mapping[str, object], where: str) -> PromptRow:
         template = _template(row)
         named = next((c for c in ANSWER_COLUMNS if not _missing(row.get(c))), None)
         column = _prompt_column(row, named is not None)
+        turns: list[Message] = []
         if column in CONVERSATIONS:
-            prompt, answers = _conversation(column, row[column], named)
-            if answers:
-                return PromptRow(_asked(prompt), [*answers], True, template)
+            prompt, turns = _conversation(column, row[column], named)
         else:
             prompt = read_prompt(None if column is None else row[column])
-        if named == "completion":
-            return PromptRow(_asked(prompt), [_completion(row[named], prompt)], True, template)
-        return PromptRow(_asked(prompt), [*as_answers(None if named is None else row[named], where)], False, template)
+        if not (prompt if isinstance(prompt, str) else "".join(str(m.get("content", "")) for m in prompt)).strip():
+            raise RefineError("the prompt is empty")
+        if turns or named == "completion":
+            return PromptRow(prompt, [*turns] or [_completion(row["completion"], prompt)], True, template)
+        return PromptRow(prompt, [*as_answers(None if named is None else row[named], where)], False, template)
 
 
 def _conversation(column: str, value: object, named: str | None) -> tuple[Prompt, list[Message]]:
@@ -169,13 +165,6 @@ def read_prompt(value: object) -> Prompt:
     if not isinstance(value, list | tuple | np.ndarray):
         raise RefineError(f"the prompt is {value!r:.60}, a {type(value).__name__}; expected text, or a list of messages")
     return as_messages(list(value)) if len(value) else ""
-
-
-def _asked(prompt: Prompt) -> Prompt:
-    said = prompt if isinstance(prompt, str) else "".join(str(m.get("content", "")) for m in prompt)
-    if not said.strip():
-        raise RefineError("the prompt is empty")
-    return prompt
 
 
 def _answered(message: Message) -> Message:

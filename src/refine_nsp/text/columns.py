@@ -182,11 +182,8 @@ def every_row(file: Path, name: str, wanted: Wanted) -> Iterator[Row]:
         yield 0, 0, {"text": read_text(file)}
     else:
         with _arrow(file) as (_, batches):
-            number = 0
-            for batch in batches([name]):
-                for value in batch.column(name) if name in batch.schema.names else ():
-                    yield number, 0, {name: value.as_py()}
-                    number += 1
+            values = (value for batch in batches([name]) if name in batch.schema.names for value in batch.column(name))
+            yield from ((number, 0, {name: value.as_py()}) for number, value in enumerate(values))
 
 
 def shown(value: object) -> str:

@@ -2,7 +2,7 @@
 
 The wordings with an even index are trained on. The odd ones are held out and only measured with, so that a format learned by heart does
 not count as recall. `needles` 0 and `chains` 0 are RULER's own wording (arXiv 2404.06654), and `paragraphs` uses RULER's format for
-questions on documents. The family `facts` has one form, token by token, and lives in `tiny/facts.py`.
+questions on documents. The family `facts` has one form, token by token, and lives in `tiny/documents.py`.
 """
 
 from __future__ import annotations

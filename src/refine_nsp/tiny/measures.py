@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refine_nsp.evaluation.likelihood import continuation_logits
 from refine_nsp.files import write_atomically
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import read_run
-from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.facts import take_filler
+from refine_nsp.tiny.documents import Writer, take_filler
 from refine_nsp.tiny.families import FACTS
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192  # as many probes as fit into these go through the model together
 FACTS_STATED, ITEMS_STATED = 8, 4  # by a probe of `facts`, and of other families: as many keys as RULER's multi-key needles have
 HELD_OUT = "_held_out"
 RECALL = "recall_"  # begins the names of the probes' figures
@@ -62,20 +62,11 @@ class RecallScore:
     tokens: float
 
 
-@torch.no_grad()
 def answer_logits(model: CausalModel, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each probe the logits [A, V] float32 of its answer, given the prompt and the answer so far, and the answer [A].
-
-    As many probes as fit into `BATCH_TOKENS` go through the model together.
-    """
-    rows = [torch.tensor(p + a) for p, a in zip(probes.prompts, probes.answers, strict=True)]
-    size = max(1, BATCH_TOKENS // probes.length)
-    for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
-        lengths = torch.tensor([len(r) for r in batch], device=model.device)
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
-        hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
-        for row, h, n in zip(batch, hidden, lengths.tolist(), strict=True):
-            yield model.lm_head(h[probes.length - 1 : n - 1]).float(), row[probes.length :].to(h.device)
+    """Yield for each probe the logits [A, V] of its answer, given the prompt and the answer so far, and the answer [A]."""
+    pairs, size = list(zip(probes.prompts, probes.answers, strict=True)), max(1, BATCH_TOKENS // probes.length)
+    for start in range(0, len(pairs), size):
+        yield from continuation_logits(model, pairs[start : start + size])
 
 
 def score_answers(answers: Iterable[tuple[Tensor, Tensor]], temperature: float = 1.0) -> RecallScore:

@@ -32,8 +32,7 @@ from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.report.card import is_ours
 from refine_nsp.tiny.card import model_card
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.facts import NAMES, VALUES
+from refine_nsp.tiny.documents import NAMES, VALUES, Writer
 from refine_nsp.tiny.measures import RECALL, ProbeSet, family_probes, score_all, write_curves
 from refine_nsp.tiny.models import NEW_MODELS
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
@@ -80,14 +79,10 @@ def trainer_of(args: PretrainConfig, callbacks: Sequence[TrainerCallback]) -> Pr
     rows = min(WINDOWS, len(stream) // WINDOW_TOKENS)
     windows = stream[: rows * WINDOW_TOKENS].view(rows, WINDOW_TOKENS).tolist()
     return PreTrainer(
-        model=starting_model(args, len(tokenizer)),
-        args=args,
-        phase=WeightedTokens(args.nsp, probes),
-        train_dataset=PhaseRows(args, Sources.of(tokenizer, texts)),
-        eval_dataset=Dataset.from_list([{"input_ids": window} for window in windows]),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+        model=starting_model(args, len(tokenizer)), args=args, phase=WeightedTokens(args.nsp, probes),
+        train_dataset=PhaseRows(args, Sources.of(tokenizer, texts)), eval_dataset=Dataset.from_dict({"input_ids": windows}),
+        processing_class=tokenizer, callbacks=list(callbacks),
+    )  # fmt: skip
 
 
 class WeightedTokens(NextToken):

@@ -180,7 +180,7 @@ def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
     """Make the rows of one seed, the same for all arms: windows of text, and generated documents in the place of some."""
     phase = PretrainPhase(s.steps, s.max_length, s.shares, dense=0.5, answer_weight=1.0)
     steps = [step_rows(ROWS_SEED + seed, step, s.sequences_per_step, phase, sources)[0] for step in range(s.steps)]
-    return Dataset.from_list([{"input_ids": row} for row in torch.cat(steps).tolist()])
+    return Dataset.from_dict({"input_ids": torch.cat(steps).tolist()})
 
 
 def run_arm(job: Job, arm: str | None, seed: int | None) -> Figures:
@@ -188,8 +188,8 @@ def run_arm(job: Job, arm: str | None, seed: int | None) -> Figures:
     folder = job.out / ("base" if arm is None else f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}")
     key = {"settings": asdict(job.s), "arm": arm and ARMS[arm], "seed": seed, "model": job.model_name, "data": job.data}
     path = folder / "result.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"key": None}
-    if known["key"] == json.loads(json.dumps(key)):
+    known: dict[str, Figures] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("key") == json.loads(json.dumps(key)):
         return known["figures"]
     model, _ = load(job.model_name)
     seconds = 0.0 if arm is None or seed is None else train(job, model, folder, arm, seed)

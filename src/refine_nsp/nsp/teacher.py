@@ -80,8 +80,8 @@ def beyond_window(batch: Batch, W: int) -> Tensor:
     return mask
 
 
-def token_weights(batch: Batch, scores: Tensor | None, lambda_context: float) -> Tensor:
-    """Weigh real targets by 1 + lambda_context * d[t], and everything else by 0; [B, T]. Every token counts: far ones alone would let the
-    first window decay."""
-    ones = batch.target_mask.to(torch.float32 if scores is None else scores.dtype)
+def token_weights(batch: Batch, scores: Tensor | None, lambda_context: float, dtype: torch.dtype) -> Tensor:
+    """Weigh real targets by 1 + lambda_context * d[t], and everything else by 0; [B, T] of `dtype`. Every token counts: far ones alone
+    would let the first window decay."""
+    ones = batch.target_mask.to(dtype)
     return ones if scores is None else ones * (1 + lambda_context * scores)

@@ -59,7 +59,8 @@ class Distillation(Phase):
         scores = self._scores(sequences, taught)
         hidden, batch.left = run_and_leave(model, sequences, self.config)
         divisor = batch.totals["targets"]
-        weights = token_weights(sequences, scores, self.lambda_context) / by_sequence(divisor)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weights = token_weights(sequences, scores, self.lambda_context, wide) / by_sequence(divisor)
         ntp_weights = None
         if self.config.lambda_ntp > 0:
             ntp_weights = self.config.lambda_ntp * target_weights(sequences, divisor, hidden.dtype)

@@ -173,6 +173,9 @@ class ReFINEConfig(TrainingArguments):
     carry_between_documents: float = setting(0.0, read_by=CARRIES, card=True, resume=True)
     carried_keys: int | None = setting(None, read_by=CARRIES, card=True, resume=True)
     max_skipped_steps: int = setting(5)
+    per_device_eval_batch_size: int = setting(
+        0, help="Sequences that are validated together, on each device; 0: per_device_train_batch_size."
+    )
 
     learning_rate: float = setting(1e-6, common=True, card=True, resume=True, help="Paper, Table 2.")
     fast_weight_learning_rate: float | None = setting(None, common=True, card=True, resume=True)
@@ -186,6 +189,8 @@ class ReFINEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         take_as_meant(self)
+        if self.per_device_eval_batch_size == 0:  # what memory is there for; transformers' 8 takes several times a training step
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         check_places(self)
         try:
             super().__post_init__()

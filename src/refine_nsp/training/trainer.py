@@ -41,6 +41,7 @@ from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
 from refine_nsp.training.distillation import Distillation
 from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_in_lanes
+from refine_nsp.training.memory_rate import TwoRates, check_memory
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.mixture import SOURCE_COLUMN
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
@@ -69,7 +70,7 @@ class Further:
     prefix: str  # what the names of its figures begin with
 
 
-class ReFINETrainer(ResumingTrainer):
+class ReFINETrainer(TwoRates, ResumingTrainer):
     """Train on long text with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
 
     Args:
@@ -109,11 +110,13 @@ class ReFINETrainer(ResumingTrainer):
         if kwargs.setdefault("data_collator", collate) is collate:
             for name in ("train_dataset", "eval_dataset"):
                 kwargs[name] = tokenized(kwargs.get(name), kwargs["processing_class"], args)
-        if model is not None and kwargs["processing_class"] is not None:
-            check_vocabulary(model, kwargs["processing_class"])
         self.teacher = None
-        if args.teacher is not None and model is not None:
-            self.teacher = load_teacher(args.teacher, kwargs["processing_class"], model, args.device)
+        if model is not None:
+            if kwargs["processing_class"] is not None:
+                check_vocabulary(model, kwargs["processing_class"])
+            check_memory(model, args, own_optimizer=any(kwargs.get("optimizers") or ()))
+            if args.teacher is not None:
+                self.teacher = load_teacher(args.teacher, kwargs["processing_class"], model, args.device)
         args.remove_unused_columns = False
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)

@@ -121,7 +121,7 @@ def documents(study: Study, seed: int) -> list[list[int]]:
 
 
 def rows_of(arm: str, read: list[list[int]]) -> Dataset:
-    """Cut documents into the rows of an arm. Every LANES of them are read side by side, so any SPAN steps of all arms hold the same tokens."""
+    """Cut documents into the rows of an arm. LANES of them are read side by side, so any SPAN steps of all arms hold the same tokens."""
     long = arm == FULL
     cut = [cut_windows(ids, SPAN * (WINDOW - 1) + 1 if long else WINDOW, 2, shared=1) for ids in read]
     if arm == CARRIED:

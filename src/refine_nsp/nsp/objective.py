@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
     """Compute the losses of rollouts, with gradient through the states of their prefixes into the whole sequence."""
     work, divisor = forward.work, forward.work.learning.policy_normalizer
     policy = forward.replay(prefixes, rollouts.tokens)
-    of_policy = policy_loss(
+    loss, metrics = policy_loss(
         policy.log_probs,
         rollouts.log_probs,
         rollouts.advantages,
@@ -30,11 +30,11 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
         reference_log_probs=reference_log_probs(work, rollouts),
     )
     return StepResult(
-        loss=work.config.lambda_rl * of_policy.loss + work.config.lambda_ntp * forward.loss_ntp,
+        loss=work.config.lambda_rl * loss + work.config.lambda_ntp * forward.loss_ntp,
         loss_ntp=forward.loss_ntp,
-        loss_policy=of_policy.loss,
+        loss_policy=loss,
         entropy=rollouts.entropy,
-        metrics={**rollouts.metrics, **of_policy.metrics},
+        metrics={**rollouts.metrics, **metrics},
         num_targets=work.batch.num_targets,
         num_rollout_tokens=rollouts.num_tokens,
         positions=rollouts.positions,
@@ -63,18 +63,6 @@ def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
     return forward.replay(forward.states(rollouts.positions), rollouts.tokens).log_probs
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """Hold the policy loss, and the figures that come with it.
-
-    Attributes:
-        loss: scalar, summed over tokens and divided by the normalizer. metrics: scalars to log.
-    """
-
-    loss: Tensor
-    metrics: Metrics
-
-
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -84,8 +72,8 @@ def policy_loss(
     normalizer: float | Tensor,
     entropy: Tensor | None = None,
     reference_log_probs: Tensor | None = None,
-) -> PolicyLoss:
-    """Sum the clipped surrogate over tokens, and divide it by `normalizer`.
+) -> tuple[Tensor, Metrics]:
+    """Sum the clipped surrogate over tokens, and divide it by `normalizer`; return this loss, a scalar, and scalars to log.
 
     Args:
         log_probs: [B, P, N, K] under the current policy, with gradient. old_log_probs: the same when sampled.
@@ -119,4 +107,4 @@ def policy_loss(
         }
         if kl is not None:
             metrics["reference_kl"] = masked_mean(kl, mask)
-    return PolicyLoss(loss, metrics)
+    return loss, metrics

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,21 +24,7 @@ from refine_nsp.nsp.records import Batch, inverse_cdf
 def select(predictions: Predictions) -> Tensor:
     """Choose positions [B, P] long by the score and the draw of the settings; -1 where a chunk has no admissible token."""
     work = predictions.work
-    return select_positions(SCORES[work.config.score].of(predictions), work.batch, work.draws.positions, work.config)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Say how to find interesting tokens.
-
-    Attributes:
-        of: scores [B, T] of a pass' predictions; higher is more interesting.
-        rows_together: whether scoring runs rows that are not the batch's own, so that weights which differ by row (adapters side by
-            side) cannot score.
-    """
-
-    of: Callable[[Predictions], Tensor]
-    rows_together: bool = False
+    return select_positions(SCORES[work.config.score](predictions), work.batch, work.draws.positions, work.config)
 
 
 def entropy_score(predictions: Predictions) -> Tensor:
@@ -54,17 +39,12 @@ def context_score(predictions: Predictions, gain: bool) -> Tensor:
     return next_sum(d, work.config.rollout_length)
 
 
-def no_score(predictions: Predictions) -> Tensor:
-    """Score all tokens alike."""
-    return torch.zeros_like(predictions.entropy)
-
-
-SCORES: dict[str, Score] = {
-    "entropy": Score(entropy_score),
-    "context_kl": Score(partial(context_score, gain=False), rows_together=True),
-    "context_gain": Score(partial(context_score, gain=True), rows_together=True),
-    "none": Score(no_score),
-}
+SCORES: dict[str, Callable[[Predictions], Tensor]] = {
+    "entropy": entropy_score,
+    "context_kl": partial(context_score, gain=False),
+    "context_gain": partial(context_score, gain=True),
+    "none": lambda predictions: torch.zeros_like(predictions.entropy),
+}  # (what a pass says of every token) -> scores [B, T]; higher is more interesting
 
 
 def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
@@ -90,20 +70,10 @@ def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tenso
     return inverse_cdf((logits - top).exp(), u.to(scores.device, non_blocking=True))
 
 
-def draw_greatest(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """Take the allowed token with the greatest score."""
-    return scores.masked_fill(~allowed, -torch.inf).argmax(-1)
-
-
-def draw_least(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """Take the allowed token with the least score."""
-    return draw_greatest(-scores, allowed, u, tau)
-
-
 DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "sample": draw_sample,
-    "greatest": draw_greatest,
-    "least": draw_least,
+    "greatest": lambda scores, allowed, u, tau: scores.masked_fill(~allowed, -torch.inf).argmax(-1),
+    "least": lambda scores, allowed, u, tau: (-scores).masked_fill(~allowed, -torch.inf).argmax(-1),
 }  # (scores [B, P, T], allowed [B, P, T] bool, u [B, P], tau) -> token [B, P] long
 
 

@@ -24,9 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.kernels import delta_rule_runs
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
@@ -285,8 +284,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         return o, starts, u
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: _DeltaContext, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Gradients:
         q, k, v, beta, X, w, u, starts, P, A, *decays = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5

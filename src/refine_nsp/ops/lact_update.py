@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
-from refine_nsp.ops.precision import without_autocast
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 
 NORM_EPSILON = 1e-5
 NEWTON_SCHULZ = (
@@ -239,8 +237,7 @@ class _Gated(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return _gradient_of_gated(x, F.silu(x.chunk(2, -2)[0]), dy)
@@ -268,8 +265,7 @@ class _HiddenTerms(torch.autograd.Function):
         return active.mul_(up).mul_(lr.chunk(3, -2)[1]), dx
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, of_hidden: Tensor, of_dx: Tensor) -> Gradients:
         x, h, lr = ctx.saved_tensors
         gate, up = x.chunk(2, -2)
@@ -325,8 +321,7 @@ class _WithRowNorms(torch.autograd.Function):
         return w * scale
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: _RowNormsContext, dy: Tensor) -> Gradients:
         w, norm, factor, scale = ctx.saved_tensors
         dn = (dy * w).sum(-1, keepdim=True).mul_(factor)

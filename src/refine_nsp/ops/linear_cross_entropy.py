@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 BLOCK_LOGITS = 2**22  # logits held at once: 16 MB in float32
@@ -189,8 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (out.nll * token_weights).sum(), out.nll, out.entropy, out.argmax
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dloss: Tensor, *_: Tensor | None) -> Gradients:
         dhidden, dweight = ctx.saved_tensors
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in (dhidden, dweight)]
@@ -361,8 +359,7 @@ class _LinearNextSequence(torch.autograd.Function):
         return (ntp_scale * ntp + policy_scale * policy, ntp, policy, *statistics)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Tensor | None) -> Gradients:
         hidden, weight, targets, target_weights, coefficients, *gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.kernels import norm_runs
-from refine_nsp.ops.precision import without_autocast
 
 
 def naive_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -34,27 +32,27 @@ def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
     if norm_runs(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.norm.layernorm import rms_norm as kernel
 
-        return fla_elementwise.rms_norm(x, weight, eps)
+        return kernel(x, weight, None, eps=eps)
     return _ScaledNorm.apply(x, weight, eps, x.shape[-1])
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
     if norm_runs(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.norm.l2norm import l2_norm as kernel
 
-        return fla_elementwise.l2_norm(x, eps)
+        return kernel(x, eps)
     return _ScaledNorm.apply(x, None, eps, 1)
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute rms_norm(x) * weight * silu(gate), all [..., D]."""
     if norm_runs(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated as kernel
 
-        return fla_elementwise.rms_norm_gated(x, gate, weight, eps).to(gate.dtype)
+        return kernel(x, gate, weight, None, eps=eps).to(gate.dtype)
     return rms_norm(x, weight, eps).to(gate.dtype) * F.silu(gate)
 
 
@@ -79,14 +77,11 @@ class _ScaledNorm(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: _NormContext, dy: Tensor) -> Gradients:
         x, weight, inverse = ctx.saved_tensors
-        wide = inverse.dtype
-        D = x.shape[-1]
-        xw, dyw = x.to(wide).reshape(-1, D), dy.to(wide).reshape(-1, D)
-        r = inverse.reshape(-1, 1)
+        wide, D = inverse.dtype, x.shape[-1]
+        xw, dyw, r = x.to(wide).reshape(-1, D), dy.to(wide).reshape(-1, D), inverse.reshape(-1, 1)
         product = dyw * xw
         # Both reductions of dy * x are matrix-vector products: the gradient of the weight, and of the norm.
         if weight is None:

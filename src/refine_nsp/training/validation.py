@@ -51,7 +51,8 @@ def validate(
         generators = [generator_of(SEED, *place) for place in where]
         u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
         positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
-        match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
+        prefixes = sequence_pass.states(positions)
+        match, similarity, places = greedy_match(model, batch.input_ids, sequence_pass.hidden, prefixes, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity
         sums["places"] += places

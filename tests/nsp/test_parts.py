@@ -292,5 +292,5 @@ def test_windows_of_pads_alone_are_not_run(monkeypatch):
     monkeypatch.setattr(model.model, "forward", spy)
     local = local_hidden(model, Batch.of(ids, lengths), W, 4)
     # Windows are read 24 tokens each, from 2W = 16 on: 4 for 100 tokens, 1 for 20, 2 for 41.
-    assert sum(rows) == 7 and local.shape[:2] == (3, 84)
-    assert local[1, :4].any(-1).all() and not local[1, 24:].any() and not local[2, 48:].any()
+    assert sum(rows) == 7 and local.shape[:2] == (3, 100)
+    assert local[1, 16:20].any(-1).all() and not local[1, 40:].any() and not local[2, 64:].any()

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.nsp.context import have_far_context, local_hidden
@@ -54,7 +53,7 @@ def weigh(work: Work, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor,
     if local is None:
         return torch.zeros_like(allowed), None
     scored = have_far_context(batch, config.local_window)
-    return allowed * scored, F.pad(local, (0, 0, allowed.shape[1] - local.shape[1], 0))
+    return allowed * scored, local
 
 
 @part("logits")

@@ -48,11 +48,7 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
 
 @torch.no_grad()
 def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
-    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term.
-
-    Raises:
-        RefineError: a KL term without a reference model.
-    """
+    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term."""
     reference, config = work.learning.reference, work.config
     if config.kl_coef == 0:
         return None
@@ -78,15 +74,13 @@ def policy_loss(
     Args:
         log_probs: [B, P, N, K] under the current policy, with gradient. old_log_probs: the same when sampled.
         advantages: [B, P, N]. valid: [B, P] bool.
-        config: clip_low, clip_high, dual_clip, kl_coef, entropy_coef.
         normalizer: number of tokens the sum is divided by, or [B] for each sequence's sum.
         entropy: [B, P, N, K] of the policy, needed with `entropy_coef`.
         reference_log_probs: [B, P, N, K] under the reference model, needed with `kl_coef` (estimator k3: r - 1 - log r).
     """
-    mask = valid[:, :, None, None].expand_as(log_probs)
+    mask, A = valid[:, :, None, None].expand_as(log_probs), advantages[..., None]
     log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    A = advantages[..., None]
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     per_token = torch.maximum(-A * ratio, -A * clipped_ratio)
     per_token = torch.where(A < 0, torch.minimum(per_token, -A * config.dual_clip), per_token)
@@ -101,10 +95,5 @@ def policy_loss(
 
     with torch.no_grad():
         clipped = -A * clipped_ratio > -A * ratio
-        metrics: Metrics = {
-            "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
-            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
-        }
-        if kl is not None:
-            metrics["reference_kl"] = masked_mean(kl, mask)
-    return loss, metrics
+        figures = {"clip_fraction": clipped.to(ratio.dtype), "approx_kl": ratio - 1 - log_ratio, "reference_kl": kl}
+        return loss, {name: masked_mean(x, mask) for name, x in figures.items() if x is not None}

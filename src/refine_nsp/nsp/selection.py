@@ -50,8 +50,7 @@ SCORES: dict[str, Callable[[Predictions], Tensor]] = {
 def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
     """Take the moving average of entropy [B, T] over an odd window -> [B, T].
 
-    `centred` averages the real tokens inside the window. `published` divides by the whole window, counting zeros beyond the edges
-    and whatever stands at pads, as the original code does.
+    `centred` averages the real tokens inside the window; `published` counts zeros beyond the edges and whatever stands at pads as well.
     """
     if config.smoothed == "none":
         return entropy
@@ -80,10 +79,7 @@ DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig) -> Tensor:
     """Choose one position per chunk by scores [B, T] -> [B, P] long, -1 where a chunk has no admissible token.
 
-    Args:
-        u: [B, P] uniforms in [0, 1).
-        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`, `published`, with which several chunks may
-            have the same position.
+    u: [B, P] uniforms in [0, 1). As published, several chunks may have the same position.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
     if int(count_positions(batch.text_lengths, config, batch.consumed).sum()) < P * int((batch.text_lengths > 0).sum()):
@@ -108,9 +104,8 @@ def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
 def bounds(lengths: Tensor, config: NSPConfig, consumed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Give the first and last admissible position of each sequence, [B] each; there is none where the last comes before the first.
 
-    Ours have at least `min_prefix` tokens before t and K after it; tokens `consumed` [B] before a row's first stand before t too.
-    Published ones have at least `min_prefix` tokens up to t and as many after it; on a text that is too short for
-    both, the second rule wins.
+    Ours have at least `min_prefix` tokens before t (`consumed` [B] before a row's first among them) and K after it. Published ones have
+    `min_prefix` tokens up to t and as many after it; on a text that is too short for both, the second rule wins.
     """
     if config.published:
         last = lengths - 1 - config.min_prefix
@@ -154,8 +149,5 @@ def _warn_once_about_short_sequences() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
-            "some sequences are too short for all their chunks to hold a position (min_prefix tokens before it, "
-            "rollout_length after it): they get fewer positions",
-            stacklevel=4,
-        )
+        rule = "(min_prefix tokens before it, rollout_length after it): they get fewer positions"
+        warnings.warn(f"some sequences are too short for all their chunks to hold a position {rule}", stacklevel=4)

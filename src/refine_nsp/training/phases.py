@@ -236,7 +236,7 @@ class NextSequence(Phase):
         with torch.no_grad():
             made: list[Rollouts] = model(step=lambda m: first_pass([self._work(m, batch) for batch in batches]))
         for batch, rollouts in zip(batches, made, strict=True):
-            batch.rollouts = rollouts.without_hidden()
+            batch.rollouts = replace(rollouts, hidden=None)  # only rewards needed these, and they are large
 
     def _work(self, model: CausalModel, batch: MicroBatch) -> Work:
         """Gather what a step on a micro-batch works with; a first pass comes before `totals` are known, and needs none."""

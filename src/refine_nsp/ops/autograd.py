@@ -19,6 +19,7 @@ class Context(FunctionCtx):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+    kept: Any  # what is no tensor: a shape, a dtype or a number
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors for the backward pass; None is kept too, whatever torch's own annotation says."""

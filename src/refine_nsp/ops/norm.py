@@ -56,21 +56,17 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     return rms_norm(x, weight, eps).to(gate.dtype) * F.silu(gate)
 
 
-class _NormContext(Context):
-    divisor: int
-
-
 class _ScaledNorm(torch.autograd.Function):
     """Computes x * (sum(x^2) / divisor + eps)^-1/2 * weight."""
 
     @staticmethod
-    def forward(ctx: _NormContext, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         xw = x.to(wide)
         # vector_norm reads x once; a mean of squares would write and read another tensor of its size.
         inverse = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_().div_(divisor).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)  # x, not xw: in bfloat16 half as large, and cast again in no time
-        ctx.divisor = divisor
+        ctx.kept = divisor
         y = xw * inverse
         if weight is not None:
             y *= weight.to(wide)
@@ -78,7 +74,7 @@ class _ScaledNorm(torch.autograd.Function):
 
     @staticmethod
     @by_hand
-    def backward(ctx: _NormContext, dy: Tensor) -> Gradients:
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         x, weight, inverse = ctx.saved_tensors
         wide, D = inverse.dtype, x.shape[-1]
         xw, dyw, r = x.to(wide).reshape(-1, D), dy.to(wide).reshape(-1, D), inverse.reshape(-1, 1)
@@ -92,5 +88,5 @@ class _ScaledNorm(torch.autograd.Function):
             dot, dweight = (product @ w)[:, None], (r[:, 0] @ product).to(weight.dtype)
             dx = torch.mul(dyw, w, out=product).mul_(r)  # its two sums are taken, so the buffer is free
         # dx = r w dy - x r^3 / divisor * sum(x w dy), r = (sum(x^2) / divisor + eps)^-1/2.
-        dx.addcmul_(xw, dot.mul_(r.pow(3)).div_(ctx.divisor), value=-1.0)
+        dx.addcmul_(xw, dot.mul_(r.pow(3)).div_(ctx.kept), value=-1.0)
         return dx.to(x.dtype).view_as(x), dweight, None, None

@@ -19,6 +19,7 @@ OBJECTIVES = {
     "refine": "next-sequence prediction beside next-token prediction",
     "ntp": "next-token prediction alone",
     "none": "the answers alone",
+    "distill": "distillation",
 }
 PEFT = "# Model Card for Model ID"  # PEFT gives an adapter's folder this card, in which nobody has written a word yet
 PAPER = """@article{hwang2026refine,
@@ -63,10 +64,14 @@ def card(run: Run, base: str, data: Sequence[str], settings: Mapping[str, object
     }  # fmt: skip
     if "/" in base and not Path(base).exists():
         head["base_model"] = base
-    told: list[list[Cell]] = [[name, text_of(value)] for name, value in settings.items()]
+    teacher = named(str(settings["teacher"])) if settings.get("teacher") else ""
+    told: list[list[Cell]] = [[name, teacher if name == "teacher" else text_of(value)] for name, value in settings.items()]
     known = {name: run.environment.get(name) for name in ("refine-nsp", "torch", "transformers")}
     versions = ", ".join(f"{name} {text_of(version)}" for name, version in known.items() if version)
     method = OBJECTIVES.get(str(settings.get("objective")), OBJECTIVES["refine"])
+    method += (
+        f" from {teacher}" if settings.get("objective") == "distill" else f", tokens weighed by {teacher}" if teacher else ""
+    )
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{MARK}\n",
         f"# {text_of(run.name)}\n",

@@ -127,8 +127,7 @@ class Settings:
 def read_settings(asked: dict[str, object], own: GenerationConfig, eos: str | None, seed: int) -> Settings:
     """Read the generation settings of a request as HFLM does: those `asked` for, else as in the model's `own` configuration.
 
-    Raises:
-        RefineError: a setting is unknown, or its value makes no sense.
+    A setting that is unknown, or whose value makes no sense, is a RefineError.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     known = (*vars(GenerationConfig()), *LM_EVAL_SETTINGS)

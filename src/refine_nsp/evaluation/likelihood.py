@@ -28,10 +28,8 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """Return the log-probability of each pair's continuation, and whether it is the greedy one.
 
-    Rows are padded on the right and have lengths, so that batching changes nothing. Logits are computed only where they count.
-
-    Raises:
-        RefineError: a pair has no context or no continuation.
+    Rows are padded on the right and have lengths, so that batching changes nothing. Logits are computed only where they count. A pair
+    without a context or a continuation is a RefineError.
     """
     for i, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
@@ -80,16 +78,16 @@ Parts = tuple[list[tuple[str, str]], list[str], int]  # pairs, choices, label
 
 
 def _question(row: Mapping[str, object]) -> Parts:
-    question, choices = _text(row, "question"), _choices(row)
-    return [(f"Question: {question}\nAnswer:", f" {c}") for c in choices], choices, _label(row, choices)
+    question, (choices, label) = _text(row, "question"), _choices(row)
+    return [(f"Question: {question}\nAnswer:", f" {c}") for c in choices], choices, label
 
 
 def _blank(row: Mapping[str, object]) -> Parts:
     before, blank, after = _text(row, "sentence").partition("_")
     if not blank:
         raise RefineError("no blank `_` in the sentence")
-    choices = _choices(row)
-    return [(before + c, f" {after.strip()}") for c in choices], choices, _label(row, choices)
+    choices, label = _choices(row)
+    return [(before + c, f" {after.strip()}") for c in choices], choices, label
 
 
 def _last_word(row: Mapping[str, object]) -> Parts:
@@ -111,21 +109,18 @@ def _text(row: Mapping[str, object], name: str) -> str:
     return value
 
 
-def _choices(row: Mapping[str, object]) -> list[str]:
+def _choices(row: Mapping[str, object]) -> tuple[list[str], int]:
+    """Return a row's choices and the number of the right one."""
     if not isinstance(row["choices"], list | tuple) or len(row["choices"]) < 2:
         raise RefineError(f"choices is {row['choices']!r:.60}; expected a list of two or more texts")
     choices = [as_text(c) for c in row["choices"]]
     if empty := [i for i, c in enumerate(choices) if not c.strip()]:
         raise RefineError(f"choice {empty[0]} is empty; expected text")
-    return choices
-
-
-def _label(row: Mapping[str, object], choices: Sequence[str]) -> int:
     if isinstance(row["label"], bool) or not str(row["label"]).lstrip("-").isdecimal():
         raise RefineError(f"label is {row['label']!r:.60}; expected the number of a choice, counted from 0")
     if not 0 <= (label := int(str(row["label"]))) < len(choices):
         raise RefineError(f"label {label} is not one of {len(choices)} choices (counted from 0)")
-    return label
+    return choices, label
 
 
 def as_ours(row: Mapping[str, object]) -> dict[str, object]:

@@ -122,12 +122,8 @@ PAPER_TASKS = tuple(t for t in TASKS if t not in ("gov_report", "multi_news"))
 def read_longbench(tasks: Sequence[str], source: str | None = None) -> dict[str, list[Example]]:
     """Read the examples of tasks from a folder of LongBench's files or from a data set of the hub.
 
-    Args:
-        source: a folder with `TASK*.parquet` or `TASK*.jsonl` (in itself, or in `data/`, or in a folder for each task), or the name of a
-            data set of the hub that has a configuration for each task; default: `HUB_NAME`.
-
-    Raises:
-        RefineError: a task is unknown, has no file or several, lacks columns or answers, or the hub is out of reach.
+    The folder has `TASK*.parquet` or `TASK*.jsonl` (in itself, or in `data/`, or in a folder for each task), the data set a configuration
+    for each task (default: `HUB_NAME`). A RefineError names a task that is unknown, has no file or several, or lacks columns or answers.
     """
     examples = {}
     for name in tasks:

@@ -51,12 +51,9 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the outcome of one example.
+    """Hold the outcome of one example: figures by name, the main one first, and how much it counts in a mean (a document's targets).
 
-    Attributes:
-        scores: figures by name, the main one first.
-        weight: how much the example counts in a mean (the targets of a document).
-        question: the digest of what was asked, by which two runs are compared; empty in folders of earlier releases.
+    `question` is the digest of what was asked, by which two runs are compared; empty in folders of earlier releases.
     """
 
     id: str

@@ -58,10 +58,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Pair:
     """Encode a context, and the tokens that `context + continuation` adds to it. Trailing spaces move to the continuation, as in lm-eval.
 
-    A continuation that merges into the context's last token would have no token of its own, so it is encoded by itself.
-
-    Raises:
-        RefineError: a continuation without any token; an empty context, and a tokenizer without BOS and EOS.
+    A continuation that merges into the context's last token would have no token of its own, so it is encoded by itself. One without any
+    token is a RefineError, and so is an empty context where the tokenizer has neither BOS nor EOS.
     """
     if (spaces := len(context) - len(context.rstrip())) > 0:
         context, continuation = context[:-spaces], context[-spaces:] + continuation

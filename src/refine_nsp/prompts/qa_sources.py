@@ -46,9 +46,6 @@ def read_qa(name: str, split: str = "validation") -> QASource:
 
     Rows have question, answers (or answer), and `context` (a paragraph; with `title` as its article), `paragraphs` (title, text) or
     HotpotQA's `context` (titles and sentences). Questions without an answer (SQuAD 2.0) are left out, with a warning that counts them.
-
-    Raises:
-        RefineError: the file is none of these, or no question in it has an answer.
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():

@@ -186,8 +186,7 @@ class Writer:
             dense: share of the row for statements and questions rather than for what hides them, 0..1.
             held_out: use a wording that is never trained on; `facts` have none.
 
-        Raises:
-            RefineError: the row is too short for any document of the family.
+        A row too short for any document of the family is a RefineError.
         """
         if family == FACTS:
             return fact_document(rng, self.facts, filler, length, dense)

@@ -92,9 +92,8 @@ def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> 
 class Material:
     """Hold the data to train on (`sources` of rows) and to measure with.
 
-    Attributes:
-        windows: held-out text, [n, T].
-        needles, unseen: probes with one needle, in wordings that are trained on and in others; a row for each depth, a column a length.
+    `windows` [n, T] are held-out text; `needles` and `unseen` probes with one needle, in wordings that are trained on and in others, with a
+    row for each depth and a column for each length.
     """
 
     sources: Sources

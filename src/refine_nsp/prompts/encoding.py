@@ -156,9 +156,8 @@ def _content(content: object, place: int) -> str:
     for part in content:
         known = part if isinstance(part, Mapping) else {}
         if known.get("type", "text") != "text" or not isinstance(known.get("text"), str):
-            raise RefineError(
-                f"the content of message {place} has a part that is {known.get('type') or _shown(part)}; expected text"
-            )
+            kind = known.get("type") or _shown(part)
+            raise RefineError(f"the content of message {place} has a part that is {kind}; expected text only")
     return "".join(part["text"] for part in content)
 
 

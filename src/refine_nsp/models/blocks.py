@@ -8,8 +8,8 @@ the host wait in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +27,22 @@ from refine_nsp.models.padding import Alignment, columns_to_tokens
 from refine_nsp.models.protocols import CausalModel, StateMixer, Trunk
 from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, TracedStates
 from refine_nsp.ops.kernels import chosen
-from refine_nsp.ops.norm import rms_norm
+from refine_nsp.ops.norm import rms_norm, rms_norm_gated
 from refine_nsp.ops.swiglu import swiglu
 
 SUPPORTED_ACTIVATIONS = ("swish", "silu")
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * weight over the last axis, with statistics in float32 or better."""
+    """Computes x / rms(x) * weight, times silu(gate) where there is one, over the last axis, with statistics in float32 or better."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps) if gate is None else rms_norm_gated(x, gate, self.weight, self.eps)
 
 
 class SwiGLUMLP(nn.Module):
@@ -88,22 +88,40 @@ class Mixer(StateMixer, Protocol):
         ...
 
 
-if TYPE_CHECKING:
+class FamilyConfig(PreTrainedConfig):
+    """Declares the fields that the families' configurations share. `fuse_*` do not change what is computed."""
 
-    class FamilyConfig(PreTrainedConfig):
-        """Declares the fields that blocks and head read of every family's configuration."""
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state"]
 
-        vocab_size: int
-        hidden_size: int
-        num_hidden_layers: int
-        hidden_ratio: float | None
-        intermediate_size: int | None
-        norm_eps: float
-        initializer_range: float
-        pad_token_id: int | None
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    hidden_ratio: float | None = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "swish"
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position_embeddings: int | None = 2048
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    fuse_norm: bool = True
+    fuse_swiglu: bool = True
+    fuse_cross_entropy: bool = True
 
-else:
-    FamilyConfig = PreTrainedConfig  # each family declares the fields itself, with the original's defaults and in its order
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.refuse_unsupported(hidden_act=SUPPORTED_ACTIVATIONS)
+
+    def refuse_unsupported(self, **supported: tuple[object, ...]) -> None:
+        """Raise a RefineError naming the first of these fields whose value is not among the supported ones."""
+        for name, values in supported.items():
+            if (value := getattr(self, name)) not in values:
+                raise RefineError(
+                    f"{type(self).__name__}: {name}={value!r} is not supported here; supported: {', '.join(map(repr, values))}"
+                )
 
 
 class FastWeightBlock(GradientCheckpointingLayer):
@@ -124,12 +142,6 @@ class FastWeightBlock(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x)), trace
 
 
-class HasInitialWeights(Protocol):
-    """Draws its own weights at the start."""
-
-    def init_weights_(self) -> None: ...
-
-
 class FastWeightPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -147,18 +159,7 @@ class FastWeightPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif hasattr(module, "init_weights_"):
-            cast(HasInitialWeights, module).init_weights_()
-
-
-def refuse_unsupported(config: PreTrainedConfig, required: Mapping[str, tuple[object, ...]]) -> None:
-    """Raise a RefineError naming the first field of `config` whose value is not among the supported ones."""
-    for name, supported in required.items():
-        value = getattr(config, name)
-        if value not in supported:
-            raise RefineError(
-                f"{type(config).__name__}: {name}={value!r} is not supported here; supported: "
-                f"{', '.join(repr(x) for x in supported)}"
-            )
+            cast(Any, module).init_weights_()
 
 
 class FastWeightModel(FastWeightPreTrainedModel):

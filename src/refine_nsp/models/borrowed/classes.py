@@ -212,6 +212,3 @@ def refuse_extra_losses(model: StatefulCausalModel, keywords: Mapping[str, objec
             f"{model.model.label}: output_router_logits=True adds a loss of the experts, which is not computed with states or for packed "
             "documents; set it to False in the config, or train on rows of one document"
         )
-
-
-__all__ = ["class_for", "with_states"]

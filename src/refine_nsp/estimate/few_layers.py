@@ -19,15 +19,11 @@ WithAdapters = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Hold what a model is built from; weights are not needed.
-
-    Attributes:
-        config: of a causal language model. dtype: of the weights. adapters: wraps a model in LoRA adapters, or None.
-    """
+    """Hold what a causal language model is built from; weights are not needed."""
 
     config: PreTrainedConfig
-    dtype: torch.dtype
-    adapters: WithAdapters | None = None
+    dtype: torch.dtype  # of the weights
+    adapters: WithAdapters | None = None  # wraps a model in LoRA adapters
 
     def build(self, layers: Sequence[int] | None = None) -> PreTrainedModel:
         """Build a random model of these of the layers, or of all."""

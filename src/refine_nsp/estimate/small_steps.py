@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.estimate.few_layers import Blueprint, few_layers
 from refine_nsp.estimate.shapes import ShapesOnly, allocate
 from refine_nsp.models.adapters import without_adapters
@@ -31,10 +31,8 @@ from refine_nsp.training.phases import PHASES, MicroBatch
 Figures = dict[str, float]  # peak bytes by part of the step, and flops
 FLOPS = "flops"
 TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
-SEGMENT_TOKENS, SEGMENTS = (
-    (256, 512),
-    2,
-)  # where there are segments: the tokens of one; the least number of them, and twice as many
+SEGMENT_TOKENS = (256, 512)  # of one segment, where there are some
+SEGMENTS = 2  # the least number of them; and twice as many
 
 
 def count_steps(
@@ -130,7 +128,7 @@ def measure_step(
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
     autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
-    with shapes or nullcontext(), counted() as counter, autocast:
+    with shapes or nullcontext(), Counter() as counter, autocast:
         model.eval()
         with torch.no_grad():
             phase.prepare(lambda step: step(model), [batch])  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ class DeltaNetConfig(DeltaRuleConfig):
         for name, width in (("expand_k", self.key_width), ("expand_v", self.value_width)):
             if width % self.num_heads:
                 raise RefineError(
-                    f"DeltaNetConfig: hidden_size * {name} = {width} must be a multiple of num_heads = {self.num_heads}"
+                    f"DeltaNetConfig: hidden_size * {name} = {width} must be a multiple of num_heads={self.num_heads}"
                 )
 
     @property

@@ -20,10 +20,7 @@ from refine_nsp.models.delta_mixer import DeltaRuleConfig, DeltaRuleMixer
 
 
 class GatedDeltaNetConfig(DeltaRuleConfig):
-    """Configures Gated DeltaNet, with the fields and defaults of flash-linear-attention's `gated_deltanet`.
-
-    Another `output_gate_activation` than swish is refused.
-    """
+    """Configures Gated DeltaNet, with the fields and defaults of flash-linear-attention's `gated_deltanet`; its gate is swish."""
 
     model_type = "gated_deltanet"
 
@@ -40,12 +37,11 @@ class GatedDeltaNetConfig(DeltaRuleConfig):
         self.refuse_unsupported(output_gate_activation=SUPPORTED_ACTIVATIONS)
         if self.value_heads % self.num_heads:
             raise RefineError(
-                f"GatedDeltaNetConfig: num_v_heads = {self.value_heads} must be a multiple of num_heads = {self.num_heads}"
+                f"GatedDeltaNetConfig: num_v_heads={self.value_heads} must be a multiple of num_heads={self.num_heads}"
             )
         if not math.isclose(self.head_dim * self.expand_v, self.head_v_dim, rel_tol=1e-5):
-            raise RefineError(
-                f"GatedDeltaNetConfig: head_dim * expand_v = {self.head_dim * self.expand_v} must be a whole number"
-            )
+            width = self.head_dim * self.expand_v
+            raise RefineError(f"GatedDeltaNetConfig: head_dim * expand_v = {width} must be a whole number")
 
     @property
     def value_heads(self) -> int:

@@ -32,7 +32,9 @@ def refuse_unknown(forward: Callable[..., object], keywords: Mapping[str, object
         if value is None:
             continue
         if name not in ASKS_NOTHING:
-            known = [*_parameters(forward), *ASKS_NOTHING]
+            parameters = inspect.signature(forward).parameters.values()
+            named = [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+            known = [*named, *ASKS_NOTHING]
             raise RefineError(f"forward has no argument {name!r}{closest(name, known)}; it takes {', '.join(known)}")
         asks_nothing, why = ASKS_NOTHING[name]
         if not asks_nothing(value):
@@ -47,8 +49,3 @@ def refuse_misspelt(known: Iterable[str], keywords: Mapping[str, object]) -> Non
         near = difflib.get_close_matches(name, names, n=1, cutoff=NEAR) if name not in names else []
         if near:
             raise RefineError(f"forward has no argument {name!r} (did you mean {near[0]!r}?)")
-
-
-def _parameters(forward: Callable[..., object]) -> list[str]:
-    parameters = inspect.signature(forward).parameters.values()
-    return [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]

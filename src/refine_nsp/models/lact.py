@@ -77,13 +77,13 @@ class LaCTConfig(FamilyConfig):
         for name in ("num_attn_heads", "num_lact_heads"):
             if self.hidden_size % getattr(self, name):
                 raise RefineError(
-                    f"LaCTConfig: hidden_size = {self.hidden_size} must be a multiple of {name} = {getattr(self, name)}"
+                    f"LaCTConfig: hidden_size={self.hidden_size} must be a multiple of {name}={getattr(self, name)}"
                 )
         if (self.hidden_size // self.num_attn_heads) % 2:
             raise RefineError(f"LaCTConfig: the attention head width {self.hidden_size // self.num_attn_heads} must be even")
         if self.lr_dim != 1 and not (self.lr_dim == self.fw_head_dim == self.fw_hidden_dim):
             raise RefineError(
-                f"LaCTConfig: lr_dim = {self.lr_dim} must be 1, or the fast-weight head width {self.fw_head_dim} with inter_multi 1"
+                f"LaCTConfig: lr_dim={self.lr_dim} must be 1, or the fast-weight head width {self.fw_head_dim} with inter_multi 1"
             )
 
     @property
@@ -198,10 +198,7 @@ class LaCTMixer(nn.Module):
         return self._combine(x, attended, recalled), LaCTTrace(states, keys, values, before, c.window_size)
 
     def _branch(self, x: Tensor, state: LayerState, offsets: Tensor, branches: int) -> Tensor:
-        """Compute `forward` for at most a chunk of tokens, and read the fast weights and window of a state where they are.
-
-        Both are as large as many thousand tokens; here they are neither copied nor joined to anything.
-        """
+        """Compute `forward` for at most a chunk of tokens, neither copying nor joining the state's large fast weights and window."""
         c = self.config
         q, k, v, tables = self._project(x, offsets.repeat_interleave(branches))
         heads = [z.unflatten(-1, (c.num_attn_heads, -1)) for z in (q, k, v)]

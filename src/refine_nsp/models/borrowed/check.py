@@ -84,10 +84,8 @@ def _check_head(model: StatefulCausalModel) -> None:
     elif error > TOLERANCE[logits.dtype] / 10:
         problem = f"its logits differ from that by {error:.2g} of their spread"
     if problem is not None:
-        raise RefineError(
-            f"{model.model.label} is not supported: the losses here take logits as lm_head.weight times the last hidden state, but "
-            f"{problem}"
-        )
+        expected = "the losses here take logits as lm_head.weight times the last hidden state"
+        raise RefineError(f"{model.model.label} is not supported: {expected}, but {problem}")
 
 
 def state_problem(trunk: StatefulTrunk) -> str | None:

@@ -60,11 +60,7 @@ def kinds_of_layers(model: PreTrainedModel) -> list[Hashable]:
 
 
 def few_layers(kinds: Sequence[Hashable]) -> tuple[list[int], dict[int, int]]:
-    """Choose the layers that are counted.
-
-    Returns:
-        The first layer of each kind; and the second of each, with how often what it adds is there beyond the first.
-    """
+    """Choose the first layer of each kind; and the second of each, with how often what it adds is there beyond the first."""
     by_kind: dict[Hashable, list[int]] = {}
     for i, kind in enumerate(kinds):
         by_kind.setdefault(kind, []).append(i)

@@ -159,14 +159,9 @@ def _grouped(
     return torch.empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
 
 
-def _selected(x: Tensor, mask: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape, mask.shape)
-    return torch.empty(int(mask.expand(shape).sum()), dtype=x.dtype)
-
-
 SPECIAL: Mapping[object, Callable[..., Tensor]] = {
     aten._grouped_mm.default: _grouped,
-    aten.masked_select.default: _selected,
+    aten.masked_select.default: lambda x, mask: x.new_empty(int(mask.expand(torch.broadcast_shapes(x.shape, mask.shape)).sum())),
     aten.nonzero.default: lambda x: torch.ones(x.shape, dtype=torch.bool).nonzero(),
 }
 

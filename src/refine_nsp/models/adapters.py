@@ -52,8 +52,7 @@ class Adapter:
 def new_adapters(model: nn.Module, config: PeftConfig, seed: int) -> PeftModel:
     """Put new adapters by PEFT's config on a model. Their weights are drawn by `seed` alone: alike in every process and every run.
 
-    Raises:
-        RefineError: layers to adapt that the model does not have, or adapters that its folder could not be loaded with.
+    A RefineError for layers that the model does not have, or adapters that its folder could not be loaded with.
     """
     if (problem := problem_of(config.to_dict())) is not None:
         raise RefineError(f"peft_config asks for {problem}")
@@ -101,17 +100,16 @@ def problem_of(settings: Mapping[str, object]) -> str | None:
 def check_adapters(wrapped: nn.Module | None) -> None:
     """Check that the model which a run ends with is the one that its folder loads as; tied weights are untied for that.
 
-    Raises:
-        RefineError: another kind than LoRA, several adapters, or a layer whose adapter the losses or the merged model would leave out.
+    A RefineError for another kind than LoRA, several adapters, or a layer whose adapter the losses or the merged model would leave out.
     """
     model = cast("PeftModel", wrapped)
     for config in model.peft_config.values():
         if (problem := problem_of(config.to_dict())) is not None:
             raise RefineError(f"the model has {problem}")
     if list(model.peft_config) != [ONE_NAME]:
+        names = ", ".join(model.peft_config)
         raise RefineError(
-            f"the model has the adapters {', '.join(model.peft_config)}; expected one, called {ONE_NAME}, which a run's folder is loaded "
-            "with: merge the others into the base first (merge_and_unload)"
+            f"the model has the adapters {names}; expected one, called {ONE_NAME}: merge the others first (merge_and_unload)"
         )
     if _untie(model):
         warnings.warn(

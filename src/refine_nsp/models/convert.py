@@ -108,14 +108,10 @@ class Converted:
 
 
 def convert(source: str | Path, folder: Path, settings: MemorySettings | None = None) -> Converted:
-    """Write an attention model as a LaCT model. The folder is complete, or it is not there; no more than a layer is in memory.
+    """Write an attention model (a folder, a hub name or a GGUF file of a Llama, Mistral or Qwen2) as a LaCT model, or nothing.
 
-    Args:
-        source: a folder, a hub name or a GGUF file of a Llama, Mistral or Qwen2.
-
-    Raises:
-        RefineError: a source that cannot be converted unchanged, by the name of what differs; settings that do not fit it; a folder
-            that has something in it.
+    No more than a layer is in memory. A RefineError for a source that cannot be converted unchanged, by the name of what differs, for
+    settings that do not fit it, and for a folder that has something in it.
     """
     start = time.monotonic()
     settings = settings or MemorySettings()
@@ -149,12 +145,12 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
 def lact_config(source: AttentionSource, settings: MemorySettings) -> LaCTConfig:
     """Make the new model's configuration. Raises RefineError where the settings do not fit the source."""
     c = source.config.to_dict()
-    longest = c.get("max_position_embeddings")
-    if longest is not None and settings.window_size > longest:
+    asked, longest, window = settings.window_size, c.get("max_position_embeddings"), window_of(source.config)
+    if longest is not None and asked > longest:
         raise RefineError(
-            f"window_size={settings.window_size} is longer than the {longest} tokens {source.name} was trained for: lower it"
+            f"window_size={asked} is longer than the {longest} tokens that {source.name} was trained for: choose fewer"
         )
-    if (window := window_of(source.config)) is not None and settings.window_size > window:
+    if window is not None and asked > window:
         raise RefineError(f"{source.name} has a sliding window of {window} tokens itself: choose a window_size up to that")
     fast = ("window_size", "lact_chunk_size", "num_lact_heads", "inter_multi", "w0_w2_low_rank", "fw_init_gain", "use_momentum")
     kept = (
@@ -200,9 +196,7 @@ def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]]
     if c["tie_word_embeddings"] and "lm_head.weight" in known:
         known.remove("lm_head.weight")
         if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
-            raise RefineError(
-                f"{source.name}: its lm_head.weight differs from its embeddings, so tie_word_embeddings must be False"
-            )
+            raise RefineError(f"{source.name}: its lm_head.weight differs from its embeddings; set tie_word_embeddings=False")
     differ = [f"{n} {list(source.shapes[n])} for {list(s)}" for n, s in expected.items() if n in known and source.shapes[n] != s]
     kinds = {"missing": sorted(expected.keys() - known), "unknown": sorted(known - expected.keys()), "of another shape": differ}
     if problems := [f"{len(names):,} {kind}: {some(names)}" for kind, names in kinds.items() if names]:
@@ -256,10 +250,8 @@ def write_weights(
     """Write a safetensors file weight by weight, in the order of `shapes`, so that no more than one of them is in memory.
 
     The format is eight bytes of length, a JSON header with each tensor's place, and the tensors' bytes
-    (https://github.com/huggingface/safetensors#format); the library's own writer wants all of them at once.
-
-    Raises:
-        RefineError: a weight of another name or shape than announced, or one that is not finite.
+    (https://github.com/huggingface/safetensors#format); the library's own writer wants all of them at once. A RefineError for a weight of
+    another name or shape than announced, or one that is not finite.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -50,7 +50,6 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.activation = activation
-        self.width = width
         self.init_weights_()
 
     def init_weights_(self) -> None:

@@ -64,10 +64,7 @@ def find_documents(
 ) -> Documents | None:
     """Find the documents of [B, T] columns; None when every row is a single one, as without marks.
 
-    Args:
-        marks: values of `MARKS`, None where not given, and `cache_position`.
-        aligned: where the real tokens are; None if every token is one.
-        past: states that the rows continue from.
+    marks: values of `MARKS`, None where not given, and `cache_position`; past: states that the rows continue from.
 
     Raises:
         RefineError: marks that are not what their names promise, or that contradict each other.
@@ -78,7 +75,12 @@ def find_documents(
     real = torch.ones(n_rows, n_tokens, dtype=torch.bool) if aligned is None else aligned.real(n_tokens)
     columns = past.columns if past is not None else 0
     if "cache_position" in given:
-        _check_cache_position(given["cache_position"], columns, n_tokens)
+        counted = _whole_numbers("cache_position", given["cache_position"])
+        if counted.shape != (n_tokens,) or bool((counted != columns + torch.arange(n_tokens)).any()):
+            raise RefineError(
+                f"cache_position must count the {n_tokens} columns of the input on from the {columns} that past_key_values have seen, got "
+                f"{_some(counted)}; it may be left out"
+            )
     numbers = _grid("seq_idx", given["seq_idx"], n_rows, n_tokens) if "seq_idx" in given else None
     if numbers is not None:
         real = real & (numbers >= 0)  # causal-conv1d leaves out what has a negative number
@@ -196,15 +198,6 @@ def _agree(begins: Mapping[str, Tensor], tokens: _RealTokens) -> None:
             i = int(differs[0, 0])
             one, other = (names[0], name) if bool(begins[names[0]][i]) else (name, names[0])
             raise RefineError(f"{one} begins a document in {tokens.where(i)} and {other} does not; pass one, or make them agree")
-
-
-def _check_cache_position(value: object, columns: int, n_tokens: int) -> None:
-    places = _whole_numbers("cache_position", value)
-    if places.shape != (n_tokens,) or bool((places != columns + torch.arange(n_tokens)).any()):
-        raise RefineError(
-            f"cache_position must count the {n_tokens} columns of the input on from the {columns} that past_key_values have seen, got "
-            f"{_some(places)}; it may be left out"
-        )
 
 
 def _grid(name: str, value: object, n_rows: int, n_tokens: int) -> Tensor:

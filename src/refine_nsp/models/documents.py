@@ -160,10 +160,9 @@ def run_documents(
     """Run each document as a row of its own and put the outputs back where its tokens stand.
 
     Args:
-        run: the model on rows that are padded on the right.
-        x: ids [B, T] or embeddings [B, T, D].
+        run: the model on rows that are padded on the right. x: ids [B, T] or embeddings [B, T, D].
         positions: [B, P] long on the host, input columns of snapshots, or None.
-        ends: whether the state after each row's last document is wanted, which is returned as the second value.
+        ends: whether to return, as the second value, the state after each row's last document.
         together: whether all documents must run in one pass.
     """
     groups = documents.groups(together)

@@ -1,7 +1,6 @@
 """Answer many prompts, batched by length and within bounded memory; a prefix that several prompts share is read once.
 
-States are exact and of one size, so a prompt is read in blocks of tokens, with the activations of one block at a time, and a shared
-prefix is a state that is copied for each of its continuations.
+Prompts are read in blocks of tokens, and the state of a shared prefix is copied for each of its continuations.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ SHARED_TOKENS = 128  # a shorter common prefix is not worth a pass of its own
 
 @dataclass(frozen=True)
 class Decoding:
-    """Says how tokens are chosen: greedily, or by sampling.
+    """Says how tokens are chosen: greedily, or by sampling as transformers' `generate` does.
 
-    Sampling is at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest whose probabilities reach `top_p`;
-    in that order and with the same ties as transformers' `generate`.
+    Sampling is at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest whose probabilities reach `top_p`.
     """
 
     greedy: bool = True
@@ -152,18 +150,12 @@ def answer_all(
     model: CausalModel, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Iterator[list[tuple[Request, list[int]]]]:  # fmt: skip
-    """Yield batches of (request, generated tokens without the end token), longest prompts first.
+    """Yield batches of (request, generated tokens without the end token), longest prompts first; a RefineError for an empty prompt.
 
-    Args:
-        batch_tokens: a batch holds at most so many prompt tokens (one prompt may be longer).
-        on_prefill: told how many prompt tokens were read.
-
-    Raises:
-        RefineError: an empty prompt.
+    A batch holds at most `batch_tokens` tokens (one prompt may be longer); `on_prefill` is told how many prompt tokens were read.
     """
-    for r in requests:
-        if not r.ids:
-            raise RefineError(f"prompt {r.key} has no tokens")
+    if empty := [r.key for r in requests if not r.ids]:
+        raise RefineError(f"prompt {empty[0]} has no tokens")
     told = on_prefill if on_prefill is not None else lambda tokens: None
     groups = shared_groups(requests)
     alone = [members[0] for shared, members in groups if shared == 0]

@@ -18,10 +18,7 @@ ASKS_NOTHING: dict[str, tuple[Callable[[object], bool], str]] = {
     "output_attentions": (lambda value: not value, "fast weights have no attention maps to return"),
     "output_router_logits": (lambda value: not value, "router logits are not returned here"),
     "is_causal": (bool, "these models read from left to right alone"),
-    "token_type_ids": (
-        lambda value: isinstance(value, Tensor) and not bool(value.any()),
-        "these models know one type of token, 0",
-    ),
+    "token_type_ids": (lambda x: isinstance(x, Tensor) and not bool(x.any()), "these models know one type of token, 0"),
 }
 NEAR = 0.8  # how alike a keyword must be to a known one to be taken for a slip of the pen
 

@@ -21,12 +21,9 @@ def run_in_rows(
     past: FastWeightCache | None = None, use_cache: bool | None = None, snapshot_positions: Tensor | None = None,
     output_states: bool = False, output_hidden_states: bool | None = None,
 ) -> FastWeightModelOutput:  # fmt: skip
-    """Run a trunk on the inputs of its `forward`, one document a row.
+    """Run a trunk on the inputs of its `forward`, one document a row; packed documents leave the state after each row's last.
 
-    Args:
-        marks: the keywords of `document_marks.MARKS`, and `cache_position`.
-        use_cache: by default what the trunk's config says in eval mode, and False in training mode and for packed documents, which leave
-            the state after the last document of each row.
+    marks: the keywords of `document_marks.MARKS`, and `cache_position`.
 
     Raises:
         RefineError: masks, positions or marks that do not fit the inputs, or rows that do not fit the cache.

@@ -42,7 +42,12 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_rows: int, n_tokens
     if mask is not None and lengths is not None:
         raise RefineError("got both attention_mask and lengths; pass one of them")
     if lengths is not None:
-        return _by_lengths(lengths, n_rows, n_tokens)
+        lengths = lengths.cpu()
+        if lengths.shape != (n_rows,):
+            raise RefineError(f"lengths must be [B] = [{n_rows}], got shape {tuple(lengths.shape)}")
+        if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
+            raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
+        return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != n_rows or mask.shape[1] < n_tokens:
@@ -65,15 +70,6 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_rows: int, n_tokens
         return Alignment(lengths, None, None)
     order = torch.argsort(~real, dim=1, stable=True)
     return Alignment(lengths, order, torch.argsort(order, dim=1))
-
-
-def _by_lengths(lengths: Tensor, n_rows: int, n_tokens: int) -> Alignment | None:
-    lengths = lengths.cpu()
-    if lengths.shape != (n_rows,):
-        raise RefineError(f"lengths must be [B] = [{n_rows}], got shape {tuple(lengths.shape)}")
-    if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
-        raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
-    return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
 
 
 def by_rows(rows: Sequence[int], tokens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:

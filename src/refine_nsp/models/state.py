@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from refine_nsp.models.padding import tokens_in
 
@@ -218,6 +218,17 @@ def _all_rows(parts: Sequence[Tensor], at_start: bool) -> Tensor:
         return F.pad(x, [pad for n in missing for pad in ((n, 0) if at_start else (0, n))]) if any(missing) else x
 
     return torch.cat([padded(x) for x in parts])
+
+
+def tensors_of(layer: object) -> LayerState:
+    """Read what a layer of a cache of transformers keeps: `keys`, `values`, `conv_0`, `recurrent_0` and so on."""
+    found: LayerState = {}
+    if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
+        found |= {"keys": layer.keys, "values": layer.values}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for what, kept in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
+            found |= {f"{what}_{i}": x for i, x in kept.items() if x is not None}
+    return found
 
 
 def consumed_tokens(past: FastWeightCache | None, n_rows: int) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from refine_nsp.models.borrowed.layer_cache import ATTENDING_KINDS, RECURRENT_KINDS, ReferenceCache, kinds_of, prefix, trimmed
+from refine_nsp.models.borrowed.trunk import StatefulTrunk
 from refine_nsp.models.state import FastWeightCache, TakeStates, consumed_tokens
 from refine_nsp.processes import is_sharded
-
-if TYPE_CHECKING:
-    from refine_nsp.models.borrowed.trunk import StatefulTrunk
 
 # States that are asked for after a pass are kept every so many tokens, or so many times, whichever is rarer: each piece of a pass repeats
 # a layer's keys, and the tokens between a kept state and a position are run again.

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from refine_nsp.errors import RefineError
+from refine_nsp.models.borrowed.trunk import StatefulTrunk
 from refine_nsp.models.state import FastWeightCache, TakeStates, consumed_tokens, states_after
-
-if TYPE_CHECKING:
-    from refine_nsp.models.borrowed.trunk import StatefulTrunk
 
 
 class ByTokens:

@@ -49,8 +49,7 @@ def state_method(trunk: StatefulTrunk) -> ByReference | ByTokens:
 def check(model: StatefulCausalModel) -> None:
     """Try states by reference and the head on a few tokens; where states are not exact, warn and let tokens take their place.
 
-    Raises:
-        RefineError: logits that are more than a matrix product of the last hidden state (and a known scale).
+    A RefineError where logits are more than a matrix product of the last hidden state (and a known scale).
     """
     trunk, training = model.model, model.training
     if any(p.is_meta for p in model.parameters()):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin, get_layer_types_and_kwargs
 
-from refine_nsp.models.state import LayerState
+from refine_nsp.models.state import LayerState, tensors_of
 
 # What a layer can keep so that its state is exact: keys and values of all tokens or of a window, states of one size, both, or nothing.
 EXACT_KINDS = ("full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "dummy")
@@ -112,22 +112,10 @@ def replacing(layer: L) -> L:
     return same
 
 
-def tensors_of(layer: object) -> LayerState:
-    """Read what a layer of a cache of transformers keeps: `keys`, `values`, `conv_0`, `recurrent_0` and so on."""
-    found: LayerState = {}
-    if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
-        found |= {"keys": layer.keys, "values": layer.values}
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for what, kept in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
-            found |= {f"{what}_{i}": x for i, x in kept.items() if x is not None}
-    return found
-
-
 class ReferenceCache(DynamicCache):
-    """Serves one pass as transformers' cache, continuing from the states of its layers; they are read, never written.
+    """Serves one pass as transformers' cache, continuing from the states of its layers; they are read, never written."""
 
-    `columns` are the tokens of the longest row so far: keys and values of all tokens are so wide.
-    """
+    columns: int  # tokens of the longest row so far; keys and values of all tokens are so wide
 
     def __init__(self, config: PreTrainedConfig, layers: Sequence[LayerState] = (), columns: int = 0) -> None:
         super().__init__(config=config)

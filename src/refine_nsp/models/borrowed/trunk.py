@@ -8,19 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from refine_nsp.models.borrowed.by_reference import ByReference
-from refine_nsp.models.borrowed.by_tokens import ByTokens
 from refine_nsp.models.outputs import FastWeightModelOutput
 from refine_nsp.models.padding import Alignment, columns_to_tokens
 from refine_nsp.models.protocols import StateMixer
-from refine_nsp.models.state import FastWeightCache, PrefixStates
+from refine_nsp.models.state import FastWeightCache, PrefixStates, TakeStates
+
+
+class StateMethod(Protocol):
+    """Keeps the states of a trunk in its way; see `ByReference`."""
+
+    rereads_prefixes: bool  # see `protocols.Trunk`
+    keeps_all_tokens: bool  # see `protocols.Trunk`
+
+    def run(self, x: Tensor, past: FastWeightCache | None) -> Tensor: ...
+
+    def run_and_take(self, x: Tensor, past: FastWeightCache | None, wanted: Tensor) -> tuple[Tensor, FastWeightCache]: ...
+
+    def run_and_keep(self, x: Tensor, past: FastWeightCache | None) -> tuple[Tensor, TakeStates]: ...
 
 
 class StatefulTrunk(PreTrainedModel):
@@ -28,7 +39,7 @@ class StatefulTrunk(PreTrainedModel):
 
     _refine_plain: ClassVar[type[PreTrainedModel]]  # the trunk's own class
     layers: nn.ModuleList
-    state_method: ByReference | ByTokens
+    state_method: StateMethod
     head_factor: float  # hidden states are scaled by it, so that `lm_head` alone makes logits of them
     answers_plainly: bool  # whether a call is left to transformers' own code
     mixers: list[StateMixer]
@@ -36,17 +47,14 @@ class StatefulTrunk(PreTrainedModel):
 
     @property
     def cuts_at_positions(self) -> bool:
-        """See `protocols.Trunk`."""
         return not self.rereads_prefixes
 
     @property
     def rereads_prefixes(self) -> bool:
-        """See `protocols.Trunk`."""
         return self.state_method.rereads_prefixes
 
     @property
     def keeps_all_tokens(self) -> bool:
-        """See `protocols.Trunk`."""
         return self.state_method.keeps_all_tokens
 
     @property

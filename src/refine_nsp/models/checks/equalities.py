@@ -245,16 +245,11 @@ def packed(probe: Probe, way: str) -> Pair:
     return one(torch.cat([probe.run(document[None]) for document in documents], 1)), one(found)
 
 
-def earliest(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Find the parameters before and in the first layer: what reaches them has gone through all others."""
-    named = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
-    first = {n: p for n, p in named.items() if ".0." in n}
-    return first or named
-
-
 def _gradients(module: nn.Module, values: Tensor, targets: Tensor) -> Tensors:
     """Return the gradients of the cross-entropy of values [B, T, V] and targets [B, T]."""
-    parameters = earliest(module)
+    named = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
+    # What reaches the first layer has gone through all others.
+    parameters = {n: p for n, p in named.items() if ".0." in n} or named
     wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
     loss = nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten() % values.shape[-1])
     if not loss.requires_grad:

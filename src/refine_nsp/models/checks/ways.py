@@ -19,8 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.borrowed.layer_cache import tensors_of
-from refine_nsp.models.state import FastWeightCache
+from refine_nsp.models.state import FastWeightCache, tensors_of
 
 Follow = Callable[[nn.Module, Tensor, object, int, "Tensor | None"], tuple[Tensor, object]]
 States = Mapping[str, Tensor]
@@ -105,10 +104,10 @@ class _Calls:
     new: Callable[[], object] | None = None  # makes its first cache, unless it does itself
 
     def run(self, module: nn.Module, ids: Tensor) -> Tensor:
-        return logits_of(module(input_ids=ids, use_cache=False))
+        return module(input_ids=ids, use_cache=False).logits
 
     def masked(self, module: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        return logits_of(module(input_ids=ids, use_cache=False, **self._marks(mask, ids.shape[1])))
+        return module(input_ids=ids, use_cache=False, **self._marks(mask, ids.shape[1])).logits
 
     def follow(self, module: nn.Module, ids: Tensor, cache: object, seen: int, mask: Tensor | None) -> tuple[Tensor, object]:
         B, T = ids.shape
@@ -133,7 +132,7 @@ class _Calls:
         if after is None and cache is None and not module.training:  # it may fill one that it is given, although it returns none
             after = DynamicCache(config=cast(Any, module).config)
             out = module(input_ids=ids, use_cache=True, **{self.cache: after}, **given)
-        return logits_of(out), cache if after is None else after
+        return out.logits, cache if after is None else after
 
     def _marks(self, mask: Tensor, n_tokens: int) -> dict[str, Tensor]:
         """Give the mask, and positions as `generate` counts them where pads stand on the left."""
@@ -143,15 +142,10 @@ class _Calls:
         return given
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return what a causal model's output says of the next tokens [B, T, V]."""
-    return cast(Tensor, output.logits)
-
-
 def packed_by_places(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """Run documents in one row, told apart by `position_ids` that begin again."""
     places = torch.cat([torch.arange(n) for n in lengths])[None].to(ids.device)
-    return logits_of(module(input_ids=ids, position_ids=places, use_cache=False))
+    return module(input_ids=ids, position_ids=places, use_cache=False).logits
 
 
 def packed_by_boundaries(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -159,7 +153,7 @@ def packed_by_boundaries(module: nn.Module, ids: Tensor, lengths: Sequence[int])
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(ids.device)
     longest = max(lengths)
     marks = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return logits_of(module(input_ids=ids, use_cache=False, **marks))
+    return module(input_ids=ids, use_cache=False, **marks).logits
 
 
 def packed_by_collator(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -168,7 +162,7 @@ def packed_by_collator(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -
     batch = collator([{"input_ids": document.tolist()} for document in ids[0].split(list(lengths))])
     batch.pop("labels")
     given = {name: x.to(ids.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-    return logits_of(module(**given, use_cache=False))
+    return module(**given, use_cache=False).logits
 
 
 def generate(module: nn.Module, ids: Tensor, count: int, use_cache: bool) -> tuple[Tensor, Tensor]:

@@ -60,10 +60,11 @@ class Estimate:
     tokens: int  # of an optimizer step, on all devices
     dtype: torch.dtype  # of the weights
     uncounted: str | None = None  # why activations and flops could not be counted and are 0
+    validation: float = 0.0  # bytes of a validation, 0 where the run has none
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.validation)
 
 
 def estimate(
@@ -82,10 +83,10 @@ def estimate(
     whole = blueprint.on_meta()
     kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
-    peak = ntp = flops = 0.0
+    peak = ntp = flops = validation = 0.0
     uncounted = None
     try:
-        (peak, flops), (ntp, _) = count_steps(blueprint, args, kinds, progress)
+        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress)
     except OutOfMemory as error:
         uncounted = str(error)
     except RefineError:
@@ -119,6 +120,7 @@ def estimate(
         tokens=rows * args.max_length * processes,
         dtype=blueprint.dtype,
         uncounted=uncounted,
+        validation=validation,
     )
 
 

@@ -82,6 +82,7 @@ class DeltaRuleMixer(nn.Module):
     """
 
     fast_weight_names: tuple[str, ...]
+    memory_names: tuple[str, ...] = ()
     shares_states = False
     gated: bool
 

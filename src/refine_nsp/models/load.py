@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import transformers
@@ -29,7 +29,6 @@ from refine_nsp.models.borrowed.classes import class_for
 from refine_nsp.models.borrowed.trunk import StatefulCausalModel
 from refine_nsp.models.checks.ways import quiet
 from refine_nsp.models.families import FAMILIES, register
-from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.weight_names import renaming, some
 from refine_nsp.ops.memory import part
 
@@ -56,6 +55,13 @@ HUB_PROBLEMS: dict[tuple[type[Exception], ...], str] = {
 
 
 LoadingInfo = Mapping[str, Collection[str | tuple[object, ...]]]  # names that a checkpoint and a model do not share, by kind
+
+
+class Configured(Protocol):
+    """Has a configuration, whether it is a model or wraps one."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
 
 
 def resolve(name_or_path: str | Path) -> str:
@@ -223,9 +229,9 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def check_vocabulary(model: nn.Module | CausalModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(model: nn.Module | Configured, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a RefineError when the tokenizer can produce ids that the model has no embedding for."""
-    if len(tokenizer) > (size := cast(CausalModel, model).config.vocab_size):
+    if len(tokenizer) > (size := cast(Configured, model).config.vocab_size):
         raise RefineError(f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {size}; use the model's own")
 
 

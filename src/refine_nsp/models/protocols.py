@@ -21,6 +21,7 @@ class StateMixer(Protocol):
     """Writes and reads the state of a layer."""
 
     fast_weight_names: tuple[str, ...]  # the submodules and parameters that write to and read from the fast weights
+    memory_names: tuple[str, ...]  # those that are the memory's alone, without which the layer would still mix tokens
     shares_states: bool  # whether rows that branch from one state read it together instead of a copy each (see `Branches`)
 
 

@@ -27,9 +27,8 @@ class Line:
     in_float64: bool = True  # whether a copy in float64 takes it too
     in_bfloat16: bool = False  # whether a copy in bfloat16 takes it instead
     follows: tuple[str, ...] = ()  # lines that it cannot hold without
-    answers: bool = (
-        False  # whether what is compared depends on the model's own answers, which another precision may give otherwise
-    )
+    answers: bool = False  # whether the model's own answers are compared, which another precision may give otherwise
+    gradients: bool = False  # whether gradients are compared
 
 
 LINES = (
@@ -109,7 +108,7 @@ LINES = (
     Line(
         "gradient", "gradients through a cached state = through the whole",
         "losses behind a cached state do not train what wrote that state (or fail in the backward pass)",
-        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",),
+        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",), gradients=True,
     ),
     Line(
         "generation", "generate with a cache = without",
@@ -119,13 +118,13 @@ LINES = (
     Line(
         "checkpointing", "gradient checkpointing changes nothing",
         "with gradient_checkpointing the model learns something else than without",
-        "leave gradient_checkpointing out, or set segment_tokens instead", equalities.checkpointing, quick=False,
+        "leave gradient_checkpointing out, or set segment_tokens instead", equalities.checkpointing, quick=False, gradients=True,
     ),
     Line(
         "checkpointing_cache", "gradient checkpointing keeps the cache",
         "with gradient_checkpointing, whatever continues from a cache in training begins from nothing; at most a log line says so",
         "leave gradient_checkpointing out where states are carried, or load the model by refine_nsp.load, which runs whole pieces again",
-        equalities.checkpointing_with_cache, quick=False,
+        equalities.checkpointing_with_cache, quick=False, gradients=True,
     ),
     Line(
         "kernels", "kernels = PyTorch's operations",

@@ -18,8 +18,7 @@ from refine_nsp.models import (
     LaCTConfig,
     LaCTForCausalLM,
 )
-from refine_nsp.models.delta_net import DeltaNetMixer
-from refine_nsp.models.gated_delta_net import GatedDeltaNetMixer
+from refine_nsp.models.delta_mixer import DeltaRuleMixer
 from refine_nsp.models.lact import LaCTMixer
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
@@ -62,7 +61,6 @@ def _sizes(args: PretrainConfig, vocab_size: int) -> dict[str, Any]:
 
 NEW_MODELS = {"delta_net": new_delta_net, "gated_deltanet": new_gated_delta_net, "lact_swiglu": new_lact}
 DeltaRuleModel = TypeVar("DeltaRuleModel", DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
-DeltaRuleMixer = DeltaNetMixer | GatedDeltaNetMixer
 
 
 @torch.no_grad()
@@ -115,7 +113,7 @@ def summarises(mixer: DeltaRuleMixer, head: int) -> None:
 
 def _channels(mixer: DeltaRuleMixer, head: int) -> slice:
     """Return the channels of a head in q, k and v, which are equally wide here."""
-    width = mixer.q_proj.weight.shape[0] // mixer.config.num_heads
+    width = mixer.q_proj.weight.shape[0] // mixer.heads
     return slice(head * width, (head + 1) * width)
 
 

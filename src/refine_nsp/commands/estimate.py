@@ -135,6 +135,7 @@ def memory_rows(found: Estimate, where: EstimateArguments) -> dict[str, float]:
     known = found.uncounted is None
     parts = {
         "weights": found.weights,
+        **({"  of these the teacher's": found.teacher} if found.teacher else {}),
         "gradients kept between micro-batches" if known else "gradients": found.gradients,
         "optimizer state": found.optimizer,
     }

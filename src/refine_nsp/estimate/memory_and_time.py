@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.estimate.few_layers import Blueprint, WithAdapters, kinds_of_layers, parameter_bytes
 from refine_nsp.estimate.small_steps import count_steps
+from refine_nsp.estimate.teacher import Taught
+from refine_nsp.models.load import load_config
 from refine_nsp.ops.memory import OutOfMemory
 from refine_nsp.training.arguments import ReFINEConfig
 
@@ -61,9 +63,9 @@ class Estimate:
     """Hold the bytes on each device, and what an optimizer step takes.
 
     Attributes:
-        activations: bytes of the objective's at their peak; ntp_activations: of the cross-entropy's alone. flops: of an optimizer step on
-            one device. tokens: of an optimizer step, on all devices. dtype: of the weights. uncounted: why activations and flops could
-            not be counted and are 0; else None.
+        weights: the teacher's too, where there is one; teacher: of these alone. activations: bytes of the objective's at their peak;
+            ntp_activations: of the cross-entropy's alone. flops: of an optimizer step on one device. tokens: of an optimizer step, on all
+            devices. dtype: of the weights. uncounted: why activations and flops could not be counted and are 0; else None.
     """
 
     weights: float
@@ -75,6 +77,7 @@ class Estimate:
     tokens: int
     dtype: torch.dtype
     uncounted: str | None = None
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
@@ -97,10 +100,14 @@ def estimate(
     whole = blueprint.on_meta()
     kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
+    taught = None
+    if args.objective == "distill" and args.teacher is not None:
+        theirs = load_config(args.teacher)
+        taught = Taught.of(args, whole, Blueprint(theirs, dtype_of(theirs, args, "auto")))
     peak = ntp = flops = 0.0
     uncounted = None
     try:
-        (peak, flops), (ntp, _) = count_steps(blueprint, args, kinds, progress)
+        (peak, flops), (ntp, _) = count_steps(blueprint, args, kinds, progress, taught)
     except OutOfMemory as error:
         uncounted = str(error)
     except RefineError:
@@ -114,10 +121,11 @@ def estimate(
     moments = MOMENTS.get(str(getattr(args.optim, "value", args.optim)))
     elements = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    # Every process holds the frozen model of a KL term whole.
+    # Every process holds a frozen model whole.
     reference = weights if args.nsp.kl_coef > 0 and args.phase.samples else 0
+    teacher = 0 if taught is None else parameter_bytes(taught.blueprint.on_meta())
     return Estimate(
-        weights=weights / share + gathered + reference,
+        weights=weights / share + gathered + reference + teacher,
         gradients=trained / share if accumulated else 0.0,
         optimizer=(2 * trained if moments is None else moments * elements) / share,
         activations=peak,
@@ -126,6 +134,7 @@ def estimate(
         tokens=rows * args.max_length * processes,
         dtype=blueprint.dtype,
         uncounted=uncounted,
+        teacher=teacher,
     )
 
 

@@ -16,8 +16,9 @@ from typing import cast
 import torch
 
 from refine_nsp.estimate.counter import counted
-from refine_nsp.estimate.few_layers import Blueprint, few_layers
+from refine_nsp.estimate.few_layers import Blueprint, few_layers, kinds_of_layers
 from refine_nsp.estimate.shapes import ShapesOnly, allocate
+from refine_nsp.estimate.teacher import Taught
 from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.nsp.context import TOKENS_AT_ONCE
@@ -26,10 +27,11 @@ from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.ops.linear_cross_entropy import block_tokens
 from refine_nsp.ops.memory import part
 from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.phases import PHASES, MicroBatch
+from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 
 Figures = dict[str, float]  # peak bytes by part of the step, and flops
 FLOPS = "flops"
+TEACHER = "its teacher"
 TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
 SEGMENT_TOKENS, SEGMENTS = (
     (256, 512),
@@ -38,34 +40,45 @@ SEGMENT_TOKENS, SEGMENTS = (
 
 
 def count_steps(
-    blueprint: Blueprint, args: ReFINEConfig, kinds: Sequence[Hashable], progress: Callable[[str], None]
+    blueprint: Blueprint,
+    args: ReFINEConfig,
+    kinds: Sequence[Hashable],
+    progress: Callable[[str], None],
+    taught: Taught | None = None,
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the bytes at their peak and the flops of a micro-batch: of the run's objective, and of the cross-entropy alone."""
     shapes, numbers = ShapesOnly(), itertools.count(1)
     sizes, corners = sizes_of(args, blueprint.config.get_text_config(decoder=True).vocab_size)
-    few, more = few_layers(kinds)
-    objectives = list(dict.fromkeys((args.objective, "ntp")))
+    own_kinds = dict.fromkeys((args.objective, "ntp"), kinds)
+    if taught is not None:
+        own_kinds[TEACHER] = kinds_of_layers(taught.blueprint.on_meta())
     corner_count = 2 ** sum(value > corners[name][1] for name, value in sizes.items())
-    steps = len(objectives) * corner_count * (1 + len(more))
+    steps = corner_count * sum(1 + len(few_layers(kinds)[1]) for kinds in own_kinds.values())
 
-    def run(objective: str, layers: Sequence[int], given: Mapping[str, int]) -> Figures:
-        progress(f"counting small step {next(numbers)} of {steps}: {objective}, {len(layers)} layers")
-        return measure_step(blueprint, args, objective, layers, shapes, **given)
+    def run(what: str, layers: Sequence[int], given: Mapping[str, int]) -> Figures:
+        progress(f"counting small step {next(numbers)} of {steps}: {what}, {len(layers)} layers")
+        if what == TEACHER and taught is not None:
+            peaks, flops = taught.measure(args, layers, shapes, **given)
+            return {**peaks, FLOPS: flops}
+        return measure_step(blueprint, args, what, layers, shapes, taught=taught, **given)
 
-    def all_layers(objective: str, **given: int) -> Figures:
-        least = run(objective, few, given)
+    def all_layers(what: str, **given: int) -> Figures:
+        few, more = few_layers(own_kinds[what])
+        least = run(what, few, given)
         total = dict(least)
         for layer, times in more.items():
-            for name, value in run(objective, sorted([*few, layer]), given).items():
+            for name, value in run(what, sorted([*few, layer]), given).items():
                 total[name] = total.get(name, 0.0) + times * (value - least.get(name, 0.0))
         return total
 
-    found = []
-    for objective in objectives:
-        figures = extrapolate(partial(all_layers, objective), sizes, corners)
+    found: dict[str, tuple[float, float]] = {}
+    for what in own_kinds:
+        figures = extrapolate(partial(all_layers, what), sizes, corners)
         flops = figures.pop(FLOPS)
-        found.append((max(figures.values()), flops))
-    return found[0], found[-1]
+        found[what] = max(figures.values()), flops
+    peak, flops = found[args.objective]
+    teacher_peak, teacher_flops = found.get(TEACHER, (0.0, 0.0))
+    return (max(peak, teacher_peak), flops + teacher_flops), found["ntp"]
 
 
 def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
@@ -109,7 +122,7 @@ def extrapolate(measure: Callable[..., Figures], at: Mapping[str, int], corners:
 
 def measure_step(
     blueprint: Blueprint, args: ReFINEConfig, objective: str, layers: Sequence[int] | None = None, shapes: ShapesOnly | None = None,
-    rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0,
+    rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0, taught: Taught | None = None,
 ) -> Figures:  # fmt: skip
     """Measure one micro-batch's forward and backward pass, computed, or run for its `shapes`.
 
@@ -124,10 +137,13 @@ def measure_step(
         for p in built.parameters():
             p.grad = (torch.zeros_like if shapes is None else torch.empty_like)(p) if p.requires_grad else None
     model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
-    # The model stands for the frozen one of a KL term, which takes as much.
-    phase = PHASES[objective](args.nsp if not segment else replace(args.nsp, segment_tokens=segment), model)
+    nsp = args.nsp if not segment else replace(args.nsp, segment_tokens=segment)
+    if objective == "distill" and taught is not None:
+        phase: Phase = taught.phase(nsp)
+    else:  # the model stands for the frozen one of a KL term, which takes as much
+        phase = PHASES[objective](nsp, model)
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
-    scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
+    scores = torch.rand(ids.shape) if args.context_scores != "online" or objective == "distill" else None
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
     autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
     with shapes or nullcontext(), counted() as counter, autocast:

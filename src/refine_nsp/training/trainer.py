@@ -143,6 +143,8 @@ class ReFINETrainer(ResumingTrainer):
             teacher = self.teacher if self.args.context_scores == "teacher" else None
             scoring = scores_beyond(self.phase.window) if isinstance(self.phase, Distillation) else self.nsp
             self.train_dataset = scored_by_processes(self.train_dataset, self.model, scoring, self.args, quiet, teacher)
+        if not isinstance(self.phase, Distillation):
+            self.teacher = None  # its scores are all that such a run reads
         if isinstance(self.train_dataset, IterableDataset):
             # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
             keep = self.args.steps_per_generation + 3

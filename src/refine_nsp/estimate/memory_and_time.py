@@ -64,8 +64,9 @@ class Estimate:
 
     Attributes:
         weights: the teacher's too, where there is one; teacher: of these alone. activations: bytes of the objective's at their peak;
-            ntp_activations: of the cross-entropy's alone. flops: of an optimizer step on one device. tokens: of an optimizer step, on all
-            devices. dtype: of the weights. uncounted: why activations and flops could not be counted and are 0; else None.
+            ntp_activations: of the cross-entropy's alone; validation: of a validation, 0 where the run has none. flops: of an optimizer
+            step on one device. tokens: of an optimizer step, on all devices. dtype: of the weights. uncounted: why activations and flops
+            could not be counted and are 0; else None.
     """
 
     weights: float
@@ -77,11 +78,12 @@ class Estimate:
     tokens: int
     dtype: torch.dtype
     uncounted: str | None = None
+    validation: float = 0.0
     teacher: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.validation)
 
 
 def estimate(
@@ -104,10 +106,10 @@ def estimate(
     if args.objective == "distill" and args.teacher is not None:
         theirs = load_config(args.teacher)
         taught = Taught.of(args, whole, Blueprint(theirs, dtype_of(theirs, args, "auto")))
-    peak = ntp = flops = 0.0
+    peak = ntp = flops = validation = 0.0
     uncounted = None
     try:
-        (peak, flops), (ntp, _) = count_steps(blueprint, args, kinds, progress, taught)
+        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress, taught)
     except OutOfMemory as error:
         uncounted = str(error)
     except RefineError:
@@ -134,6 +136,7 @@ def estimate(
         tokens=rows * args.max_length * processes,
         dtype=blueprint.dtype,
         uncounted=uncounted,
+        validation=validation,
         teacher=teacher,
     )
 

@@ -30,8 +30,7 @@ from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 
 Figures = dict[str, float]  # peak bytes by part of the step, and flops
-FLOPS = "flops"
-TEACHER = "its teacher"
+FLOPS, VALIDATION, TEACHER = "flops", "validation", "its teacher"
 TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
 SEGMENT_TOKENS, SEGMENTS = (
     (256, 512),
@@ -45,11 +44,12 @@ def count_steps(
     kinds: Sequence[Hashable],
     progress: Callable[[str], None],
     taught: Taught | None = None,
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the bytes at their peak and the flops of a micro-batch: of the run's objective, and of the cross-entropy alone."""
+) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+    """Return the bytes at their peak and the flops of a micro-batch: of the run's objective, of the cross-entropy alone, and of a batch of
+    validation where the run has any."""
     shapes, numbers = ShapesOnly(), itertools.count(1)
     sizes, corners = sizes_of(args, blueprint.config.get_text_config(decoder=True).vocab_size)
-    own_kinds = dict.fromkeys((args.objective, "ntp"), kinds)
+    own_kinds = dict.fromkeys((args.objective, "ntp", *([VALIDATION] if args.do_eval else [])), kinds)
     if taught is not None:
         own_kinds[TEACHER] = kinds_of_layers(taught.blueprint.on_meta())
     corner_count = 2 ** sum(value > corners[name][1] for name, value in sizes.items())
@@ -71,14 +71,14 @@ def count_steps(
                 total[name] = total.get(name, 0.0) + times * (value - least.get(name, 0.0))
         return total
 
-    found: dict[str, tuple[float, float]] = {}
+    found = {VALIDATION: (0.0, 0.0), TEACHER: (0.0, 0.0)}
     for what in own_kinds:
-        figures = extrapolate(partial(all_layers, what), sizes, corners)
+        own = sizes | ({"rows": args.per_device_eval_batch_size} if what == VALIDATION else {})
+        figures = extrapolate(partial(all_layers, what), own, corners)
         flops = figures.pop(FLOPS)
         found[what] = max(figures.values()), flops
-    peak, flops = found[args.objective]
-    teacher_peak, teacher_flops = found.get(TEACHER, (0.0, 0.0))
-    return (max(peak, teacher_peak), flops + teacher_flops), found["ntp"]
+    (peak, flops), (teacher_peak, teacher_flops) = found[args.objective], found[TEACHER]
+    return (max(peak, teacher_peak), flops + teacher_flops), found["ntp"], found[VALIDATION]
 
 
 def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
@@ -124,7 +124,7 @@ def measure_step(
     blueprint: Blueprint, args: ReFINEConfig, objective: str, layers: Sequence[int] | None = None, shapes: ShapesOnly | None = None,
     rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0, taught: Taught | None = None,
 ) -> Figures:  # fmt: skip
-    """Measure one micro-batch's forward and backward pass, computed, or run for its `shapes`.
+    """Measure one micro-batch's forward and backward pass, or a batch of `VALIDATION`, computed, or run for its `shapes`.
 
     Returns:
         The peak of bytes beyond the weights and what was there before, by part of the step; and flops.
@@ -138,16 +138,20 @@ def measure_step(
             p.grad = (torch.zeros_like if shapes is None else torch.empty_like)(p) if p.requires_grad else None
     model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
     nsp = args.nsp if not segment else replace(args.nsp, segment_tokens=segment)
-    if objective == "distill" and taught is not None:
+    made = args.objective if objective == VALIDATION else objective
+    if made == "distill" and taught is not None:
         phase: Phase = taught.phase(nsp)
     else:  # the model stands for the frozen one of a KL term, which takes as much
-        phase = PHASES[objective](nsp, model)
+        phase = PHASES[made](nsp, model)
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
-    scores = torch.rand(ids.shape) if args.context_scores != "online" or objective == "distill" else None
+    scores = torch.rand(ids.shape) if args.context_scores != "online" or made == "distill" else None
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
     autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
     with shapes or nullcontext(), counted() as counter, autocast:
         model.eval()
+        if objective == VALIDATION:
+            phase.validate(model, [{"input_ids": ids, "lengths": torch.full((rows,), ids.shape[1])}])
+            return {**counter.peaks, FLOPS: counter.flops}
         with torch.no_grad():
             phase.prepare(lambda step: step(model), [batch])  # type: ignore[arg-type]
         model.train()

@@ -76,6 +76,7 @@ RANGES: Ranges = (
         lambda x: 0 <= x < math.inf,
         "must be a finite number of at least 0",
     ),
+    (("fast_weight_learning_rate",), lambda x: x is None or 0 < x < math.inf, "must be a finite number above 0"),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     (("lambda_context",), lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
     (("carried_keys", "teacher_window"), lambda x: x is None or x >= 1, "must be at least 1"),
@@ -171,6 +172,8 @@ class ReFINEConfig(TrainingArguments):
             nothing (arXiv 2507.02782).
         carried_keys: attention over everything keeps the keys and values of its newest so many tokens between windows, which would grow
             with the document otherwise; a layer with a window keeps no more than these either.
+        fast_weight_learning_rate: learning rate of the parameters that are the memory's alone (LaCT's), by the same schedule; new memory
+            learns at 1e-3, where pretrained weights bear 1e-5. With learning_rate 0 the memory alone is trained and the rest frozen.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
     """
 
@@ -190,8 +193,12 @@ class ReFINEConfig(TrainingArguments):
     carry_between_documents: float = setting(0.0, read_by=CARRIES, card=True, resume=True)
     carried_keys: int | None = setting(None, read_by=CARRIES, card=True, resume=True)
     max_skipped_steps: int = setting(5)
+    per_device_eval_batch_size: int = setting(
+        0, help="Sequences that are validated together, on each device; 0: per_device_train_batch_size."
+    )
 
     learning_rate: float = setting(1e-6, common=True, card=True, resume=True, help="Paper, Table 2.")
+    fast_weight_learning_rate: float | None = setting(None, common=True, card=True, resume=True)
     lr_scheduler_type: str = setting("constant", card=True, resume=True, help="Paper, Table 2: constant, no warm-up.")
     weight_decay: float = setting(0.01, resume=True, help="Paper, Table 2.")
     max_grad_norm: float = setting(1.0, resume=True, help="The paper says 0.2, its code 1.0.")
@@ -202,6 +209,8 @@ class ReFINEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         take_as_meant(self)
+        if self.per_device_eval_batch_size == 0:  # what memory is there for; transformers' 8 takes several times a training step
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         check_places(self)
         try:
             super().__post_init__()
@@ -217,7 +226,7 @@ class ReFINEConfig(TrainingArguments):
         self._check_noise()
         self._check_carrying()
         self._check_teacher()
-        check_settings(self)
+        check_settings(self, self.learning_rate or self.fast_weight_learning_rate or 0.0)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
         if "estimator" in self.phase.reads:

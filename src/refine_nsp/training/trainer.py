@@ -52,7 +52,8 @@ from refine_nsp.training.run_checks import check_best_figure, check_carrying, ch
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
-from refine_nsp.training.teacher import check_window, load_teacher, window_of_student
+from refine_nsp.training.taught import taught
+from refine_nsp.training.teacher import load_teacher
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 P = TypeVar("P", bound=Phase)
@@ -163,11 +164,8 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
 
     def make_phase(self) -> Phase:
         """Make the phase that `args.objective` names."""
-        if self.args.objective == "distill":
-            assert self.teacher is not None and self.args.teacher is not None
-            window = window_of_student(self.accelerator.unwrap_model(self.model), self.args.teacher_window)
-            check_window(window, self.args.max_length, self.teacher, self.args.teacher)
-            return Distillation(self.nsp, self.teacher, self.args.lambda_context, window)
+        if self.teacher is not None and self.args.objective in ("distill", "transfer"):
+            return taught(self.args, self.accelerator.unwrap_model(self.model), self.teacher)
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
     def shared(self, phase: P) -> P:

@@ -1,8 +1,8 @@
 """Measure whether transfer, layer by layer, saves tokens before distillation: both arms learn from as many tokens in all.
 
-One arm distils from the first step, the others spend a share of the steps on transfer before. Each arm begins from the same student and reads
-the same text in the same order of seeds. Printed after each phase, and every `--eval_steps` of distillation: the divergence from the teacher
-on held-out text, in nats a token, over all targets and over those beyond the window, at the tokens that were learned from until then.
+One arm distils from the first step, the others spend a share of the steps on transfer before. Each arm begins from the same student and
+reads the same text in the same order of seeds. Printed every `--eval_steps` of distillation: the divergence from the teacher on held-out
+text, in nats a token, over all targets and over those beyond the window, and the tokens that were learned from until then.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-import _timing  # noqa: F401  (puts src on the path)
 from datasets import Dataset
 
+import _timing  # noqa: F401  (puts src on the path)
 from refine_nsp.models.load import load
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
 

@@ -66,6 +66,7 @@ ALIKE = {
     ),
     "carried, streamed": ("midtrain", {**CARRIED, "objective": "ntp", "streamed": True}, 1, 8),
     "distilled": ("distilled", {"family": "lact_swiglu", "evaluate": True}, 4, 8),
+    "transferred": ("distilled", {"family": "lact_swiglu", "objective": "transfer", "evaluate": True}, 4, 8),
     "distilled, scores beforehand": ("distilled", {"context_scores": "teacher", "packed": True, "lambda_ntp": 0.0}, 2, 4),
     "distilled, mixed, with answers": ("distilled", {"mixed": True, "max_steps": 3}, 2, 4),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),

@@ -16,7 +16,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
-from refine_nsp.ops.linear_cross_entropy import block_tokens
+from refine_nsp.ops.linear_cross_entropy import head_divergence
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import is_sharded
 
@@ -107,12 +107,5 @@ def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor 
 
 def divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
     """Compute d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
-    n = block_tokens(2 * weight.shape[0], weight.device)
-    parts = []
-    for w, v, x in zip(hidden.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
-        p, q = ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in (w, v))
-        if gain:
-            parts.append((p - q).gather(-1, x[:, None])[:, 0].clamp(min=0.0))
-        else:
-            parts.append(torch.linalg.vecdot(p.exp(), p - q))
-    return torch.cat(parts).view(hidden.shape[:2])
+    d = head_divergence(hidden.flatten(0, 1), local.flatten(0, 1), weight, targets.flatten(), gain)
+    return d.view(hidden.shape[:2])

@@ -309,8 +309,8 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     cdf = weights.double().cumsum(-1)
     target = u.to(cdf)[..., None] * cdf[..., -1:]
     drawn = torch.searchsorted(cdf, target, right=True)[..., 0]
-    # Rounding can put the target at the very end; the last index with any weight is where that belongs.
-    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).to(torch.uint8).argmax(-1)
+    # Rounding can put the target at the very end; the index that reaches the sum, the last with any weight, is where that belongs.
+    last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())[..., 0]
     return torch.minimum(drawn, last)
 
 

@@ -169,6 +169,18 @@ class _Outputs:
         return self.dhidden, None if self.dweight is None else self.dweight.to(self.dtype)
 
 
+@torch.no_grad()
+@without_autocast
+def head_divergence(hidden: Tensor, local: Tensor, weight: Tensor, targets: Tensor, gain: bool) -> Tensor:
+    """Compute KL(p || q) [n] of a head's distributions on `hidden` and `local` [n, D], by blocks of tokens, float32 or better; with `gain`
+    max(0, log p - log q) of the targets [n]. Each block reads the logits once for each of the two."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    weight = weight.to(hidden.dtype)
+    return torch.cat(
+        [_Block(hidden[s], weight, targets[s], wide).divergence(local[s], gain) for s in _blocks(hidden.shape[0], weight)]
+    )
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor, ...]:

@@ -192,8 +192,8 @@ def left_alone(tmp_path_factory):
     return weights(t)
 
 
-# Damage to any file of a sealed checkpoint is noticed as the test above has it.
-@pytest.mark.parametrize(("name", "sealed"), [(SEALED[0], True), (SEALED[5], True), *((name, False) for name in SEALED[:6])])
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("name", SEALED[:6])
 def test_training_goes_on_from_before_the_damage(tmp_path, sealed_run, left_alone, name, sealed):
     """Also where no seal says that a file was cut off; the rollouts that wait in the checkpoint before are learned from."""
     shutil.copytree(sealed_run, tmp_path / "run")

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from logging import getLogger as logger
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from refine_nsp import __version__
 from refine_nsp.commands.command_line import commands, refuse
 from refine_nsp.commands.help import HELP, overview
 from refine_nsp.commands.parser import parse
-from refine_nsp.environment import keep_freed_memory, wait_without_spinning
+from refine_nsp.environment import keep_freed_memory, wait_without_spinning, without_garbage_searches
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate
 
@@ -102,7 +103,9 @@ def dispatch(words: list[str]) -> int:
         raise RefineError(f"no command {name!r}{closest(name, known)}; there are {', '.join(known)}")
     call = parse(known[name], rest)
     wait_without_spinning()
-    module = importlib.import_module(f"refine_nsp.commands.{name}")
+    where = f"refine_nsp.commands.{name}"
+    with nullcontext() if where in sys.modules else without_garbage_searches():
+        module = importlib.import_module(where)
     if "transformers" in sys.modules:
         quiet_libraries()
     keep_freed_memory()

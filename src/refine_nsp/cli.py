@@ -113,7 +113,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM at the start, when there is nothing to clean up and libraries are halfway loaded."""
+    """Handle SIGTERM at the start, when libraries are halfway loaded and there is nothing to clean up."""
     os._exit(TERMINATED_CODE)
 
 

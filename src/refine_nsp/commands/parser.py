@@ -28,8 +28,7 @@ def parse(line: CommandLine, argv: Sequence[str]) -> Call:
     """Read a command's words. Prints help and ends where it is asked for.
 
     Raises:
-        RefineError: an unknown flag or key, a value that is none of the choices, two settings of which one may be given, or settings of
-            the method that it refuses.
+        RefineError: an unknown flag or key, a value that is none of the choices, or settings that do not go together.
         SystemExit: a value of another type, or one that is missing.
     """
     asked = {*HELP} & {*argv}
@@ -59,12 +58,13 @@ def parse(line: CommandLine, argv: Sequence[str]) -> Call:
 
 def _spelled_out(line: CommandLine, argv: Sequence[str]) -> list[str]:
     """Return the words with `--flag` as `--flag=true` where no truth value follows, so that a flag never takes a MODEL behind it."""
+    if not any(flag.positional for flag in line.flags.values()):
+        return list(argv)
     bare = {s for flag in line.flags.values() if flag.kinds[0] == "bool" and flag.bare for s in spellings(flag.name)}
     truths = {*TRUE, *FALSE, "none", "null"}
-    takes_words = any(flag.positional for flag in line.flags.values())
     return [
-        f"{word}=true" if takes_words and word in bare and [*argv, ""][i + 1].lower() not in truths else word
-        for i, word in enumerate(argv)
+        f"{word}=true" if word in bare and after.lower() not in truths else word
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
     ]
 
 
@@ -136,18 +136,16 @@ def _refuse_code(line: CommandLine, path: Path, data: Mapping[str, Value]) -> No
 
 def found_config(path: Path) -> Path:
     """Return the file itself, or the shipped one where its name begins with `recipes/`. RefineError when there is neither."""
-    shipped = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     if path.is_file():
         return path
     if path.parts[:1] != ("recipes",):
         raise RefineError(f"no configuration file {path}; those of the package are named recipes/NAME.yaml, wherever you are")
+    shipped = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     inside = shipped.joinpath(*path.parts[1:])
-    if ".." in path.parts or not inside.is_file():
-        names = sorted(f"recipes/{p.name}" for p in shipped.glob("*.yaml"))
-        raise RefineError(
-            f"no configuration file {path}, here or in the package{closest(path, names)}; it has {', '.join(names)}"
-        )
-    return inside
+    if ".." not in path.parts and inside.is_file():
+        return inside
+    names = sorted(f"recipes/{p.name}" for p in shipped.glob("*.yaml"))
+    raise RefineError(f"no configuration file {path}, here or in the package{closest(path, names)}; it has {', '.join(names)}")
 
 
 def read_yaml(path: Path) -> dict[str, Value]:

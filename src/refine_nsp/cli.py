@@ -19,8 +19,7 @@ from typing import Any
 
 from refine_nsp import __version__
 from refine_nsp.commands.command_line import commands, refuse
-from refine_nsp.commands.help import HELP, overview
-from refine_nsp.commands.parser import parse
+from refine_nsp.commands.parser import HELP, overview, parse
 from refine_nsp.environment import keep_freed_memory, wait_without_spinning
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate

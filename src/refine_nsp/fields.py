@@ -26,17 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reader:
-    """The condition under which a setting is read, on the object that holds it. `a & b` holds where both do.
+    """The condition under which a setting is read, on the object that holds it. `a & b` holds where both do."""
 
-    Attributes:
-        words: the condition as an error message names it, such as "estimator='sampled'".
-        holds: takes the settings object.
-        others: the single conditions that must hold as well.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
-    others: tuple[Reader, ...] = ()
+    words: str  # as an error message names it, such as "estimator='sampled'"
+    holds: Callable[[Any], bool]  # takes the settings object
+    others: tuple[Reader, ...] = ()  # the single conditions that must hold as well
 
     def __and__(self, other: Reader) -> Reader:
         return Reader(self.words, self.holds, (*self.others, other, *other.others))

@@ -24,14 +24,11 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Accepted:
-    """Hold what values a setting accepts.
+    """Hold what values a setting accepts."""
 
-    Attributes:
-        kinds: words of `KINDS`, and `choice` (one of `choices`), `code` (a callable, which text names) and `list of KIND`.
-        choices: the words to choose from; empty where the kind is none.
-    """
-
-    kinds: tuple[str, ...]
+    kinds: tuple[
+        str, ...
+    ]  # of `KINDS`, and `choice` (one of `choices`), `code` (a callable, which text names) and `list of KIND`
     choices: tuple[str, ...] = ()
 
     @property

@@ -223,36 +223,24 @@ class Rollouts(Judged):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Hold the losses of a step, with gradient, and a record of what was chosen, sampled and judged, without.
+    """Hold the losses of a step, with gradient, and a record of what was chosen, sampled and judged, without."""
 
-    Attributes:
-        loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
-        loss_ntp: cross-entropy per real target, nats.
-        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for), or in closed form -sum_t w_t J_t.
-        entropy: [B, T], nats.
-        num_targets, num_rollout_tokens: how many terms the two losses are means over; without rollouts the second counts positions,
-            or targets.
-        positions: [B, P] long, -1 for none; None where all tokens are weighed.
-        rollouts: [B, P, N, K] long; None without rollouts, as are the next three.
-        log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N].
-        token_weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
-        left: the states that go on to the next windows, detached; None where the batch has no `starts`.
-    """
-
-    loss: Tensor
-    loss_ntp: Tensor
-    loss_policy: Tensor
-    entropy: Tensor
+    loss: Tensor  # lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar
+    loss_ntp: Tensor  # cross-entropy per real target, nats
+    loss_policy: Tensor  # per rollout token, with KL and entropy terms where asked for; in closed form -sum_t w_t J_t
+    entropy: Tensor  # [B, T], nats
     metrics: Metrics
-    num_targets: int
-    num_rollout_tokens: int
-    positions: Tensor | None = None
-    rollouts: Tensor | None = None
-    log_probs: Tensor | None = None
-    rewards: Tensor | None = None
-    advantages: Tensor | None = None
-    token_weights: Tensor | None = None
-    left: FastWeightCache | None = None
+    num_targets: int  # how many terms L_ntp is a mean over
+    num_rollout_tokens: int  # how many the policy loss is; without rollouts these are positions, or targets
+    positions: Tensor | None = None  # [B, P] long, -1 for none; None where all tokens are weighed
+    rollouts: Tensor | None = None  # [B, P, N, K] long; None without rollouts, as are the next three
+    log_probs: Tensor | None = None  # [B, P, N, K] under the current policy
+    rewards: Tensor | None = None  # [B, P, N]
+    advantages: Tensor | None = None  # [B, P, N]
+    token_weights: Tensor | None = None  # [B, T], w_t of the closed form, 0 where none; None with rollouts
+    left: FastWeightCache | None = (
+        None  # the states that go on to the next windows, detached; None where the batch has no `starts`
+    )
 
 
 def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Tensor, Tensor]:

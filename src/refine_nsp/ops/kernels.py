@@ -146,10 +146,13 @@ def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -
 
 def by_operation() -> dict[str, tuple[str, str]]:
     """List what computes each operation, "fla" or "torch", and why."""
-    kernels = chosen()
+    kernels, attention = chosen(), "block by block, on what scaled_dot_product_attention chooses for the device"
+    if torch.cuda.is_available() and wanted() != "torch":
+        problem = window_attention_problem(None, None)
+        attention = f"{attention}: {problem}" if problem else f"FlashAttention in bfloat16 or float16, else {attention}"
     ours = {
         "fast weights of LaCT": ("torch", "large matrix products in the dtype of the activations, states in float32"),
-        "window attention": ("torch", _window_attention_by()),
+        "window attention": ("torch", attention),
         "head and losses": ("torch", "logits of one block of tokens at a time"),
     }
     if kernels.name == "torch":
@@ -157,14 +160,6 @@ def by_operation() -> dict[str, tuple[str, str]]:
     limits = f"bfloat16 or float16, query/key heads of up to {WIDEST_KEY}; others on PyTorch's operations"
     gated = ("torch", kernels.gated) if kernels.gated is not None else ("fla", limits)
     return {"delta rule": ("fla", limits), "gated delta rule": gated} | dict.fromkeys(ELEMENTWISE, ("fla", kernels.why)) | ours
-
-
-def _window_attention_by() -> str:
-    by_blocks = "block by block, on what scaled_dot_product_attention chooses for the device"
-    if not torch.cuda.is_available() or wanted() == "torch":
-        return by_blocks
-    problem = window_attention_problem(None, None)
-    return f"FlashAttention in bfloat16 or float16, else {by_blocks}" if problem is None else f"{by_blocks}: {problem}"
 
 
 @functools.cache

@@ -126,7 +126,7 @@ def lact(
     beginning = Pair.of(initial)
     if state is None:
         # Copied: states are read after the pass, and where a model is in shards a block's own parameters are gone by then.
-        fast = initial_state(_for_rows(Pair(beginning.w02, beginning.w1.clone()), B), rule)
+        fast = initial_state(Pair(beginning.w02, beginning.w1.clone()).of_rows(B), rule)
     else:
         fast = _fast_state_of_rows(state, seen, beginning, rule)
     total = opened + (T if lengths is None else lengths.cpu())
@@ -163,7 +163,7 @@ def naive_lact(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[State]]:
     """Compute `lact` token by token, by its definition; return o with zeros at pads, and each row's last state."""
-    rows = _for_rows(Pair.of(initial), len(q))
+    rows = Pair.of(initial).of_rows(len(q))
     fresh = _named(initial_state(rows, rule))
     norms = row_norms(rows)
     outputs, states = [], []
@@ -240,10 +240,6 @@ def _with_a_part_in(o: Tensor, tokens: Tokens, initial: Pair | None = None) -> T
     return o
 
 
-def _for_rows(weights: Pair, B: int) -> Pair:
-    return Pair(*(w.expand(B, -1, -1, -1) for w in weights))
-
-
 def _read_span(weights: Pair, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Read queries start[b] .. end[b] - 1 of q [B, H, T, Dk] into the same shape, with zeros elsewhere, so that spans can be summed."""
     width = int((end - start).max())
@@ -260,12 +256,8 @@ def _named(fast: FastState) -> State:
 
 
 def _fast_state(state: State) -> FastState:
-    def pair(prefix: str) -> Pair | None:
-        return Pair(*(state[prefix + name] for name in Pair._fields)) if prefix + "w1" in state else None
-
-    weights = pair("")
-    assert weights is not None
-    return FastState(weights, pair("main_"), pair("momentum_"))
+    main, momentum = (Pair(state[p + "w02"], state[p + "w1"]) if p + "w1" in state else None for p in ("main_", "momentum_"))
+    return FastState(Pair(state["w02"], state["w1"]), main, momentum)
 
 
 def _fast_state_of_rows(state: State, seen: Tensor | None, initial: Pair, rule: UpdateRule) -> FastState:
@@ -274,17 +266,10 @@ def _fast_state_of_rows(state: State, seen: Tensor | None, initial: Pair, rule: 
     if seen is None or bool((seen > 0).all()):
         return fast
     continues = (seen > 0).to(fast.weights.w1.device, non_blocking=True)
-    return _where(continues, fast, initial_state(_for_rows(initial, len(seen)), rule))
+    return _where(continues, fast, initial_state(initial.of_rows(len(seen)), rule))
 
 
 def _where(rows: Tensor, learned: FastState, before: FastState) -> FastState:
     """Choose `learned` for the rows [B] bool that continue, and `before` for the others."""
-
-    def choose(a: Pair | None, b: Pair | None) -> Pair | None:
-        if a is None or b is None:
-            return None
-        return Pair(*(torch.where(rows[:, None, None, None], x, y) for x, y in zip(a, b, strict=True)))
-
-    weights = choose(learned.weights, before.weights)
-    assert weights is not None
-    return FastState(weights, choose(learned.main, before.main), choose(learned.momentum, before.momentum))
+    old = _named(before)
+    return _fast_state({name: torch.where(rows[:, None, None, None], x, old[name]) for name, x in _named(learned).items()})

@@ -47,6 +47,10 @@ class Pair(NamedTuple):
         """Put w0 and w2 together."""
         return cls(torch.cat([weights.w0, weights.w2], -2), weights.w1)
 
+    def of_rows(self, B: int) -> Pair:
+        """Expand weights of one row to B rows, without copying."""
+        return Pair(*(w.expand(B, -1, -1, -1) for w in self))
+
     def parts(self) -> Triple:
         """Take w0, w1 and w2 apart."""
         w0, w2 = self.w02.chunk(2, -2)

@@ -196,18 +196,14 @@ class SequenceTerm:
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """Holds the losses of `linear_next_sequence`, scalars with gradient: loss = ntp_scale * ntp + policy_scale * policy.
+    """Holds the losses of `linear_next_sequence`, scalars with gradient, and detached figures of each token."""
 
-    Detached are token_weights [n], the w_t used; values [n], J_t; and matches [n], (1/K) sum_j P_j, the share of K tokens that a rollout is
-    expected to match before its first miss.
-    """
-
-    loss: Tensor
+    loss: Tensor  # ntp_scale * ntp + policy_scale * policy
     ntp: Tensor
     policy: Tensor
-    token_weights: Tensor
-    values: Tensor
-    matches: Tensor
+    token_weights: Tensor  # [n], the w_t used
+    values: Tensor  # [n], J_t
+    matches: Tensor  # [n], (1/K) sum_j P_j, the share of K tokens that a rollout is expected to match before its first miss
 
 
 def log_matches(log_p: Tensor, K: int) -> Tensor:

@@ -33,9 +33,6 @@ class OutOfMemory(RefineError, torch.OutOfMemoryError):
     """Memory ran out in one part of a step.
 
     It is a `torch.OutOfMemoryError` too, whose first sentence callers who try smaller batches look for (accelerate does).
-
-    Attributes:
-        part: one of `PARTS`. reported: the allocator's own message.
     """
 
     def __init__(self, part: str, reported: str, remedy: str) -> None:

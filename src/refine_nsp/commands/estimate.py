@@ -126,6 +126,8 @@ def table(found: Estimate, where: EstimateArguments, notes: Sequence[str] = ()) 
     if known:
         parts["activations and gradients at their peak"] = found.activations
         parts["  of these beyond next-token prediction's"] = found.activations - found.ntp_activations
+    if found.validation:
+        parts["activations of a validation at their peak"] = found.validation
     parts["in all, on each device" if known else "in all without activations"] = found.total
     parts[f"memory of {where.device}"] = device.bytes
     rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in parts.items()]

@@ -97,10 +97,11 @@ def greedy_match(
         The sum over positions of the share of equal tokens, the sum of mean cosines, and how many positions there are.
     """
     positions = prefixes.positions
-    cache, hidden, match, similarity, valid = prefixes.cache, prefixes.hidden, 0.0, 0.0, positions.flatten() >= 0
+    rows, hidden, valid = model.model.branch(prefixes.cache, 1), prefixes.hidden, positions.flatten() >= 0
+    match = similarity = 0.0
     for j in range(1, K + 1):
         token = model.lm_head(hidden).argmax(-1)
-        hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+        hidden = rows.advance(token)
         ahead = (positions.clamp(min=0) + j).clamp(max=input_ids.shape[1] - 1)
         truth, true_hidden = input_ids.gather(1, ahead).flatten(), gather_positions(true_states, ahead).flatten(0, 1)
         match += float((token == truth)[valid].sum())

@@ -74,7 +74,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
         The scalar loss (float32 or better) and detached per-token NLL, entropy and argmax.
     """
     # Cast outside the function, so that autograd casts the gradients back.
-    hidden, weight = _inputs(hidden, weight)
+    hidden, weight = cast_inputs(hidden, weight)
     loss, *stats = without_autocast(_LinearCrossEntropy.apply)(hidden, weight, targets, token_weights)
     return loss, TokenStats(*stats)
 
@@ -87,7 +87,7 @@ def _device_logits(device: torch.device) -> int:
     return 1 << max(logits, BLOCK_LOGITS).bit_length() - 1
 
 
-def _inputs(*tensors: Tensor) -> list[Tensor]:
+def cast_inputs(*tensors: Tensor) -> list[Tensor]:
     """Cast tensors to the dtype of the products, and detach them where gradients are off, which a function's autograd does not tell it."""
     dtype = autocast_dtype(tensors[0])
     return [(x if torch.is_grad_enabled() else x.detach()).to(dtype) for x in tensors]
@@ -291,7 +291,7 @@ def linear_next_sequence(
         The losses, and detached per-token statistics. The gradient of `loss` is formed with the blocks; that of `ntp` or `policy`
         alone, when asked for, by running the blocks again.
     """
-    hidden, weight = _inputs(hidden, weight)
+    hidden, weight = cast_inputs(hidden, weight)
     local = None if term.local is None else term.local.detach().to(hidden.dtype)
     settings = (term.K, term.order, term.gain, ntp_scale, policy_scale)
     run = without_autocast(_LinearNextSequence.apply)

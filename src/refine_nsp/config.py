@@ -73,8 +73,7 @@ def check_choices(settings: object) -> None:
 
 def check_choice(name: str, value: object, options: Iterable[object]) -> None:
     """Refuse a value that is none of the options. The RefineError names the nearest one."""
-    options = list(options)
-    if value not in options:
+    if value not in (options := list(options)):
         names = [str(o) for o in options if o is not None]
         raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(value, names)}")
 

@@ -52,9 +52,8 @@ def expecting(what: str, where: object) -> Iterator[None]:
     except RefineError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise RefineError(
-            f"{where} is damaged or something else; expected {what} ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise RefineError(f"{where} is damaged or something else; expected {what} ({said})") from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -92,13 +92,12 @@ def write_report(trainer: ReFINETrainer, out: Path) -> Path | None:
 
 
 class SettingsWriter(TrainerCallback):
-    """Write settings and environment into the run's folder, once it is known to be this run's."""
+    """Write settings and environment into the run's folder, once it is known to be this run's, in the main process."""
 
     def __init__(self, config: Mapping[str, Value]) -> None:
         self.config = config
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Do so in the main process."""
         if state.is_world_process_zero:
             out = Path(str(args.output_dir))
             write_atomically(out / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=True))

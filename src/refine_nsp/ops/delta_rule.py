@@ -60,10 +60,7 @@ class DeltaStates:
 
     @without_autocast
     def at(self, positions: Tensor) -> Tensor:
-        """Rebuild the state after the tokens at `positions` [B, P] long, best on the host (-1: before the first).
-
-        Returns [B, P, HV, Dk, Dv], differentiable.
-        """
+        """Rebuild the state [B, P, HV, Dk, Dv] after the tokens at `positions` [B, P] long, best on the host (-1: before the first)."""
         C, (B, P), T, device = self.chunk, positions.shape, self.k.shape[1], self.k.device
         consumed = positions.cpu() + 1
         if bool((consumed >= (T if self.lengths is None else self.lengths[:, None])).all()):

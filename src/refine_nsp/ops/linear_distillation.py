@@ -23,28 +23,22 @@ from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 @dataclass(frozen=True)
 class Lesson:
-    """Holds what a student is to learn about n tokens; nothing of it is differentiated.
+    """Holds what a student is to learn about n tokens; nothing of it is differentiated."""
 
-    hidden: [n, Dt], the teacher's, after its final norm. weight: [Vt, Dt], its head's. targets: [n] long, the true next tokens.
-    kl_weights, target_weights: [n], what each token counts in the divergence and in the cross-entropy; `target_weights` of None leaves the
-    cross-entropy out.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    kl_weights: Tensor
-    target_weights: Tensor | None = None
+    hidden: Tensor  # [n, Dt], the teacher's, after its final norm
+    weight: Tensor  # [Vt, Dt], its head's
+    targets: Tensor  # [n] long, the true next tokens
+    kl_weights: Tensor  # [n], what each token counts in the divergence
+    target_weights: Tensor | None = None  # [n], and in the cross-entropy; None leaves that out
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Holds the loss, a scalar with gradient, and what it is the sum of: kl and nll [n], nats, detached; nll is None where it was left
-    out."""
+    """Holds the loss, a scalar with gradient, and what it is the sum of, detached."""
 
     loss: Tensor
-    kl: Tensor
-    nll: Tensor | None
+    kl: Tensor  # [n], nats
+    nll: Tensor | None  # [n], nats; None where it was left out
 
 
 def naive_linear_distillation(hidden: Tensor, weight: Tensor, lesson: Lesson) -> Divergence:

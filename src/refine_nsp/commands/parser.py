@@ -67,7 +67,7 @@ def _spelled_out(line: CommandLine, argv: Sequence[str]) -> list[str]:
     truths = {*TRUE, *FALSE, "none", "null"}
     return [
         f"{word}=true" if word in bare and after.lower() not in truths else word
-        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+        for word, after in zip(argv, [*argv[1:], ""], strict=False)
     ]
 
 

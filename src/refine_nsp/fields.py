@@ -127,7 +127,7 @@ def check_read(settings: DataclassInstance) -> None:
         given = is_known(f) and not f.metadata["also"] and getattr(settings, f.name) != default_of(f)
         if given and (missing := f.metadata["read_by"].missing(settings)):
             by_reader.setdefault(" and ".join(missing), {})[f.name] = f"{f.name}={getattr(settings, f.name)!r}"
-    names = [name for unread in by_reader.values() for name in unread]
+    names = [f.name for f in fields(settings) if any(f.name in unread for unread in by_reader.values())]
     if names:
         said = [
             f"{', '.join(u.values())} ({'it needs' if len(u) == 1 else 'they need'} {needs})" for needs, u in by_reader.items()

@@ -18,11 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from refine_nsp import __version__
 from refine_nsp.commands.command_line import commands, refuse
-from refine_nsp.commands.help import HELP, overview
-from refine_nsp.commands.parser import parse
-from refine_nsp.environment import keep_freed_memory, wait_without_spinning, without_garbage_searches
+from refine_nsp.commands.parser import HELP, overview, parse
+from refine_nsp.environment import installed, keep_freed_memory, wait_without_spinning, without_garbage_searches
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate
 
@@ -95,7 +93,7 @@ def dispatch(words: list[str]) -> int:
         sys.stdout.write(overview())
         return 0
     if name == "--version":
-        sys.stdout.write(f"refine-nsp {__version__}\n")
+        sys.stdout.write(f"refine-nsp {installed('refine-nsp') or '0+unknown'}\n")
         return 0
     if name not in (known := commands()):
         if name.startswith("-"):
@@ -116,7 +114,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM at the start, when there is nothing to clean up and libraries are halfway loaded."""
+    """Handle SIGTERM at the start, when libraries are halfway loaded and there is nothing to clean up."""
     os._exit(TERMINATED_CODE)
 
 

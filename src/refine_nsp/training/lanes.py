@@ -180,7 +180,7 @@ def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int
     Raises:
         RefineError: packed rows, or no document that is long enough.
     """
-    names = data.column_names or []
+    names = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not say its columns
     if BEGINS_COLUMN in names or TOKENS_COLUMN not in names:
         return data
     if LENGTHS_COLUMN in names:

@@ -46,7 +46,8 @@ class LaneOrder(Sampler[int]):
         return self.turns * self.lanes
 
     def __iter__(self) -> Iterator[int]:
-        rows = in_lanes(self._documents(), [iter(()) for _ in range(self.lanes)])
+        reading: list[Iterator[int]] = [iter(()) for _ in range(self.lanes)]
+        rows = in_lanes(self._documents(), reading)
         for _ in range(self.epoch * len(self)):
             next(rows)
         for _ in range(len(self)):

@@ -116,7 +116,8 @@ def outcome_table(record: Record) -> tuple[Table, str]:
     )
     shown = difference(record.contrast(CARRIED, WINDOWS, beyond)[MEAN])
     verdict = "significant" if p < 0.05 else "not significant"
-    sentence = f"Loss of held-out novels from position {WINDOW} to {SPAN * WINDOW}, {CARRIED} - {WINDOWS}: {shown} nats (p = {p:.3f}, {verdict} at 5 %)."
+    where = f"from position {WINDOW} to {SPAN * WINDOW}"
+    sentence = f"Loss of held-out novels {where}, {CARRIED} - {WINDOWS}: {shown} nats (p = {p:.3f}, {verdict} at 5 %)."
     return Table("Loss of held-out novels, differences", ["positions", "", MEAN, *BASES, "p"], rows, [note]), sentence
 
 
@@ -168,13 +169,13 @@ def introduction(record: Record) -> str:
     """Say what was done, and how."""
     s = record.settings
     made = ", ".join(f"{key} {value}" for key, value in s["made"].items())
-    return (
-        f"Planned in [benchmarks/study/carried_plan.md](../benchmarks/study/carried_plan.md), with what was changed before any arm was run;\n"
-        f"`python benchmarks/carried_study.py`, one thread ({made}).\n"
-        f"{s['steps']} steps of {s['lanes']} x {s['window']} tokens (W = {s['window']}) of next-token prediction from the shipped bases, half the\n"
-        f"documents novels, half generated, each {2 * s['span']}W long: `{WINDOWS}` that each start from nothing, `{CARRIED}` in lanes, and `{FULL}`\n"
-        f"rows of {s['span']}W. All arms of a seed read the same targets in any {s['span']} steps. Held-out novels are read in one pass.\n"
-    )
+    W, span = s["window"], s["span"]
+    return f"""Planned in [benchmarks/study/carried_plan.md](../benchmarks/study/carried_plan.md), with what was changed before any arm was run;
+`python benchmarks/carried_study.py`, one thread ({made}).
+{s["steps"]} steps of {s["lanes"]} x {W} tokens (W = {W}) of next-token prediction from the shipped bases, half the documents
+novels, half generated, each {2 * span}W long: `{WINDOWS}` that each start from nothing, `{CARRIED}` in lanes, and `{FULL}` rows of
+{span}W. All arms of a seed read the same targets in any {span} steps. Held-out novels are read in one pass.
+"""
 
 
 def section(record: Record, picture: str) -> str:

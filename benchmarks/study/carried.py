@@ -170,7 +170,7 @@ def introduction(record: Record) -> str:
     s = record.settings
     made = ", ".join(f"{key} {value}" for key, value in s["made"].items())
     W, span = s["window"], s["span"]
-    return f"""Planned in [benchmarks/study/carried_plan.md](../benchmarks/study/carried_plan.md), with what was changed before any arm was run;
+    return f"""Planned in [benchmarks/study/carried_plan.md](../benchmarks/study/carried_plan.md), with its changes before any arm was run;
 `python benchmarks/carried_study.py`, one thread ({made}).
 {s["steps"]} steps of {s["lanes"]} x {W} tokens (W = {W}) of next-token prediction from the shipped bases, half the documents
 novels, half generated, each {2 * span}W long: `{WINDOWS}` that each start from nothing, `{CARRIED}` in lanes, and `{FULL}` rows of

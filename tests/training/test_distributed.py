@@ -65,6 +65,8 @@ ALIKE = {
         2,
     ),
     "carried, streamed": ("midtrain", {**CARRIED, "objective": "ntp", "streamed": True}, 1, 8),
+    "distilled": ("distilled", {"family": "lact_swiglu", "evaluate": True}, 4, 8),
+    "distilled, scores beforehand": ("distilled", {"context_scores": "teacher", "packed": True, "lambda_ntp": 0.0}, 2, 4),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, 4, 8),

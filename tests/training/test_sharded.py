@@ -55,13 +55,15 @@ ALIKE = {
     "rollouts by segments": ("midtrain", {**ROLLOUTS, **UNEVEN, "segment_tokens": 17}, SHARDED, 2),
     "carried, lact, checkpointing": ("midtrain", {**CARRIED, **CLOSED_FORM, "family": "lact_swiglu"}, CHECKPOINTING, 2),
     "carried, rollouts by segments": ("midtrain", {**CARRIED, **ROLLOUTS, "segment_tokens": 10, "evaluate": True}, SHARDED, 2),
+    "distilled": ("distilled", {**UNEVEN, "family": "lact_swiglu", "evaluate": True}, SHARDED, 2),
+    "distilled, scores beforehand": ("distilled", {**UNEVEN, "context_scores": "teacher"}, CHECKPOINTING, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),
 }
 # What `make test` has time for: both kinds of models and a hybrid, sampled and closed form, both phases.
 FIRST = {
     "rollouts", "lact, checkpointing", "closed form by segments, fewer on one process", "several steps from one batch of rollouts",
-    "hybrid, checkpointing", "hybrid, rollouts", "carried, lact, checkpointing", "nested closed form",
+    "hybrid, checkpointing", "hybrid, rollouts", "carried, lact, checkpointing", "distilled", "nested closed form",
 }  # fmt: skip
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
 LANES = {**CARRIED, **CLOSED_FORM, "max_steps": 4, "fsdp": True, "fsdp_config": SHARDED}

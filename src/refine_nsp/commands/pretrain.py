@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.training_run import SettingsWriter, check_reporting, in_one_line, resume_from
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.tiny.pretrain import pretrain
@@ -14,7 +13,7 @@ from refine_nsp.tiny.pretrain_settings import PretrainConfig
 # Settings that a pretraining has no use for: it learns by its own phase, from rows that it makes itself.
 UNUSED = (
     "objective", "steps_per_generation", "context_scores", "log_completions", "num_completions_to_print", "num_train_epochs",
-    "train_sampling_strategy", "length_column_name",
+    "train_sampling_strategy", "length_column_name", "teacher", "lambda_context", "teacher_window",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.memory_rate import by_rate
 from refine_nsp.training.phases import Phase
 
 HALF = (torch.bfloat16, torch.float16)
@@ -32,14 +33,13 @@ def weights_problems(model: nn.Module, args: ReFINEConfig, sharded: bool) -> lis
         )
     # FSDP widens weights where products are narrower.
     widened = sharded and args.mixed_precision != "no"
-    if not widened and (problem := rounding_problem(model, args.learning_rate)) is not None:
-        problems.append(problem)
-    return problems
+    rates = [] if widened else by_rate(model, args)
+    return problems + [problem for rate, trained in rates if (problem := rounding_problem(trained, rate)) is not None]
 
 
-def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
-    """Say which trained weights are too coarse for the learning rate; None where a step moves them."""
-    coarse = [p for p in model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
+def rounding_problem(trained: Sequence[nn.Parameter], learning_rate: float) -> str | None:
+    """Say which trained weights are too coarse for their learning rate; None where a step moves them."""
+    coarse = [p for p in trained if not p.is_meta and p.dtype in HALF]
     share = share_unmoved(coarse, learning_rate)
     if share <= UNMOVED:
         return None

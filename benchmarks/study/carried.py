@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     CARRIED: {"max_length": WINDOW, "per_device_train_batch_size": LANES, "carry_states": True},
     FULL: {"max_length": SPAN * WINDOW, "per_device_train_batch_size": 1},
 }
+IN_BOTH_WAYS = (WINDOWS, CARRIED)  # are read in windows too
 CONTRASTS = ((CARRIED, WINDOWS), (CARRIED, FULL), (FULL, WINDOWS))  # the first is tested, the others are described
 Figures = dict[str, Any]
 
@@ -42,13 +43,15 @@ def name_of(kind: str, *arguments: Any) -> str:
 
 
 class Record:
-    """Read kept figures. seeds: those whose arms are all trained. asked: those whose needles are all there too."""
+    """Read kept figures. seeds: those whose arms are all trained. asked, windowed: those that have all needles, or were read in
+    windows too."""
 
     def __init__(self, path: Path) -> None:
         held = json.loads(gzip.decompress(path.read_bytes()))
         self.settings, self.jobs = held["settings"], held["jobs"]
         self.seeds = self._whole("train", tuple(ARMS))
         self.asked = self._whole("needles", (BASE, *ARMS))
+        self.windowed = self._whole("windowed", IN_BOTH_WAYS)
         if not self.seeds:
             raise RefineError("no seed has all of its arms yet, so there is no table; run it again without --so_far")
 
@@ -138,6 +141,19 @@ def positions_table(record: Record) -> Table:
     return Table("Loss of held-out novels after training, by position", columns, rows, [note])
 
 
+def ways_table(record: Record) -> Table | None:
+    """Tabulate the loss from W on in one pass and in windows; the difference is what far text is worth. None where it was not measured."""
+    rows: list[list[Cell]] = []
+    for base in BASES if record.windowed else ():
+        for arm in IN_BOTH_WAYS:
+            one_pass = [beyond(record.losses(base, arm, seed)) for seed in record.windowed]
+            windows = [beyond(mean_by_position(record.jobs[name_of("windowed", base, arm, seed)])) for seed in record.windowed]
+            rows.append([base, arm, spread(one_pass), spread(windows), difference(paired(one_pass, windows))])
+    note = f"not in the plan; {len(record.windowed)} seeds; a window's first half is context only; {HALF}"
+    columns = ["", "", "one pass", "in windows of W", "one pass - windows"]
+    return Table(f"Loss of held-out novels from W to {SPAN}W, read in two ways", columns, rows, [note]) if rows else None
+
+
 def needles_table(record: Record) -> Table | None:
     """Tabulate RULER's needles, the mean of its eight tasks; None where no seed has all of them."""
     rows: list[list[Cell]] = []
@@ -181,8 +197,8 @@ novels, half generated, each {2 * span}W long: `{WINDOWS}` that each start from 
 def section(record: Record, picture: str) -> str:
     """Write the section as Markdown, heading included. picture: where its plot is, as seen from the document."""
     test, sentence = outcome_table(record)
-    needles = needles_table(record)
-    tables = [test, positions_table(record), gain_table(record), *([needles] if needles else [])]
+    found = [test, positions_table(record), gain_table(record), ways_table(record), needles_table(record)]
+    tables = [table for table in found if table is not None]
     head = f"\n\n## {TITLE}\n\n{introduction(record)}\n**{sentence}**\n\n![{drawing(record).title}]({picture})\n\n"
     return head + "\n".join(table.markdown() for table in tables)
 

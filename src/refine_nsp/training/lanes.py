@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import TypeVar
 
 import torch
@@ -109,7 +109,7 @@ class LaneStream(Stream):
         self.row = 0 if start is None or given_out else int(start["row"])
         self.reading = [self._document(begin, given) for begin, given in place["lanes"]]
         self.ahead = place["ahead"]
-        for example in in_lanes(self._documents(place["ahead"]), self.reading):
+        for example in in_lanes(self._documents(place["ahead"]), self.reading, self.row):
             self.row += 1
             if self.row % self.every == 0:
                 self.places.append((self.row, self.place()))
@@ -157,16 +157,16 @@ class LaneStream(Stream):
             place = {"epoch": self.epoch, "state": None}
 
 
-def in_lanes(documents: Iterator[Iterator[T]], reading: list[Iterator[T]]) -> Iterator[T]:
-    """Yield windows in turns of one for each lane, from what each is `reading`, a list that is kept up to date.
+def in_lanes(documents: Iterator[Iterator[T]], reading: list[Iterator[T]], row: int = 0) -> Iterator[T]:
+    """Yield windows in turns of one for each lane from `row` on, from what each is `reading`, a list that is kept up to date.
 
     A lane whose document has ended takes the next of `documents`, which must not end.
     """
-    while True:
-        for lane in range(len(reading)):
-            while not (window := list(islice(reading[lane], 1))):
-                reading[lane] = next(documents)
-            yield window[0]
+    for turn in count(row):
+        lane = turn % len(reading)
+        while not (window := list(islice(reading[lane], 1))):
+            reading[lane] = next(documents)
+        yield window[0]
 
 
 def documents_of(begins: Sequence[bool]) -> list[range]:

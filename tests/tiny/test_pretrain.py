@@ -17,7 +17,7 @@ from refine_nsp.files import read_json_lines
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny import pretrain as module
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.facts import FactTokens, fact_document
+from refine_nsp.tiny.documents import FactTokens, fact_document
 from refine_nsp.tiny.families import FAMILIES
 from refine_nsp.tiny.measures import recall_in
 from refine_nsp.tiny.pretrain import pretrain
@@ -46,6 +46,12 @@ def library(monkeypatch, texts, small_tokenizer):
     """Little text, and its tokenizer made once."""
     monkeypatch.setattr(module, "standard_library", lambda held_out: texts[:1] if held_out else texts[1:3])
     monkeypatch.setattr(module, "train_tokenizer", lambda texts, vocab_size: small_tokenizer)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No page of curves at every validation: of all families it has dozens, and takes longer than the training."""
+    monkeypatch.setattr(module, "write_curves", lambda folder: None)
 
 
 TINY = dict(
@@ -195,7 +201,7 @@ def test_recipes_describe_how_the_shipped_bases_were_made(recipe):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_resumed_equals_uninterrupted(tmp_path, library, monkeypatch):
+def test_resumed_equals_uninterrupted(tmp_path, library, undrawn, monkeypatch):
     whole = weights(pretrain(tiny(tmp_path / "a", EVERYTHING, 128)))
     real, steps = module.PreTrainer.training_step, []
 
@@ -215,13 +221,17 @@ def test_resumed_equals_uninterrupted(tmp_path, library, monkeypatch):
     assert recall_in(a) and recall_in(a) == recall_in(b) and a["eval_loss"] == b["eval_loss"]
 
 
-def test_a_step_in_several_parts_is_the_step(tmp_path, library):
-    """Whatever goes through the model together: the same rows, and what they are divided by."""
-    whole = weights(pretrain(tiny(tmp_path / "a", EVERYTHING, 128, max_length=512, gradient_accumulation_steps=1)))
-    parts = weights(pretrain(tiny(tmp_path / "b", EVERYTHING, 128, max_length=128, gradient_accumulation_steps=4)))
-    together = weights(
-        pretrain(tiny(tmp_path / "c", EVERYTHING, 128, gradient_accumulation_steps=1, per_device_train_batch_size=2))
-    )
+def test_a_step_in_several_parts_is_the_step(tmp_path, library, undrawn):
+    """Whatever goes through the model together: the same rows, and what they are divided by. Weights alone are compared, at the end."""
+
+    def trained(name: str, **settings) -> dict[str, torch.Tensor]:
+        return weights(
+            pretrain(tiny(tmp_path / name, EVERYTHING, 128, eval_steps=4, save_steps=4, probes_per_kind=1, **settings))
+        )
+
+    whole = trained("a", max_length=512, gradient_accumulation_steps=1)
+    parts = trained("b", max_length=128, gradient_accumulation_steps=4)
+    together = trained("c", gradient_accumulation_steps=1, per_device_train_batch_size=2)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(together[name], value, atol=1e-4, rtol=1e-3)

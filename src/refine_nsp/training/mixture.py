@@ -183,7 +183,8 @@ def mix_documents(
     chosen = mix_order(sizes, weights, stopping, seed)
     firsts = np.cumsum([0, *map(len, lengths)]).tolist()
     places = [(i, firsts[i] + rows.start, firsts[i] + rows.stop) for i, apart in enumerate(documents) for rows in apart]
-    order, given = [], [0] * len(lengths)
+    order: list[int] = []
+    given = [0] * len(lengths)
     for document in chosen.order:
         i, first, last = places[document]
         order += range(first, last)

@@ -142,6 +142,11 @@ class Phase:
         return self.config.context_score is not None
 
     @property
+    def scoring(self) -> NSPConfig:
+        """Return the settings that context scores are computed by."""
+        return self.config
+
+    @property
     def rows_apart(self) -> bool:
         """Tell whether the loss of a sequence depends on that sequence alone, whatever else is in the batch."""
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,13 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.tokens_this_step = 0
-        self.context: AbstractContextManager[StepProgress] | None = None
+        self.open = ExitStack()
         self.progress: StepProgress | None = None
         self.latest: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self.context = step_progress(state.max_steps, state.global_step, args.run_name or "train")
-            self.progress = self.context.__enter__()
+            self.progress = self.open.enter_context(step_progress(state.max_steps, state.global_step, args.run_name or "train"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress is not None:
@@ -46,9 +45,8 @@ class ProgressCallback(TrainerCallback):
         RunFolder(Path(str(args.output_dir))).log({"step": state.global_step, **logs})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.context is not None:
-            self.context.__exit__(None, None, None)
-            self.context = self.progress = None
+        self.open.close()
+        self.progress = None
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -115,8 +113,4 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Leave signals to whoever handled them before."""
-        self.request.__exit__()
+        self.request.__exit__()  # signals are handled as before

@@ -1,11 +1,14 @@
-"""A checkpoint is resumed from only where it is whole: its files are compared with a seal that is written last."""
+"""A checkpoint is resumed from only where it is whole: its files are compared with a seal that is written last.
+
+It also records how the examples of a step were dealt out to processes and micro-batches; what a step learns does not depend on that.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +22,58 @@ from transformers.trainer_pt_utils import safe_globals
 
 from refine_nsp.errors import RefineError, first_line
 from refine_nsp.files import write_atomically
-from refine_nsp.training.dealing import DEALING_FILE
+from refine_nsp.nsp.seeds import generator_of
 
-SEAL_FILE = "sealed.json"
+SEAL_FILE, DEALING_FILE = "sealed.json", "dealing.json"
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """Record how the examples of an optimizer step are dealt out: `batch` for each of `micro_batches` on each of `processes`."""
+
+    processes: int
+    micro_batches: int
+    batch: int
+
+    @property
+    def examples(self) -> int:
+        """Count the examples of an optimizer step."""
+        return self.processes * self.micro_batches * self.batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.processes} processes x {self.micro_batches} gradient_accumulation_steps x {self.batch} a batch = {self.examples} "
+            "examples a step"
+        )
+
+    def generators(
+        self, seed: int, step: int, process: int, drawn: int, places: Sequence[tuple[int, int]]
+    ) -> list[torch.Generator]:
+        """Make a generator for every row of a micro-batch, which all of the row's randomness comes from.
+
+        It is seeded by the run's seed, the step, the index of the row's example among all that are drawn as this step begins, and the
+        row's document in that example. Batches are dealt to processes in turn, so this index is the same however examples are shared out.
+
+        Args:
+            drawn: micro-batches that this process has drawn before in this step. places: (example, document) of each row.
+        """
+        first = (drawn * self.processes + process) * self.batch
+        return [generator_of(seed, step, first + example, document) for example, document in places]
+
+    @classmethod
+    def of(cls, folder: Path) -> Dealing | None:
+        """Read the dealing of a checkpoint's folder; None where another program made it."""
+        path = folder / DEALING_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def check(self, folder: Path) -> None:
+        """Refuse a checkpoint whose steps have another number of examples (RefineError): only with the same is it known which come next."""
+        made = Dealing.of(folder)
+        if made is not None and made.examples != self.examples:
+            raise RefineError(
+                f"{folder} was made with {made}, and this run has {self}: it would continue at another example. Keep the product, for "
+                f"example by gradient_accumulation_steps; or begin a new run from the weights (model_name_or_path={folder})"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,11 +93,7 @@ class Checkpoint:
 
     @contextmanager
     def whole_or_not_at_all(self) -> Iterator[None]:
-        """Make the folder, and remove it where writing into it fails.
-
-        Raises:
-            RefineError: the disk is full, or cannot be written to.
-        """
+        """Make the folder, and remove it where writing into it fails (RefineError for a full disk)."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             yield
@@ -90,11 +138,7 @@ class Checkpoint:
         return None
 
     def check_shards(self, sharded: bool) -> None:
-        """Refuse weights that do not lie as this run reads them: in shards, or whole.
-
-        Raises:
-            RefineError: how they lie, and how to launch the run or begin a new one.
-        """
+        """Refuse weights that do not lie as this run reads them: in shards, or whole (RefineError)."""
         made = any(self.path.glob(f"{FSDP_MODEL_NAME}*"))
         if made and not sharded:
             raise RefineError(

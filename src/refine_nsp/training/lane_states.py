@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from refine_nsp.errors import RefineError
 from refine_nsp.models.state import FastWeightCache, LayerState
 from refine_nsp.nsp.records import Batch, Starts
-from refine_nsp.training.dealing import Dealing
+from refine_nsp.training.checkpoints import Dealing
 
 LANES_FILE = "lanes.process{}.safetensors"  # every process has its own
 
@@ -90,12 +90,9 @@ class LaneStates:
         layers = max((len(lane.cache.layers) for lane in self.lanes.values()), default=0)
         save_file(tensors, folder / LANES_FILE.format(process), metadata={"layers": str(layers)})
 
-    def load(self, folder: Path, own: Sequence[int], made: Dealing | None, device: torch.device) -> None:
-        """Read the lanes numbered `own` from a checkpoint's folder, whichever process wrote them.
-
-        Raises:
-            RefineError: files of other processes are missing.
-        """
+    def load(self, folder: Path, own: Sequence[int], device: torch.device) -> None:
+        """Read the lanes numbered `own` from a checkpoint's folder, whichever process wrote them. RefineError where a file is missing."""
+        made = Dealing.of(folder)
         paths = [folder / LANES_FILE.format(p) for p in range(1 if made is None else made.processes)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise RefineError(
@@ -105,13 +102,11 @@ class LaneStates:
         self.lanes = {}
         for path in paths:
             with safe_open(path, "pt") as file:
-                names = sorted(file.keys())
-                n_layers = int(file.metadata()["layers"])
-                for number in sorted({int(name.split(".")[0]) for name in names} & set(own)):
-                    layers: list[LayerState] = [{} for _ in range(n_layers)]
-                    for name in (n for n in names if n.startswith(f"{number}.") and n.count(".") == 2):
-                        _, layer, what = name.split(".")
-                        layers[int(layer)][what] = file.get_tensor(name).to(device)
+                split = [name.split(".") for name in sorted(file.keys())]
+                for number in sorted({int(parts[0]) for parts in split} & set(own)):
+                    layers: list[LayerState] = [{} for _ in range(int(file.metadata()["layers"]))]
+                    for _, layer, what in (parts for parts in split if parts[0] == str(number) and len(parts) == 3):
+                        layers[int(layer)][what] = file.get_tensor(f"{number}.{layer}.{what}").to(device)
                     lengths = file.get_tensor(f"{number}.lengths")
                     earlier = file.get_tensor(f"{number}.consumed") - lengths
                     cache = FastWeightCache(layers, lengths, int(lengths[0]), earlier if bool(earlier) else None)

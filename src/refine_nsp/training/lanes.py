@@ -76,38 +76,14 @@ class LaneStream(Stream):
         super().__init__(data, every, keep)
         self.lanes = lanes
 
-    def __iter__(self) -> Iterator[dict[str, object]]:
-        start, self.start = self.start, None
-        given_out = 0 if start is None else int(start["row"])
-        self.places.clear()
-        self.row = 0
-        for example in in_lanes(grouped(self._rows()), self.lanes):
-            self.row += 1
-            if self.row % self.every == 0:
-                self.places.append((self.row, self.place()))
-            if self.row > given_out:
-                yield example
+    def rows_from(self, start: State | None) -> Iterator[dict[str, object]]:
+        self.data.load_state_dict(None)
+        self.row, self.epoch = 0 if start is None else start["row"], 0
+        return islice(in_lanes(grouped(self.epochs()), self.lanes), self.row, None)
 
     def place(self) -> State:
         """Return how many rows were given out, from which it follows where the next stands."""
         return {"epoch": 0, "given_out": self.row}
-
-    def _rows(self) -> Iterator[dict[str, object]]:
-        """Yield the windows of one epoch after another, as they stand in the text."""
-        self.data.load_state_dict(None)
-        self.epoch = 0
-        while True:
-            self.data.set_epoch(self.epoch)
-            empty = True
-            for example in self.data:
-                empty = False
-                yield example
-            if empty:
-                raise RefineError(
-                    "the streamed text has no document that is long enough, which min_prefix, one position and K need"
-                )
-            self.check_files()
-            self.epoch += 1
 
 
 def in_lanes(documents: Iterator[Iterator[T]], lanes: int) -> Iterator[T]:

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.records import Batch, Rollouts
+from refine_nsp.training.checkpoints import Dealing
 from refine_nsp.training.data import ANSWER_COLUMN
-from refine_nsp.training.dealing import Dealing
 from refine_nsp.training.phases import MicroBatch
 
 ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput
 
+from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
+from refine_nsp.files import write_atomically
 from refine_nsp.ops.memory import part
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import ProgressCallback, StopCallback
-from refine_nsp.training.cards import Origin, told_of
-from refine_nsp.training.checkpoints import Checkpoint
-from refine_nsp.training.dealing import Dealing
+from refine_nsp.training.checkpoints import DEALING_FILE, Checkpoint, Dealing
 from refine_nsp.training.lane_states import LaneStates
 from refine_nsp.training.pending_rollouts import load_pending, save_pending
 from refine_nsp.training.phases import MicroBatch, Phase
 from refine_nsp.training.remedies import TRAINING
 from refine_nsp.training.run_folder import RunFolder
-from refine_nsp.training.run_settings import check_settings, model_of, save_settings, settings_of
+from refine_nsp.training.run_settings import SETTINGS_FILE, check_settings, model_of, settings_of, told_of
 from refine_nsp.training.step_figures import StepFigures
 from refine_nsp.training.stream import Stream
 
@@ -49,7 +51,7 @@ class ResumingTrainer(Trainer):
         self._restored: list[MicroBatch] | None = None  # what waited in the checkpoint that is resumed from
         self._begun_at = 0  # the step of that checkpoint
         self._model_in_words = model_of(self.model)
-        self._origin = Origin(self.accelerator.unwrap_model(self.model).config.name_or_path)
+        self.describe(self.accelerator.unwrap_model(self.model).config.name_or_path, (), {})
         self._trained_before = False
         self.lanes: LaneStates | None = None  # of this process, where states are carried
         self._settings: dict[str, object] = {}
@@ -112,7 +114,7 @@ class ResumingTrainer(Trainer):
         finally:
             self.args.ignore_data_skip = skips
             self.bar.on_train_end(self.args, self.state, self.control)
-            self.stop.restore()
+            self.stop.on_train_end(self.args, self.state, self.control)
         self.stop.request.end()
         return output
 
@@ -128,7 +130,7 @@ class ResumingTrainer(Trainer):
             checkpoint.check_shards(bool(self.is_fsdp_enabled))
             check_settings(checkpoint, self._settings)
             if self.lanes is not None:
-                self.lanes.load(checkpoint.path, self.own_lanes, Dealing.of(checkpoint.path), self.args.device)
+                self.lanes.load(checkpoint.path, self.own_lanes, self.args.device)
             self._restored = load_pending(checkpoint.path, self.args.process_index, self.dealing, self.args.device)
         if self.is_world_process_zero():
             self.run_folder.begin(checkpoint, early)
@@ -142,15 +144,21 @@ class ResumingTrainer(Trainer):
     def describe(self, base: str, data: Sequence[str], settings: Mapping[str, object]) -> None:
         """Tell model cards of this run what the trainer does not know: the model it is trained from, its data, and further settings by the
         names of flags."""
-        self._origin = Origin(base, data, settings)
+        self._base, self._data, self._preset = base, data, settings.get("preset")
 
     def write_card(self, folder: Path, plotted: bool = True) -> None:
         """Write the model card of what is saved in a folder: how it came about, and what was logged so far."""
-        model = self.accelerator.unwrap_model(self.model)
-        adapters = getattr(model, "peft_config", {})
-        settings = told_of(self.args, self.method, self._origin.settings.get("preset"), adapters)
+        from refine_nsp.report.card import write_card  # imports matplotlib, which nothing needed before
+        from refine_nsp.report.runs import run_of
+
+        model, out = self.accelerator.unwrap_model(self.model), self.run_folder.path
+        settings = told_of(self.args, self.method, self._preset, getattr(model, "peft_config", {}))
+        made_with = {} if (out / "environment.json").exists() else environment(self.args.seed)
+        run = run_of(out, made_with, with_figures=self._trained_before)
+        if folder.resolve() != out.resolve():
+            run = replace(run, name=f"{run.name}, {folder.name}", config="")
         tags = [model.config.model_type, str(self.args.objective)]
-        self.run_folder.write_card(folder, self._origin, settings, tags, self.args.seed, self._trained_before, plotted)
+        write_card(folder, run, self._base, self._data, settings, tags, plotted)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write that same card where Trainer would write its own over it, on a push to the hub."""
@@ -182,8 +190,8 @@ class ResumingTrainer(Trainer):
             if self.lanes is not None:
                 self.lanes.save(checkpoint.path, self.args.process_index)
             if self.args.should_save:
-                self.dealing.save(checkpoint.path)
-                save_settings(checkpoint.path, self._settings)
+                write_atomically(checkpoint.path / DEALING_FILE, json.dumps(asdict(self.dealing)) + "\n")
+                write_atomically(checkpoint.path / SETTINGS_FILE, json.dumps(self._settings, indent=1) + "\n")
                 if isinstance(self.train_dataset, Stream):
                     self.train_dataset.save(checkpoint.path, self.state.global_step * self.dealing.examples)
             super()._save_checkpoint(model, trial)

@@ -6,14 +6,11 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from refine_nsp.environment import environment
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
-from refine_nsp.training.cards import Origin
 from refine_nsp.training.checkpoints import Checkpoint
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
@@ -78,23 +75,6 @@ class RunFolder:
     def log_completions(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Append rollouts that were shown, a row each."""
         append_json_lines(self.path / COMPLETIONS_FILE, rows)
-
-    def write_card(
-        self, saved: Path, origin: Origin, settings: dict[str, Any], tags: list[str], seed: int, with_figures: bool, plotted: bool
-    ) -> None:
-        """Write the model card of what is saved in this folder, or in one inside.
-
-        Args:
-            settings: what the card tells, by the names of flags. with_figures: tell what was logged so far. plotted: draw it.
-        """
-        from refine_nsp.report.card import write_card  # imports matplotlib, which nothing needed before
-        from refine_nsp.report.runs import run_of
-
-        made_with = {} if (self.path / "environment.json").exists() else environment(seed)
-        run = run_of(self.path, made_with, with_figures=with_figures)
-        if saved.resolve() != self.path.resolve():
-            run = replace(run, name=f"{run.name}, {saved.name}", config="")
-        write_card(saved, run, origin.base, origin.data, settings, tags, plotted)
 
     # --- an earlier run -------------------------------------------------------------------------------------------------
     def begin(self, resumed: Checkpoint | None, own: Sequence[object]) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint keeps the settings that its weights depend on, and a run with others is not resumed from it."""
+"""A run tells its settings: a model card those that made the model, a checkpoint those that a resumed run must have again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,7 +15,6 @@ from transformers import TrainingArguments
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import is_known, live, told
-from refine_nsp.files import write_atomically
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.checkpoints import Checkpoint
 
@@ -45,6 +43,24 @@ def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data:
     return dict(json.loads(json.dumps(settings, default=str)))
 
 
+def told_of(args: ReFINEConfig, method: Mapping[str, Any], preset: object, adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a model card tells, in its order: those that say how the model came about, where they had an effect.
+
+    Args:
+        method: the fields of `NSPConfig` that the run's phase reads, with their values.
+        preset: what these started from, where that is known.
+        adapters: PEFT's configurations, by the adapters' names; empty where the weights themselves were trained.
+    """
+    own = {name: getattr(args, name) for name in told(type(args), "card") if name in live(args)}
+    del own["num_train_epochs" if args.max_steps > 0 else "max_steps"]
+    nsp = {name: method[name] for name in told(NSPConfig, "card") if name in method}
+    if "reward_funcs" in nsp:
+        nsp = {"preset": preset, **nsp, "reward_funcs": args.nsp.reward_names}
+    lora = {"use_peft": True, "lora_r": next(getattr(a, "r", None) for a in adapters.values())} if adapters else {}
+    everything = {"objective": args.objective, **nsp, **own, **lora}
+    return {name: value for name, value in everything.items() if value is not None and value is not False}
+
+
 def model_of(model: nn.Module) -> str:
     """Name a model by its kind and size, since a checkpoint of another would be loaded in part, in silence."""
     kind = model(step=lambda m: m.config.model_type)
@@ -62,18 +78,9 @@ def data_of(data: object) -> str | None:
     return f"{len(data)} examples ({zlib.crc32(text.encode()):08x})"
 
 
-def save_settings(folder: Path, settings: Mapping[str, object]) -> None:
-    """Write the settings into a checkpoint's folder, so that a resumed run can compare them."""
-    write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-
-
 def check_settings(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that was made with other settings, or has made more steps than there are to be. Another number of steps will do
-    where the learning rate's schedule does not depend on it.
-
-    Raises:
-        RefineError: the settings by name, with their values then and now, and what to do.
-    """
+    """Refuse a checkpoint that was made with other settings, or has made more steps than there are to be (RefineError). Another number of
+    steps will do where the learning rate's schedule does not depend on it."""
     done = checkpoint.step
     if isinstance(own["max_steps"], int) and done > own["max_steps"]:
         raise RefineError(f"{checkpoint} has made {done} steps, more than max_steps={own['max_steps']}")
@@ -82,11 +89,11 @@ def check_settings(checkpoint: Checkpoint, own: Mapping[str, Any]) -> None:
         return
     made = json.loads(path.read_text(encoding="utf-8"))
     changed = [name for name in made if name in own and made[name] != own[name]]
-    follows = own["lr_scheduler_type"] not in ENDLESS or (own["lr_scheduler_type"] != "constant" and 0 < own["warmup_steps"] < 1)
-    if not follows:
+    kind = own["lr_scheduler_type"]
+    if kind == "constant" or (kind in ENDLESS and not 0 < own["warmup_steps"] < 1):
         changed = [name for name in changed if name != "max_steps"]
     if changed:
-        why = f" (lr_scheduler_type={own['lr_scheduler_type']} follows it)" if "max_steps" in changed else ""
+        why = f" (lr_scheduler_type={kind} follows it)" if "max_steps" in changed else ""
         shown = "; ".join(f"{name} was {made[name]!r}, now {own[name]!r}" for name in changed)
         raise RefineError(
             f"{checkpoint} was made with other settings: {shown}{why}. Resume with those it was made with, or begin a new run: in "

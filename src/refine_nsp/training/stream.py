@@ -48,36 +48,41 @@ class Stream(IterableDataset[dict[str, object]]):
     def __iter__(self) -> Iterator[dict[str, object]]:
         start, self.start = self.start, None
         self.places.clear()
+        for example in self.rows_from(start):
+            self.row += 1
+            if self.row % self.every == 0:
+                self.places.append((self.row, self.place()))
+            yield example
+
+    def rows_from(self, start: State | None) -> Iterator[dict[str, object]]:
+        """Return the rows from a noted place on, or from the beginning, and say in `row` and `epoch` where that is."""
         # A place belongs to its epoch; `datasets` begins the following ones at their beginning.
         self.data.load_state_dict(None if start is None or "given_out" in start["state"] else start["state"])
         self.row, self.epoch = (0, 0) if start is None else (start["row"], start["state"]["epoch"])
-        given_out = 0 if start is None else start["state"].get("given_out", 0)
-        self.epoch_row = self.row - given_out
+        return self.epochs(0 if start is None else start["state"].get("given_out", 0))
+
+    def epochs(self, given_out: int = 0) -> Iterator[dict[str, object]]:
+        """Yield the rows of one epoch after another; of the first without those given out before."""
+        found = self.row > 0
         while True:
             self.data.set_epoch(self.epoch)
+            self.epoch_row = self.row - given_out
             for example in islice(self.data, given_out, None):
-                self.row += 1
-                if self.row % self.every == 0:
-                    self.places.append((self.row, self.place()))
+                found = True
                 yield example
-            if self.row == 0:
+            if not found:
                 raise RefineError(
                     "the streamed text has no document that is long enough, which min_prefix, one position and K need"
                 )
             self.check_files()
-            self.epoch += 1
-            self.epoch_row, given_out = self.row, 0
+            self.epoch, given_out = self.epoch + 1, 0
 
     def place(self) -> State:
         """Return where the next row is read: the epoch, and the dataset's own state or how many of the epoch's rows came before."""
         return {"epoch": self.epoch, "given_out": self.row - self.epoch_row} if self.refills else self.data.state_dict()
 
     def check_files(self) -> None:
-        """Refuse files that are not as large as when they were opened, since the run would continue with other text in silence.
-
-        Raises:
-            RefineError: the file, what its size was and is, and what to do.
-        """
+        """Refuse files that are not as large as when they were opened (RefineError): the run would continue with other text in silence."""
         for name, size in self.sizes.items():
             file = Path(name)
             if not file.exists():
@@ -123,11 +128,7 @@ def has_buffer(data: datasets.IterableDataset) -> bool:
 
 
 def check_streaming(args: TrainingArguments) -> None:
-    """Have every process read the stream itself, and refuse settings by which its place would not be known.
-
-    Raises:
-        RefineError: the setting, and why it does not go with streamed text.
-    """
+    """Have every process read the stream itself, and refuse settings by which its place would not be known (RefineError)."""
     if args.max_steps <= 0:
         raise RefineError("streamed text has no known end: set max_steps")
     if args.train_sampling_strategy == "group_by_length":

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.errors import RefineError
+from refine_nsp.files import append_json_lines
 from refine_nsp.progress import StepProgress, step_progress
 from refine_nsp.stopping import StopRequest
-from refine_nsp.training.run_folder import RunFolder
+from refine_nsp.training.run_folder import METRICS_FILE
 
 
 class ProgressCallback(TrainerCallback):
@@ -42,7 +43,7 @@ class ProgressCallback(TrainerCallback):
         if logs is None or not state.is_world_process_zero:
             return
         self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
-        RunFolder(Path(str(args.output_dir))).log({"step": state.global_step, **logs})
+        append_json_lines(Path(str(args.output_dir)) / METRICS_FILE, [{"step": state.global_step, **logs}])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.open.close()
@@ -56,14 +57,11 @@ class NonFiniteGuard(TrainerCallback):
     outer one's success, and a run where both fail would stop sooner than `max_skipped_steps` says.
 
     Attributes:
-        skipped: updates skipped so far. in_a_row: steps up to the latest that each had one.
+        skipped: updates skipped so far. in_a_row: steps up to the latest that each had one. latest_step: the latest that had one.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.skipped = 0
-        self.in_a_row = 0
-        self.latest_step = 0  # the latest with a skipped update
+        self.limit, self.skipped, self.in_a_row, self.latest_step = limit, 0, 0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.in_a_row = self.latest_step = 0

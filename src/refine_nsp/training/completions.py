@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,20 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.nsp.records import StepResult
-from refine_nsp.training.run_folder import RunFolder
 
 PREFIX_TOKENS = 16
 
 
 def completion_rows(
     tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, limit: int
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Make a row of each rollout, of the first `limit` of a batch; without a tokenizer with ids instead of text."""
 
     def text(ids: Tensor) -> str:
         return str(tokenizer.decode(ids.tolist())) if tokenizer is not None else " ".join(map(str, ids.tolist()))
 
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     assert result.rollouts is not None and result.positions is not None
     assert result.rewards is not None and result.advantages is not None
     K = result.rollouts.shape[3]
@@ -43,21 +43,12 @@ def completion_rows(
     return rows
 
 
-def show_completions(
-    tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, folder: RunFolder, step: int, limit: int,
-    quiet: bool = False,
-) -> None:  # fmt: skip
-    """Append the rows to the run's folder, and print them as a table unless `quiet`."""
-    rows = completion_rows(tokenizer, input_ids, result, limit)
-    folder.log_completions([{"step": step, **row} for row in rows])
-    if quiet:
-        return
+def print_completions(rows: list[dict[str, Any]], step: int) -> None:
+    """Print rows of rollouts as a table."""
     table = Table(title=f"rollouts at step {step}", show_lines=False)
     for name in ("position", "prefix", "truth", "rollout", "reward", "advantage"):
-        table.add_column(name, justify="right" if name in ("position", "reward", "advantage") else "left")
+        table.add_column(name, justify="left" if name in ("prefix", "truth", "rollout") else "right")
     for row in rows:
-        table.add_row(
-            str(row["position"]), repr(row["prefix"])[1:-1], repr(row["truth"])[1:-1], repr(row["rollout"])[1:-1],
-            f"{row['reward']:.3f}", f"{row['advantage']:+.3f}",
-        )  # fmt: skip
+        texts = (repr(row[name])[1:-1] for name in ("prefix", "truth", "rollout"))
+        table.add_row(str(row["position"]), *texts, f"{row['reward']:.3f}", f"{row['advantage']:+.3f}")
     Console(stderr=True).print(table)

@@ -7,7 +7,6 @@ that is read as well by its last W tokens has a score near 0, however hard it is
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.files import make_folder
+from refine_nsp.files import made_whole, make_folder
 from refine_nsp.processes import process_state
 from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN, tokenize
 from refine_nsp.training.scores import with_context_scores
@@ -87,11 +86,7 @@ def totals_of(windows: Dataset, documents: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def check_length(max_length: int, config: NSPConfig) -> None:
-    """Refuse windows in which no token has a score.
-
-    Raises:
-        RefineError: the tokens of a window, and how many have no score.
-    """
+    """Refuse windows in which no token has a score (RefineError)."""
     if max_length <= 2 * config.local_window:
         raise RefineError(
             f"max_length={max_length} leaves no token to score: the first {2 * config.local_window} of a window, twice local_window, have "
@@ -100,11 +95,7 @@ def check_length(max_length: int, config: NSPConfig) -> None:
 
 
 def check_output(path: Path, inputs: Sequence[str]) -> None:
-    """Refuse a file that cannot be written, before anything is scored.
-
-    Raises:
-        RefineError: another kind of file, a folder, or the data itself.
-    """
+    """Refuse a file that cannot be written, before anything is scored: another kind, a folder, or the data itself (RefineError)."""
     if path.suffix not in ENDINGS:
         raise RefineError(f"--output {path}: expected a file that ends with {' or '.join(ENDINGS)}")
     if path.is_dir():
@@ -116,15 +107,10 @@ def check_output(path: Path, inputs: Sequence[str]) -> None:
 def write_rows(rows: Dataset, path: Path) -> Path:
     """Write rows as jsonl or parquet, by the file's ending, whole or not at all."""
     make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with made_whole(path.with_name(f"{path.name}.tmp"), path) as temporary:
         if path.suffix == ".parquet":
             rows.to_parquet(temporary)
         else:
             with temporary.open("w", encoding="utf-8") as file:  # the writer of `datasets` rounds numbers
                 file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
     return path

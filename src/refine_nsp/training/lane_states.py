@@ -26,15 +26,11 @@ LANES_FILE = "lanes.process{}.safetensors"  # every process has its own
 
 @dataclass(frozen=True)
 class Lane:
-    """Hold what one lane continues from.
+    """Hold what one lane continues from."""
 
-    Attributes:
-        cache: the states of one row. recent: [n] long, the last tokens it consumed. finite: whether all of the states are finite, bool.
-    """
-
-    cache: FastWeightCache
-    recent: Tensor
-    finite: Tensor
+    cache: FastWeightCache  # the states of one row
+    recent: Tensor  # [n] long, the last tokens it consumed
+    finite: Tensor  # bool: all of the states are finite
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.seeds import generator_of
-from refine_nsp.training.data import BEGINS_COLUMN, LENGTHS_COLUMN, TOKENS_COLUMN, Collated, cut_windows
+from refine_nsp.training.data import BEGINS_COLUMN, LENGTHS_COLUMN, TOKENS_COLUMN, Collated, cut_rows, some
 from refine_nsp.training.stream import State, Stream
 
 T = TypeVar("T")
@@ -116,10 +116,7 @@ def documents_of(begins: Sequence[bool]) -> list[range]:
 
 def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int) -> Dataset | IterableDataset:
     """Cut rows of `input_ids`, each a document, into windows for carried states; rows that are windows already stay as they are.
-
-    Raises:
-        RefineError: packed rows, or no document that is long enough.
-    """
+    RefineError for packed rows, or where no document is long enough."""
     names = data.column_names or []
     if BEGINS_COLUMN in names or TOKENS_COLUMN not in names:
         return data
@@ -129,21 +126,12 @@ def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int
         )
 
     def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
-        cut = [cut_windows(ids, max_length, min_length, shared=1) for ids in batch[TOKENS_COLUMN]]
-        others = {
-            name: [value for value, windows in zip(values, cut, strict=True) for _ in windows]
-            for name, values in batch.items()
-            if name != TOKENS_COLUMN
-        }
-        begins = [i == 0 for windows in cut for i in range(len(windows))]
-        return {TOKENS_COLUMN: [w for windows in cut for w in windows], BEGINS_COLUMN: begins, **others}
+        others = [name for name in names if name != TOKENS_COLUMN]
+        return cut_rows(batch, batch[TOKENS_COLUMN], max_length, min_length, others, carried=True)
 
     if isinstance(data, IterableDataset):
         return data.map(windows_of, batched=True, batch_size=16, remove_columns=names)
-    result: Dataset = data.map(windows_of, batched=True, remove_columns=names, desc="windows")
-    if len(result) == 0:
-        raise RefineError(f"no document has {min_length} tokens, which a step needs; got {len(data)} documents, all shorter")
-    return result
+    return some(data.map(windows_of, batched=True, remove_columns=names, desc="windows"), data, min_length)
 
 
 def documents_in_lanes(

@@ -18,11 +18,11 @@ Places = Sequence[tuple[int, int]]  # (example, document) of each row of a colla
 
 def to_batch(inputs: Collated, device: torch.device) -> Batch:
     """Send a collated batch to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
-    scores = inputs.get("context_scores")
     no_columns = ("input_ids", "lengths", "context_scores", "_places", ANSWER_COLUMN, BEGINS_COLUMN)
     columns = {k: v for k, v in inputs.items() if k not in no_columns}
-    ids = inputs["input_ids"].to(device, non_blocking=True)
-    scores = None if scores is None else scores.to(device, non_blocking=True)
+    ids, scores = (
+        None if (x := inputs.get(k)) is None else x.to(device, non_blocking=True) for k in ("input_ids", "context_scores")
+    )
     return Batch.of(ids, inputs["lengths"], columns, scores, answer_starts=inputs.get(ANSWER_COLUMN))
 
 

@@ -8,7 +8,7 @@ lengths, which a stream does not say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -33,13 +33,12 @@ class Mixed:
 
     Attributes:
         order: the windows in their order, by index in all sources one after the other.
-        given: for each source, how many windows were taken, repeats included. windows: how many it has.
-        tokens: for each source, the tokens that were taken. last: the index of the source that ended the mixture; -1: none did.
+        given: for each source, how many windows were taken, repeats included. tokens: how many tokens.
+        last: the index of the source that ended the mixture.
     """
 
     order: list[int]
     given: list[int]
-    windows: list[int]
     tokens: list[int]
     last: int
 
@@ -53,11 +52,7 @@ def as_list(given: str | Sequence[str] | None) -> list[str]:
 
 
 def one_each(setting: str, given: str | Sequence[str], count: int) -> list[str]:
-    """Return a value for each of `count` sources: one for all, or one each.
-
-    Raises:
-        RefineError: another number of values.
-    """
+    """Return a value for each of `count` sources: one for all, or one each. RefineError for another number of values."""
     values = as_list(given)
     if len(values) == 1:
         return values * count
@@ -67,11 +62,7 @@ def one_each(setting: str, given: str | Sequence[str], count: int) -> list[str]:
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Refuse weights that are no shares of the names.
-
-    Raises:
-        RefineError: the weights, what was expected, and how to mend them.
-    """
+    """Refuse weights that are no shares of the names (RefineError)."""
     if weights is None:
         return
     shown = " ".join(f"{w:g}" for w in weights)
@@ -131,7 +122,7 @@ def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stoppi
         if given[i] >= size and given[i] % size == 0:
             read[i] = True
             if stopping == "first_exhausted" or all(read):
-                return Mixed(order, given, [len(own) for own in lengths], tokens, i)
+                return Mixed(order, given, tokens, i)
         window = int(shuffled[i][given[i] % size])
         order.append(int(starts[i]) + window)
         given[i] += 1
@@ -142,27 +133,21 @@ def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stoppi
 
 
 def named(windows: Dataset | IterableDataset, label: str) -> Dataset | IterableDataset:
-    """Add the column `dataset_source` to windows; a packed row has a list with a value for each of its documents.
-
-    Raises:
-        RefineError: the windows keep a column of this name already.
-    """
+    """Add the column `dataset_source` to windows; a packed row has a list with a value for each of its documents. RefineError where the
+    windows keep a column of this name already."""
     columns = windows.column_names or []
     if SOURCE_COLUMN in columns:
         raise RefineError(f"{label} has a column {SOURCE_COLUMN!r} already, which a mixture needs for itself; rename it")
     packing = "lengths" in columns
     if isinstance(windows, IterableDataset):
-        features = windows.features and Features({**windows.features, SOURCE_COLUMN: _source_type(packing)})
+        kind = [Value("string")] if packing else Value("string")
+        features = windows.features and Features({**windows.features, SOURCE_COLUMN: kind})
         return windows.map(
             lambda row: {SOURCE_COLUMN: [label] * len(row["lengths"]) if "lengths" in row else label}, features=features
         )
     values = [[label] * len(n) for n in windows["lengths"]] if packing else [label] * len(windows)
     column: Any = pa.array(values, type=pa.list_(pa.string()) if packing else pa.string())
     return windows.add_column(SOURCE_COLUMN, column, new_fingerprint=Hasher.hash((windows._fingerprint, label)))
-
-
-def _source_type(packing: bool) -> object:
-    return [Value("string")] if packing else Value("string")
 
 
 def tokens_of_windows(windows: Dataset) -> list[int]:
@@ -181,27 +166,25 @@ def mix(sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: 
     """
     lengths = [tokens_of_windows(windows) for windows in sources.values()]
     whole = concatenate_datasets([named(windows, label) for label, windows in sources.items()])
+    sizes = {label: len(own) for label, own in zip(sources, lengths, strict=True)}
     if weights is None:
-        sizes = [len(own) for own in lengths]
-        mixed = Mixed(list(range(sum(sizes))), sizes, sizes, [sum(own) for own in lengths], -1)
-        return whole, "mixture: " + _shares(list(sources), mixed) + "; every window once, since dataset_weights are not given"
+        shares = _shares(sizes, list(sizes.values()), [sum(own) for own in lengths])
+        return whole, f"mixture: {shares}; every window once, since dataset_weights are not given"
     mixed = mix_order(lengths, weights, stopping, seed)
     last = list(sources)[mixed.last]
     ends = f"{last} runs out" if stopping == "first_exhausted" else f"all have been read once, {last} as the last"
-    said = f"mixture: {_shares(list(sources), mixed)}; it ends where {ends} (dataset_stopping={stopping})"
+    said = f"mixture: {_shares(sizes, mixed.given, mixed.tokens)}; it ends where {ends} (dataset_stopping={stopping})"
     key = Hasher.hash((whole._fingerprint, list(weights), stopping, seed))
     return whole.select(mixed.order, new_fingerprint=key), said
 
 
-def _shares(labels: Sequence[str], mixed: Mixed) -> str:
+def _shares(sizes: Mapping[str, int], given: Sequence[int], tokens: Sequence[int]) -> str:
     """Say each source's share of tokens, and how many times its windows are read."""
-    whole = max(1, sum(mixed.tokens))
-    parts = [
-        f"{label} {100 * mixed.tokens[i] / whole:.2f} % of tokens ({mixed.given[i]} windows of {mixed.windows[i]}, "
-        f"{mixed.given[i] / max(1, mixed.windows[i]):.2f} times)"
-        for i, label in enumerate(labels)
-    ]
-    return ", ".join(parts)
+    whole = max(1, sum(tokens))
+    return ", ".join(
+        f"{label} {100 * tokens[i] / whole:.2f} % of tokens ({given[i]} windows of {size}, {given[i] / max(1, size):.2f} times)"
+        for i, (label, size) in enumerate(sizes.items())
+    )
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -219,17 +202,23 @@ class ByTokens(_BaseExamplesIterable):
     """
 
     def __init__(
-        self, ex_iterables: list[_BaseExamplesIterable], labels: Sequence[str], weights: Sequence[float], stopping: Stopping,
-        columns: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        ex_iterables: list[_BaseExamplesIterable],
+        labels: list[str],
+        weights: Sequence[float],
+        stopping: Stopping,
+        columns: list[str],
+    ) -> None:
         super().__init__()
-        self.columns = tuple(columns)
-        self.ex_iterables, self.labels, self.weights, self.stopping = ex_iterables, list(labels), list(weights), stopping
-
-    @property
-    def made_with(self) -> str:
-        """Say the sources, their weights and where the mixture ends, which a place in it means nothing without."""
-        return ", ".join([*(f"{label} {w:g}" for label, w in zip(self.labels, self.weights, strict=True)), self.stopping])
+        self.ex_iterables, self.labels, self.weights, self.stopping, self.columns = (
+            ex_iterables,
+            labels,
+            weights,
+            stopping,
+            columns,
+        )
+        # A place in the mixture means nothing without these.
+        self.made_with = ", ".join([*(f"{label} {w:g}" for label, w in zip(labels, weights, strict=True)), stopping])
 
     def _init_state_dict(self) -> dict[str, Any]:
         self._state_dict = {
@@ -292,10 +281,9 @@ def mix_streams(sources: dict[str, IterableDataset], weights: Sequence[float], s
     streams = [named(windows, label) for label, windows in sources.items()]
     sizes = {name: size for stream in streams for name, size in (stream.info.download_checksums or {}).items()}
     parts = [stream._ex_iterable for stream in streams]
-    columns = dict.fromkeys(name for stream in streams for name in stream.column_names or [])
-    mixed = IterableDataset(
-        ByTokens(parts, list(sources), weights, stopping, list(columns)), DatasetInfo(download_checksums=sizes or None)
-    )
+    columns = [*dict.fromkeys(name for stream in streams for name in stream.column_names or [])]
+    rows = ByTokens(parts, list(sources), weights, stopping, columns)
+    mixed = IterableDataset(rows, DatasetInfo(download_checksums=sizes or None))
     shares = ", ".join(f"{label} {100 * w:g} %" for label, w in zip(sources, weights, strict=True))
     ends = "an epoch ends with the first source that runs out"
     if stopping == "all_exhausted":

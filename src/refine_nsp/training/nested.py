@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,22 +91,17 @@ class PostTrainingConfig(ReFINEConfig):
 
 @dataclass
 class AnswerBatch(MicroBatch):
-    """Hold prompts with their answers behind them.
+    """Hold prompts with their answers behind them."""
 
-    Attributes:
-        answer_lengths: tokens of each answer. prompts: the prompts alone.
-    """
-
-    answer_lengths: tuple[int, ...] = ()
-    prompts: MicroBatch | None = None
+    answer_lengths: tuple[int, ...] = ()  # tokens of each answer
+    prompts: MicroBatch = field(kw_only=True)  # the prompts alone
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return (*super().widths, *(self.prompts.widths if self.prompts is not None else ()))
+        return (*super().widths, *self.prompts.widths)
 
     def widened(self, widths: Sequence[int]) -> AnswerBatch:
-        prompts = None if self.prompts is None else self.prompts.widened(widths[1:])
-        return replace(self, sequences=self.sequences.widened(widths[0]), prompts=prompts)
+        return replace(self, sequences=self.sequences.widened(widths[0]), prompts=self.prompts.widened(widths[1:]))
 
 
 class Answers(Phase):
@@ -168,10 +163,8 @@ class Answers(Phase):
         return total
 
     def summarise(self, sums: Counts) -> dict[str, float]:
-        return {
-            "loss": sums["nll"] / max(sums["targets"], 1.0),
-            self.args.answer_metric: sums["matched"] / max(sums["examples"], 1.0),
-        }
+        matched = sums["matched"] / max(sums["examples"], 1.0)
+        return {"loss": sums["nll"] / max(sums["targets"], 1.0), self.args.answer_metric: matched}
 
 
 class InnerUpdate(TrainerCallback):
@@ -210,8 +203,7 @@ class PostTrainer(ReFINETrainer):
         """Return the EOS that `prepare_answers` puts behind answers."""
         if self.processing_class is None:
             raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
-        end: int | None = self.processing_class.eos_token_id
-        return end
+        return cast(int | None, self.processing_class.eos_token_id)
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
@@ -243,7 +235,7 @@ class PostTrainer(ReFINETrainer):
         if self.inner is None or not self._current:
             return
         start = time.perf_counter()
-        hands = deal([b.prompts for b in self._current if b.prompts is not None], self.args.inner_steps)
+        hands = deal([b.prompts for b in self._current], self.args.inner_steps)
         # The published code makes all rollouts of the batch before the first of these steps.
         for together in [hands] if self.nsp.published else [[hand] for hand in hands]:
             self.prepare(self.inner, [prompts for hand in together for prompts in hand])

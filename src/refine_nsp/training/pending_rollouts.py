@@ -85,10 +85,7 @@ def stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def micro_batch_of(tensors: Mapping[str, Tensor], device: torch.device) -> MicroBatch:
     """Make a micro-batch that has its rollouts, on the device."""
-    positions, tokens, log_probs, rewards, advantages, entropy = (tensors[name].to(device) for name in TENSORS)
-    rollouts = Rollouts(
-        positions=positions, tokens=tokens, log_probs=log_probs, rewards=rewards, advantages=advantages, entropy=entropy,
-        hidden=None, num_positions=int((tensors["positions"] >= 0).sum()),
-    )  # fmt: skip
+    made = {name: tensors[name].to(device) for name in TENSORS}
+    rollouts = Rollouts(**made, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
     batch = Batch.of(tensors["input_ids"].to(device), tensors["lengths"], answer_starts=tensors.get(ANSWER_COLUMN))
     return MicroBatch(batch, rollouts=rollouts)

@@ -30,16 +30,12 @@ from refine_nsp.training.stream import Stream
 
 
 class ResumingTrainer(Trainer):
-    """Begin, save and resume runs in their folder; a subclass says what a step does.
-
-    Attributes:
-        phase: what is learned. figures: figures of the steps since the last log.
-    """
+    """Begin, save and resume runs in their folder; a subclass says what a step does."""
 
     model: nn.Module
     args: ReFINEConfig
     processing_class: PreTrainedTokenizerBase | None
-    phase: Phase
+    phase: Phase  # what is learned
     bar: ProgressCallback
     stop: StopCallback
 
@@ -69,21 +65,14 @@ class ResumingTrainer(Trainer):
 
     @property
     def n_lanes(self) -> int:
-        """Count the lanes of a run that carries states: the examples that are drawn together, each of which continues in its lane when the
-        next are."""
+        """Count the lanes of a run that carries states: the examples that are drawn together, which the next ones continue."""
         return self.dealing.examples * (self.args.steps_per_generation if self.phase.prepares_steps else 1)
 
     @property
     def own_lanes(self) -> list[int]:
         """List the lanes whose rows this process gets."""
-        turn, own = self.dealing.processes * self.dealing.batch, self.args.process_index * self.dealing.batch
-        return [lane for lane in range(self.n_lanes) if own <= lane % turn < own + self.dealing.batch]
-
-    @property
-    def recent_tokens(self) -> int:
-        """Count the tokens before a window that context scores read."""
-        nsp = self.phase.config
-        return nsp.local_span * nsp.local_window if self.phase.reads_scores else 0
+        d, process = self.dealing, self.args.process_index
+        return [lane for lane in range(self.n_lanes) if lane // d.batch % d.processes == process]
 
     def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint, and None means what `args` say.
@@ -123,7 +112,8 @@ class ResumingTrainer(Trainer):
         early = [] if self._trained_before else self.state.log_history
         self._settings, self._trained_before = settings_of(self.args, self.method, self._model_in_words, self.train_dataset), True
         self._begun_at, self._pending = 0, []
-        self.lanes = LaneStates(self.recent_tokens, self.args.carried_keys) if self.args.carry_states else None
+        recent = self.phase.config.local_span * self.phase.config.local_window if self.phase.reads_scores else 0
+        self.lanes = LaneStates(recent, self.args.carried_keys) if self.args.carry_states else None
         if checkpoint is not None:
             self._begun_at = checkpoint.step
             self.dealing.check(checkpoint.path)

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from refine_nsp.errors import RefineError
 
 TOKENS = ("input_ids", "prompt_ids")  # the columns that hold the tokens of text, and of prompts
 
 
-class ByLength(Sampler[int]):
+class ByLength(LengthGroupedSampler):
     """Shuffle rows, then sort them by length within stretches of many steps, as transformers does; a resumed run has the same order.
 
     Args:
         lengths: tokens of each row. examples: how many make an optimizer step, which are to have like lengths.
     """
 
-    def __init__(self, lengths: Sequence[int], examples: int, seed: int) -> None:
-        self.lengths, self.examples, self.seed, self.epoch = lengths, examples, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def __init__(self, lengths: list[int], examples: int, seed: int) -> None:
+        super().__init__(examples, lengths=lengths)
+        self.seed, self.epoch = seed, 0
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(list(self.lengths), self.examples, generator=generator))
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, each of which has another order."""
@@ -37,11 +34,7 @@ class ByLength(Sampler[int]):
 
 
 def lengths_of(data: Dataset, column: str) -> list[int]:
-    """Count the tokens of each row, or read them from a column that says it.
-
-    Raises:
-        RefineError: the column is missing, or rows have no tokens.
-    """
+    """Count the tokens of each row, or read them from a column that says it. RefineError where there are neither."""
     names = getattr(data, "column_names", None) or []
     if column in names:
         return [int(length) for length in data[column]]

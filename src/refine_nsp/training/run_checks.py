@@ -30,32 +30,19 @@ def weights_problems(model: nn.Module, args: ReFINEConfig, sharded: bool) -> lis
             "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
             "holds the whole model"
         )
-    # FSDP widens weights where products are narrower.
-    widened = sharded and args.mixed_precision != "no"
-    if not widened and (problem := rounding_problem(model, args.learning_rate)) is not None:
-        problems.append(problem)
+    coarse = [p for p in model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
+    widened = sharded and args.mixed_precision != "no"  # FSDP widens weights where products are narrower
+    if not widened and (share := share_unmoved(coarse, args.learning_rate)) > UNMOVED:
+        problems.append(
+            f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
+            f"of learning_rate={args.learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
+            "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
+        )
     return problems
 
 
-def rounding_problem(model: nn.Module, learning_rate: float) -> str | None:
-    """Say which trained weights are too coarse for the learning rate; None where a step moves them."""
-    coarse = [p for p in model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
-    share = share_unmoved(coarse, learning_rate)
-    if share <= UNMOVED:
-        return None
-    return (
-        f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
-        f"of learning_rate={learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
-        "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
-    )
-
-
 def check_carrying(model: nn.Module, carried_keys: int | None) -> None:
-    """Refuse to carry states that grow with the document.
-
-    Raises:
-        RefineError: the model, why its states cannot be carried, and what to do.
-    """
+    """Refuse to carry states that cannot be continued, or grow with the document (RefineError)."""
     trunk = cast(CausalModel, without_adapters(model)).model
     if trunk.rereads_prefixes:
         raise RefineError(f"carry_states: {trunk.label} cannot go on from a state, which windows do; leave carry_states out")
@@ -73,11 +60,7 @@ def check_reference(args: ReFINEConfig, reference_model: object) -> None:
 
 
 def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | Mapping[str, Dataset] | None) -> None:
-    """Refuse a figure that is to decide which checkpoint is best (`metric_for_best_model`) and that validation does not compute.
-
-    Raises:
-        RefineError: the figure, the nearest one that there is, and all others.
-    """
+    """Refuse a figure that is to decide which checkpoint is best and that validation does not compute (RefineError)."""
     if not wanted:
         return
     try:

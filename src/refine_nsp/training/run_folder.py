@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from refine_nsp.errors import RefineError
@@ -32,7 +33,6 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------------
     def checkpoint(self, step: int) -> Checkpoint:
         """Name the checkpoint after so many steps, whether it is there or not."""
         return Checkpoint(self.path / f"checkpoint-{step}")
@@ -51,11 +51,8 @@ class RunFolder:
         return None
 
     def to_resume(self, given: str | bool | Path | None) -> Checkpoint | None:
-        """Return the checkpoint that `resume_from_checkpoint` means: a folder, or the last complete one; None for a new run.
-
-        Raises:
-            RefineError: there is none, or it is not complete.
-        """
+        """Return the checkpoint that `resume_from_checkpoint` means: a folder, or the last complete one; None for a new run. RefineError
+        where there is none, or it is not complete."""
         if not given:
             return None
         if given is True or given in ("last", "True", "true"):
@@ -67,22 +64,9 @@ class RunFolder:
             raise RefineError(f"cannot resume from {given}: {problem}; resume_from_checkpoint=last takes the newest complete one")
         return checkpoint
 
-    # --- records --------------------------------------------------------------------------------------------------------
-    def log(self, record: Mapping[str, object]) -> None:
-        """Append one record of figures."""
-        append_json_lines(self.path / METRICS_FILE, [record])
-
-    def log_completions(self, rows: Sequence[Mapping[str, object]]) -> None:
-        """Append rollouts that were shown, a row each."""
-        append_json_lines(self.path / COMPLETIONS_FILE, rows)
-
-    # --- an earlier run -------------------------------------------------------------------------------------------------
     def begin(self, resumed: Checkpoint | None, own: Sequence[object]) -> None:
         """Have the folder hold this run alone: unless one of its checkpoints is resumed from, set an earlier run aside, saying so.
-
-        Args:
-            own: records that this run has written itself, before it began.
-        """
+        `own` are the records that this run has written itself, before it began."""
         if resumed is not None and resumed.path.resolve().parent == self.path.resolve():
             return
         if (aside := self.set_aside(len(own))) is not None:
@@ -91,20 +75,18 @@ class RunFolder:
             warnings.warn(f"{self} had an earlier run in it, which is in {aside} now{how}", stacklevel=4)
 
     def set_aside(self, own: int) -> Path | None:
-        """Move what an earlier run left into a folder inside this one, and return that; None where there was nothing.
-
-        Args:
-            own: how many of the last records are this run's, which stay.
-        """
+        """Move what an earlier run left into a folder inside this one, and return that; None where there was nothing. The last `own`
+        records are this run's, and stay."""
         records = read_json_lines(self.path / METRICS_FILE)
         checkpoints = self.checkpoints()
         if len(records) <= own and not checkpoints:
             return None
+        from refine_nsp.report.card import is_ours  # imports matplotlib, which nothing needed before
+
         weights = [*self.path.glob("model*.safetensors"), *self.path.glob("adapter_*")]
         patterns = (*WRITTEN, *(PLAIN_FILES if weights else ()))
-        files = {p for pattern in patterns for p in self.path.glob(pattern) if not is_the_users(p)}
-        number = next(n for n in range(1, 10**6) if not (self.path / EARLIER.format(n)).exists())
-        aside = self.path / EARLIER.format(number)
+        files = {p for pattern in patterns for p in self.path.glob(pattern) if p.name != "README.md" or is_ours(p)}
+        aside = next(p for n in count(1) if not (p := self.path / EARLIER.format(n)).exists())
         aside.mkdir()
         for path in sorted({*(c.path for c in checkpoints), *files}):
             os.replace(path, aside / path.name)
@@ -112,10 +94,3 @@ class RunFolder:
             write_atomically(aside / METRICS_FILE, "".join(json.dumps(r) + "\n" for r in records[: len(records) - own]))
             append_json_lines(self.path / METRICS_FILE, records[len(records) - own :])
         return aside
-
-
-def is_the_users(path: Path) -> bool:
-    """Tell whether a file is a model card that the user wrote."""
-    from refine_nsp.report.card import is_ours
-
-    return path.name == "README.md" and not is_ours(path)

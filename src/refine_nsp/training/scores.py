@@ -50,8 +50,7 @@ def with_context_scores(
     with what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
 
     Args:
-        autocast: what products are computed in, where that is not the weights' dtype.
-        process, processes: the index of this process among so many.
+        autocast: what products are computed in, where that is not the weights' dtype. process, processes: this process' index among so many.
         carried: where the windows of a document continue from each other, what is kept between them, empty; the scores see the document.
 
     Raises:
@@ -59,9 +58,7 @@ def with_context_scores(
     """
     gain = wants_gain(config)
     if not isinstance(data, Dataset):
-        raise RefineError(
-            "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
-        )
+        raise RefineError("context_scores='cached' keeps scores with the data, which streaming does not; use 'online'")
     key = scores_key(data, model, config, autocast, () if carried is None else ("carried", carried.keys))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,16 +102,12 @@ def rows_again(data: Dataset) -> tuple[list[int], list[int]] | None:
 
 
 def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: ReFINEConfig, quiet: bool) -> Dataset:
-    """Add context scores to a run's data by the model as it is, each process scoring a share on its device.
-
-    Raises:
-        RefineError: a process does not have all of the weights yet.
-    """
+    """Add context scores to a run's data by the model as it is, each process scoring a share on its device. RefineError where a process
+    does not have all of the weights yet."""
     if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
         raise RefineError(
-            "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
-            "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
-            "context_scores='online'"
+            "context_scores='cached' has every process score a share of the data by all of the weights, which "
+            "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give it: turn them off, or use context_scores='online'"
         )
     home = next(model.parameters()).device
     # The weights that FSDP is to share out are whole still, and on the host.

@@ -6,10 +6,12 @@ later prompts are answered with weights trained on earlier ones (`scope="never"`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -23,7 +25,6 @@ from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.ops.memory import part
 from refine_nsp.training.phases import PHASES, MicroBatch
-from refine_nsp.training.prompt_adapters import BatchLoRA
 from refine_nsp.training.remedies import TEST_TIME
 
 Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]  # token ids of one prompt or of several
@@ -101,6 +102,48 @@ class Adaptation:
     seconds: float
     extra_bytes: int
     losses: list[float]
+
+
+class BatchLoRA:
+    """Give every prompt of a batch a low-rank adapter of its own on each of the linear layers: y += (alpha / r) * x A_b B_b.
+
+    B starts at 0, so the model starts unchanged (Hu et al., 2021). A is the same for every prompt, drawn from `seed`: a prompt's
+    adaptation does not depend on what else is in the batch. Rows may be multiples of the prompts (snapshots and rollouts are expanded
+    row-major), so row r belongs to prompt r // (rows / B). PEFT trains one adapter for a whole batch.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], prompts: int, rank: int, alpha: float, seed: int) -> None:
+        self.prompts, self.scale, self.layers = prompts, alpha / rank, layers
+        generator = torch.Generator().manual_seed(seed)
+        self.down: list[nn.Parameter] = []
+        self.up: list[nn.Parameter] = []
+        for layer in self.layers:
+            bound = 1 / math.sqrt(layer.in_features)
+            a = (torch.rand(layer.in_features, rank, generator=generator) * 2 - 1) * bound
+            self.down.append(nn.Parameter(a.to(layer.weight).expand(prompts, -1, -1).clone()))
+            self.up.append(nn.Parameter(layer.weight.new_zeros(prompts, rank, layer.out_features)))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List all adapters' tensors, each [B, ...]."""
+        return [*self.down, *self.up]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the adapters on their layers, and take them off again afterwards, whatever happened."""
+        handles = [layer.register_forward_hook(partial(self._add, i)) for i, layer in enumerate(self.layers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, i: int, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add what adapter i makes of a layer's input to what the layer makes of it."""
+        x = args[0]
+        if x.shape[0] % self.prompts:
+            raise ValueError(f"{x.shape[0]} rows are no multiple of {self.prompts} prompts")
+        rows = x.reshape(self.prompts, -1, x.shape[-1])
+        return output + self.scale * (rows @ self.down[i] @ self.up[i]).view_as(output)
 
 
 class TestTimeTrainer:
@@ -189,13 +232,10 @@ class TestTimeTrainer:
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
-        if c.scope == "never" and self._kept_optimizer is not None:
-            return self._kept_optimizer
         assert c.weight_decay is not None
-        optimizer = OPTIMIZERS[c.optimizer](parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
-        if c.scope == "never":
-            self._kept_optimizer = optimizer
-        return optimizer
+        made = self._kept_optimizer or OPTIMIZERS[c.optimizer](parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
+        self._kept_optimizer = made if c.scope == "never" else None
+        return made
 
     # --- steps --------------------------------------------------------------------------------------------------------
     @part("optimizer", TEST_TIME)
@@ -236,7 +276,8 @@ class TestTimeTrainer:
             for p, flag in wanted.items():
                 p.requires_grad_(flag)
             model.train(training)
-        self.last = Adaptation(time.perf_counter() - start, nbytes(kept) + optimizer_bytes(optimizer), losses)
+        moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        self.last = Adaptation(time.perf_counter() - start, nbytes([*kept, *moments]), losses)
 
     def _batch(self, rows: Sequence[Tensor]) -> Batch:
         """Return prompts as one batch on the model's device."""
@@ -256,21 +297,16 @@ class TestTimeTrainer:
             if shared:
                 batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
             else:
-                by_row = self.phase.count_by_sequence(batch)
-                batch.totals = {name: n.to(self.model.device) for name, n in by_row.items()}
+                batch.totals = {name: n.to(self.model.device) for name, n in self.phase.count_by_sequence(batch).items()}
         return batches
 
 
 def as_rows(prompt: Prompt) -> list[Tensor]:
     """Return token ids [T] (or [1, T]), or several of these, as a list of long tensors. RefineError for anything else."""
-    if isinstance(prompt, Tensor):
-        rows = list(prompt) if prompt.ndim == 2 else [prompt]
-    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
-        rows = [torch.tensor(prompt)]
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        rows = [torch.as_tensor(r) for r in prompt]
-    else:
+    if isinstance(prompt, str) or not isinstance(prompt, Tensor | Sequence):
         raise RefineError(f"a prompt is token ids (a list or a tensor), or a list of prompts; got {type(prompt).__name__}")
+    alone = prompt.ndim != 2 if isinstance(prompt, Tensor) else bool(prompt) and isinstance(prompt[0], int)
+    rows = [torch.as_tensor(row) for row in ([prompt] if alone else prompt)]
     if not rows or any(r.ndim != 1 or r.is_floating_point() for r in rows):
         raise RefineError("a prompt is a list or tensor of token ids [T], or several of them")
     return [r.long() for r in rows]
@@ -308,8 +344,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, shared: 
 def nbytes(tensors: Sequence[Tensor]) -> int:
     """Count the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Count the bytes of an optimizer's state."""
-    return nbytes([x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)])

@@ -13,7 +13,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,6 +29,7 @@ from transformers import ProgressCallback as TqdmCallback
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
+from refine_nsp.files import append_json_lines
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import StepResult
@@ -36,16 +39,17 @@ from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
-from refine_nsp.training.completions import show_completions
+from refine_nsp.training.completions import completion_rows, print_completions
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
 from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_in_lanes
-from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
+from refine_nsp.training.micro_batches import of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.mixture import SOURCE_COLUMN
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, lengths_of
 from refine_nsp.training.run_checks import check_best_figure, check_carrying, check_reference, weights_problems
+from refine_nsp.training.run_folder import COMPLETIONS_FILE
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
@@ -53,17 +57,8 @@ from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewar
 
 P = TypeVar("P", bound=Phase)
 # The Trainer hands these from `get_batch_samples` to `compute_loss`: `batch`, a MicroBatch; `input_ids` and perhaps `attention_mask`, by
-# which it counts tokens; and `further` in a step of `update`.
+# which it counts tokens; and in a step of `update` `loss`, which makes the loss of a model and a micro-batch.
 StepInputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Further:
-    """Describe an optimizer step of another phase, for the loss of its micro-batches."""
-
-    phase: Phase
-    shares: int  # how many micro-batches the step has
-    prefix: str  # what the names of its figures begin with
 
 
 class ReFINETrainer(ResumingTrainer):
@@ -217,11 +212,10 @@ class ReFINETrainer(ResumingTrainer):
             return [], None
         if self._restored is not None:
             # The interrupted run had drawn these from the data loader already.
-            self._pending, drawn = self._restored, len(self._restored)
-            self._restored = None
+            self._pending, self._restored = self._restored, None
+            first = num_batches * self.args.steps_per_generation - len(self._pending)
             for i, batch in enumerate(self._pending):
-                self._continue(batch, num_batches * self.args.steps_per_generation - drawn + i)
-            for _ in range(drawn):
+                self._continue(batch, first + i)
                 next(epoch_iterator, None)
         if not self._pending:
             steps = self.args.steps_per_generation if self.phase.prepares_steps else 1
@@ -231,22 +225,17 @@ class ReFINETrainer(ResumingTrainer):
             if self.phase.prepares_steps:
                 self.figures.add("seconds_generation", time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
-        self.set_totals(self.phase, batches)
-        inputs: list[StepInputs] = [{"batch": b, "input_ids": b.input_ids} for b in batches]
-        if self.args.include_num_input_tokens_seen == "non_padding":  # then the Trainer counts tokens by masks
-            for given, batch in zip(inputs, batches, strict=True):
-                given["attention_mask"] = batch.sequences.real
-        return inputs, None
+        set_totals(self.phase, batches, self._sum_over, self.args.world_size, self.args.device)
+        by_masks = self.args.include_num_input_tokens_seen == "non_padding"  # by which the Trainer then counts tokens
+        masks: list[StepInputs] = [{"attention_mask": b.sequences.real} if by_masks else {} for b in batches]
+        return [{"batch": b, "input_ids": b.input_ids, **mask} for b, mask in zip(batches, masks, strict=True)], None
 
     def _draw(self, epoch_iterator: Iterator[Collated], count: int, device: torch.device) -> list[MicroBatch]:
         """Draw so many micro-batches, or those that the epoch still has."""
         batches: list[MicroBatch] = []
-        for _ in range(count):
-            inputs = next(epoch_iterator, None)
-            if inputs is None:
-                break
-            generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
-            batch = self.micro_batch(inputs, generators, device)
+        for inputs in islice(epoch_iterator, count):
+            place = self.args.seed, self.state.global_step, self.args.process_index, len(batches)
+            batch = self.micro_batch(inputs, self.dealing.generators(*place, places_of(inputs)), device)
             self._continue(batch, len(batches), inputs.get(BEGINS_COLUMN, ()))
             batches.append(batch)
         if not self._is_sharded or not batches:
@@ -272,10 +261,6 @@ class ReFINETrainer(ResumingTrainer):
         """Make what a phase gets of a collated batch."""
         return MicroBatch(to_batch(inputs, device), generators)
 
-    def generators(self, step: int, drawn: int, places: Places) -> list[torch.Generator]:
-        """Make the generators of a micro-batch's rows, as `Dealing.generators` does, for this process."""
-        return self.dealing.generators(self.args.seed, step, self.args.process_index, drawn, places)
-
     @torch.no_grad()
     def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
         """Have a phase prepare the steps on `batches` by the model as it is, in eval mode, whatever mode the last step left."""
@@ -284,28 +269,24 @@ class ReFINETrainer(ResumingTrainer):
             with part("rollouts"):
                 phase.prepare(self.model_wrapped, batches)
 
-    def set_totals(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
-        """Tell the micro-batches what the sums of their optimizer step are divided by, over all processes."""
-        set_totals(phase, batches, self._sum_over, self.args.world_size, self.args.device)
-
     # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
         self, model: nn.Module, inputs: StepInputs, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | tuple[Tensor, StepResult | None]:
         """Compute this micro-batch's share of the loss of its optimizer step, which is the Trainer's own or one of `update`."""
         batch: MicroBatch = inputs["batch"]
-        if (further := inputs.get("further")) is not None:
-            return self.phase_loss(further.phase, model, batch, further.shares, further.prefix)
+        if "loss" in inputs:
+            return inputs["loss"](model, batch)
         self.bar.tokens_this_step += batch.num_tokens
         self.figures.tokens += batch.num_tokens
         self.figures.count_sources(batch.sequences.columns.get(SOURCE_COLUMN, ()), batch.sequences.sizes)
-        loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
+        loss = self.phase_loss(model, batch, self.phase, self.current_gradient_accumulation_steps)
         self._keep_states(batch)
         self._show(batch)
         return (loss, batch.result) if return_outputs else loss
 
-    def phase_loss(self, phase: Phase, model: nn.Module, batch: MicroBatch, shares: int, prefix: str = "") -> Tensor:
-        """Compute the loss in one forward call, so that wrappers see it, and keep its figures for the next log."""
+    def phase_loss(self, model: nn.Module, batch: MicroBatch, phase: Phase, shares: int, prefix: str = "") -> Tensor:
+        """Compute a phase's loss of one of `shares` micro-batches in one forward call, so that wrappers see it, and keep its figures."""
         with part("forward"):
             loss, metrics = model(step=lambda m: phase.loss(m, batch))
         for name, value in metrics.items():
@@ -330,15 +311,15 @@ class ReFINETrainer(ResumingTrainer):
         synchronising, scaled, clipped, skipped where the gradient is not finite. The names of its figures begin with `prefix`."""
         model, accelerator = self.model_wrapped, self.accelerator
         assert self.optimizer is not None
-        self.set_totals(phase, batches)
-        further = Further(phase, len(batches), prefix)
+        set_totals(phase, batches, self._sum_over, self.args.world_size, self.args.device)
+        phase_loss = partial(self.phase_loss, phase=phase, shares=len(batches), prefix=prefix)
         outer = accelerator.sync_gradients  # the Trainer has set it for the micro-batch that it is about to run
         try:
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 accelerator.sync_gradients = last
                 with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model), part("backward"):
-                    super().training_step(model, {"batch": batch, "further": further})
+                    super().training_step(model, {"batch": batch, "loss": phase_loss})
             # Called without a limit too, since it takes the loss scale out of the gradients before the guard judges them.
             accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
             self.guard.on_pre_optimizer_step(self.args, self.state, self.control, model=model)
@@ -375,10 +356,10 @@ class ReFINETrainer(ResumingTrainer):
         due = self.args.log_completions and self.state.global_step % max(1, int(self.args.logging_steps)) == 0
         if due and batch.result is not None and self.state.global_step != self._shown_at and self.is_world_process_zero():
             self._shown_at = self.state.global_step
-            show_completions(
-                self.processing_class, batch.input_ids, batch.result, self.run_folder, self.state.global_step,
-                self.args.num_completions_to_print, quiet=bool(self.args.disable_tqdm),
-            )  # fmt: skip
+            rows = completion_rows(self.processing_class, batch.input_ids, batch.result, self.args.num_completions_to_print)
+            append_json_lines(self.run_folder.path / COMPLETIONS_FILE, [{"step": self._shown_at, **row} for row in rows])
+            if not self.args.disable_tqdm:
+                print_completions(rows, self._shown_at)
 
     def evaluate(
         self,

@@ -28,9 +28,7 @@ def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardS
     """Return the settings with other rewards; the caller's stay as they are."""
     if reward_funcs is None:
         return args
-    if isinstance(reward_funcs, str) or callable(reward_funcs):
-        reward_funcs = [reward_funcs]
-    rewards: list[RewardSpec] = list(reward_funcs)
+    rewards: list[RewardSpec] = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
     for reward in rewards:
         resolve_reward(reward)
     args = copy.copy(args)
@@ -41,11 +39,8 @@ def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardS
 def model_given(
     model: nn.Module | str | Path | None, tokenizer: PreTrainedTokenizerBase | None, peft_config: object, args: ReFINEConfig
 ) -> tuple[nn.Module | None, PreTrainedTokenizerBase | None]:
-    """Return the model itself, with new adapters where they are asked for, and its tokenizer.
-
-    Raises:
-        RefineError: adapters are asked for on top of adapters, which leaves open which are to be trained.
-    """
+    """Return the model itself, with new adapters where they are asked for, and its tokenizer. RefineError where adapters are asked for on
+    top of adapters, which leaves open which are to be trained."""
     if isinstance(model, str | Path):
         adapted = bool(adapters_of(model))
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
@@ -53,7 +48,7 @@ def model_given(
     else:
         adapted = hasattr(model, "peft_config")
     if peft_config is None:
-        if adapted and not isinstance(model, str | Path) and hasattr(model, "peft_config"):
+        if model is not None and hasattr(model, "peft_config"):
             check_adapters(model)
             _say_base(model)
         return model, tokenizer

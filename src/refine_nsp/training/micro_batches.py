@@ -20,9 +20,8 @@ def to_batch(inputs: Collated, device: torch.device) -> Batch:
     """Send a collated batch to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
     no_columns = ("input_ids", "lengths", "context_scores", "_places", ANSWER_COLUMN, BEGINS_COLUMN)
     columns = {k: v for k, v in inputs.items() if k not in no_columns}
-    ids, scores = (
-        None if (x := inputs.get(k)) is None else x.to(device, non_blocking=True) for k in ("input_ids", "context_scores")
-    )
+    ids, scores = inputs["input_ids"].to(device, non_blocking=True), inputs.get("context_scores")
+    scores = None if scores is None else scores.to(device, non_blocking=True)
     return Batch.of(ids, inputs["lengths"], columns, scores, answer_starts=inputs.get(ANSWER_COLUMN))
 
 

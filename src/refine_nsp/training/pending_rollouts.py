@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -85,7 +86,7 @@ def stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def micro_batch_of(tensors: Mapping[str, Tensor], device: torch.device) -> MicroBatch:
     """Make a micro-batch that has its rollouts, on the device."""
-    made = {name: tensors[name].to(device) for name in TENSORS}
+    made: dict[str, Any] = {name: tensors[name].to(device) for name in TENSORS}
     rollouts = Rollouts(**made, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
     batch = Batch.of(tensors["input_ids"].to(device), tensors["lengths"], answer_starts=tensors.get(ANSWER_COLUMN))
     return MicroBatch(batch, rollouts=rollouts)

@@ -50,7 +50,7 @@ def with_context_scores(
     with what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
 
     Args:
-        autocast: what products are computed in, where that is not the weights' dtype. process, processes: this process' index among so many.
+        autocast: what products are computed in, where that is not the weights' dtype. process, processes: the index among so many.
         carried: where the windows of a document continue from each other, what is kept between them, empty; the scores see the document.
 
     Raises:
@@ -58,7 +58,9 @@ def with_context_scores(
     """
     gain = wants_gain(config)
     if not isinstance(data, Dataset):
-        raise RefineError("context_scores='cached' keeps scores with the data, which streaming does not; use 'online'")
+        raise RefineError(
+            "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
+        )
     key = scores_key(data, model, config, autocast, () if carried is None else ("carried", carried.keys))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
     folder.mkdir(parents=True, exist_ok=True)

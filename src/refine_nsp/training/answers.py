@@ -83,11 +83,6 @@ class AnswerArguments:
     def __post_init__(self) -> None:
         check_read(self)
 
-    @property
-    def source(self) -> str:
-        """Name the data as errors call it."""
-        return self.dataset_name or " and ".join(x for x in (self.squad, self.hotpotqa) if x is not None)
-
 
 def prepare_answers(
     arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -104,7 +99,8 @@ def prepare_answers(
         rows = ruler_prompts(a, tokenizer, max_length)
     else:
         rows = read_rows(a.dataset_name, a.dataset_split, a.question_column)
-    train = encode_rows(rows, a.source, a, tokenizer, max_length)
+    name = a.dataset_name or " and ".join(x for x in (a.squad, a.hotpotqa) if x is not None)
+    train = encode_rows(rows, name, a, tokenizer, max_length)
     if a.validation_dataset is not None:
         held = read_rows(a.validation_dataset, validation_splits(a.dataset_split), a.question_column)
         return train, encode_rows(first_rows(held, a.validation_examples), a.validation_dataset, a, tokenizer, max_length)
@@ -125,7 +121,7 @@ def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBa
     """Refuse settings that do not fit together, before anything is read (RefineError)."""
     if (arguments.dataset_name is None) == (arguments.squad is None and arguments.hotpotqa is None):
         raise RefineError(
-            "name the prompts and answers to train on with --dataset_name, or questions to build them from with --squad and --hotpotqa"
+            "name prompts and answers with --dataset_name, or questions to build them from with --squad and --hotpotqa"
         )
     check_fraction(arguments.validation_fraction)
     if tokenizer.eos_token_id is None:
@@ -133,9 +129,8 @@ def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBa
     if arguments.apply_chat_template and not tokenizer.chat_template:
         raise RefineError("apply_chat_template: the tokenizer has no chat template")
     if arguments.max_answer_tokens < 1 or max_length <= arguments.max_answer_tokens:
-        raise RefineError(
-            f"max_length={max_length} must leave room for a prompt next to max_answer_tokens={arguments.max_answer_tokens}"
-        )
+        most = arguments.max_answer_tokens
+        raise RefineError(f"max_length={max_length} must leave room for a prompt next to max_answer_tokens={most}")
 
 
 def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

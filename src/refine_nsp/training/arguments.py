@@ -221,20 +221,18 @@ class ReFINEConfig(TrainingArguments):
         """Refuse settings that do not go with windows which continue from each other (RefineError)."""
         if not self.carry_states:
             return
-        if self.train_sampling_strategy == "group_by_length":
-            raise RefineError(
-                "train_sampling_strategy='group_by_length' would put rows together by length, and carry_states puts each window behind the "
-                "one before; leave it out"
-            )
-        for name in ("ignore_data_skip", "auto_find_batch_size"):
-            if getattr(self, name):
+        for name, wrong in (
+            ("train_sampling_strategy", "group_by_length"),
+            ("ignore_data_skip", True),
+            ("auto_find_batch_size", True),
+        ):
+            if getattr(self, name) == wrong:
                 raise RefineError(
-                    f"{name}=True would put windows behind states of other documents than their own, and carry_states is set; leave it out"
+                    f"{name}={wrong!r} would put windows behind other documents' states; leave it out, or carry_states"
                 )
         if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
             raise RefineError(
-                f"kl_coef={self.nsp.kl_coef} compares with a reference model, whose states of a document are not carried; leave kl_coef "
-                "out, or carry_states"
+                f"kl_coef={self.nsp.kl_coef} needs a reference model, whose states carry_states does not carry; leave one out"
             )
 
     def _check_method(self) -> None:
@@ -244,8 +242,7 @@ class ReFINEConfig(TrainingArguments):
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")
         if nsp.positions_per_sequence * 2 > self.max_length:
             raise RefineError(
-                f"positions_per_sequence={nsp.positions_per_sequence} is too many for max_length={self.max_length}: each of the "
-                "P chunks needs room for a position"
+                f"max_length={self.max_length} is too short for positions_per_sequence={nsp.positions_per_sequence} (2 tokens each)"
             )
 
     def weights_dtype(self, dtype: str | None) -> str | None:

@@ -136,9 +136,6 @@ def check_shares(arguments: DataArguments) -> None:
         raise RefineError(f"context_score_share={a.context_score_share:g}: expected a share of tokens above 0, at most 1")
 
 
-# --- tokens and windows -----------------------------------------------------------------------------------------------
-
-
 def cut_windows(ids: Sequence[int], max_length: int, min_length: int, shared: int = 0) -> list[list[int]]:
     """Cut tokens into consecutive windows of `max_length`; a shorter last one is kept if it has at least `min_length`.
 
@@ -172,8 +169,7 @@ def some(windows: Dataset, documents: Dataset, min_length: int) -> Dataset:
     """Return the windows of documents. RefineError where there are none."""
     if len(windows) == 0:
         raise RefineError(
-            f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; got {len(documents)} "
-            "documents, all shorter"
+            f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; all {len(documents)} are shorter"
         )
     return windows
 
@@ -235,6 +231,24 @@ def tokenize(
     return some(cut(desc="tokenize", new_fingerprint=fingerprint, num_proc=processes), data, min_length)
 
 
+def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int) -> Dataset | IterableDataset:
+    """Cut rows of `input_ids`, each a document, into windows for carried states; rows that are windows already stay as they are.
+    RefineError for packed rows, or where no document is long enough."""
+    names = data.column_names or []
+    if BEGINS_COLUMN in names or TOKENS_COLUMN not in names:
+        return data
+    if LENGTHS_COLUMN in names:
+        raise RefineError("carry_states reads documents window by window, and packed rows hold several; give each a row")
+
+    def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
+        others = [name for name in names if name != TOKENS_COLUMN]
+        return cut_rows(batch, batch[TOKENS_COLUMN], max_length, min_length, others, carried=True)
+
+    if isinstance(data, IterableDataset):
+        return data.map(windows_of, batched=True, batch_size=16, remove_columns=names)
+    return some(data.map(windows_of, batched=True, remove_columns=names, desc="windows"), data, min_length)
+
+
 def tokens_of(values: Sequence[object], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the tokens of each document of a column: the tokenizer's for texts, rows of token ids as they are; missing ones are empty.
     RefineError for a value that is neither text nor tokens, or tokens that the tokenizer does not have."""
@@ -265,8 +279,7 @@ def checked_ids(value: object, column: str, vocabulary: int) -> list[int]:
         )
     if ids.size and not 0 <= (wrong := int(ids.min() if ids.min() < 0 else ids.max())) < vocabulary:
         raise RefineError(
-            f"column {column!r} holds the token {wrong}, and the tokenizer has the tokens 0 to {vocabulary - 1}; were these rows "
-            "tokenized with another one?"
+            f"column {column!r} holds the token {wrong}, and the tokenizer has 0 to {vocabulary - 1}; were rows tokenized with another one?"
         )
     return ids.tolist()
 

@@ -53,9 +53,7 @@ def score_documents(
     """
     check_length(max_length, config)
     if taken := [name for name in (SCORE_COLUMN, COUNT_COLUMN) if name in documents.column_names]:
-        raise RefineError(
-            f"the documents have a column {taken[0]!r} already; score the file that they were made of, or rename it"
-        )
+        raise RefineError(f"the documents have a column {taken[0]!r} already; score the file they were made of, or rename it")
     column = TOKENS_COLUMN if column == TEXT_COLUMN and TEXT_COLUMN not in documents.column_names else column
     numbers: np.ndarray = np.arange(len(documents))
     only = documents.select_columns([column]).add_column(
@@ -89,8 +87,7 @@ def check_length(max_length: int, config: NSPConfig) -> None:
     """Refuse windows in which no token has a score (RefineError)."""
     if max_length <= 2 * config.local_window:
         raise RefineError(
-            f"max_length={max_length} leaves no token to score: the first {2 * config.local_window} of a window, twice local_window, have "
-            "no score; raise max_length, or lower local_window"
+            f"max_length={max_length} leaves no token to score, which needs more than twice local_window={config.local_window}"
         )
 
 

@@ -92,8 +92,7 @@ class LaneStates:
         paths = [folder / LANES_FILE.format(p) for p in range(1 if made is None else made.processes)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise RefineError(
-                f"{folder} has no {', '.join(missing)}, where states of lanes are; copy the files of all processes into it, or begin a new "
-                "run from its weights (model_name_or_path)"
+                f"{folder} has no {', '.join(missing)}, where states of lanes are; copy the files of all processes into it, or begin anew"
             )
         self.lanes = {}
         for path in paths:

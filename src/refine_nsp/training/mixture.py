@@ -43,9 +43,6 @@ class Mixed:
     last: int
 
 
-# --- names and weights ------------------------------------------------------------------------------------------------
-
-
 def as_list(given: str | Sequence[str] | None) -> list[str]:
     """List one name or several; None is none."""
     return [] if given is None else [given] if isinstance(given, str) else list(given)
@@ -72,7 +69,7 @@ def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None
         )
     if not all(0 < w <= 1 for w in weights):
         raise RefineError(
-            f"dataset_weights {shown}: expected shares above 0 that sum to 1; leave out a source that is to give nothing"
+            f"dataset_weights {shown}: expected shares above 0 that sum to 1; leave out a source that gives nothing"
         )
     if abs(sum(weights) - 1) > SUM_ERROR:
         scaled = " ".join(f"{w / sum(weights):.4g}" for w in weights)
@@ -94,9 +91,6 @@ def labels_of(names: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     return [f"{label(name, 1)}_{i + 1}" for i, name in enumerate(names)]
-
-
-# --- the rule ---------------------------------------------------------------------------------------------------------
 
 
 def behind(tokens: Sequence[int], weights: Sequence[float]) -> int:
@@ -127,9 +121,6 @@ def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stoppi
         order.append(int(starts[i]) + window)
         given[i] += 1
         tokens[i] += lengths[i][window]
-
-
-# --- windows in files -------------------------------------------------------------------------------------------------
 
 
 def named(windows: Dataset | IterableDataset, label: str) -> Dataset | IterableDataset:
@@ -185,9 +176,6 @@ def _shares(sizes: Mapping[str, int], given: Sequence[int], tokens: Sequence[int
         f"{label} {100 * tokens[i] / whole:.2f} % of tokens ({given[i]} windows of {size}, {given[i] / max(1, size):.2f} times)"
         for i, (label, size) in enumerate(sizes.items())
     )
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 class ByTokens(_BaseExamplesIterable):

@@ -69,10 +69,8 @@ class PostTrainingConfig(ReFINEConfig):
         super().__post_init__()
         check_choice("answer_metric", self.answer_metric, MATCHES)
         if self.inner_steps < 1 or self.inner_steps > self.gradient_accumulation_steps:
-            raise RefineError(
-                f"inner_steps={self.inner_steps} deals {self.gradient_accumulation_steps} micro-batches out; it must be between 1 and "
-                "gradient_accumulation_steps"
-            )
+            most = self.gradient_accumulation_steps
+            raise RefineError(f"inner_steps={self.inner_steps} must be between 1 and gradient_accumulation_steps={most}")
         if self.steps_per_generation > 1:
             raise RefineError("steps_per_generation belongs to mid-training; several inner steps on a batch are inner_steps")
         if self.context_scores == "cached":

@@ -31,17 +31,20 @@ from torch import Tensor, nn
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.forward import run_and_leave
+from refine_nsp.nsp.forward import run, run_and_leave
+from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.module import take_step
-from refine_nsp.nsp.next_token import next_token_loss
-from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work
+from refine_nsp.nsp.next_token import next_token_loss, next_tokens
+from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work, uniforms
 from refine_nsp.nsp.schedule import schedule_of
-from refine_nsp.nsp.selection import SCORES, count_positions
+from refine_nsp.nsp.seeds import generator_of
+from refine_nsp.nsp.selection import SCORES, count_positions, select_positions
 from refine_nsp.nsp.step import first_pass
-from refine_nsp.training.data import Collated
-from refine_nsp.training.validation import validate
+from refine_nsp.training.data import ANSWER_COLUMN, BEGINS_COLUMN, Collated
+from refine_nsp.training.lane_states import LaneStates
 
 Counts = dict[str, float]
+VALIDATION_SEED = 0
 
 
 @dataclass
@@ -114,7 +117,7 @@ class Phase:
     def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
         self.config, self.reference = config, reference
 
-    # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
+    # The properties say what it uses; whoever has settings and no run yet asks `PHASES[objective](config)`.
     @property
     def reads(self) -> frozenset[str]:
         """Name the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
@@ -265,6 +268,45 @@ class NextSequence(Phase):
         batch.result, batch.left = result, result.left
         losses = {"loss_ntp": result.loss_ntp.detach(), "loss_policy": result.loss_policy.detach()}
         return result.loss, {**losses, **result.metrics}
+
+
+@torch.no_grad()
+def validate(
+    model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device, carried_keys: int | None = None
+) -> dict[str, float]:
+    """Measure the prediction of the next token, and how well K greedy tokens match the text, at fixed positions.
+
+    Returns:
+        Sums over all batches: nll, correct, sampled (expected) and entropy over `targets`; match and cosine of greedy tokens over
+        `places`. Batches of documents in lanes (`documents_in_lanes`) continue from the states of their windows before.
+    """
+    sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
+    at_random = config.at_random()
+    carried = LaneStates(recent=0, keys=carried_keys)
+    for inputs in batches:
+        ids = inputs["input_ids"].to(device)
+        lanes: list[int] = inputs.get("_lanes", [])
+        carried.forget(lane for lane, begins in zip(lanes, inputs.get(BEGINS_COLUMN, []), strict=False) if begins)
+        starts = carried.starts(lanes, device) if lanes else None
+        batch = Batch.of(ids, inputs["lengths"], starts=starts, answer_starts=inputs.get(ANSWER_COLUMN))
+        sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)))
+        if sequence_pass.left is not None:
+            carried.keep(lanes, batch, sequence_pass.left)
+        stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
+        sums["nll"] += float(stats.nll[mask].double().sum())
+        sums["correct"] += float((stats.argmax == targets)[mask].sum())
+        sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
+        sums["entropy"] += float(stats.entropy[mask].double().sum())
+        sums["targets"] += batch.num_targets
+        # Positions are the same at every validation, whatever else is in a batch.
+        generators = [generator_of(VALIDATION_SEED, *place) for place in inputs["_places"]]
+        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
+        positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
+        match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
+        sums["match"] += match
+        sums["cosine"] += similarity
+        sums["places"] += places
+    return sums
 
 
 PHASES: dict[str, type[Phase]] = {"refine": NextSequence, "ntp": NextToken}

@@ -1,15 +1,25 @@
-"""Training rows of like lengths may go together, in an order that the seed and the epoch alone decide."""
+"""Training rows are read by length or by lanes, in an order that the data, the seed and the epoch alone decide.
+
+A lane is a row of the global batch, counted over all processes and micro-batches: the next window of a document stands in the same row of
+the next optimizer step's batch. When a document ends, its lane takes the next one of a list that the seed shuffles; the list is shuffled
+again and begun anew when it ends, so that no lane ever waits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from refine_nsp.errors import RefineError
+from refine_nsp.nsp.seeds import generator_of
 
+T = TypeVar("T")
 TOKENS = ("input_ids", "prompt_ids")  # the columns that hold the tokens of text, and of prompts
 
 
@@ -44,3 +54,53 @@ def lengths_of(data: Dataset, column: str) -> list[int]:
     if tokens is None:
         raise RefineError(f"train_sampling_strategy='group_by_length' needs a column {column!r} or tokens ({', '.join(TOKENS)})")
     return [len(data[i][tokens]) for i in range(len(data))]
+
+
+class LaneOrder(Sampler[int]):
+    """Order the windows of a dataset by lanes: its rows in turns of `lanes`, row l of each turn continuing what lane l read before.
+
+    An epoch has as many windows as the dataset, rounded up to whole turns, and goes on where the one before stopped.
+
+    Args:
+        begins: which rows begin a document; the rows of one stand next to each other. lanes: rows of a turn.
+        shuffled: documents are read in an order drawn by `seed`, or as they stand.
+    """
+
+    def __init__(self, begins: Sequence[bool], lanes: int, seed: int, shuffled: bool) -> None:
+        self.documents = documents_of(begins)
+        self.lanes, self.seed, self.shuffled, self.epoch = lanes, seed, shuffled, 0
+        self.turns = -(-len(begins) // lanes)
+
+    def __len__(self) -> int:
+        return self.turns * self.lanes
+
+    def __iter__(self) -> Iterator[int]:
+        before = self.epoch * len(self)
+        return islice(in_lanes(self._documents(), self.lanes), before, before + len(self))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which says how many turns came before."""
+        self.epoch = epoch
+
+    def _documents(self) -> Iterator[Iterator[int]]:
+        """Yield the documents again and again, in another order each time."""
+        n = len(self.documents)
+        for time in count():
+            order = torch.randperm(n, generator=generator_of(self.seed, time)).tolist() if self.shuffled else range(n)
+            yield from (iter(self.documents[i]) for i in order)
+
+
+def in_lanes(documents: Iterator[Iterator[T]], lanes: int) -> Iterator[T]:
+    """Yield windows in turns of one for each lane; a lane whose document has ended takes the next of `documents`, which must not end."""
+    reading: list[Iterator[T]] = [iter(()) for _ in range(lanes)]
+    while True:
+        for lane in range(lanes):
+            while not (window := list(islice(reading[lane], 1))):
+                reading[lane] = next(documents)
+            yield window[0]
+
+
+def documents_of(begins: Sequence[bool]) -> list[range]:
+    """Find the rows of each document. The first row begins one, whatever it says: the rows before it may have been kept back."""
+    firsts = [i for i, begin in enumerate(begins) if begin or i == 0]
+    return [range(first, last) for first, last in zip(firsts, [*firsts[1:], len(begins)], strict=True)]

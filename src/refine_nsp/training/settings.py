@@ -58,7 +58,6 @@ ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedul
 OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
 
 
-# --- what is meant ----------------------------------------------------------------------------------------------------
 def _mapping(name: str, text: str) -> object:
     """Read a mapping that is written as JSON; return other text, such as a file's name, as it is."""
     if not text.startswith("{"):
@@ -86,7 +85,6 @@ def take_as_meant(args: TrainingArguments) -> None:
         args.use_cpu = True  # there is nothing else, and transformers wants it said
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
 def check_places(args: TrainingArguments) -> None:
     """Refuse settings that nothing here could read, at another value than their default (RefineError)."""
     for name, why in NO_PLACE.items():
@@ -153,7 +151,6 @@ def _check_loading(args: TrainingArguments) -> None:
             )
 
 
-# --- schedules --------------------------------------------------------------------------------------------------------
 def _check_schedule(args: TrainingArguments) -> None:
     """Refuse a schedule that cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up (RefineError)."""
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
@@ -200,7 +197,6 @@ def _try_schedule(args: TrainingArguments, kind: SchedulerType, given: Mapping[s
         schedule.step(*([1.0] if kind in ON_A_FIGURE else []))
 
 
-# --- optimizers -------------------------------------------------------------------------------------------------------
 def _check_optimizer(args: TrainingArguments) -> None:
     """Refuse an optimizer that updates weights before a step is whole, or that would not read a setting (RefineError)."""
     optim = OptimizerNames(args.optim).value

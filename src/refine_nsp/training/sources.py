@@ -89,12 +89,10 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int, carri
     check_fraction(arguments.validation_fraction)
     if max_length < min_length:
         raise RefineError(
-            f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
+            f"max_length={max_length} is below {min_length}, what a position needs (min_prefix + 1 + rollout_length)"
         )
     if carried and arguments.packing:
-        raise RefineError(
-            "carry_states reads a document window by window, and packing puts several in one row; leave packing out"
-        )
+        raise RefineError("carry_states reads documents window by window, and packing puts several in one row; leave packing out")
     if carried and len(arguments.all_names) > 1:
         raise RefineError(
             "carry_states reads documents of one source window by window, and a mixture deals out windows of "
@@ -221,9 +219,8 @@ def number_of(source: Source, value: object) -> float:
     try:
         number = float("nan") if value is None else float(str(value))
     except ValueError as error:
-        raise RefineError(
-            f"{source.name} has {str(value)[:40]!r} where a document's score or its tokens should be, a number"
-        ) from error
+        wrong = str(value)[:40]
+        raise RefineError(f"{source.name} has {wrong!r} where a document's score or its tokens should be, a number") from error
     return float("-inf") if math.isnan(number) else number
 
 

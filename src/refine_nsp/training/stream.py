@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import write_atomically
+from refine_nsp.training.data import BEGINS_COLUMN
+from refine_nsp.training.row_order import in_lanes
 
 STREAM_FILE = "stream.json"
 State = dict[str, Any]  # a place in the text, as `datasets` writes it or as `Stream.place` does
@@ -71,9 +73,7 @@ class Stream(IterableDataset[dict[str, object]]):
                 found = True
                 yield example
             if not found:
-                raise RefineError(
-                    "the streamed text has no document that is long enough, which min_prefix, one position and K need"
-                )
+                raise RefineError("the streamed text has no document that is long enough for min_prefix, one position and K")
             self.check_files()
             self.epoch, given_out = self.epoch + 1, 0
 
@@ -116,6 +116,39 @@ class Stream(IterableDataset[dict[str, object]]):
         return True
 
 
+class LaneStream(Stream):
+    """Iterate over streamed windows by lanes. A lane holds the rest of its document in memory.
+
+    What lanes hold follows from all that was read before, so a resumed run reads the text again from its beginning, and leaves out what
+    was given out.
+    """
+
+    def __init__(self, data: IterableDataset, every: int, keep: int, lanes: int) -> None:
+        super().__init__(data, every, keep)
+        self.lanes = lanes
+
+    def rows_from(self, start: State | None) -> Iterator[dict[str, object]]:
+        self.data.load_state_dict(None)
+        self.row, self.epoch = 0 if start is None else start["row"], 0
+        return islice(in_lanes(grouped(self.epochs()), self.lanes), self.row, None)
+
+    def place(self) -> State:
+        """Return how many rows were given out, from which it follows where the next stands."""
+        return {"epoch": 0, "given_out": self.row}
+
+
+def grouped(rows: Iterable[dict[str, object]]) -> Iterator[Iterator[dict[str, object]]]:
+    """Yield the windows of each document, read from the stream as a whole."""
+    document: list[dict[str, object]] = []
+    for row in rows:
+        if row[BEGINS_COLUMN] and document:
+            yield iter(document)
+            document = []
+        document.append(row)
+    if document:
+        yield iter(document)
+
+
 def has_buffer(data: datasets.IterableDataset) -> bool:
     """Tell whether rows go through a shuffle buffer, which a dataset's state leaves out."""
     waiting: list[object] = [data._ex_iterable]
@@ -133,12 +166,11 @@ def check_streaming(args: TrainingArguments) -> None:
         raise RefineError("streamed text has no known end: set max_steps")
     if args.train_sampling_strategy == "group_by_length":
         raise RefineError(
-            "train_sampling_strategy='group_by_length' needs the lengths of all rows, and streamed text comes as it comes; leave it out"
+            "train_sampling_strategy='group_by_length' needs all lengths, and streamed text comes as it comes; leave it out"
         )
     if args.dataloader_num_workers > 0:
         raise RefineError(
-            f"dataloader_num_workers={args.dataloader_num_workers} would read streamed text in other processes, whose place in it a "
-            "checkpoint cannot note; leave it at 0"
+            f"dataloader_num_workers={args.dataloader_num_workers}: a checkpoint cannot note where other processes read; leave it at 0"
         )
     # Otherwise the first process would read for all, and send them batches cut from one that is padded to the longest of all rows.
     assert isinstance(args.accelerator_config, AcceleratorConfig)

@@ -83,7 +83,7 @@ class TestTimeConfig:
         check_read(self)
         if self.objective == "refine" and self.nsp.kl_coef > 0:
             raise RefineError(
-                f"kl_coef={self.nsp.kl_coef} needs a frozen reference model, which test time does not keep; leave it at 0"
+                f"kl_coef={self.nsp.kl_coef} needs a frozen reference model, which test time has not; leave it at 0"
             )
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
@@ -206,7 +206,6 @@ class TestTimeTrainer:
         """Tell whether several prompts can each have weights of their own: their losses must not touch each other."""
         return self.config.parameters == "lora" and self.phase.rows_apart
 
-    # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
     def _own_weights(self, rows: list[Tensor]) -> Iterator[None]:
         """Train the chosen weights on prompts that share one update, and put them back afterwards unless they are kept for good."""
@@ -237,7 +236,6 @@ class TestTimeTrainer:
         self._kept_optimizer = made if c.scope == "never" else None
         return made
 
-    # --- steps --------------------------------------------------------------------------------------------------------
     @part("optimizer", TEST_TIME)
     def _train(self, rows: list[Tensor], parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], shared: bool) -> None:
         """Make the optimizer steps, and note in `last` what they cost, the tensors `kept` in addition to the model included.

@@ -41,18 +41,17 @@ from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.completions import completion_rows, print_completions
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
-from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_in_lanes
-from refine_nsp.training.micro_batches import of_one_width, places_of, set_totals, share_of_batches, to_batch
+from refine_nsp.training.micro_batches import documents_in_lanes, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.mixture import SOURCE_COLUMN
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
-from refine_nsp.training.row_order import ByLength, lengths_of
+from refine_nsp.training.row_order import ByLength, LaneOrder, lengths_of
 from refine_nsp.training.run_checks import check_best_figure, check_carrying, check_reference, weights_problems
 from refine_nsp.training.run_folder import COMPLETIONS_FILE
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
-from refine_nsp.training.stream import Stream, check_streaming
+from refine_nsp.training.stream import LaneStream, Stream, check_streaming
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 P = TypeVar("P", bound=Phase)
@@ -200,7 +199,6 @@ class ReFINETrainer(ResumingTrainer):
             )
         return order
 
-    # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
         self, epoch_iterator: Iterator[Collated], num_batches: int, device: torch.device
     ) -> tuple[list[StepInputs], None]:
@@ -269,7 +267,6 @@ class ReFINETrainer(ResumingTrainer):
             with part("rollouts"):
                 phase.prepare(self.model_wrapped, batches)
 
-    # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
         self, model: nn.Module, inputs: StepInputs, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | tuple[Tensor, StepResult | None]:
@@ -341,7 +338,6 @@ class ReFINETrainer(ResumingTrainer):
         self.figures.add("seconds_step", time.perf_counter() - start)
         return loss
 
-    # --- logs and validation ------------------------------------------------------------------------------------------
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the means of what the steps since the last log gave."""
         if "loss" in logs or "train_runtime" in logs:

@@ -20,8 +20,7 @@ from refine_nsp.models.adapters import check_adapters, new_adapters, peft
 from refine_nsp.models.load import adapters_of, load_model, load_tokenizer
 from refine_nsp.nsp.rewards import resolve_reward, wants_columns
 from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN, tokenize
-from refine_nsp.training.lanes import in_windows
+from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN, in_windows, tokenize
 
 
 def with_rewards(args: ReFINEConfig, reward_funcs: RewardSpec | Sequence[RewardSpec] | None) -> ReFINEConfig:
@@ -48,30 +47,26 @@ def model_given(
     else:
         adapted = hasattr(model, "peft_config")
     if peft_config is None:
-        if model is not None and hasattr(model, "peft_config"):
-            check_adapters(model)
-            _say_base(model)
-        return model, tokenizer
-    if not isinstance(peft_config, peft().PeftConfig):
+        if model is None or not hasattr(model, "peft_config"):
+            return model, tokenizer
+        check_adapters(model)
+    elif not isinstance(peft_config, peft().PeftConfig):
         raise RefineError(f"peft_config must be PEFT's, such as LoraConfig(target_modules='all-linear'), got {peft_config!r:.60}")
-    if adapted:
+    elif adapted:
         raise RefineError(
             "got peft_config for a model that has adapters: to train those further leave it out, and give the model as "
             "refine_nsp.models.load.load_adapter(FOLDER) returns it; for new ones merge first (refine-nsp export)"
         )
-    adapted_model = new_adapters(cast(nn.Module, model), peft_config, args.seed)
-    _say_base(adapted_model)
-    return adapted_model, tokenizer
-
-
-def _say_base(model: Any) -> None:
-    """Warn where the run's folder cannot name the model that its adapters belong to."""
-    if not any(config.base_model_name_or_path for config in model.peft_config.values()):
+    else:
+        model = new_adapters(cast(nn.Module, model), peft_config, args.seed)
+    # A run's folder names the model that its adapters belong to.
+    if not any(config.base_model_name_or_path for config in cast(Any, model).peft_config.values()):
         warnings.warn(
             "the model has no name_or_path, so a folder of its adapters cannot say what they belong on: save it, load that folder, and put "
             "adapters on what is loaded",
             stacklevel=2,
         )
+    return model, tokenizer
 
 
 def tokenized(data: object, tokenizer: PreTrainedTokenizerBase | None, args: ReFINEConfig) -> object:

@@ -215,14 +215,8 @@ def tail_tokens(
 
 def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> Collated:
     """Make a batch of rows: prompts, a list of [T] long; answers, for each a list of [A] long; references, strings; and columns, all else
-    by name, for rewards. They are padded when a reference is chosen.
-
-    Args:
-        unlearned: a token that is left out where an answer ends with it, since the published code learns answers without EOS.
-
-    Raises:
-        RefineError: the rows were not tokenized.
-    """
+    by name, for rewards. They are padded when a reference is chosen. A token `unlearned` is left out at an answer's end, as the published
+    code learns answers without EOS. RefineError for rows that were not tokenized."""
     rows = list(examples)
     if rows and (missing := [name for name in TOKENIZED if name not in rows[0]]):
         raise RefineError(

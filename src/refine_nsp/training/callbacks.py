@@ -55,13 +55,12 @@ class NonFiniteGuard(TrainerCallback):
 
     A step of nested post-training has several updates. Counted one by one, an inner update that fails every time would hide behind the
     outer one's success, and a run where both fail would stop sooner than `max_skipped_steps` says.
-
-    Attributes:
-        skipped: updates skipped so far. in_a_row: steps up to the latest that each had one. latest_step: the latest that had one.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.skipped, self.in_a_row, self.latest_step = limit, 0, 0, 0
+        self.limit = limit
+        self.skipped = 0  # updates so far
+        self.in_a_row = self.latest_step = 0  # steps up to the latest that each had a skipped update
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.in_a_row = self.latest_step = 0
@@ -90,13 +89,10 @@ class NonFiniteGuard(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Finish the step on Ctrl-C or SIGTERM, save a checkpoint to resume from, and stop; a second signal stops at once.
+    """Finish the step on Ctrl-C or SIGTERM, save a checkpoint to resume from, and stop; a second signal stops at once. All processes stop
+    after the same step: `sum_over` adds a number up over them; None where there is one process."""
 
-    Args:
-        sum_over: adds a number up over all processes, which must stop after the same step; None where there is one process.
-    """
-
-    def __init__(self, sum_over: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, sum_over: Callable[[Tensor], Tensor] | None) -> None:
         self.request, self.sum_over = StopRequest(), sum_over
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

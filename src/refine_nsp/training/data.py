@@ -137,10 +137,8 @@ def check_shares(arguments: DataArguments) -> None:
 
 
 def cut_windows(ids: Sequence[int], max_length: int, min_length: int, shared: int = 0) -> list[list[int]]:
-    """Cut tokens into consecutive windows of `max_length`; a shorter last one is kept if it has at least `min_length`.
-
-    Each begins with the last `shared` tokens of the one before.
-    """
+    """Cut tokens into consecutive windows of `max_length`, each beginning with the last `shared` tokens of the one before; a shorter last
+    one is kept if it has at least `min_length`."""
     windows = [list(ids[s : s + max_length]) for s in range(0, len(ids), max_length - shared)]
     return [w for w in windows if len(w) >= min_length]
 
@@ -311,10 +309,7 @@ def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
 def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
     """Make a batch of rows: input_ids [B, T] right-padded with 0 and lengths [B]; context_scores [B, T] and answer_start [B] where rows
     have them; other columns as lists of B values; and in _places the (example, document) of each row in the batch, by which its
-    randomness is seeded.
-
-    A packed example becomes a row per document, so that no state is shared. Its other columns are lists with a value per document.
-    """
+    randomness is seeded. A packed example, whose other columns are lists, becomes a row per document, so that no state is shared."""
     rows: list[Tensor] = []
     places: list[tuple[int, int]] = []
     scores: list[Tensor] = []

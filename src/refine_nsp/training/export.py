@@ -17,11 +17,7 @@ from refine_nsp.training.run_folder import PLAIN_FILES
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Make a plain folder of a checkpoint whose weights are in shards, or of LoRA adapters by merging them into their base. The folder is
-    complete, or it is not there.
-
-    Raises:
-        RefineError: the checkpoint has neither, or the folder has something in it.
-    """
+    complete, or it is not there. RefineError where the checkpoint has neither, or the folder has something in it."""
     shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
     sharded = (shards / ".metadata").exists()
     if not sharded and not (checkpoint / ADAPTER_CONFIG).exists():

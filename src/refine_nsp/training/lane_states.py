@@ -35,15 +35,10 @@ class Lane:
 
 @dataclass
 class LaneStates:
-    """Keep the states of lanes by number; a lane that is not there starts from nothing.
+    """Keep the states of lanes by number; a lane that is not there starts from nothing."""
 
-    Attributes:
-        recent: H, how many of the last tokens are kept with them, for context scores.
-        keys: of so many of the newest tokens attention's keys and values are kept; None: of all there are.
-    """
-
-    recent: int
-    keys: int | None = None
+    recent: int  # H, how many of the last tokens are kept with them, for context scores
+    keys: int | None = None  # of so many of the newest tokens attention's keys and values are kept; None: of all there are
     lanes: dict[int, Lane] = field(default_factory=dict)
 
     def forget(self, lanes: Iterable[int]) -> None:

@@ -47,10 +47,8 @@ def share_of_batches(
 def documents_in_lanes(
     data: Dataset, collator: Callable[[list[dict[str, object]]], Collated], lanes: int, process: int, processes: int
 ) -> Iterator[Collated]:
-    """Collate a process' share of the documents, so many side by side, window by window; `_lanes` says which lane each row is in.
-
-    Every window is there once in all, with its index in the set in `_places`: figures are the same on any number of processes.
-    """
+    """Collate a process' share of the documents as `share_of_batches` does of rows, so many side by side, window by window; `_lanes` says
+    which lane each row is in."""
     begins: Sequence[bool] = data[BEGINS_COLUMN] if BEGINS_COLUMN in data.column_names else [True] * len(data)
     waiting = deque(documents_of(begins)[process::processes])
     reading: dict[int, Iterator[int]] = {}

@@ -1,9 +1,8 @@
 """Windows of several sources are mixed by shares of tokens, in an order that the seed alone decides.
 
 The next window is always one of the source that is furthest behind its share of the tokens so far. So no source is ever ahead of its share
-by more than a window, however long the documents of each are, and nothing has to be known of their lengths beforehand: the same rule serves
-files and streams. `datasets.interleave_datasets` draws by examples, and would need probabilities corrected by mean
-lengths, which a stream does not say.
+by more than a window, and nothing has to be known of lengths beforehand: the same rule serves files and streams.
+`datasets.interleave_datasets` draws by examples, and would need probabilities corrected by mean lengths, which a stream does not say.
 """
 
 from __future__ import annotations
@@ -29,18 +28,12 @@ SUM_ERROR = 1e-4  # by so much the sum of weights may differ from 1: .333 three 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Hold a mixture of windows that are all in memory or in files, and how it came about.
+    """Hold a mixture of windows that are all in memory or in files, and how it came about."""
 
-    Attributes:
-        order: the windows in their order, by index in all sources one after the other.
-        given: for each source, how many windows were taken, repeats included. tokens: how many tokens.
-        last: the index of the source that ended the mixture.
-    """
-
-    order: list[int]
-    given: list[int]
-    tokens: list[int]
-    last: int
+    order: list[int]  # the windows in their order, by index in all sources one after the other
+    given: list[int]  # for each source, how many windows were taken, repeats included
+    tokens: list[int]  # for each source, how many tokens were taken
+    last: int  # the index of the source that ended the mixture
 
 
 def as_list(given: str | Sequence[str] | None) -> list[str]:
@@ -100,7 +93,7 @@ def behind(tokens: Sequence[int], weights: Sequence[float]) -> int:
 
 
 def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stopping: Stopping, seed: int) -> Mixed:
-    """Choose the windows of a mixture, given the tokens of each source's windows. Each source's are shuffled by the seed.
+    """Choose the windows of a mixture, given the tokens of each source's windows, which the seed shuffles.
 
     The mixture ends where a window is due of a source that has none left (`first_exhausted`), or has begun again every source that ran
     out until each has been read once (`all_exhausted`).
@@ -150,11 +143,8 @@ def tokens_of_windows(windows: Dataset) -> list[int]:
 
 
 def mix(sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: Stopping, seed: int) -> tuple[Dataset, str]:
-    """Mix windows that are all there by shares of tokens, with a column `dataset_source`. Return them, and a line that says what was taken.
-
-    Args:
-        sources: windows by the names that logs give them. weights: None takes every window of every source once.
-    """
+    """Mix windows that are all there, by the names of their sources, by shares of tokens, with a column `dataset_source`; without `weights`
+    every window is taken once. Return them, and a line that says what was taken."""
     lengths = [tokens_of_windows(windows) for windows in sources.values()]
     whole = concatenate_datasets([named(windows, label) for label, windows in sources.items()])
     sizes = {label: len(own) for label, own in zip(sources, lengths, strict=True)}
@@ -180,13 +170,11 @@ def _shares(sizes: Mapping[str, int], given: Sequence[int], tokens: Sequence[int
 
 class ByTokens(_BaseExamplesIterable):
     """Yield rows of several streams by the rule of the mixture; `datasets` saves and loads its place as that of any of its own parts.
+    RefineError where a source has no window, or a place is of a mixture with other weights.
 
     Args:
         ex_iterables: the parts of the streams. labels: their names. weights: their shares of tokens.
         columns: all columns of all sources; a row is None where it has none of them.
-
-    Raises:
-        RefineError: a source has no window, or a place is of a mixture with other weights.
     """
 
     def __init__(

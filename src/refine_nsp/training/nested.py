@@ -176,11 +176,7 @@ class InnerUpdate(TrainerCallback):
 
 
 class PostTrainer(ReFINETrainer):
-    """Train on prompts and their answers, nested. Datasets are rows as `prepare_answers` makes them.
-
-    Raises:
-        RefineError: settings do not fit together, or the vocabulary is larger than the model's.
-    """
+    """Train on prompts and their answers, nested. Datasets are rows as `prepare_answers` makes them; all else is as in `ReFINETrainer`."""
 
     args: PostTrainingConfig
 

@@ -35,10 +35,8 @@ def save_pending(folder: Path, process: int, batches: Sequence[MicroBatch]) -> N
 
 
 def load_pending(folder: Path, process: int, own: Dealing, device: torch.device) -> list[MicroBatch] | None:
-    """Read this process' micro-batches that wait in a checkpoint; None when there are none.
-
-    Where the checkpoint's steps were dealt out otherwise, its rows are dealt out anew, so that every step learns from those it would
-    have learned from.
+    """Read this process' micro-batches that wait in a checkpoint; None when there are none. Where the checkpoint's steps were dealt out
+    otherwise, its rows are dealt out anew, so that every step learns from those it would have learned from.
 
     Raises:
         RefineError: files of other processes are missing, or a micro-batch is not whole (packed documents, the end of an epoch).

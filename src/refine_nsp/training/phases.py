@@ -58,19 +58,15 @@ class MicroBatch:
         totals: what sums are divided by, so that 1 x 8 equals 8 x 1: `Phase.count` summed over the optimizer step and all processes,
             divided by the number of processes (as gradients are); 1 where nothing was counted. A tensor [B] divides each sequence's
             sum by its own.
-        rollouts: rollouts that were sampled beforehand, or None.
-        result: the record of the latest step, for a table of completions.
-        lanes: the lane of each row, where states are carried from window to window; else empty.
-        left: the states that the latest step left for the next windows of these lanes.
     """
 
     sequences: Batch
     generator: Generators = None
     totals: Mapping[str, float | Tensor] = field(default_factory=dict)
-    rollouts: Rollouts | None = None
-    result: StepResult | None = None
-    lanes: tuple[int, ...] = ()
-    left: FastWeightCache | None = None
+    rollouts: Rollouts | None = None  # sampled beforehand
+    result: StepResult | None = None  # of the latest step, for a table of completions
+    lanes: tuple[int, ...] = ()  # of each row, where states are carried from window to window
+    left: FastWeightCache | None = None  # the states that the latest step left for the next windows of these lanes
 
     @property
     def input_ids(self) -> Tensor:  # [B, T] long

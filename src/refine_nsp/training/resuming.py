@@ -75,10 +75,8 @@ class ResumingTrainer(Trainer):
         return [lane for lane in range(self.n_lanes) if lane // d.batch % d.processes == process]
 
     def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint, and None means what `args` say.
-
-        Ctrl-C and SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). What an earlier run left in `output_dir` is set aside,
-        in a folder inside it.
+        """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint, and None means what `args` say. Ctrl-C
+        and SIGTERM save, then raise KeyboardInterrupt and SystemExit (143). An earlier run in `output_dir` is set aside inside it.
 
         Raises:
             RefineError: nothing to resume from, a checkpoint that is cut off or changed, or one made with other settings.

@@ -24,11 +24,8 @@ TOKENS = ("input_ids", "prompt_ids")  # the columns that hold the tokens of text
 
 
 class ByLength(LengthGroupedSampler):
-    """Shuffle rows, then sort them by length within stretches of many steps, as transformers does; a resumed run has the same order.
-
-    Args:
-        lengths: tokens of each row. examples: how many make an optimizer step, which are to have like lengths.
-    """
+    """Shuffle rows, then sort them by length within stretches of many steps of `examples` each, as transformers does; a resumed run has
+    the same order."""
 
     def __init__(self, lengths: list[int], examples: int, seed: int) -> None:
         super().__init__(examples, lengths=lengths)

@@ -25,13 +25,8 @@ EXAMPLES = 16  # so many examples of the training data are compared
 
 
 def settings_of(args: ReFINEConfig, method: Mapping[str, Any], model: str, data: object) -> dict[str, Any]:
-    """List what the weights of a run depend on, by the names of flags, as plain values.
-
-    Args:
-        method: the fields of `NSPConfig` that the run's phase reads, with their values.
-        model: see `model_of`.
-        data: the training data; see `data_of`.
-    """
+    """List what the weights of a run depend on, by the names of flags, as plain values: its settings, `method` (the fields of `NSPConfig`
+    that its phase reads), the model (see `model_of`) and the training data (see `data_of`)."""
     theirs = {f.name for f in fields(TrainingArguments)}
     # A user's subclass may have fields of its own, of which nothing is said.
     of_a_subclass = {f.name for f in fields(args) if f.name not in theirs and not is_known(f)}
@@ -47,8 +42,7 @@ def told_of(args: ReFINEConfig, method: Mapping[str, Any], preset: object, adapt
     """Return the settings that a model card tells, in its order: those that say how the model came about, where they had an effect.
 
     Args:
-        method: the fields of `NSPConfig` that the run's phase reads, with their values.
-        preset: what these started from, where that is known.
+        method: the fields of `NSPConfig` that the run's phase reads, with their values. preset: what these started from, where known.
         adapters: PEFT's configurations, by the adapters' names; empty where the weights themselves were trained.
     """
     own = {name: getattr(args, name) for name in told(type(args), "card") if name in live(args)}

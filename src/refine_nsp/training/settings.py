@@ -1,8 +1,5 @@
-"""Settings of transformers' Trainer are honoured, or refused by name before anything is loaded.
-
-Refused are settings that nothing here could read, and settings that do not go together. Where it is plain which value is meant, that is
-taken: `1e-4` in YAML is text.
-"""
+"""Settings of transformers' Trainer are honoured, or refused by name before anything is loaded: those that nothing here could read, and
+those that do not go together. Where it is plain which value is meant, that is taken: `1e-4` in YAML is text."""
 
 from __future__ import annotations
 

@@ -117,11 +117,8 @@ class Stream(IterableDataset[dict[str, object]]):
 
 
 class LaneStream(Stream):
-    """Iterate over streamed windows by lanes. A lane holds the rest of its document in memory.
-
-    What lanes hold follows from all that was read before, so a resumed run reads the text again from its beginning, and leaves out what
-    was given out.
-    """
+    """Iterate over streamed windows by lanes. A lane holds the rest of its document in memory, which follows from all that was read before:
+    a resumed run reads the text again from its beginning, and leaves out what was given out."""
 
     def __init__(self, data: IterableDataset, every: int, keep: int, lanes: int) -> None:
         super().__init__(data, every, keep)

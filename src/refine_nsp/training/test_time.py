@@ -96,12 +96,11 @@ class TestTimeConfig:
 
 @dataclass
 class Adaptation:
-    """Record what an adaptation cost: seconds, bytes kept in addition to the model (copies or adapters, and the optimizer's state), and
-    losses by step."""
+    """Record what an adaptation cost."""
 
     seconds: float
-    extra_bytes: int
-    losses: list[float]
+    extra_bytes: int  # kept in addition to the model: copies or adapters, and the optimizer's state
+    losses: list[float]  # by step
 
 
 class BatchLoRA:
@@ -147,15 +146,7 @@ class BatchLoRA:
 
 
 class TestTimeTrainer:
-    """Adapt a model to prompts: `with ttt.adapt(ids): model.generate(...)`.
-
-    Args:
-        model: a causal model of this package, not wrapped.
-        config: see `TestTimeConfig`.
-
-    Attributes:
-        last: the `Adaptation` of the latest prompt.
-    """
+    """Adapt a causal model of this package, not wrapped, to prompts: `with ttt.adapt(ids): model.generate(...)`. `last` is its cost."""
 
     __test__ = False
 
@@ -238,10 +229,8 @@ class TestTimeTrainer:
 
     @part("optimizer", TEST_TIME)
     def _train(self, rows: list[Tensor], parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], shared: bool) -> None:
-        """Make the optimizer steps, and note in `last` what they cost, the tensors `kept` in addition to the model included.
-
-        With `shared` one update serves all rows; otherwise each row has its own, and the loss and gradient norm of each are apart.
-        """
+        """Make the optimizer steps, and note in `last` what they cost, with the tensors `kept` in addition to the model. With `shared` one
+        update serves all rows; otherwise each row has its own, and the loss and gradient norm of each are apart."""
         model, c, start = self.model, self.config, time.perf_counter()
         optimizer = self._optimizer(parameters)
         # The published code takes its cross-entropy alone in one step on the whole batch.

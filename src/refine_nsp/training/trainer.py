@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -54,7 +54,6 @@ from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import LaneStream, Stream, check_streaming
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
-P = TypeVar("P", bound=Phase)
 # The Trainer hands these from `get_batch_samples` to `compute_loss`: `batch`, a MicroBatch; `input_ids` and perhaps `attention_mask`, by
 # which it counts tokens; and in a step of `update` `loss`, which makes the loss of a model and a micro-batch.
 StepInputs = dict[str, Any]
@@ -131,8 +130,7 @@ class ReFINETrainer(ResumingTrainer):
             self.train_dataset = scored_by_processes(self.train_dataset, self.model, self.nsp, self.args, quiet)
         if isinstance(self.train_dataset, IterableDataset):
             # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
-            keep = self.args.steps_per_generation + 3
-            rows = self.train_dataset, self.dealing.examples, keep
+            rows = self.train_dataset, self.dealing.examples, self.args.steps_per_generation + 3
             self.train_dataset = LaneStream(*rows, self.n_lanes) if self.args.carry_states else Stream(*rows)
 
     def _replace_callbacks(self) -> None:
@@ -148,7 +146,7 @@ class ReFINETrainer(ResumingTrainer):
         """Make the phase that `args.objective` names."""
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
-    def shared(self, phase: P) -> P:
+    def shared(self, phase: Phase) -> Phase:
         """Tell a phase how to add up over the processes of this run, and return it."""
         phase.sum_over, phase.carried_keys = self._sum_over, self.args.carried_keys
         return phase
@@ -175,21 +173,19 @@ class ReFINETrainer(ResumingTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         """Make the Trainer's sampler, but for `group_by_length` one whose order the epoch alone decides, so that a resumed run has it."""
         data = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.carry_states:
-            return self._lane_order(data)
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ByLength(lengths_of(data, self.args.length_column_name), self.dealing.examples, seed)
+        if self.args.carry_states:
+            return self._lane_order(data, seed)
+        if self.args.train_sampling_strategy == "group_by_length":
+            return ByLength(lengths_of(data, self.args.length_column_name), self.dealing.examples, seed)
+        return super()._get_train_sampler(train_dataset)
 
-    def _lane_order(self, data: Dataset) -> LaneOrder:
+    def _lane_order(self, data: Dataset, seed: int) -> LaneOrder:
         """Make the order in which lanes read the windows of a dataset. RefineError where its rows are no windows."""
         if BEGINS_COLUMN not in (getattr(data, "column_names", None) or []):
             raise RefineError(
-                f"carry_states needs windows that say which begin a document (a column {BEGINS_COLUMN!r}, as prepare_data and the trainer "
-                "make of documents); these rows have none"
+                f"carry_states needs a column {BEGINS_COLUMN!r} (which windows begin a document), as prepare_data makes it of documents"
             )
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = LaneOrder(data[BEGINS_COLUMN][:], self.n_lanes, seed, self.args.train_sampling_strategy == "random")
         if len(order.documents) < self.n_lanes and self.is_world_process_zero():
             warnings.warn(
@@ -249,9 +245,8 @@ class ReFINETrainer(ResumingTrainer):
         first = (drawn * self.dealing.processes + args.process_index) * self.dealing.batch
         batch.lanes = tuple(range(first, first + len(sequences.sizes)))
         for lane, begin in zip(batch.lanes, begins, strict=False):
-            if begin and float(torch.rand((), generator=generator_of(args.seed, self.state.global_step, lane, -1))) >= (
-                args.carry_between_documents
-            ):
+            generator = generator_of(args.seed, self.state.global_step, lane, -1)
+            if begin and float(torch.rand((), generator=generator)) >= args.carry_between_documents:
                 self.lanes.forget([lane])
         batch.sequences = replace(sequences, starts=self.lanes.starts(batch.lanes, sequences.input_ids.device))
 

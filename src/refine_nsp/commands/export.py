@@ -9,7 +9,7 @@ from rich.console import Console
 
 from refine_nsp.commands.command_line import Call
 from refine_nsp.commands.grammar import Command, Settings
-from refine_nsp.training.export import export_checkpoint
+from refine_nsp.training.checkpoints import export_checkpoint
 
 
 @dataclass

@@ -124,8 +124,6 @@ def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBa
             "name prompts and answers with --dataset_name, or questions to build them from with --squad and --hotpotqa"
         )
     check_fraction(arguments.validation_fraction)
-    if tokenizer.eos_token_id is None:
-        raise RefineError("the tokenizer has no EOS token, which tells a model where an answer ends; set tokenizer.eos_token")
     if arguments.apply_chat_template and not tokenizer.chat_template:
         raise RefineError("apply_chat_template: the tokenizer has no chat template")
     if arguments.max_answer_tokens < 1 or max_length <= arguments.max_answer_tokens:

@@ -232,7 +232,7 @@ class ReFINEConfig(TrainingArguments):
                 )
         if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
             raise RefineError(
-                f"kl_coef={self.nsp.kl_coef} needs a reference model, whose states carry_states does not carry; leave one out"
+                f"kl_coef={self.nsp.kl_coef} needs a reference model, whose states are not carried; leave kl_coef out"
             )
 
     def _check_method(self) -> None:

@@ -16,15 +16,20 @@ from pickle import UnpicklingError
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from accelerate.utils import merge_fsdp_weights
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.files import write_atomically
+from refine_nsp.files import made_whole, write_atomically
+from refine_nsp.models.adapters import CONFIG as ADAPTER_CONFIG
+from refine_nsp.models.load import load
 from refine_nsp.nsp.seeds import generator_of
 
 SEAL_FILE, DEALING_FILE = "sealed.json", "dealing.json"
+# A model's files that are not its weights.
+PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -117,22 +122,17 @@ class Checkpoint:
         """
         if not self.path.is_dir():
             return "there is no such folder"
-        if (problem := self._broken_seal()) is not None:
+        sealed = (self.path / SEAL_FILE).exists()
+        if not sealed and (self.path / DEALING_FILE).exists():
+            return f"no {SEAL_FILE}, which is written last"
+        if (problem := self._broken_seal() if sealed else self._unreadable()) is not None:
             return problem
-        if not (self.path / SEAL_FILE).exists():
-            if (self.path / DEALING_FILE).exists():
-                return f"no {SEAL_FILE}, which is written last"
-            if (problem := self._unreadable()) is not None:
-                return problem
-        state = self.path / "trainer_state.json"
-        if not state.exists():
-            return "no trainer_state.json"
         try:
-            known = json.loads(state.read_text(encoding="utf-8"))
-        except ValueError:
-            return "trainer_state.json is empty or cut off"
-        if not isinstance(known, dict) or "global_step" not in known:
-            return "trainer_state.json holds no global_step"
+            _ = self.step
+        except FileNotFoundError:
+            return "no trainer_state.json"
+        except (ValueError, KeyError, TypeError):
+            return "trainer_state.json is cut off, or holds no global_step"
         if not any(any(self.path.glob(f"{name}*")) for name in ("optimizer", "global_step", "pytorch_model_fsdp")):
             return "no optimizer state, so it was saved with save_only_model; a new run can begin from its weights (model_name_or_path)"
         return None
@@ -152,12 +152,9 @@ class Checkpoint:
             )
 
     def _broken_seal(self) -> str | None:
-        """Name the file that is not what was sealed; None where all are, or where there is no seal."""
-        path = self.path / SEAL_FILE
-        if not path.exists():
-            return None
+        """Name the file that is not what was sealed; None where all are."""
         try:
-            sums = json.loads(path.read_text(encoding="utf-8"))["crc32"]
+            sums = json.loads((self.path / SEAL_FILE).read_text(encoding="utf-8"))["crc32"]
             known = {name: (int(size), int(crc)) for name, (size, crc) in sums.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{SEAL_FILE} is empty or cut off"
@@ -196,3 +193,31 @@ def checksum(path: Path) -> int:
         while block := file.read(2**20):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Make a plain folder of a checkpoint whose weights are in shards, or of LoRA adapters by merging them into their base. The folder is
+    complete, or it is not there. RefineError where the checkpoint has neither, or the folder has something in it."""
+    shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    sharded = (shards / ".metadata").exists()
+    if not sharded and not (checkpoint / ADAPTER_CONFIG).exists():
+        plain = (checkpoint / "model.safetensors").exists() or (checkpoint / "model.safetensors.index.json").exists()
+        neither = f"holds no sharded weights ({shards.name}) and no adapters ({ADAPTER_CONFIG})"
+        raise RefineError(f"{checkpoint} {'is a plain folder already' if plain else neither}")
+    if folder.exists() and any(folder.iterdir()):
+        raise RefineError(f"{folder} is not empty; name a new folder")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with made_whole(temporary, folder):
+        temporary.mkdir(parents=True)
+        if sharded:
+            merge_fsdp_weights(str(shards), str(temporary))
+            for pattern in PLAIN_FILES:
+                for file in checkpoint.glob(pattern):
+                    shutil.copy(file, temporary)
+        else:
+            for part in load(checkpoint):
+                part.save_pretrained(temporary)
+        if (card := checkpoint / "README.md").exists():  # of adapters too, what is written is a whole model
+            text = card.read_text(encoding="utf-8").replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+            write_atomically(temporary / "README.md", text)

@@ -173,26 +173,20 @@ class ByTokens(_BaseExamplesIterable):
     RefineError where a source has no window, or a place is of a mixture with other weights.
 
     Args:
-        ex_iterables: the parts of the streams. labels: their names. weights: their shares of tokens.
+        parts: the streams' iterables. labels: their names. weights: their shares of tokens.
         columns: all columns of all sources; a row is None where it has none of them.
     """
 
     def __init__(
         self,
-        ex_iterables: list[_BaseExamplesIterable],
+        parts: list[_BaseExamplesIterable],
         labels: list[str],
         weights: Sequence[float],
         stopping: Stopping,
         columns: list[str],
     ) -> None:
         super().__init__()
-        self.ex_iterables, self.labels, self.weights, self.stopping, self.columns = (
-            ex_iterables,
-            labels,
-            weights,
-            stopping,
-            columns,
-        )
+        self.ex_iterables, self.labels, self.weights, self.stopping, self.columns = parts, labels, weights, stopping, columns
         # A place in the mixture means nothing without these.
         self.made_with = ", ".join([*(f"{label} {w:g}" for label, w in zip(labels, weights, strict=True)), stopping])
 

@@ -115,10 +115,6 @@ class Answers(Phase):
     def shortest(self) -> int:
         return 1  # what a prompt needs, with an answer behind it
 
-    @property
-    def reads_scores(self) -> bool:
-        return False
-
     def __init__(self, args: PostTrainingConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__(args.nsp)
         self.args, self.tokenizer = args, tokenizer
@@ -215,14 +211,13 @@ class PostTrainer(ReFINETrainer):
 
     def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
         """Make sequences of prompt and answer [B, T], and of the prompts alone."""
-        answers = [self.choose(options, g) for options, g in zip(inputs["answers"], generators, strict=True)]
+        answers = [options[0] for options in inputs["answers"]]
+        if self.args.reference == "random":  # by the seeds of the positions, whose draws stay as they are
+            pairs = zip(inputs["answers"], generators, strict=True)
+            answers = [random.Random(g.initial_seed()).choice(options) for options, g in pairs]
         prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generators)
         joined = join(inputs["prompts"], answers, device)
         return AnswerBatch(joined, generators, answer_lengths=tuple(map(len, answers)), prompts=prompts)
-
-    def choose(self, options: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """Choose the answer to be learned, by the seed of the sequence's positions, whose draws stay as they are."""
-        return options[0] if self.args.reference == "first" else random.Random(generator.initial_seed()).choice(options)
 
     def inner_update(self) -> None:
         """Make the optimizer steps on this batch's prompts, the answers unseen."""

@@ -138,7 +138,7 @@ class Phase:
     @property
     def reads_scores(self) -> bool:
         """Tell whether context scores are read, which `context_scores: cached` can compute beforehand."""
-        return self.config.context_score is not None
+        return self.config.context_score is not None and not self.reads.isdisjoint(("selection", "token_weights"))
 
     @property
     def rows_apart(self) -> bool:
@@ -193,10 +193,6 @@ class NextToken(Phase):
     def reads(self) -> frozenset[str]:
         own = frozenset({"lambda_ntp", "segment_tokens"})
         return own if type(self) is NextToken else super().reads  # a subclass may read anything
-
-    @property
-    def reads_scores(self) -> bool:
-        return type(self) is not NextToken and super().reads_scores
 
     @property
     def rows_apart(self) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder holds one run: its checkpoints, records and model cards, and set aside in it what an earlier run had left there."""
+"""A run's folder holds one run: its checkpoints and records, rollouts among these, and set aside in it what an earlier run left there."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
-from refine_nsp.training.checkpoints import Checkpoint
+from refine_nsp.nsp.records import StepResult
+from refine_nsp.training.checkpoints import PLAIN_FILES, Checkpoint
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 EARLIER = "earlier-{}"
+PREFIX_TOKENS = 16  # of the text before a rollout, so many are shown
 # A run writes these in addition to its checkpoints; a model's plain files belong to it only where its weights are there too.
 WRITTEN = (
     METRICS_FILE, COMPLETIONS_FILE, "config.yaml", "environment.json", "trainer_state.json", "training_args.bin", "README.md",
     "curves.svg", "report.html", "model*.safetensors*", "adapter_*",
 )  # fmt: skip
-PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -94,3 +101,42 @@ class RunFolder:
             write_atomically(aside / METRICS_FILE, "".join(json.dumps(r) + "\n" for r in records[: len(records) - own]))
             append_json_lines(self.path / METRICS_FILE, records[len(records) - own :])
         return aside
+
+
+def completion_rows(
+    tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, limit: int
+) -> list[dict[str, Any]]:
+    """Make a row of each rollout, of the first `limit` of a batch; without a tokenizer with ids instead of text."""
+
+    def text(ids: Tensor) -> str:
+        return str(tokenizer.decode(ids.tolist())) if tokenizer is not None else " ".join(map(str, ids.tolist()))
+
+    rows: list[dict[str, Any]] = []
+    assert result.rollouts is not None and result.positions is not None
+    assert result.rewards is not None and result.advantages is not None
+    K = result.rollouts.shape[3]
+    for b, p, n in product(*map(range, result.rollouts.shape[:3])):
+        if (t := int(result.positions[b, p])) < 0 or len(rows) >= limit:
+            continue
+        rows.append(
+            {
+                "position": t,
+                "prefix": text(input_ids[b, max(0, t + 1 - PREFIX_TOKENS) : t + 1]),
+                "truth": text(input_ids[b, t + 1 : t + 1 + K]),
+                "rollout": text(result.rollouts[b, p, n]),
+                "reward": round(float(result.rewards[b, p, n]), 4),
+                "advantage": round(float(result.advantages[b, p, n]), 4),
+            }
+        )
+    return rows
+
+
+def print_completions(rows: list[dict[str, Any]], step: int) -> None:
+    """Print rows of rollouts as a table."""
+    table = Table(title=f"rollouts at step {step}", show_lines=False)
+    for name in ("position", "prefix", "truth", "rollout", "reward", "advantage"):
+        table.add_column(name, justify="left" if name in ("prefix", "truth", "rollout") else "right")
+    for row in rows:
+        texts = (repr(row[name])[1:-1] for name in ("prefix", "truth", "rollout"))
+        table.add_row(str(row["position"]), *texts, f"{row['reward']:.3f}", f"{row['advantage']:+.3f}")
+    Console(stderr=True).print(table)

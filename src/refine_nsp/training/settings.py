@@ -55,24 +55,17 @@ ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedul
 OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
 
 
-def _mapping(name: str, text: str) -> object:
-    """Read a mapping that is written as JSON; return other text, such as a file's name, as it is."""
-    if not text.startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RefineError(f"{name} is {text[:80]!r}, which is no JSON: {first_line(error)}") from error
-
-
 def take_as_meant(args: TrainingArguments) -> None:
     """Set the fields of arguments to what is meant by them, before transformers looks at them."""
     hints = get_type_hints(type(args))
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         accepts = accepted(hints[field.name])
-        if isinstance(value, str) and "mapping" in accepts.kinds:
-            value = _mapping(field.name, value)
+        if isinstance(value, str) and value.startswith("{") and "mapping" in accepts.kinds:
+            try:
+                value = json.loads(value)  # other text is a file's name
+            except ValueError as error:
+                raise RefineError(f"{field.name} is {value[:80]!r}, which is no JSON: {first_line(error)}") from error
         setattr(args, field.name, accepts.meant(field.name, value))
     if args.report_to is None or args.report_to == [None]:
         args.report_to = "none"

@@ -41,10 +41,10 @@ Held: TypeAlias = Dataset | dict[str, Dataset] | None  # rows for validation, or
 
 @dataclass(frozen=True)
 class Source:
-    """Name the documents of one source: what they are read by, and what logs call them."""
+    """Name the documents of one source, and what they are read by."""
 
     name: str
-    label: str
+    label: str  # what logs call it
     column: str
     config: str | None
     split: str | tuple[str, ...]

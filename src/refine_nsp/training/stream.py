@@ -27,16 +27,12 @@ State = dict[str, Any]  # a place in the text, as `datasets` writes it or as `St
 class Stream(IterableDataset[dict[str, object]]):
     """Iterate over the rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
 
-    Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, and kept
-    for the latest steps: data loaders read ahead of the step that a checkpoint is of. Where a buffer shuffles, what is in it follows from
-    all rows before: that epoch is read again from its beginning, and what was given out is left out.
-
-    Args:
-        data: rows as `prepare_data` streams them. every: rows of an optimizer step. keep: how many of the latest places are kept.
+    Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, `every` so
+    many, and kept for the latest `keep` steps: data loaders read ahead of the step that a checkpoint is of. Where a buffer shuffles, what
+    is in it follows from all rows before: that epoch is read again from its beginning, and what was given out is left out.
 
     Raises:
-        RefineError: there is no row in it; or, at the end of an epoch and when a checkpoint is saved, one of its local files has gone or
-            has another size than when it was opened.
+        RefineError: there is no row in it; or, at the end of an epoch and when a checkpoint is saved, one of its local files has changed.
     """
 
     def __init__(self, data: datasets.IterableDataset, every: int, keep: int) -> None:

@@ -24,6 +24,7 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.ops.memory import part
+from refine_nsp.training.answers import pad
 from refine_nsp.training.phases import PHASES, MicroBatch
 from refine_nsp.training.remedies import TEST_TIME
 
@@ -186,12 +187,8 @@ class TestTimeTrainer:
                 f"{len(rows)} prompts at once: with scope='example' and parameters={c.parameters!r} each needs weights of its own; "
                 "give them one by one, or use parameters='lora' (positions not by context, no global scale), or scope='batch'"
             )
-        if c.parameters == "lora":
-            with self._adapters(rows):
-                yield self.model
-        else:
-            with self._own_weights(rows):
-                yield self.model
+        with self._adapters(rows) if c.parameters == "lora" else self._own_weights(rows):
+            yield self.model
 
     def side_by_side(self) -> bool:
         """Tell whether several prompts can each have weights of their own: their losses must not touch each other."""
@@ -236,7 +233,7 @@ class TestTimeTrainer:
         # The published code takes its cross-entropy alone in one step on the whole batch.
         dealt = c.nsp.published and shared and self.phase.samples
         size = PUBLISHED_PROMPTS if dealt else len(rows)
-        sequences = [self._batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+        sequences = [Batch.of(*pad(rows[at : at + size], model.device)) for at in range(0, len(rows), size)]
         generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]
         wanted = {p: p.requires_grad for p in model.parameters()}
         training = model.training
@@ -266,16 +263,10 @@ class TestTimeTrainer:
         moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         self.last = Adaptation(time.perf_counter() - start, nbytes([*kept, *moments]), losses)
 
-    def _batch(self, rows: Sequence[Tensor]) -> Batch:
-        """Return prompts as one batch on the model's device."""
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.model.device)
-        return Batch.of(ids, torch.tensor([len(r) for r in rows]))
-
     def _micro_batches(
         self, sequences: Sequence[Batch], generators: Sequence[Sequence[torch.Generator]], shared: bool
     ) -> list[MicroBatch]:
-        """Prepare and count the batches, one for each optimizer step; losses are divided by what all rows hold, or each row's part by its
-        own."""
+        """Prepare and count the batches, one for each optimizer step; losses are divided by what all rows hold, or a row's by its own."""
         batches = [MicroBatch(s, g) for s, g in zip(sequences, generators, strict=True)]
         self.model.eval()
         with torch.no_grad():

@@ -39,7 +39,6 @@ from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
-from refine_nsp.training.completions import completion_rows, print_completions
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
 from refine_nsp.training.micro_batches import documents_in_lanes, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.mixture import SOURCE_COLUMN
@@ -48,7 +47,7 @@ from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
 from refine_nsp.training.row_order import ByLength, LaneOrder, lengths_of
 from refine_nsp.training.run_checks import check_best_figure, check_carrying, check_reference, weights_problems
-from refine_nsp.training.run_folder import COMPLETIONS_FILE
+from refine_nsp.training.run_folder import COMPLETIONS_FILE, completion_rows, print_completions
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import LaneStream, Stream, check_streaming
@@ -232,9 +231,7 @@ class ReFINETrainer(ResumingTrainer):
             batch = self.micro_batch(inputs, self.dealing.generators(*place, places_of(inputs)), device)
             self._continue(batch, len(batches), inputs.get(BEGINS_COLUMN, ()))
             batches.append(batch)
-        if not self._is_sharded or not batches:
-            return batches
-        return of_one_width(batches, self.accelerator.gather, self.args.device)
+        return of_one_width(batches, self.accelerator.gather, self.args.device) if self._is_sharded and batches else batches
 
     def _continue(self, batch: MicroBatch, drawn: int, begins: Sequence[bool] = ()) -> None:
         """Have the rows of a micro-batch start from the states of their lanes; `drawn` of them were drawn before. Rows that begin a

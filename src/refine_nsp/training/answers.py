@@ -150,14 +150,12 @@ def encode_rows(
     rows: Dataset, name: str, arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
     """Make rows of tokens, cached by content where the given rows are files; errors call them `name`. See `prepare_answers`."""
-
-    def tokens_of(row: Mapping[str, object], i: int) -> dict[str, object]:
-        return encode_row(row, arguments, tokenizer, max_length, f"{name}, row {i}")
-
     a = arguments
     key = rows._fingerprint, content_key(tokenizer), max_length, a.question_column, a.max_answer_tokens, a.apply_chat_template
-    told = {"new_fingerprint": Hasher.hash(key), "desc": "tokenize"}
-    return rows.map(tokens_of, with_indices=True, remove_columns=rows.column_names, **told)
+    return rows.map(
+        lambda row, i: encode_row(row, a, tokenizer, max_length, f"{name}, row {i}"),
+        with_indices=True, remove_columns=rows.column_names, new_fingerprint=Hasher.hash(key), desc="tokenize",
+    )  # fmt: skip
 
 
 def encode_row(

@@ -100,10 +100,13 @@ class DataArguments:
         check_shares(self)
         if len(self.names) > 1 and self.streaming and self.dataset_weights is None:
             raise RefineError("streamed sources do not say how much they hold: give the share of each with dataset_weights")
-        for name in ("dataset_split", "text_column", "dataset_config"):
-            if (given := getattr(self, name)) is not None and self.names:
-                one_each(name, given, len(self.names))
-        check_different(self)
+        given = {name: getattr(self, name) for name in ("text_column", "dataset_config", "dataset_split")}
+        each = {name: one_each(name, x, len(self.names)) for name, x in given.items() if x is not None and self.names}
+        sources = list(
+            zip(self.names, *(each[name] for name in ("dataset_config", "dataset_split") if name in each), strict=True)
+        )
+        if twice := next((source[0] for source in sources if sources.count(source) > 1), None):
+            raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
 
     @property
     def names(self) -> list[str]:
@@ -114,15 +117,6 @@ class DataArguments:
     def all_names(self) -> list[str]:
         """List the names of all that is trained on, answers too."""
         return [*self.names, *as_list(self.answer_dataset)]
-
-
-def check_different(arguments: DataArguments) -> None:
-    """Refuse a source that is named twice, with one split and configuration (RefineError)."""
-    a, count = arguments, len(arguments.names)
-    told = [one_each(name, given, count) for name in ("dataset_config", "dataset_split") if count and (given := getattr(a, name))]
-    sources = list(zip(a.names, *told, strict=True))
-    if twice := next((source[0] for source in sources if sources.count(source) > 1), None):
-        raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
 
 
 def check_shares(arguments: DataArguments) -> None:

@@ -1,7 +1,6 @@
 """The states of lanes are kept between optimizer steps: what a window left is what the next window in its lane starts from.
 
-A process keeps those of its own rows. They are part of a checkpoint, each process' in a file of its own, and are dealt out anew where a run
-is resumed on another number of processes.
+A process keeps those of its own rows. They are part of a checkpoint, a file a process, and are dealt out anew on another number of them.
 """
 
 from __future__ import annotations

@@ -226,15 +226,12 @@ class ByTokens(_BaseExamplesIterable):
             yield f"{i}_{key}", {**dict.fromkeys(self.columns), **row}
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> ByTokens:
-        """Shuffle the files of each source, as `datasets` asks for in later epochs."""
         return self._of([part.shuffle_data_sources(generator) for part in self.ex_iterables])
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> ByTokens:
-        """Take a share of each source's files."""
         return self._of([part.shard_data_sources(num_shards, index, contiguous) for part in self.ex_iterables])
 
     def reshard_data_sources(self) -> ByTokens:
-        """Split each source's files further where that can be done."""
         return self._of([part.reshard_data_sources() for part in self.ex_iterables])
 
     @property

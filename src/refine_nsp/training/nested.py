@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -183,17 +183,13 @@ class PostTrainer(ReFINETrainer):
         args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
         super().__init__(model=model, args=args, **kwargs)
         if self.nsp.published and not own_collator:
-            self.data_collator = partial(collate_answers, unlearned=self._end_of_answers())
+            if self.processing_class is None:
+                raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
+            self.data_collator = partial(collate_answers, unlearned=self.processing_class.eos_token_id)
         objective = self.args.objective
         self.inner = self.shared(PHASES[objective](self.nsp, self.reference_model)) if objective != "none" else None
         self.add_callback(InnerUpdate(self))
         self._current: list[AnswerBatch] = []
-
-    def _end_of_answers(self) -> int | None:
-        """Return the EOS that `prepare_answers` puts behind answers."""
-        if self.processing_class is None:
-            raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
-        return cast(int | None, self.processing_class.eos_token_id)
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)

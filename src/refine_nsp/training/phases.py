@@ -53,8 +53,7 @@ class MicroBatch:
 
     Attributes:
         sequences: ids, lengths, columns.
-        generator: the source of all randomness: one for each sequence, seeded by what it is and not by what else is in the batch; or
-            one for all.
+        generator: the source of all randomness: one for each sequence, whatever else is in the batch; or one for all.
         totals: what sums are divided by, so that 1 x 8 equals 8 x 1: `Phase.count` summed over the optimizer step and all processes,
             divided by the number of processes (as gradients are); 1 where nothing was counted. A tensor [B] divides each sequence's
             sum by its own.
@@ -101,8 +100,7 @@ class Phase:
     Attributes:
         config: settings of the method. reference: frozen model of a KL term, or None.
         sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one process.
-            The trainer sets it.
-        carried_keys: the bound on keys that go from window to window in validation, or None. The trainer sets it too.
+        carried_keys: the bound on keys that go from window to window in validation, or None. The trainer sets both.
         reads_once: whether a step reads every sequence in one pass; in several, noise on embeddings would differ from one to the next.
     """
 
@@ -218,9 +216,7 @@ class NextSequence(Phase):
     @property
     def rows_apart(self) -> bool:
         c = self.config
-        if not c.samples_rollouts and c.token_weights != "selected":
-            return False
-        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
+        return c.selects and not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
 
     @property
     def prepares_steps(self) -> bool:
@@ -251,7 +247,7 @@ class NextSequence(Phase):
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """Count the rollout tokens, selected positions, or weighed targets of each sequence, [B]."""
         c, lengths, before = self.config, batch.sequences.text_lengths, batch.sequences.consumed
-        if not c.samples_rollouts and c.token_weights != "selected":
+        if not c.selects:
             return (lengths - 1).clamp(min=0)
         return count_positions(lengths, c, before) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 

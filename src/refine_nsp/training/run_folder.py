@@ -37,9 +37,6 @@ class RunFolder:
 
     path: Path
 
-    def __str__(self) -> str:
-        return str(self.path)
-
     def checkpoint(self, step: int) -> Checkpoint:
         """Name the checkpoint after so many steps, whether it is there or not."""
         return Checkpoint(self.path / f"checkpoint-{step}")
@@ -64,7 +61,7 @@ class RunFolder:
             return None
         if given is True or given in ("last", "True", "true"):
             if (last := self.last_complete()) is None:
-                raise RefineError(f"nothing to resume: {self} has no complete checkpoint")
+                raise RefineError(f"nothing to resume: {self.path} has no complete checkpoint")
             return last
         checkpoint = Checkpoint(Path(given))
         if (problem := checkpoint.problem()) is not None:
@@ -79,7 +76,7 @@ class RunFolder:
         if (aside := self.set_aside(len(own))) is not None:
             last = next(iter(RunFolder(aside).checkpoints()), None)
             how = f"; to continue it, resume_from_checkpoint={last}" if last is not None else ""
-            warnings.warn(f"{self} had an earlier run in it, which is in {aside} now{how}", stacklevel=4)
+            warnings.warn(f"{self.path} had an earlier run in it, which is in {aside} now{how}", stacklevel=4)
 
     def set_aside(self, own: int) -> Path | None:
         """Move what an earlier run left into a folder inside this one, and return that; None where there was nothing. The last `own`

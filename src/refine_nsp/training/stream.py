@@ -39,7 +39,7 @@ class Stream(IterableDataset[dict[str, object]]):
         self.data, self.every = data, every
         self.sizes: dict[str, int] = {f: known["num_bytes"] for f, known in (data.info.download_checksums or {}).items()}
         self.row, self.epoch, self.epoch_row = 0, 0, 0  # the next row and its epoch; the first row of that epoch
-        self.refills = has_buffer(data)
+        self.refills = has_buffer(data._ex_iterable)
         self.start: State | None = None  # where the next iteration begins
         self.places: deque[tuple[int, State]] = deque(maxlen=keep)
 
@@ -85,8 +85,7 @@ class Stream(IterableDataset[dict[str, object]]):
                 raise RefineError(f"{file} has gone while it was streamed; put it back, and resume from the last checkpoint")
             if file.stat().st_size != size:
                 raise RefineError(
-                    f"{file} had {size} bytes when it was opened and has {file.stat().st_size} now; put back what it was and resume "
-                    "from the last checkpoint, or begin a new run"
+                    f"{file} had {size} bytes when it was opened and has {file.stat().st_size} now; put it back and resume, or begin anew"
                 )
 
     def save(self, folder: Path, row: int) -> None:
@@ -142,15 +141,10 @@ def grouped(rows: Iterable[dict[str, object]]) -> Iterator[Iterator[dict[str, ob
         yield iter(document)
 
 
-def has_buffer(data: datasets.IterableDataset) -> bool:
-    """Tell whether rows go through a shuffle buffer, which a dataset's state leaves out."""
-    waiting: list[object] = [data._ex_iterable]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, BufferShuffledExamplesIterable):
-            return True
-        waiting += [x for x in (getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())) if x is not None]
-    return False
+def has_buffer(part: object) -> bool:
+    """Tell whether the rows of a streamed dataset's iterable go through a shuffle buffer, which a dataset's state leaves out."""
+    inner = (getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ()))
+    return isinstance(part, BufferShuffledExamplesIterable) or any(has_buffer(x) for x in inner if x is not None)
 
 
 def check_streaming(args: TrainingArguments) -> None:

@@ -2,8 +2,7 @@
 
 It draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches. Losses are divided by
 what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the step): so 1 x 8
-equals 8 x 1 on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer steps between the
-Trainer's own, by the same calls.
+equals 8 x 1 on any number of processes, and a resumed run is the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -152,12 +151,8 @@ class ReFINETrainer(ResumingTrainer):
 
     @property
     def _sum_over(self) -> Callable[[Tensor], Tensor] | None:
-        """Return `sum_over_processes`; None where there is one process."""
-        return self.sum_over_processes if self.args.world_size > 1 else None
-
-    def sum_over_processes(self, x: Tensor) -> Tensor:
-        """Add x up over all processes; every process must ask for it."""
-        return self.accelerator.reduce(x, reduction="sum")
+        """Return what adds a tensor up over all processes, which must all ask for it; None where there is one process."""
+        return partial(self.accelerator.reduce, reduction="sum") if self.args.world_size > 1 else None
 
     def get_train_dataloader(self) -> DataLoader:
         """Make the Trainer's loader, but leave batches as they are collated: accelerate would send lengths to the device, only to be asked
@@ -372,8 +367,8 @@ class ReFINETrainer(ResumingTrainer):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1 and not self._is_sharded:
-            total = self.sum_over_processes(total)
+        if self._sum_over is not None and not self._is_sharded:
+            total = self._sum_over(total)
         figures = self.phase.summarise(dict(zip(keys, total.tolist(), strict=True)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start

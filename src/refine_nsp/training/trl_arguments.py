@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +79,5 @@ def tokenized(data: object, tokenizer: PreTrainedTokenizerBase | None, args: ReF
         return in_windows(data, args.max_length, args.nsp.shortest) if args.carry_states else data
     if tokenizer is None:
         raise RefineError(f"the dataset has a column {TEXT_COLUMN!r} and no input_ids: give the tokenizer as processing_class")
-    keep = wants_columns(args.nsp)
-    cut = partial(tokenize, packing=False, keep_columns=keep, carried=args.carry_states)
-    return cut(data, tokenizer, TEXT_COLUMN, args.max_length, args.nsp.shortest)
+    shortest, keep = args.nsp.shortest, wants_columns(args.nsp)
+    return tokenize(data, tokenizer, TEXT_COLUMN, args.max_length, shortest, False, keep, carried=args.carry_states)

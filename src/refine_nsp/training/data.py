@@ -102,9 +102,8 @@ class DataArguments:
             raise RefineError("streamed sources do not say how much they hold: give the share of each with dataset_weights")
         given = {name: getattr(self, name) for name in ("text_column", "dataset_config", "dataset_split")}
         each = {name: one_each(name, x, len(self.names)) for name, x in given.items() if x is not None and self.names}
-        sources = list(
-            zip(self.names, *(each[name] for name in ("dataset_config", "dataset_split") if name in each), strict=True)
-        )
+        told = (each[name] for name in ("dataset_config", "dataset_split") if name in each)
+        sources = list(zip(self.names, *told, strict=True))
         if twice := next((source[0] for source in sources if sources.count(source) > 1), None):
             raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
 

@@ -270,7 +270,7 @@ def checked_ids(value: object, column: str, vocabulary: int) -> list[int]:
         )
     if ids.size and not 0 <= (wrong := int(ids.min() if ids.min() < 0 else ids.max())) < vocabulary:
         raise RefineError(
-            f"column {column!r} holds the token {wrong}, and the tokenizer has 0 to {vocabulary - 1}; were rows tokenized with another one?"
+            f"column {column!r} holds the token {wrong}, and the tokenizer has the tokens 0 to {vocabulary - 1}; was another one used?"
         )
     return ids.tolist()
 

@@ -242,7 +242,7 @@ class ReFINEConfig(TrainingArguments):
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")
         if nsp.positions_per_sequence * 2 > self.max_length:
             raise RefineError(
-                f"max_length={self.max_length} is too short for positions_per_sequence={nsp.positions_per_sequence} (2 tokens each)"
+                f"positions_per_sequence={nsp.positions_per_sequence} is too many for max_length={self.max_length}: each needs 2 tokens"
             )
 
     def weights_dtype(self, dtype: str | None) -> str | None:

@@ -70,7 +70,9 @@ class PostTrainingConfig(ReFINEConfig):
         check_choice("answer_metric", self.answer_metric, MATCHES)
         if self.inner_steps < 1 or self.inner_steps > self.gradient_accumulation_steps:
             most = self.gradient_accumulation_steps
-            raise RefineError(f"inner_steps={self.inner_steps} must be between 1 and gradient_accumulation_steps={most}")
+            raise RefineError(
+                f"inner_steps={self.inner_steps} deals {most} micro-batches out; expected 1 to gradient_accumulation_steps"
+            )
         if self.steps_per_generation > 1:
             raise RefineError("steps_per_generation belongs to mid-training; several inner steps on a batch are inner_steps")
         if self.context_scores == "cached":

@@ -156,7 +156,7 @@ def cut_rows(
     }
 
 
-def some(windows: Dataset, documents: Dataset, min_length: int) -> Dataset:
+def not_empty(windows: Dataset, documents: Dataset, min_length: int) -> Dataset:
     """Return the windows of documents. RefineError where there are none."""
     if len(windows) == 0:
         raise RefineError(
@@ -219,7 +219,7 @@ def tokenize(
     key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
     fingerprint = Hasher.hash((*key, "carried") if carried else key)
-    return some(cut(desc="tokenize", new_fingerprint=fingerprint, num_proc=processes), data, min_length)
+    return not_empty(cut(desc="tokenize", new_fingerprint=fingerprint, num_proc=processes), data, min_length)
 
 
 def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int) -> Dataset | IterableDataset:
@@ -237,7 +237,7 @@ def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int
 
     if isinstance(data, IterableDataset):
         return data.map(windows_of, batched=True, batch_size=16, remove_columns=names)
-    return some(data.map(windows_of, batched=True, remove_columns=names, desc="windows"), data, min_length)
+    return not_empty(data.map(windows_of, batched=True, remove_columns=names, desc="windows"), data, min_length)
 
 
 def tokens_of(values: Sequence[object], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

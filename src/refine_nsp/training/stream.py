@@ -61,7 +61,7 @@ class Stream(IterableDataset[dict[str, object]]):
 
     def epochs(self, given_out: int = 0) -> Iterator[dict[str, object]]:
         """Yield the rows of one epoch after another; of the first without those given out before."""
-        found = self.row > 0
+        found = self.row > 0  # all of the first may have been given out
         while True:
             self.data.set_epoch(self.epoch)
             self.epoch_row = self.row - given_out
@@ -71,7 +71,7 @@ class Stream(IterableDataset[dict[str, object]]):
             if not found:
                 raise RefineError("the streamed text has no document that is long enough for min_prefix, one position and K")
             self.check_files()
-            self.epoch, given_out = self.epoch + 1, 0
+            self.epoch, given_out, found = self.epoch + 1, 0, False
 
     def place(self) -> State:
         """Return where the next row is read: the epoch, and the dataset's own state or how many of the epoch's rows came before."""

@@ -1,4 +1,7 @@
-"""Measure wall time and peak memory of a ReFINE step, by each schedule and in closed form, relative to an NTP step, in one run."""
+"""Measure wall time and peak memory of a ReFINE step, by each schedule and in closed form, relative to an NTP step, in one run.
+
+With `--model FOLDER` it measures the presets on a model of yours instead, and says in which part of a step the time goes.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,28 @@ import re
 import resource
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from _timing import alternate, model_of, ratio
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.load import load_model
+from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Work
+from refine_nsp.ops.memory import inside
 
 SCHEDULES = ("fused", "snapshot", "reprefill")
 CLOSED_FORM = ("closed form", "closed form, cached scores")
+PRESETS = ("mid_training", "context", "likelihood", "likelihood, cached scores")
 
 
 def ntp_step(model: FastWeightForCausalLM, ids: torch.Tensor) -> None:
@@ -129,6 +139,45 @@ def parts_of_snapshot(family: str, T: int, rounds: int, selection: str) -> None:
         print(f"    {name:40s} {ratio(seconds[name], seconds['NTP step'])}")
 
 
+class TimeByPart(TorchDispatchMode):
+    """Add up the time of operations, in seconds of this thread, by the part of the step (`ops/memory.py`) that they run in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        start = time.thread_time()
+        out = func(*args, **(kwargs or {}))
+        self.seconds[inside[-1] if inside else "backward"] += time.thread_time() - start
+        return out
+
+
+def preset_step(model: CausalModel, ids: torch.Tensor, preset: str) -> None:
+    name, _, cached = preset.partition(", ")
+    scores = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) if cached else None
+    step = ReFINEStep(model, NSPConfig.preset(name))
+    step(ids, generator=torch.Generator().manual_seed(0), scores=scores).loss.backward()
+    model.zero_grad()
+
+
+def measure_model(folder: str, T: int, rounds: int, presets: list[str]) -> None:
+    """Measure the presets on a model of the user's: their time in NTP steps, and where it goes."""
+    model = load_model(folder, dtype="float32").train()
+    ids = torch.randint(0, model.config.vocab_size, (1, T), generator=torch.Generator().manual_seed(1))
+    candidates: dict[str, Callable[[], None]] = {"ntp": lambda: ntp_step(model, ids)}
+    candidates |= {preset: lambda preset=preset: preset_step(model, ids, preset) for preset in presets}
+    seconds = alternate(candidates, rounds)
+    print(f"{folder}  T {T}  NTP step {min(seconds['ntp']):.2f} s; parts in NTP steps of processor time")
+    base = 0.0
+    for name, run_once in candidates.items():
+        with TimeByPart() as timed:
+            run_once()
+        base = base or sum(timed.seconds.values())
+        parts = "  ".join(f"{part} {s / base:.2f}" for part, s in sorted(timed.seconds.items(), key=lambda pair: -pair[1]))
+        print(f"    {name:26s} time {ratio(seconds[name], seconds['ntp']):18s}  {parts}")
+
+
 def main() -> None:
     if "--child" in sys.argv:
         family, T, schedule, N, selection = sys.argv[sys.argv.index("--child") + 1 :]
@@ -136,6 +185,8 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["delta_net", "gated_deltanet", "lact"])
+    parser.add_argument("--model", help="a folder or hub name: the presets on this model, and where the time of a step goes")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), help="with --model")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096])
     parser.add_argument("--generations", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
@@ -146,6 +197,10 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="instead: where the snapshot schedule's time goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.model:
+        for T in args.lengths:
+            measure_model(args.model, T, args.rounds, args.presets)
+        return
     if args.parts:
         for family in args.models:
             parts_of_snapshot(family, max(args.lengths), args.rounds, args.selection)

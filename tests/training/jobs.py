@@ -17,7 +17,7 @@ from refine_nsp.training import data as data_rooms
 from refine_nsp.training import scores
 from refine_nsp.training.mixture import mix_streams
 from tests.models.families import FAMILY_NAMES, build
-from tests.models.transformers_models import float64_throughout
+from tests.models.transformers_models import float64_throughout, plain
 from tests.training import test_nested, test_trainer
 
 SETTINGS = {"max_steps": 2}
@@ -122,7 +122,25 @@ def scored(folder: Path, **settings) -> None:
         (folder / "scores.json").write_text(json.dumps(t.train_dataset["context_scores"][:]))
 
 
-JOBS = {"midtrain": midtrain, "scored": scored, "posttrain": posttrain, "forget": forget, "copy": copy, "tokenize": tokenize}
+def distilled(folder: Path, **settings) -> None:
+    """Mid-training by a teacher that is attention alone, which the first process writes into `folder`; its scores are kept there too."""
+    if PartialState().is_main_process:
+        plain("llama", seed=1).save_pretrained(folder / "teacher")
+    PartialState().wait_for_everyone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        midtrain(folder, objective="distill", teacher=str(folder / "teacher"), teacher_window=8, **settings)
+
+
+JOBS = {
+    "midtrain": midtrain,
+    "scored": scored,
+    "distilled": distilled,
+    "posttrain": posttrain,
+    "forget": forget,
+    "copy": copy,
+    "tokenize": tokenize,
+}
 
 
 def run_jobs(path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from refine_nsp.cli import main
 from refine_nsp.errors import RefineError
+from refine_nsp.tiny.pretrain_settings import PretrainConfig
 from refine_nsp.training import PostTrainingConfig, ReFINEConfig
 from refine_nsp.training.phases import NextToken
 from refine_nsp.training.row_order import ByLength
@@ -69,6 +70,7 @@ APPLIED = {
     "eval_steps": HERE + "test_validation_follows",
     "eval_delay": HERE + "test_validation_follows",
     "eval_on_start": HERE + "test_validation_follows",
+    "do_eval": "training/test_validation.py::test_a_run_is_validated_at_its_end_where_that_is_asked_for",
     "per_device_eval_batch_size": HERE + "test_validation_batches_are_as_large_as_asked",
     "save_only_model": SAVED,
     "save_strategy": SAVED,
@@ -130,7 +132,6 @@ IRRELEVANT = {
     "remove_unused_columns": "all columns are kept, since a reward may ask for any",
     "prediction_loss_only": "validation keeps no predictions anyway",
     "do_train": "a switch of scripts: the commands train, and `train()` is asked for",
-    "do_eval": "a switch of scripts, set by eval_strategy",
     "local_rank": "deprecated: launchers set it",
     "log_level": "of transformers' own loggers",
     "log_level_replica": "of transformers' own loggers",
@@ -294,8 +295,10 @@ def test_text_that_says_no_value_is_refused(settings, said):
 def test_bf16_needs_no_use_cpu_where_there_is_no_accelerator(tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator")
-    args = ReFINEConfig(output_dir=str(tmp_path), report_to="none", bf16=True)
-    assert args.use_cpu and args.device.type == "cpu" and args.mixed_precision == "bf16"
+    for kind in (ReFINEConfig, PostTrainingConfig, PretrainConfig):
+        for asked in ({"bf16": True}, {"bf16": "true"}, {"bf16": True, "use_cpu": False}):
+            args = kind(output_dir=str(tmp_path), report_to="none", **asked)
+            assert args.use_cpu and args.device.type == "cpu" and args.mixed_precision == "bf16"
     seen = set()
     t = trainer(tmp_path, dtype=torch.float32, bf16=True, **NTP)
     t.model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, i, out: seen.add(out.dtype))

@@ -32,11 +32,14 @@ def trainer(folder, family: str = "delta_net", dtype=torch.float64, **settings) 
         positions_per_sequence=2, rollout_length=3, reward_funcs="hybrid",
     )  # fmt: skip
     extra = {
-        k: settings.pop(k) for k in ("eval_dataset", "train_dataset", "reference_model", "callbacks", "phase") if k in settings
+        k: settings.pop(k)
+        for k in ("eval_dataset", "train_dataset", "reference_model", "callbacks", "phase", "model", "optimizers")
+        if k in settings
     }
     extra.setdefault("train_dataset", data())
-    model = (build if family in FAMILY_NAMES else stateful)(family, dtype=dtype)
-    return ReFINETrainer(model=model, args=ReFINEConfig(**{**defaults, **settings}), **extra)
+    if "model" not in extra:
+        extra["model"] = (build if family in FAMILY_NAMES else stateful)(family, dtype=dtype)
+    return ReFINETrainer(args=ReFINEConfig(**{**defaults, **settings}), **extra)
 
 
 def test_weights_too_coarse_for_the_learning_rate_are_said(tmp_path):

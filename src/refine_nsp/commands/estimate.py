@@ -141,6 +141,8 @@ def memory_rows(found: Estimate, where: EstimateArguments) -> dict[str, float]:
     if known:
         parts["activations and gradients at their peak"] = found.activations
         parts["  of these beyond next-token prediction's"] = found.activations - found.ntp_activations
+    if found.validation:
+        parts["activations of a validation at their peak"] = found.validation
     parts["in all, on each device" if known else "in all without activations"] = found.total
     parts[f"memory of {where.device}"] = device_named(where.device).bytes
     return parts

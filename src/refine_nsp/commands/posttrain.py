@@ -18,9 +18,10 @@ from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.nested import PostTrainer, PostTrainingConfig
 
 METHOD = Settings(NSPConfig, "next-sequence prediction", preset=PostTrainingConfig.default_preset)
+TAUGHT = ("teacher", "lambda_context", "teacher_window")  # settings of mid-training alone
 COMMAND = Command(
     "Train to answer prompts: by SFT, or nested with an update on each batch's prompts first.",
-    (MODEL, Settings(AnswerArguments, "data"), Settings(PostTrainingConfig, "training", nsp=METHOD)),
+    (MODEL, Settings(AnswerArguments, "data"), Settings(PostTrainingConfig, "training", skip=TAUGHT, nsp=METHOD)),
     description="--objective says what a batch's prompts are trained on before its answers: refine (Nested ReFINE), ntp (Nested SFT) or "
     "none (SFT).",
     dry_run=True,

@@ -14,7 +14,7 @@ from refine_nsp.tiny.pretrain_settings import PretrainConfig
 # Settings that a pretraining has no use for: it learns by its own phase, from rows that it makes itself.
 UNUSED = (
     "objective", "steps_per_generation", "context_scores", "log_completions", "num_completions_to_print", "num_train_epochs",
-    "train_sampling_strategy", "length_column_name",
+    "train_sampling_strategy", "length_column_name", "teacher", "lambda_context", "teacher_window",
 )  # fmt: skip
 
 

@@ -43,8 +43,9 @@ def train_and_save(
     Args:
         rows: to train on, and to validate on. data: the names of their sources, for the card.
     """
-    if rows[1] is None and args.eval_strategy != "no":
-        raise RefineError("eval_strategy asks for validation, but there is none; set validation_dataset")
+    if rows[1] is None and args.do_eval:  # eval_strategy sets it too
+        asks = "do_eval" if args.eval_strategy == "no" else "eval_strategy"
+        raise RefineError(f"{asks} asks for validation, but there is none; set validation_dataset")
     dtype = args.weights_dtype(source.dtype)
     reference = load_model(source.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None
     with in_one_line():
@@ -62,12 +63,32 @@ def train_and_save(
     with in_one_line((ImportError,)):  # the package of an optimizer may not be installed
         trainer.train(resume_from_checkpoint=resume_from(trainer.args) or False)
     save(trainer, out)  # before anything else can go wrong
-    if trainer.eval_dataset is not None:
+    page = write_report(trainer, out)
+    if validates_at_the_end(trainer, call):
         trainer.evaluate()
         trainer.save_state()
-    if trainer.is_world_process_zero():
-        trainer.write_card(out)  # once more: with the last figures
-        Console(stderr=True).print(f"model: {out}   report: {report([out], out / 'report.html')}")
+        page = write_report(trainer, out)  # once more: with the last figures
+    if page is not None:
+        Console(stderr=True).print(f"model: {out}   report: {page}")
+
+
+def validates_at_the_end(trainer: ReFINETrainer, call: Call) -> bool:
+    """Tell whether the trained model is to be validated: it was asked for (eval_strategy, do_eval, or a wish what to validate on), and the
+    last step has not done so already."""
+    if trainer.eval_dataset is None:
+        return False
+    logs = [log for log in trainer.state.log_history if log["step"] == trainer.state.global_step]
+    done = any(name.startswith("eval_") and name.endswith("_runtime") for log in logs for name in log)
+    asked = trainer.args.do_eval or not {"validation_dataset", "validation_fraction"}.isdisjoint(call.changed())
+    return asked and (not done or trainer.args.load_best_model_at_end)
+
+
+def write_report(trainer: ReFINETrainer, out: Path) -> Path | None:
+    """Write the run's card and its report with the figures so far; None in all processes but the main one."""
+    if not trainer.is_world_process_zero():
+        return None
+    trainer.write_card(out)
+    return report([out], out / "report.html")
 
 
 class SettingsWriter(TrainerCallback):

@@ -61,9 +61,9 @@ class Estimate:
     """Hold the bytes on each device, and what an optimizer step takes.
 
     Attributes:
-        activations: bytes of the objective's at their peak; ntp_activations: of the cross-entropy's alone. flops: of an optimizer step on
-            one device. tokens: of an optimizer step, on all devices. dtype: of the weights. uncounted: why activations and flops could
-            not be counted and are 0; else None.
+        activations: bytes of the objective's at their peak; ntp_activations: of the cross-entropy's alone; validation: of a validation,
+            0 where the run has none. flops: of an optimizer step on one device. tokens: of an optimizer step, on all devices. dtype: of
+            the weights. uncounted: why activations and flops could not be counted and are 0; else None.
     """
 
     weights: float
@@ -75,10 +75,11 @@ class Estimate:
     tokens: int
     dtype: torch.dtype
     uncounted: str | None = None
+    validation: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.validation)
 
 
 def estimate(
@@ -97,10 +98,10 @@ def estimate(
     whole = blueprint.on_meta()
     kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
-    peak = ntp = flops = 0.0
+    peak = ntp = flops = validation = 0.0
     uncounted = None
     try:
-        (peak, flops), (ntp, _) = count_steps(blueprint, args, kinds, progress)
+        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress)
     except OutOfMemory as error:
         uncounted = str(error)
     except RefineError:
@@ -126,6 +127,7 @@ def estimate(
         tokens=rows * args.max_length * processes,
         dtype=blueprint.dtype,
         uncounted=uncounted,
+        validation=validation,
     )
 
 

@@ -29,7 +29,7 @@ from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.phases import PHASES, MicroBatch
 
 Figures = dict[str, float]  # peak bytes by part of the step, and flops
-FLOPS = "flops"
+FLOPS, VALIDATION = "flops", "validation"
 TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
 SEGMENT_TOKENS, SEGMENTS = (
     (256, 512),
@@ -39,12 +39,13 @@ SEGMENT_TOKENS, SEGMENTS = (
 
 def count_steps(
     blueprint: Blueprint, args: ReFINEConfig, kinds: Sequence[Hashable], progress: Callable[[str], None]
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the bytes at their peak and the flops of a micro-batch: of the run's objective, and of the cross-entropy alone."""
+) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+    """Return the bytes at their peak and the flops of a micro-batch: of the run's objective, of the cross-entropy alone, and of a batch of
+    validation where the run has any."""
     shapes, numbers = ShapesOnly(), itertools.count(1)
     sizes, corners = sizes_of(args, blueprint.config.get_text_config(decoder=True).vocab_size)
     few, more = few_layers(kinds)
-    objectives = list(dict.fromkeys((args.objective, "ntp")))
+    objectives = list(dict.fromkeys((args.objective, "ntp", *([VALIDATION] if args.do_eval else []))))
     corner_count = 2 ** sum(value > corners[name][1] for name, value in sizes.items())
     steps = len(objectives) * corner_count * (1 + len(more))
 
@@ -60,12 +61,13 @@ def count_steps(
                 total[name] = total.get(name, 0.0) + times * (value - least.get(name, 0.0))
         return total
 
-    found = []
+    found = {VALIDATION: (0.0, 0.0)}
     for objective in objectives:
-        figures = extrapolate(partial(all_layers, objective), sizes, corners)
+        own = sizes | ({"rows": args.per_device_eval_batch_size} if objective == VALIDATION else {})
+        figures = extrapolate(partial(all_layers, objective), own, corners)
         flops = figures.pop(FLOPS)
-        found.append((max(figures.values()), flops))
-    return found[0], found[-1]
+        found[objective] = (max(figures.values()), flops)
+    return found[args.objective], found["ntp"], found[VALIDATION]
 
 
 def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
@@ -111,7 +113,7 @@ def measure_step(
     blueprint: Blueprint, args: ReFINEConfig, objective: str, layers: Sequence[int] | None = None, shapes: ShapesOnly | None = None,
     rows: int = 1, tokens: int = 0, segment: int = 0, segments: int = 0,
 ) -> Figures:  # fmt: skip
-    """Measure one micro-batch's forward and backward pass, computed, or run for its `shapes`.
+    """Measure one micro-batch's forward and backward pass, or a batch of `VALIDATION`, computed, or run for its `shapes`.
 
     Returns:
         The peak of bytes beyond the weights and what was there before, by part of the step; and flops.
@@ -125,13 +127,17 @@ def measure_step(
             p.grad = (torch.zeros_like if shapes is None else torch.empty_like)(p) if p.requires_grad else None
     model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
     # The model stands for the frozen one of a KL term, which takes as much.
-    phase = PHASES[objective](args.nsp if not segment else replace(args.nsp, segment_tokens=segment), model)
+    made = args.objective if objective == VALIDATION else objective
+    phase = PHASES[made](args.nsp if not segment else replace(args.nsp, segment_tokens=segment), model)
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
     autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
     with shapes or nullcontext(), counted() as counter, autocast:
         model.eval()
+        if objective == VALIDATION:
+            phase.validate(model, [{"input_ids": ids, "lengths": torch.full((rows,), ids.shape[1])}])
+            return {**counter.peaks, FLOPS: counter.flops}
         with torch.no_grad():
             phase.prepare(lambda step: step(model), [batch])  # type: ignore[arg-type]
         model.train()

@@ -110,6 +110,7 @@ class DeltaNetMixer(nn.Module):
     """
 
     fast_weight_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+    memory_names: tuple[str, ...] = ()
     shares_states = False
 
     def __init__(self, config: DeltaNetConfig) -> None:

@@ -111,6 +111,7 @@ class GatedDeltaNetMixer(nn.Module):
     fast_weight_names: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "q_conv1d", "k_conv1d", "v_conv1d", "A_log", "dt_bias",
     )  # fmt: skip
+    memory_names: tuple[str, ...] = ()
     shares_states = False
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:

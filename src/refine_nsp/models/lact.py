@@ -174,6 +174,7 @@ class LaCTMixer(nn.Module):
     """Adds what the fast weights recall to window attention: turns x [B, T, D] into y [B, T, D] and a trace."""
 
     fast_weight_names: tuple[str, ...] = ("qkv", "w0", "w1", "w2", "lr_proj", "momentum_proj", "qk_scale", "qk_offset")
+    memory_names: tuple[str, ...] = (*fast_weight_names[1:], "ttt_scale_proj", "ttt_norm")  # attention alone has the other ones
     shares_states = True
     w0: nn.Parameter | LowRankFastWeight
     w2: nn.Parameter | LowRankFastWeight

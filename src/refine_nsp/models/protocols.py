@@ -23,11 +23,13 @@ class StateMixer(Protocol):
 
     Attributes:
         fast_weight_names: the submodules and parameters that write to and read from the fast weights.
+        memory_names: those that are the memory's alone, without which the layer would still mix tokens, so that they can learn faster.
         shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
             again costs less than carrying a state on for every row.
     """
 
     fast_weight_names: tuple[str, ...]
+    memory_names: tuple[str, ...]
     shares_states: bool
 
 

@@ -43,7 +43,7 @@ def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config:
     if local is not None:
         first = d.shape[1] - local.shape[1]
         targets = F.pad(batch.input_ids[:, 1:], (0, 1))[:, first:]
-        d[:, first:] = _divergence(head_weight(model), hidden[:, first:], local, targets, gain)
+        d[:, first:] = divergence(head_weight(model), hidden[:, first:], local, targets, gain)
         # Without a target (or at a pad) there is nothing to gain.
         d.masked_fill_(~((batch.target_mask if gain else batch.real) & have_far_context(batch, config.local_window)), 0.0)
     return d
@@ -127,7 +127,7 @@ def _local_hidden_of_document(model: CausalModel, batch: Batch, recent: Tensor, 
     return hidden.gather(1, own[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def _divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
+def divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
     """Compute d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
     n = block_tokens(2 * weight.shape[0], weight.device)
     parts = []

@@ -26,10 +26,16 @@ def match_of(model: CausalModel, input_ids: Tensor, true_states: Tensor, prefixe
         input_ids: [B, T] long. true_states: [B, T, D], the final-norm output after consuming each token of the text.
     """
     positions = prefixes.positions
-    cache, hidden, match, similarity, valid = prefixes.cache, prefixes.hidden, 0.0, 0.0, positions.flatten() >= 0
+    rows, hidden, match, similarity, valid = (
+        model.model.branch(prefixes.cache, 1),
+        prefixes.hidden,
+        0.0,
+        0.0,
+        positions.flatten() >= 0,
+    )
     for j in range(1, K + 1):
         token = model.lm_head(hidden).argmax(-1)
-        hidden = model.model(token[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, 0]
+        hidden = rows.advance(token)
         ahead = (positions.clamp(min=0) + j).clamp(max=input_ids.shape[1] - 1)
         truth, true_hidden = input_ids.gather(1, ahead).flatten(), gather_positions(true_states, ahead).flatten(0, 1)
         match += float((token == truth)[valid].sum())

@@ -19,6 +19,7 @@ PARTS = {
     "loading": ("the weights", "load them in bfloat16 (dtype), or over several devices (recipes/accelerate)"),
     "forward": ("the forward pass", "set segment_tokens, or give it fewer or shorter sequences"),
     "context": ("the pass over local windows", "lower local_window, or give it fewer sequences"),
+    "teacher": ("the teacher's pass", "give it fewer or shorter sequences, or a smaller teacher"),
     "logits": ("the head's logits and losses", "give it fewer or shorter sequences"),
     "rollouts": ("the rollouts", "lower num_generations or positions_per_sequence, or give it fewer sequences"),
     "backward": ("the backward pass", "set segment_tokens, lower num_generations, or give it fewer or shorter sequences"),

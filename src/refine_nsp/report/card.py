@@ -19,6 +19,7 @@ OBJECTIVES = {
     "refine": "next-sequence prediction beside next-token prediction",
     "ntp": "next-token prediction alone",
     "none": "the answers alone",
+    "distill": "distillation",
 }
 PEFT = "# Model Card for Model ID"  # PEFT gives an adapter's folder this card, in which nobody has written a word yet
 PAPER = """@article{hwang2026refine,
@@ -69,13 +70,17 @@ def card(run: Run, base: str, data: Sequence[str], settings: Mapping[str, object
     head |= {"tags": sorted({"refine-nsp", "fast-weights", "long-context", *tags})}
     if "/" in base and not Path(base).exists():
         head["base_model"] = base
-    told: list[list[Cell]] = [[name, text_of(value)] for name, value in settings.items()]
+    teacher = named(str(settings["teacher"])) if settings.get("teacher") else ""
+    told: list[list[Cell]] = [[name, teacher if name == "teacher" else text_of(value)] for name, value in settings.items()]
     versions = ", ".join(
         f"{name} {text_of(run.environment[name])}"
         for name in ("refine-nsp", "torch", "transformers")
         if run.environment.get(name)
     )
     method = OBJECTIVES.get(str(settings.get("objective")), OBJECTIVES["refine"])
+    method += (
+        f" from {teacher}" if settings.get("objective") == "distill" else f", tokens weighed by {teacher}" if teacher else ""
+    )
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{MARK}\n",
         f"# {text_of(run.name)}\n",

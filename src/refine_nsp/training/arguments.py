@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from transformers import TrainingArguments
 
-from refine_nsp.config import CONTEXT_SCORES, SAMPLED, NSPConfig, Objective, Ranges, check_choices, check_known, check_ranges
+from refine_nsp.config import CONTEXT_SCORES, SAMPLED, NSPConfig, Ranges, check_choices, check_known, check_ranges
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, notes, setting
 from refine_nsp.nsp.rewards import resolve_reward
 from refine_nsp.nsp.schedule import Needs, with_schedule
+from refine_nsp.training.distillation import Distillation
 from refine_nsp.training.phases import PHASES, Phase
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
@@ -69,14 +70,25 @@ AMOUNTS = ("num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", 
 RANGES: Ranges = (
     (COUNTS, lambda x: x >= 1, "must be at least 1"),
     (AMOUNTS, lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
+    (("fast_weight_learning_rate",), lambda x: x is None or 0 < x < math.inf, "must be a finite number above 0"),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
-    (("carried_keys",), lambda x: x is None or x >= 1, "must be at least 1"),
+    (("lambda_context",), lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
+    (("carried_keys", "teacher_window"), lambda x: x is None or x >= 1, "must be at least 1"),
     (("carry_between_documents",), lambda x: 0 <= x <= 1, "must be a chance from 0 to 1"),
     (("seed", "data_seed"), lambda x: x is None or 0 <= x < 2**32, "must be a whole number from 0 to 2**32 - 1"),
 )
 
 
 CARRIES = Reader("carry_states=True", lambda args: args.carry_states)
+DISTILLS = Reader("objective='distill'", lambda args: args.objective == "distill")
+TAUGHT = Reader(
+    "objective='distill' or context_scores='teacher'",
+    lambda args: args.objective == "distill" or args.context_scores == "teacher",
+)
+SCORED = Reader(
+    f"{CONTEXT_SCORES.words}, or objective='distill' with lambda_context",
+    lambda args: CONTEXT_SCORES(args.nsp) or (args.objective == "distill" and args.lambda_context > 0),
+)
 
 
 def of_nsp(reader: Reader) -> Reader:
@@ -132,12 +144,18 @@ class ReFINEConfig(TrainingArguments):
     too, and does not read them: it is the control of a comparison, the same run with one switch.
 
     Attributes:
-        objective: `refine`, or `ntp`: the same run with the cross-entropy alone.
+        objective: `refine`; `ntp`: the same run with the cross-entropy alone; or `distill`: learn a teacher's predictions, and the true
+            tokens by `lambda_ntp` (docs/your_own_checkpoint.md).
+        teacher: the frozen model to learn from, a folder or a hub name: any causal language model with the same tokenizer.
+        lambda_context: in distillation a token weighs 1 + lambda_context times how much, in nats, the teacher's prediction needs what is
+            beyond the window; 0: all tokens weigh the same.
+        teacher_window: tokens of that window; default: the window of the model that is trained.
         max_length: tokens per sequence.
         steps_per_generation: optimizer steps that learn from one batch of rollouts. Above 1 the ratio to the policy that sampled
             them is clipped, and `schedule` cannot be `fused`.
         context_scores: when they are computed: in every step, by the model as it is (`online`), or once beforehand, by the model that
-            the run starts from, and kept with the data (`cached`): a step then costs what an NTP step costs.
+            the run starts from, and kept with the data (`cached`): a step then costs what an NTP step costs; or kept likewise, by the
+            `teacher`. In distillation they are always the teacher's, computed in every step (`online`) or beforehand (`teacher`).
         log_completions: show a table of rollouts at every logging step, and keep it in completions.jsonl.
         num_completions_to_print: rows of that table.
         carry_states: windows of a document follow each other, each starting from the states that the one before left; the gradient ends
@@ -146,24 +164,33 @@ class ReFINEConfig(TrainingArguments):
             nothing (arXiv 2507.02782).
         carried_keys: attention over everything keeps the keys and values of its newest so many tokens between windows, which would grow
             with the document otherwise; a layer with a window keeps no more than these either.
+        fast_weight_learning_rate: learning rate of the parameters that are the memory's alone (LaCT's), by the same schedule; new memory
+            learns at 1e-3, where pretrained weights bear 1e-5. With learning_rate 0 the memory alone is trained and the rest frozen.
         max_skipped_steps: stop after so many steps in a row with a loss or gradient that is not finite (each such update is skipped).
     """
 
     default_preset: ClassVar[str | None] = None
 
     nsp: NSPConfig = setting(default_factory=NSPConfig)
-    objective: Objective = setting("refine", common=True, card=True, resume=True)
+    objective: Literal["refine", "ntp", "distill"] = setting("refine", common=True, card=True, resume=True)
+    teacher: str | None = setting(None, read_by=TAUGHT, common=True, card=True, resume=True)
+    lambda_context: float = setting(10.0, read_by=DISTILLS, common=True, card=True, resume=True)
+    teacher_window: int | None = setting(None, read_by=DISTILLS, card=True, resume=True)
     max_length: int = setting(1024, common=True, card=True, resume=True)
     steps_per_generation: int = setting(1, read_by=of_nsp(SAMPLED), common=True, resume=True)
-    context_scores: Literal["online", "cached"] = setting("online", read_by=of_nsp(CONTEXT_SCORES), common=True, resume=True)
+    context_scores: Literal["online", "cached", "teacher"] = setting("online", read_by=SCORED, common=True, resume=True)
     log_completions: bool = setting(False, read_by=of_nsp(SAMPLED), common=True)
     num_completions_to_print: int = setting(8, read_by=Reader("log_completions", lambda args: args.log_completions))
     carry_states: bool = setting(False, common=True, card=True, resume=True)
     carry_between_documents: float = setting(0.0, read_by=CARRIES, card=True, resume=True)
     carried_keys: int | None = setting(None, read_by=CARRIES, card=True, resume=True)
     max_skipped_steps: int = setting(5)
+    per_device_eval_batch_size: int = setting(
+        0, help="Sequences that are validated together, on each device; 0: per_device_train_batch_size."
+    )
 
     learning_rate: float = setting(1e-6, common=True, card=True, resume=True, help="Paper, Table 2.")
+    fast_weight_learning_rate: float | None = setting(None, common=True, card=True, resume=True)
     lr_scheduler_type: str = setting("constant", card=True, resume=True, help="Paper, Table 2: constant, no warm-up.")
     weight_decay: float = setting(0.01, resume=True, help="Paper, Table 2.")
     max_grad_norm: float = setting(1.0, resume=True, help="The paper says 0.2, its code 1.0.")
@@ -174,6 +201,8 @@ class ReFINEConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         take_as_meant(self)
+        if self.per_device_eval_batch_size == 0:  # what memory is there for; transformers' 8 takes several times a training step
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         check_places(self)
         try:
             super().__post_init__()
@@ -188,7 +217,8 @@ class ReFINEConfig(TrainingArguments):
         check_read(self)
         self._check_noise()
         self._check_carrying()
-        check_settings(self)
+        self._check_teacher()
+        check_settings(self, self.learning_rate or self.fast_weight_learning_rate or 0.0)
         for reward in self.nsp.rewards:
             resolve_reward(reward)
         if "estimator" in self.phase.reads:
@@ -198,6 +228,8 @@ class ReFINEConfig(TrainingArguments):
     @property
     def phase(self) -> Phase:
         """Make the phase that the objective names, which says what of these settings it uses."""
+        if self.objective == "distill":
+            return Distillation(self.nsp, lambda_context=self.lambda_context)
         return PHASES[self.objective](self.nsp)
 
     @property
@@ -233,6 +265,26 @@ class ReFINEConfig(TrainingArguments):
         if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
             raise RefineError(
                 f"kl_coef={self.nsp.kl_coef} needs a reference model, whose states are not carried; leave kl_coef out"
+            )
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher's work without a teacher, and scores of another model in distillation.
+
+        Raises:
+            RefineError: the setting, and what to change.
+        """
+        if TAUGHT(self) and self.teacher is None:
+            asks = "objective='distill'" if self.objective == "distill" else "context_scores='teacher'"
+            raise RefineError(f"{asks} needs a teacher: a folder or a hub name of a model with the student's tokenizer")
+        if self.objective == "distill" and self.context_scores == "cached":
+            raise RefineError(
+                "context_scores='cached' keeps the scores of the model that the run starts from, and distillation weighs by its teacher's; "
+                "use 'teacher', which keeps those"
+            )
+        if TAUGHT(self) and self.carry_states:
+            raise RefineError(
+                "carry_states: the states of a document are not carried for a teacher, which would see less than the student; leave "
+                "carry_states out, and raise max_length"
             )
 
     def _check_method(self) -> None:

@@ -75,8 +75,8 @@ class PostTrainingConfig(ReFINEConfig):
             )
         if self.steps_per_generation > 1:
             raise RefineError("steps_per_generation belongs to mid-training; several inner steps on a batch are inner_steps")
-        if self.context_scores == "cached":
-            raise RefineError("context_scores='cached' belongs to mid-training; prompts are scored online")
+        if self.context_scores != "online":
+            raise RefineError(f"context_scores={self.context_scores!r} belongs to mid-training; prompts are scored online")
         if self.carry_states:
             raise RefineError("carry_states belongs to mid-training on documents; a prompt with its answer is one row")
 

@@ -277,7 +277,11 @@ def validate(
         carried.forget(lane for lane, begins in zip(lanes, inputs.get(BEGINS_COLUMN, []), strict=False) if begins)
         starts = carried.starts(lanes, device) if lanes else None
         batch = Batch.of(ids, inputs["lengths"], starts=starts, answer_starts=inputs.get(ANSWER_COLUMN))
-        sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)))
+        # Positions are the same at every validation, whatever else is in a batch; known beforehand, only their states are kept.
+        generators = [generator_of(VALIDATION_SEED, *place) for place in inputs["_places"]]
+        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
+        positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
+        sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)), positions)
         if sequence_pass.left is not None:
             carried.keep(lanes, batch, sequence_pass.left)
         stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
@@ -286,10 +290,6 @@ def validate(
         sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
-        # Positions are the same at every validation, whatever else is in a batch.
-        generators = [generator_of(VALIDATION_SEED, *place) for place in inputs["_places"]]
-        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
-        positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
         match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity

@@ -7,6 +7,7 @@ VALIDATION = {"validation": "lower per_device_eval_batch_size or max_length"}
 TRAINING = {
     "forward": "set gradient_checkpointing or segment_tokens, or lower per_device_train_batch_size or max_length",
     "context": "lower per_device_train_batch_size or local_window, or keep the scores with the data: context_scores=cached",
+    "teacher": "lower per_device_train_batch_size or max_length, or keep the teacher's scores with the data: context_scores=teacher",
     "logits": "lower per_device_train_batch_size or max_length",
     "rollouts": "lower num_generations, positions_per_sequence or per_device_train_batch_size",
     "backward": "set gradient_checkpointing or segment_tokens, or lower per_device_train_batch_size, num_generations or max_length",

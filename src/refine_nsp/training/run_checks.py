@@ -16,6 +16,7 @@ from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.ops.precision import share_unmoved
 from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.memory_rate import by_rate
 from refine_nsp.training.phases import Phase
 
 HALF = (torch.bfloat16, torch.float16)
@@ -30,14 +31,15 @@ def weights_problems(model: nn.Module, args: ReFINEConfig, sharded: bool) -> lis
             "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
             "holds the whole model"
         )
-    coarse = [p for p in model.parameters() if p.requires_grad and not p.is_meta and p.dtype in HALF]
     widened = sharded and args.mixed_precision != "no"  # FSDP widens weights where products are narrower
-    if not widened and (share := share_unmoved(coarse, args.learning_rate)) > UNMOVED:
-        problems.append(
-            f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
-            f"of learning_rate={args.learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
-            "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
-        )
+    for rate, trained in [] if widened else by_rate(model, args):
+        coarse = [p for p in trained if not p.is_meta and p.dtype in HALF]
+        if (share := share_unmoved(coarse, rate)) > UNMOVED:
+            problems.append(
+                f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
+                f"of learning_rate={rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
+                "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
+            )
     return problems
 
 

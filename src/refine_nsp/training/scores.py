@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import datasets
 import numpy as np
@@ -32,6 +33,7 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.forward import run_and_leave
 from refine_nsp.nsp.records import Batch
+from refine_nsp.nsp.teacher import Teacher
 from refine_nsp.processes import process_state, to_device
 from refine_nsp.progress import step_progress
 from refine_nsp.training.arguments import ReFINEConfig
@@ -54,6 +56,7 @@ def with_context_scores(
     process: int = 0,
     processes: int = 1,
     carried: LaneStates | None = None,
+    teacher: Teacher | None = None,
 ) -> Dataset:
     """Add a column `context_scores` to the data, d of every token (float32, or float64), and read it back where it is known.
 
@@ -64,23 +67,21 @@ def with_context_scores(
     Args:
         autocast: what products are computed in, where that is not the weights' dtype. process, processes: the index among so many.
         carried: where the windows of a document continue from each other, what is kept between them, empty; the scores see the document.
+        teacher: whose scores are computed, in its way; `model` is its own.
 
     Raises:
         RefineError: streamed data, or settings that use no context scores.
     """
     gain = wants_gain(config)
     if not isinstance(data, Dataset):
-        raise RefineError(
-            "context_scores='cached' keeps scores with the data, which streaming does not; use context_scores='online'"
-        )
-    key = scores_key(data, model, config, autocast, () if carried is None else ("carried", carried.keys))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
-    folder.mkdir(parents=True, exist_ok=True)
+        raise RefineError("scores are kept with the data, which streaming does not keep; use context_scores='online'")
+    told = ("teacher", teacher.masked) if teacher is not None else () if carried is None else ("carried", carried.keys)
+    folder = _folder_of(scores_key(data, model, config, autocast, told))
     device = next(model.parameters()).device
 
     def scored(row: Mapping[str, object], index: int) -> dict[str, list[float]]:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-            return {"context_scores": scores_of(row, model, config, gain, device, carried, index == 0)}
+            return {"context_scores": scores_of(row, model, config, gain, device, carried, index == 0, teacher)}
 
     features = Features({**data.features, "context_scores": datasets.Sequence(Value(kept_dtype(model)))})
     ends = part_ends(len(data), None if carried is None else data[BEGINS_COLUMN][:])
@@ -95,7 +96,7 @@ def with_context_scores(
                 continue
             rows = data.select(range(start, ends[starts.index(start)]))
             # The part is named here, since `datasets` would pickle the model to find a name for it.
-            part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{key}-{start}"}
+            part = {"cache_file_name": str(folder / f"part-{start}.arrow"), "new_fingerprint": f"{folder.name}-{start}"}
             try:
                 with FileLock(folder / f"part-{start}.lock", blocking=blocking):
                     parts[start] = rows.map(scored, with_indices=True, features=features, load_from_cache_file=True, **part)
@@ -104,6 +105,13 @@ def with_context_scores(
             progress.advance(sum(map(len, parts[start]["context_scores"])), len(rows))
     model.train(training)
     return concatenate_datasets([parts[start] for start in starts])
+
+
+def _folder_of(key: str) -> Path:
+    """Make the folder of the cache of `datasets` that scores of this name are kept in."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "refine_nsp_context_scores" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def rows_again(data: Dataset) -> tuple[list[int], list[int]] | None:
@@ -115,10 +123,14 @@ def rows_again(data: Dataset) -> tuple[list[int], list[int]] | None:
     return None if len(rows) == len(taken) else (first.tolist(), places.tolist())
 
 
-def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args: ReFINEConfig, quiet: bool) -> Dataset:
-    """Add context scores to a run's data by the model as it is, each process scoring a share on its device. RefineError where a process
-    does not have all of the weights yet."""
-    if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+def scored_by_processes(
+    data: Dataset, model: nn.Module, config: NSPConfig, args: ReFINEConfig, quiet: bool, teacher: Teacher | None = None
+) -> Dataset:
+    """Add context scores to a run's data by the model as it is, or by a teacher, each process scoring a share on its device. RefineError
+    where a process does not have all of the weights yet."""
+    if teacher is not None:
+        model = cast(nn.Module, teacher.model)
+    elif is_fsdp_enabled() or is_deepspeed_zero3_enabled():
         raise RefineError(
             "context_scores='cached' has every process score a share of the data by all of the weights, which "
             "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give it: turn them off, or use context_scores='online'"
@@ -131,7 +143,8 @@ def scored_by_processes(data: Dataset, model: nn.Module, config: NSPConfig, args
     # A mixture has rows several times, which are scored once; a stream is refused there.
     again = rows_again(data) if carried is None and isinstance(data, Dataset) else None
     rows = data if again is None else data.select(again[0])
-    scored = with_context_scores(rows, model, config, quiet, autocast, args.process_index, args.world_size, carried)
+    own = args.process_index, args.world_size
+    scored = with_context_scores(rows, model, config, quiet, autocast, *own, carried, teacher)
     scored = scored if again is None else scored.select(again[1])
     to_device(model, home)
     return scored
@@ -193,8 +206,10 @@ def scores_of(
     device: torch.device,
     carried: LaneStates | None = None,
     first: bool = False,
+    teacher: Teacher | None = None,
 ) -> list[float]:
-    """Compute d of one example's tokens; of a packed example document by document; of a window in its document, from what is `carried`."""
+    """Compute d of one example's tokens; of a packed example document by document; of a window in its document, from what is `carried`;
+    with a `teacher`, in its way."""
     inputs = collate([{k: row[k] for k in ("input_ids", "lengths") if k in row}])
     batch = Batch.of(inputs["input_ids"].to(device), inputs["lengths"])
     if carried is not None:
@@ -203,6 +218,8 @@ def scores_of(
         batch = replace(batch, starts=carried.starts([0], device))
 
     def score(m: CausalModel) -> Tensor:
+        if teacher is not None:
+            return teacher.scores(batch, teacher.read(batch), config, gain)
         hidden, left = run_and_leave(m, batch, config)
         if carried is not None and left is not None:
             carried.keep([0], batch, left)

@@ -82,13 +82,13 @@ def check_places(args: TrainingArguments) -> None:
             raise RefineError(f"{name}={value!r} has no place here: {why}; leave it out")
 
 
-def check(args: TrainingArguments) -> None:
+def check(args: TrainingArguments, rate: float) -> None:
     """Refuse settings that would not be honoured, by name (RefineError): one that another leaves without effect, or that a schedule or an
-    optimizer cannot be made of."""
+    optimizer cannot be made of. `rate` is the learning rate that a schedule begins with."""
     if DebugOption.TPU_METRICS_DEBUG in args.debug:
         raise RefineError("debug='tpu_metrics_debug' has no place here: validation does not print TPU metrics; leave it out")
     _check_loading(args)
-    _check_schedule(args)
+    _check_schedule(args, rate)
     _check_optimizer(args)
 
 
@@ -141,7 +141,7 @@ def _check_loading(args: TrainingArguments) -> None:
             )
 
 
-def _check_schedule(args: TrainingArguments) -> None:
+def _check_schedule(args: TrainingArguments, rate: float) -> None:
     """Refuse a schedule that cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up (RefineError)."""
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
     how = "; in YAML lr_scheduler_kwargs: {NAME: VALUE}, as a flag --lr_scheduler_kwargs '{\"NAME\": VALUE}'"
@@ -161,7 +161,7 @@ def _check_schedule(args: TrainingArguments) -> None:
     if missing := [name for name, p in takes.items() if p.default is inspect.Parameter.empty and name not in given]:
         raise RefineError(f"lr_scheduler_type={kind.value} needs {', '.join(missing)}{how.replace('NAME', missing[0])}")
     try:
-        _try_schedule(args, kind, given)
+        _try_schedule(args, kind, given, rate)
     except Exception as error:  # each kind refuses its arguments in its own words
         said = " ".join(str(error).split())
         named = next((name for name in takes if re.search(rf"\b{name}\b", said)), "NAME")
@@ -176,9 +176,9 @@ def _arguments_of(kind: SchedulerType) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if name not in OURS}
 
 
-def _try_schedule(args: TrainingArguments, kind: SchedulerType, given: Mapping[str, object]) -> None:
+def _try_schedule(args: TrainingArguments, kind: SchedulerType, given: Mapping[str, object], rate: float) -> None:
     """Make the schedule on an optimizer of no use, and take one step."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
     steps = args.max_steps if args.max_steps > 0 else 1000
     warmup = args.get_warmup_steps(steps)
     schedule = get_scheduler(kind, optimizer, warmup, steps, dict(given))

@@ -34,11 +34,14 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import StepResult
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.nsp.seeds import generator_of
+from refine_nsp.nsp.teacher import scores_beyond
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
+from refine_nsp.training.distillation import Distillation
+from refine_nsp.training.memory_rate import TwoRates, check_memory
 from refine_nsp.training.micro_batches import documents_in_lanes, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.mixture import SOURCE_COLUMN
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
@@ -50,6 +53,7 @@ from refine_nsp.training.run_folder import COMPLETIONS_FILE, completion_rows, pr
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import LaneStream, Stream, check_streaming
+from refine_nsp.training.teacher import check_window, load_teacher, window_of_student
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 # The Trainer hands these from `get_batch_samples` to `compute_loss`: `batch`, a MicroBatch; `input_ids` and perhaps `attention_mask`, by
@@ -57,7 +61,7 @@ from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewar
 StepInputs = dict[str, Any]
 
 
-class ReFINETrainer(ResumingTrainer):
+class ReFINETrainer(TwoRates, ResumingTrainer):
     """Train on long text with ReFINE, or with the cross-entropy alone (`objective="ntp"`): the same run, one setting apart.
 
     Args:
@@ -97,8 +101,13 @@ class ReFINETrainer(ResumingTrainer):
         if kwargs.setdefault("data_collator", collate) is collate:
             for name in ("train_dataset", "eval_dataset"):
                 kwargs[name] = tokenized(kwargs.get(name), kwargs["processing_class"], args)
-        if model is not None and kwargs["processing_class"] is not None:
-            check_vocabulary(model, kwargs["processing_class"])
+        self.teacher = None
+        if model is not None:
+            if kwargs["processing_class"] is not None:
+                check_vocabulary(model, kwargs["processing_class"])
+            check_memory(model, args, own_optimizer=any(kwargs.get("optimizers") or ()))
+            if args.teacher is not None:
+                self.teacher = load_teacher(args.teacher, kwargs["processing_class"], model, args.device)
         args.remove_unused_columns = False
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             check_streaming(args)
@@ -123,9 +132,11 @@ class ReFINETrainer(ResumingTrainer):
 
     def _prepare_data(self) -> None:
         """Compute the context scores that are to be cached, and have streamed text note its places."""
-        if self.args.context_scores == "cached" and self.phase.reads_scores and self.train_dataset is not None:
+        if self.args.context_scores != "online" and self.phase.reads_scores and self.train_dataset is not None:
             quiet = bool(self.args.disable_tqdm) or not self.is_world_process_zero()
-            self.train_dataset = scored_by_processes(self.train_dataset, self.model, self.nsp, self.args, quiet)
+            teacher = self.teacher if self.args.context_scores == "teacher" else None
+            scoring = scores_beyond(self.phase.window) if isinstance(self.phase, Distillation) else self.nsp
+            self.train_dataset = scored_by_processes(self.train_dataset, self.model, scoring, self.args, quiet, teacher)
         if isinstance(self.train_dataset, IterableDataset):
             # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
             rows = self.train_dataset, self.dealing.examples, self.args.steps_per_generation + 3
@@ -142,6 +153,11 @@ class ReFINETrainer(ResumingTrainer):
 
     def make_phase(self) -> Phase:
         """Make the phase that `args.objective` names."""
+        if self.args.objective == "distill":
+            assert self.teacher is not None and self.args.teacher is not None
+            window = window_of_student(self.accelerator.unwrap_model(self.model), self.args.teacher_window)
+            check_window(window, self.args.max_length, self.teacher, self.args.teacher)
+            return Distillation(self.nsp, self.teacher, self.args.lambda_context, window)
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
     def shared(self, phase: Phase) -> Phase:

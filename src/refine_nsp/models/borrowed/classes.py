@@ -184,6 +184,7 @@ def mark_mixers(trunk: nn.Module) -> list[StateMixer]:
     for mixer, module in zip(mixers, modules, strict=True):
         parts = dict.fromkeys(name.split(".")[0] for name, _ in module.named_parameters())
         mixer.fast_weight_names = tuple(p for p in parts if p not in OUTPUT_PARTS)
+        mixer.memory_names = ()
     return mixers
 
 

@@ -25,6 +25,7 @@ class Line:
         quick: whether it belongs to the quick ones. in_float64: whether a copy in float64 takes it too.
         in_bfloat16: whether a copy in bfloat16 takes it instead. follows: lines that it cannot hold without.
         answers: whether what is compared depends on the model's own answers, which another precision may give otherwise.
+        gradients: whether gradients are compared.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Line:
     in_bfloat16: bool = False
     follows: tuple[str, ...] = ()
     answers: bool = False
+    gradients: bool = False
 
 
 LINES = (
@@ -116,7 +118,7 @@ LINES = (
     Line(
         "gradient", "gradients through a cached state = through the whole",
         "losses behind a cached state do not train what wrote that state (or fail in the backward pass)",
-        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",),
+        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",), gradients=True,
     ),
     Line(
         "generation", "generate with a cache = without",
@@ -126,13 +128,13 @@ LINES = (
     Line(
         "checkpointing", "gradient checkpointing changes nothing",
         "with gradient_checkpointing the model learns something else than without",
-        "leave gradient_checkpointing out, or set segment_tokens instead", equalities.checkpointing, quick=False,
+        "leave gradient_checkpointing out, or set segment_tokens instead", equalities.checkpointing, quick=False, gradients=True,
     ),
     Line(
         "checkpointing_cache", "gradient checkpointing keeps the cache",
         "with gradient_checkpointing, whatever continues from a cache in training begins from nothing; at most a log line says so",
         "leave gradient_checkpointing out where states are carried, or load the model by refine_nsp.load, which runs whole pieces again",
-        equalities.checkpointing_with_cache, quick=False,
+        equalities.checkpointing_with_cache, quick=False, gradients=True,
     ),
     Line(
         "kernels", "kernels = PyTorch's operations",

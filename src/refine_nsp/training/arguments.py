@@ -268,11 +268,7 @@ class ReFINEConfig(TrainingArguments):
             )
 
     def _check_teacher(self) -> None:
-        """Refuse a teacher's work without a teacher, and scores of another model in distillation.
-
-        Raises:
-            RefineError: the setting, and what to change.
-        """
+        """Refuse a teacher's work without a teacher, and scores of another model in distillation (RefineError)."""
         if TAUGHT(self) and self.teacher is None:
             asks = "objective='distill'" if self.objective == "distill" else "context_scores='teacher'"
             raise RefineError(f"{asks} needs a teacher: a folder or a hub name of a model with the student's tokenizer")

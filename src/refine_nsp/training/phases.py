@@ -270,7 +270,7 @@ def validate(
     """
     sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
     at_random = config.at_random()
-    carried = LaneStates(recent=0, keys=carried_keys)
+    carried, rows = LaneStates(recent=0, keys=carried_keys), 0
     for inputs in batches:
         ids = inputs["input_ids"].to(device)
         lanes: list[int] = inputs.get("_lanes", [])
@@ -278,7 +278,9 @@ def validate(
         starts = carried.starts(lanes, device) if lanes else None
         batch = Batch.of(ids, inputs["lengths"], starts=starts, answer_starts=inputs.get(ANSWER_COLUMN))
         # Positions are the same at every validation, whatever else is in a batch; known beforehand, only their states are kept.
-        generators = [generator_of(VALIDATION_SEED, *place) for place in inputs["_places"]]
+        where = inputs.get("_places", [(rows + i, 0) for i in range(len(batch.sizes))])
+        rows += len(batch.sizes)
+        generators = [generator_of(VALIDATION_SEED, *place) for place in where]
         u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
         positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
         sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)), positions)

@@ -38,7 +38,7 @@ from refine_nsp.nsp.next_token import next_token_loss, next_tokens
 from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work, uniforms
 from refine_nsp.nsp.schedule import schedule_of
 from refine_nsp.nsp.seeds import generator_of
-from refine_nsp.nsp.selection import SCORES, count_positions, select_positions
+from refine_nsp.nsp.selection import count_positions, select_positions
 from refine_nsp.nsp.step import first_pass
 from refine_nsp.training.data import ANSWER_COLUMN, BEGINS_COLUMN, Collated
 from refine_nsp.training.lane_states import LaneStates
@@ -215,8 +215,8 @@ class NextSequence(Phase):
 
     @property
     def rows_apart(self) -> bool:
-        c = self.config
-        return c.selects and not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
+        c = self.config  # local windows, which context scores need, are not the batch's own rows
+        return c.context_score is None and (c.advantage_scale != "global" or not c.samples_rollouts)
 
     @property
     def prepares_steps(self) -> bool:
@@ -229,7 +229,7 @@ class NextSequence(Phase):
         with torch.no_grad():
             made: list[Rollouts] = model(step=lambda m: first_pass([self._work(m, batch) for batch in batches]))
         for batch, rollouts in zip(batches, made, strict=True):
-            batch.rollouts = rollouts.without_hidden()
+            batch.rollouts = replace(rollouts, hidden=None)  # only rewards needed these, and they are large
 
     def _work(self, model: CausalModel, batch: MicroBatch) -> Work:
         """Gather what a step on a micro-batch works with; a first pass comes before `totals` are known, and needs none."""
@@ -292,7 +292,8 @@ def validate(
         sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
-        match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
+        prefixes = sequence_pass.states(positions)
+        match, similarity, places = greedy_match(model, batch.input_ids, sequence_pass.hidden, prefixes, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity
         sums["places"] += places

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from refine_nsp import __version__
 from refine_nsp.commands.command_line import commands, refuse
 from refine_nsp.commands.help import HELP, overview
 from refine_nsp.commands.parser import parse
-from refine_nsp.environment import keep_freed_memory, wait_without_spinning
+from refine_nsp.environment import VERSION, keep_freed_memory, wait_without_spinning
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate
 
@@ -94,7 +93,7 @@ def dispatch(words: list[str]) -> int:
         sys.stdout.write(overview())
         return 0
     if name == "--version":
-        sys.stdout.write(f"refine-nsp {__version__}\n")
+        sys.stdout.write(f"refine-nsp {VERSION}\n")
         return 0
     if name not in (known := commands()):
         if name.startswith("-"):

@@ -28,6 +28,9 @@ def installed(package: str) -> str | None:
         return None
 
 
+VERSION = installed("refine-nsp") or "0+unknown"  # unknown where a source tree is run that was not installed
+
+
 def environment(seed: int | None = None) -> dict[str, object]:
     """Collect plain facts for environment.json, without paths and without the host's name."""
     import torch

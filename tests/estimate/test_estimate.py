@@ -16,7 +16,7 @@ from refine_nsp.commands.estimate import Patience, notes_of
 from refine_nsp.commands.shared import ModelArguments, with_adapters
 from refine_nsp.errors import RefineError
 from refine_nsp.estimate import small_steps
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.estimate.few_layers import Blueprint, few_layers, kinds_of_layers, layer_kinds
 from refine_nsp.estimate.memory_and_time import device_named, dtype_of, estimate
 from refine_nsp.estimate.shapes import ShapesOnly
@@ -37,7 +37,7 @@ def arguments(T, **settings):
 
 
 def test_what_is_held_is_counted_once_and_until_it_goes():
-    with counted() as counter:
+    with Counter() as counter:
         a = torch.zeros(1000)
         b = a.view(10, 100)
         c = b + 1

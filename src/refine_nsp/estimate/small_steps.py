@@ -7,6 +7,7 @@ followed up to the model's own sizes, because between two layers, two tokens or 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import cast
 
 import torch
 
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.estimate.few_layers import Blueprint, few_layers
 from refine_nsp.estimate.shapes import ShapesOnly, allocate
 from refine_nsp.models.adapters import without_adapters
@@ -31,10 +32,8 @@ from refine_nsp.training.phases import PHASES, MicroBatch
 Figures = dict[str, float]  # peak bytes by part of the step, and flops
 FLOPS, VALIDATION = "flops", "validation"
 TOKENS = 512  # the least that are counted of a sequence without segments; and twice as many
-SEGMENT_TOKENS, SEGMENTS = (
-    (256, 512),
-    2,
-)  # where there are segments: the tokens of one; the least number of them, and twice as many
+SEGMENT_TOKENS = (256, 512)  # of one segment, where there are some
+SEGMENTS = 2  # the least number of them; and twice as many
 
 
 def count_steps(
@@ -88,22 +87,17 @@ def sizes_of(args: ReFINEConfig, vocabulary: int) -> tuple[dict[str, int], dict[
 
 
 def extrapolate(measure: Callable[..., Figures], at: Mapping[str, int], corners: Mapping[str, tuple[int, int]]) -> Figures:
-    """Find each figure of `measure(**sizes)` at the sizes `at` from its values at all corners.
+    """Find each figure of `measure(**sizes)` at the sizes `at` (by name) from its values at all corners, two smaller values for each.
 
-    Args:
-        at: sizes by name. corners: two smaller values for each; figures are linear in each size that is beyond its upper corner, and a size
-            that is not is measured as it is.
+    Figures are linear in each size that is beyond its upper corner; a size that is not is measured as it is.
     """
     far = [name for name, value in at.items() if value > corners[name][1]]
     near = {name: value for name, value in at.items() if name not in far}
+    shares = [(at[name] - corners[name][0]) / (corners[name][1] - corners[name][0]) for name in far]
     total: Figures = {}
     for ends in itertools.product((0, 1), repeat=len(far)):
         sizes = {name: corners[name][end] for name, end in zip(far, ends, strict=True)}
-        weight = 1.0
-        for name, end in zip(far, ends, strict=True):
-            low, high = corners[name]
-            share = (at[name] - low) / (high - low)
-            weight *= share if end else 1 - share
+        weight = math.prod(share if end else 1 - share for share, end in zip(shares, ends, strict=True))
         for name, value in measure(**near, **sizes).items():
             total[name] = total.get(name, 0.0) + weight * value
     return total
@@ -115,8 +109,7 @@ def measure_step(
 ) -> Figures:  # fmt: skip
     """Measure one micro-batch's forward and backward pass, or a batch of `VALIDATION`, computed, or run for its `shapes`.
 
-    Returns:
-        The peak of bytes beyond the weights and what was there before, by part of the step; and flops.
+    Returns the peak of bytes beyond the weights and what was there before, by part of the step; and flops.
     """
     torch.manual_seed(0)
     built = blueprint.build(layers) if shapes is None else allocate(blueprint.on_meta(layers))
@@ -133,7 +126,7 @@ def measure_step(
     scores = torch.rand(ids.shape) if args.context_scores == "cached" else None
     batch = MicroBatch(Batch.of(ids, scores=scores), [generator_of(0, 0, row, 0) for row in range(rows)])
     autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext()
-    with shapes or nullcontext(), counted() as counter, autocast:
+    with shapes or nullcontext(), Counter() as counter, autocast:
         model.eval()
         if objective == VALIDATION:
             phase.validate(model, [{"input_ids": ids, "lengths": torch.full((rows,), ids.shape[1])}])

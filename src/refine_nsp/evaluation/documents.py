@@ -44,14 +44,10 @@ def score_document(
     bucket: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> DocumentScore:
-    """Score one document.
+    """Score a document of at least 2 tokens, over all and for each bucket of `bucket` tokens.
 
-    Args:
-        ids: its tokens, at least 2.
-        window: None: the document is read from its first token to its last, the state carried from block to block. A number: it is read in
-            windows of so many tokens, each from a fresh state. The first half of each window but the first is context only, so that every
-            token is scored once.
-        bucket: how many tokens are grouped into one bucket.
+    Without a window it is read from its first token to its last, the state carried from block to block; else in windows of so many tokens,
+    each from a fresh state. The first half of each window but the first is context only, so that every token is scored once.
     """
     sums: dict[int, Tensor] = {}
     tokens = torch.as_tensor(list(ids), device=model.device)

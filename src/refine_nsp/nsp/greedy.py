@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from refine_nsp.models.branches import Branches
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Prefixes, gather_positions
 from refine_nsp.nsp.rewards import cosine
@@ -22,7 +23,7 @@ def greedy_match(
     """
     positions = prefixes.positions
     rows, hidden, match, similarity, valid = (
-        model.model.branch(prefixes.cache, 1),
+        Branches(model.model, prefixes.cache, 1),
         prefixes.hidden,
         0.0,
         0.0,

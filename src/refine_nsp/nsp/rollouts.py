@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from refine_nsp.models.branches import Branches
 from refine_nsp.models.generation import end_tokens
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
@@ -64,7 +65,7 @@ def sample_tokens(
         output after consuming token j.
     """
     N = u.shape[0] // hidden.shape[0]
-    rows, hidden = model.model.branch(snapshots, N), hidden.repeat_interleave(N, 0)
+    rows, hidden = Branches(model.model, snapshots, N), hidden.repeat_interleave(N, 0)
     u = u.to(hidden.device, non_blocking=True)
     tokens, log_probs, states = [], [], []
     for j in range(u.shape[1]):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.environment import VERSION
+from refine_nsp.environment import installed
 from refine_nsp.errors import RefineError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from refine_nsp.nsp.module import ReFINEStep
     from refine_nsp.training import PostTrainer, PostTrainingConfig, ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrainer
 
-__version__ = VERSION
+__version__ = installed("refine-nsp") or "0+unknown"  # unknown where a source tree is run that was not installed
 __all__ = [
     "DeltaNetConfig",
     "DeltaNetForCausalLM",

@@ -129,7 +129,9 @@ def distilled(folder: Path, **settings) -> None:
     PartialState().wait_for_everyone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        midtrain(folder, objective="distill", teacher=str(folder / "teacher"), teacher_window=8, **settings)
+        if settings.setdefault("objective", "distill") == "distill":
+            settings["teacher_window"] = 8
+        midtrain(folder, teacher=str(folder / "teacher"), **settings)
 
 
 JOBS = {

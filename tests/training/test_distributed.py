@@ -66,14 +66,16 @@ ALIKE = {
     ),
     "carried, streamed": ("midtrain", {**CARRIED, "objective": "ntp", "streamed": True}, 1, 8),
     "distilled": ("distilled", {"family": "lact_swiglu", "evaluate": True}, 4, 8),
+    "transferred": ("distilled", {"family": "lact_swiglu", "objective": "transfer", "evaluate": True}, 4, 8),
     "distilled, scores beforehand": ("distilled", {"context_scores": "teacher", "packed": True, "lambda_ntp": 0.0}, 2, 4),
+    "distilled, mixed, with answers": ("distilled", {"mixed": True, "max_steps": 3}, 2, 4),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, 4, 8),
 }
 SLOW = {  # are slow: each is like one that is not
     "lact, one scale", "lact, several steps from one batch of rollouts", "hybrid, several steps from one batch of rollouts", "packed",
-    "lact, short rows", "hybrid", "carried", "carried, streamed",
+    "lact, short rows", "hybrid", "carried", "carried, streamed", "distilled, mixed, with answers",
 }  # fmt: skip
 CARRIED_STEPS = {**CARRIED, **GROUPS, "lambda_rl": 1.0, "family": "gated_deltanet"}
 THREE_STEPS = {**GROUPS, "max_steps": 3, "steps_per_generation": 3, "lambda_rl": 1.0}

@@ -55,6 +55,7 @@ ALIKE = {
     "carried, lact, checkpointing": ("midtrain", {**CARRIED, **CLOSED_FORM, "family": "lact_swiglu"}, CHECKPOINTING, 2),
     "carried, rollouts by segments": ("midtrain", {**CARRIED, **ROLLOUTS, "segment_tokens": 10, "evaluate": True}, SHARDED, 2),
     "distilled": ("distilled", {**UNEVEN, "family": "lact_swiglu", "evaluate": True}, SHARDED, 2),
+    "transferred": ("distilled", {**UNEVEN, "family": "lact_swiglu", "objective": "transfer", "evaluate": True}, SHARDED, 2),
     "distilled, scores beforehand": ("distilled", {**UNEVEN, "context_scores": "teacher"}, CHECKPOINTING, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, SHARDED, 2),
     "nested": ("posttrain", {**ROLLOUTS, "schedule": "snapshot", "inner_steps": 2}, SHARDED, 2),

@@ -120,6 +120,7 @@ def table(found: Estimate, where: EstimateArguments, notes: Sequence[str] = ()) 
     known, device = found.uncounted is None, device_named(where.device)
     parts = {
         "weights": found.weights,
+        **({"  of these the teacher's": found.teacher} if found.teacher else {}),
         "gradients kept between micro-batches" if known else "gradients": found.gradients,
         "optimizer state": found.optimizer,
     }

@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.estimate.few_layers import Blueprint, WithAdapters, kinds_of_layers, parameter_bytes
 from refine_nsp.estimate.small_steps import count_steps
+from refine_nsp.estimate.teacher import Taught
+from refine_nsp.models.load import load_config
 from refine_nsp.ops.memory import OutOfMemory
 from refine_nsp.training.arguments import ReFINEConfig
 
@@ -61,6 +63,7 @@ class Estimate:
     dtype: torch.dtype  # of the weights
     uncounted: str | None = None  # why activations and flops could not be counted and are 0
     validation: float = 0.0  # bytes of a validation, 0 where the run has none
+    teacher: float = 0.0  # bytes of its weights, which `weights` holds too
 
     @property
     def total(self) -> float:
@@ -83,10 +86,14 @@ def estimate(
     whole = blueprint.on_meta()
     kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
+    taught = None
+    if args.objective == "distill" and args.teacher is not None:
+        theirs = load_config(args.teacher)
+        taught = Taught.of(args, whole, Blueprint(theirs, dtype_of(theirs, args, "auto")))
     peak = ntp = flops = validation = 0.0
     uncounted = None
     try:
-        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress)
+        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress, taught)
     except OutOfMemory as error:
         uncounted = str(error)
     except RefineError:
@@ -108,10 +115,11 @@ def estimate(
     moments = MOMENTS.get(str(getattr(args.optim, "value", args.optim)))
     elements = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    # Every process holds the frozen model of a KL term whole.
+    # Every process holds a frozen model whole.
     reference = weights if args.nsp.kl_coef > 0 and args.phase.samples else 0
+    teacher = 0 if taught is None else parameter_bytes(taught.blueprint.on_meta())
     return Estimate(
-        weights=weights / share + gathered + reference,
+        weights=weights / share + gathered + reference + teacher,
         gradients=trained / share if accumulated else 0.0,
         optimizer=(2 * trained if moments is None else moments * elements) / share,
         activations=peak,
@@ -121,6 +129,7 @@ def estimate(
         dtype=blueprint.dtype,
         uncounted=uncounted,
         validation=validation,
+        teacher=teacher,
     )
 
 

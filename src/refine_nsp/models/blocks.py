@@ -118,7 +118,7 @@ class FamilyConfig(PreTrainedConfig):
 
 
 class FastWeightBlock(GradientCheckpointingLayer):
-    """Computes x + mixer(norm(x)), then x + mlp(norm(x)); it is called as a `Mixer` is."""
+    """Computes x + mixer(norm(x)), then x + mlp(norm(x)), or with `mixes_only` mixer(norm(x)); it is called as a `Mixer` is."""
 
     def __init__(self, config: FamilyConfig, mixer: Mixer) -> None:
         super().__init__()
@@ -128,9 +128,12 @@ class FastWeightBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLUMLP(config)
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None
-    ) -> tuple[Tensor, LayerTrace | None]:
+        self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None,
+        mixes_only: bool = False,
+    ) -> tuple[Tensor, LayerTrace | None]:  # fmt: skip
         y, trace = self.attn(self.attn_norm(x), lengths, state, offsets, branches)
+        if mixes_only:
+            return y, trace
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), trace
 

@@ -1,8 +1,7 @@
 """Score tokens without labels: how much the whole prefix, against the last W tokens only, changes the prediction of a token.
 
-These scores find the tokens whose prediction depends on far context; entropy finds mostly hard filler. Local predictions are made in
-windows of `local_span` * W tokens that start from a fresh state. Those of the first W tokens of a window are not used, so that a token has
-at least W and less than `local_span` * W tokens of context.
+Local predictions are made in windows of `local_span` * W tokens that start from a fresh state. Those of the first W tokens of a window are
+not used, so that a token has at least W and less than `local_span` * W tokens of context.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
-from refine_nsp.ops.linear_cross_entropy import block_tokens
+from refine_nsp.ops.linear_cross_entropy import head_divergence
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import is_sharded
 
@@ -32,9 +31,7 @@ def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config:
     d[t] = KL(p(.|whole prefix) || p(.|last W tokens only)), or with `gain` max(0, log p(x_{t+1}|whole prefix) - log p(x_{t+1}|last W
     only)); 0 where t < 2W. Where states are carried, t counts from the first token that was read.
 
-    Args:
-        hidden: [B, T, D], final-norm output of the pass over the whole sequence.
-        config: `local_window` (W), `local_span`.
+    hidden: [B, T, D], final-norm output of the pass over the whole sequence.
     """
     d = hidden.new_zeros(batch.input_ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     if batch.scores is not None:
@@ -107,12 +104,5 @@ def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor 
 
 def divergence(weight: Tensor, hidden: Tensor, local: Tensor, targets: Tensor, gain: bool) -> Tensor:
     """Compute d of `context_divergence` for aligned hidden states [B, t, D] -> [B, t], by blocks of tokens."""
-    n = block_tokens(2 * weight.shape[0], weight.device)
-    parts = []
-    for w, v, x in zip(hidden.flatten(0, 1).split(n), local.flatten(0, 1).split(n), targets.flatten().split(n), strict=True):
-        p, q = ((h @ weight.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1) for h in (w, v))
-        if gain:
-            parts.append((p - q).gather(-1, x[:, None])[:, 0].clamp(min=0.0))
-        else:
-            parts.append(torch.linalg.vecdot(p.exp(), p - q))
-    return torch.cat(parts).view(hidden.shape[:2])
+    d = head_divergence(hidden.flatten(0, 1), local.flatten(0, 1), weight, targets.flatten(), gain)
+    return d.view(hidden.shape[:2])

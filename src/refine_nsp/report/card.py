@@ -20,6 +20,7 @@ OBJECTIVES = {
     "ntp": "next-token prediction alone",
     "none": "the answers alone",
     "distill": "distillation",
+    "transfer": "transfer of attention, layer by layer,",
 }
 PEFT = "# Model Card for Model ID"  # PEFT gives an adapter's folder this card, in which nobody has written a word yet
 PAPER = """@article{hwang2026refine,
@@ -70,7 +71,11 @@ def card(run: Run, base: str, data: Sequence[str], settings: Mapping[str, object
     versions = ", ".join(f"{name} {text_of(version)}" for name, version in known.items() if version)
     method = OBJECTIVES.get(str(settings.get("objective")), OBJECTIVES["refine"])
     method += (
-        f" from {teacher}" if settings.get("objective") == "distill" else f", tokens weighed by {teacher}" if teacher else ""
+        f" from {teacher}"
+        if settings.get("objective") in ("distill", "transfer")
+        else f", tokens weighed by {teacher}"
+        if teacher
+        else ""
     )
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{MARK}\n",

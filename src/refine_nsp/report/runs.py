@@ -24,6 +24,8 @@ CURVES = (
     ("kl_beyond", "KL from the teacher beyond the window (training)", "nats"),
     ("eval_kl", "KL from the teacher (validation)", "nats"),
     ("eval_kl_beyond", "KL from the teacher beyond the window (validation)", "nats"),
+    ("loss_transfer", "error of a layer's mixer (training)", ""),
+    ("eval_transfer", "error of a layer's mixer (validation)", ""),
     ("eval_loss", "loss (validation)", "nats"),
     *((f"eval_{name}", f"answers: {name.replace('_', ' ')} (validation)", "") for name in MATCHES),
     ("eval_accuracy", "NTP accuracy (validation)", ""),

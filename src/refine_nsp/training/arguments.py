@@ -21,6 +21,7 @@ from refine_nsp.training.distillation import Distillation
 from refine_nsp.training.phases import PHASES, Phase
 from refine_nsp.training.settings import check as check_settings
 from refine_nsp.training.settings import check_places, take_as_meant
+from refine_nsp.training.transfer import Transfer
 
 NSP_KEYWORDS = tuple(f.name for f in fields(NSPConfig))
 T = TypeVar("T", bound=type[Any])
@@ -82,8 +83,8 @@ RANGES: Ranges = (
 CARRIES = Reader("carry_states=True", lambda args: args.carry_states)
 DISTILLS = Reader("objective='distill'", lambda args: args.objective == "distill")
 TAUGHT = Reader(
-    "objective='distill' or context_scores='teacher'",
-    lambda args: args.objective == "distill" or args.context_scores == "teacher",
+    "objective='distill' or 'transfer', or context_scores='teacher'",
+    lambda args: args.objective in ("distill", "transfer") or args.context_scores == "teacher",
 )
 SCORED = Reader(
     f"{CONTEXT_SCORES.words}, or objective='distill' with lambda_context",
@@ -144,8 +145,9 @@ class ReFINEConfig(TrainingArguments):
     too, and does not read them: it is the control of a comparison, the same run with one switch.
 
     Attributes:
-        objective: `refine`; `ntp`: the same run with the cross-entropy alone; or `distill`: learn a teacher's predictions, and the true
-            tokens by `lambda_ntp` (docs/your_own_checkpoint.md).
+        objective: `refine`; `ntp`: the same run with the cross-entropy alone; `distill`: learn a teacher's predictions, and the true
+            tokens by `lambda_ntp`; or `transfer`: the memory of each layer alone learns what the teacher's attention there gives
+            (docs/your_own_checkpoint.md).
         teacher: the frozen model to learn from, a folder or a hub name: any causal language model with the same tokenizer.
         lambda_context: in distillation a token weighs 1 + lambda_context times how much, in nats, the teacher's prediction needs what is
             beyond the window; 0: all tokens weigh the same.
@@ -172,7 +174,7 @@ class ReFINEConfig(TrainingArguments):
     default_preset: ClassVar[str | None] = None
 
     nsp: NSPConfig = setting(default_factory=NSPConfig)
-    objective: Literal["refine", "ntp", "distill"] = setting("refine", common=True, card=True, resume=True)
+    objective: Literal["refine", "ntp", "distill", "transfer"] = setting("refine", common=True, card=True, resume=True)
     teacher: str | None = setting(None, read_by=TAUGHT, common=True, card=True, resume=True)
     lambda_context: float = setting(10.0, read_by=DISTILLS, common=True, card=True, resume=True)
     teacher_window: int | None = setting(None, read_by=DISTILLS, card=True, resume=True)
@@ -230,6 +232,8 @@ class ReFINEConfig(TrainingArguments):
         """Make the phase that the objective names, which says what of these settings it uses."""
         if self.objective == "distill":
             return Distillation(self.nsp, lambda_context=self.lambda_context)
+        if self.objective == "transfer":
+            return Transfer(self.nsp)
         return PHASES[self.objective](self.nsp)
 
     @property
@@ -241,6 +245,10 @@ class ReFINEConfig(TrainingArguments):
         """Refuse noise on embeddings where a step reads a sequence more than once, and must read the same each time (RefineError)."""
         if self.neftune_noise_alpha is None or (self.phase.reads_once and self.nsp.segment_tokens is None):
             return
+        if self.objective == "transfer":
+            raise RefineError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} is for embeddings, which objective='transfer' does not read"
+            )
         more = f"objective={self.objective!r} samples and scores by one pass what it learns from in another"
         if self.nsp.segment_tokens is not None:
             more = f"segment_tokens={self.nsp.segment_tokens} runs segments again"
@@ -270,12 +278,16 @@ class ReFINEConfig(TrainingArguments):
     def _check_teacher(self) -> None:
         """Refuse a teacher's work without a teacher, and scores of another model in distillation (RefineError)."""
         if TAUGHT(self) and self.teacher is None:
-            asks = "objective='distill'" if self.objective == "distill" else "context_scores='teacher'"
+            asks = f"objective={self.objective!r}" if self.context_scores != "teacher" else "context_scores='teacher'"
             raise RefineError(f"{asks} needs a teacher: a folder or a hub name of a model with the student's tokenizer")
         if self.objective == "distill" and self.context_scores == "cached":
             raise RefineError(
                 "context_scores='cached' keeps the scores of the model that the run starts from, and distillation weighs by its teacher's; "
                 "use 'teacher', which keeps those"
+            )
+        if self.objective == "transfer" and self.context_scores != "online":
+            raise RefineError(
+                f"context_scores={self.context_scores!r} is not read by objective='transfer', where all tokens weigh the same; leave it out"
             )
         if TAUGHT(self) and self.carry_states:
             raise RefineError(

@@ -225,7 +225,7 @@ def tokenize(
 def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int) -> Dataset | IterableDataset:
     """Cut rows of `input_ids`, each a document, into windows for carried states; rows that are windows already stay as they are.
     RefineError for packed rows, or where no document is long enough."""
-    names = data.column_names or []
+    names = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not say its columns
     if BEGINS_COLUMN in names or TOKENS_COLUMN not in names:
         return data
     if LENGTHS_COLUMN in names:

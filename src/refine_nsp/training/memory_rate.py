@@ -63,7 +63,8 @@ def by_rate(model: nn.Module, args: ReFINEConfig) -> list[tuple[float, list[nn.P
 
 
 def check_memory(model: nn.Module, args: ReFINEConfig, own_optimizer: bool) -> None:
-    """Refuse a learning rate of the memory where nothing would be trained at it; freeze the rest of the model where its rate is 0.
+    """Refuse to train the memory at a rate of its own, or alone, where nothing would be; freeze the rest of the model where it is trained
+    alone: at learning_rate 0, or by transfer.
 
     Args:
         own_optimizer: whether the caller has made the optimizer.
@@ -71,10 +72,11 @@ def check_memory(model: nn.Module, args: ReFINEConfig, own_optimizer: bool) -> N
     Raises:
         RefineError: a model without parameters that are its memory's alone, or with adapters, or an optimizer with rates of its own.
     """
-    if (rate := args.fast_weight_learning_rate) is None:
+    rate, transfers = args.fast_weight_learning_rate, args.objective == "transfer"
+    if rate is None and not transfers:
         return
-    given = f"fast_weight_learning_rate={rate:g}"
-    if own_optimizer:
+    given = f"fast_weight_learning_rate={rate:g}" if rate is not None else "objective='transfer'"
+    if own_optimizer and rate is not None:
         raise RefineError(
             f"{given} is for the optimizer that the trainer makes, and it was given one: set its groups' rates there"
         )
@@ -87,13 +89,13 @@ def check_memory(model: nn.Module, args: ReFINEConfig, own_optimizer: bool) -> N
     if not memory:
         raise RefineError(
             f"{given}: in {cast(CausalModel, model).model.label} no parameter is the memory's alone, since the projections that write and "
-            "read it are all that mixes tokens there; use learning_rate (LaCT models have such parameters)"
+            "read it are all that mixes tokens there; LaCT models have such parameters"
         )
     if not any(p.requires_grad for p in memory):
         raise RefineError(
-            f"{given}: none of the memory's {len(memory)} parameters requires a gradient, so nothing would be trained at it"
+            f"{given}: none of the memory's {len(memory)} parameters requires a gradient, so nothing would be trained"
         )
-    if args.learning_rate == 0:
+    if transfers or args.learning_rate == 0:
         own = set(map(id, memory))
         for parameter in model.parameters():
             if id(parameter) not in own:

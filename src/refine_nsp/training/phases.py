@@ -32,10 +32,10 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.forward import run, run_and_leave
-from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.module import take_step
 from refine_nsp.nsp.next_token import next_token_loss, next_tokens
 from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work, uniforms
+from refine_nsp.nsp.rollouts import greedy_match
 from refine_nsp.nsp.schedule import schedule_of
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import count_positions, select_positions
@@ -137,6 +137,11 @@ class Phase:
     def reads_scores(self) -> bool:
         """Tell whether context scores are read, which `context_scores: cached` can compute beforehand."""
         return self.config.context_score is not None and not self.reads.isdisjoint(("selection", "token_weights"))
+
+    @property
+    def scoring(self) -> NSPConfig:
+        """Return the settings that context scores are computed by."""
+        return self.config
 
     @property
     def rows_apart(self) -> bool:

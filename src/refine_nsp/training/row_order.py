@@ -73,7 +73,8 @@ class LaneOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         before = self.epoch * len(self)
-        return islice(in_lanes(self._documents(), self.lanes), before, before + len(self))
+        reading: list[Iterator[int]] = [iter(()) for _ in range(self.lanes)]
+        return islice(in_lanes(self._documents(), reading), before, before + len(self))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which says how many turns came before."""
@@ -87,14 +88,16 @@ class LaneOrder(Sampler[int]):
             yield from (iter(self.documents[i]) for i in order)
 
 
-def in_lanes(documents: Iterator[Iterator[T]], lanes: int) -> Iterator[T]:
-    """Yield windows in turns of one for each lane; a lane whose document has ended takes the next of `documents`, which must not end."""
-    reading: list[Iterator[T]] = [iter(()) for _ in range(lanes)]
-    while True:
-        for lane in range(lanes):
-            while not (window := list(islice(reading[lane], 1))):
-                reading[lane] = next(documents)
-            yield window[0]
+def in_lanes(documents: Iterator[Iterator[T]], reading: list[Iterator[T]], row: int = 0) -> Iterator[T]:
+    """Yield windows in turns of one for each lane from `row` on, from what each is `reading`, a list that is kept up to date.
+
+    A lane whose document has ended takes the next of `documents`, which must not end.
+    """
+    for turn in count(row):
+        lane = turn % len(reading)
+        while not (window := list(islice(reading[lane], 1))):
+            reading[lane] = next(documents)
+        yield window[0]
 
 
 def documents_of(begins: Sequence[bool]) -> list[range]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from refine_nsp.training.row_order import in_lanes
 
 STREAM_FILE = "stream.json"
 State = dict[str, Any]  # a place in the text, as `datasets` writes it or as `Stream.place` does
+Row = dict[str, object]
+FIRST: State = {"epoch": 0, "state": None}  # where the text begins
+EMPTY = "the streamed text has no document that is long enough, which min_prefix, one position and K need"
 
 
-class Stream(IterableDataset[dict[str, object]]):
+class Stream(IterableDataset[Row]):
     """Iterate over the rows of a streamed dataset, again from its beginning when it ends (as epoch 1, 2, ... of the dataset).
 
     Every process reads all rows and keeps its share. The place in the text is noted at the end of every optimizer step's rows, `every` so
@@ -43,7 +47,7 @@ class Stream(IterableDataset[dict[str, object]]):
         self.start: State | None = None  # where the next iteration begins
         self.places: deque[tuple[int, State]] = deque(maxlen=keep)
 
-    def __iter__(self) -> Iterator[dict[str, object]]:
+    def __iter__(self) -> Iterator[Row]:
         start, self.start = self.start, None
         self.places.clear()
         for example in self.rows_from(start):
@@ -52,26 +56,21 @@ class Stream(IterableDataset[dict[str, object]]):
                 self.places.append((self.row, self.place()))
             yield example
 
-    def rows_from(self, start: State | None) -> Iterator[dict[str, object]]:
-        """Return the rows from a noted place on, or from the beginning, and say in `row` and `epoch` where that is."""
+    def rows_from(self, start: State | None) -> Iterator[Row]:
+        """Yield the rows from a noted place on, or from the beginning, epoch after epoch; `row` says where that is."""
         # A place belongs to its epoch; `datasets` begins the following ones at their beginning.
         self.data.load_state_dict(None if start is None or "given_out" in start["state"] else start["state"])
         self.row, self.epoch = (0, 0) if start is None else (start["row"], start["state"]["epoch"])
-        return self.epochs(0 if start is None else start["state"].get("given_out", 0))
-
-    def epochs(self, given_out: int = 0) -> Iterator[dict[str, object]]:
-        """Yield the rows of one epoch after another; of the first without those given out before."""
-        found = self.row > 0  # all of the first may have been given out
+        given_out = 0 if start is None else start["state"].get("given_out", 0)
+        self.epoch_row = self.row - given_out
         while True:
             self.data.set_epoch(self.epoch)
-            self.epoch_row = self.row - given_out
-            for example in islice(self.data, given_out, None):
-                found = True
-                yield example
-            if not found:
-                raise RefineError("the streamed text has no document that is long enough for min_prefix, one position and K")
+            yield from islice(self.data, given_out, None)
+            if self.row == 0:
+                raise RefineError(EMPTY)
             self.check_files()
-            self.epoch, given_out, found = self.epoch + 1, 0, False
+            self.epoch += 1
+            self.epoch_row, given_out = self.row, 0
 
     def place(self) -> State:
         """Return where the next row is read: the epoch, and the dataset's own state or how many of the epoch's rows came before."""
@@ -111,34 +110,84 @@ class Stream(IterableDataset[dict[str, object]]):
         return True
 
 
+@dataclass
+class Document(Iterator[Row]):
+    """Give out the windows of a streamed document.
+
+    Attributes:
+        begin: where in the text it begins, None for a lane that has read nothing yet. rows: its windows. given: how many were given out.
+    """
+
+    begin: State | None
+    rows: list[Row]
+    given: int = 0
+
+    def __next__(self) -> Row:
+        if self.given == len(self.rows):
+            raise StopIteration
+        self.given += 1
+        return self.rows[self.given - 1]
+
+
 class LaneStream(Stream):
-    """Iterate over streamed windows by lanes. A lane holds the rest of its document in memory, which follows from all that was read before:
-    a resumed run reads the text again from its beginning, and leaves out what was given out."""
+    """Iterate over streamed windows by lanes. A lane holds its document in memory.
+
+    A checkpoint notes where in the text the document of each lane begins, and how many of its windows were given out: a resumed run reads
+    these documents again and no others. Where a buffer shuffles, it reads the text from the beginning, and leaves out what was given out.
+    """
 
     def __init__(self, data: IterableDataset, every: int, keep: int, lanes: int) -> None:
         super().__init__(data, every, keep)
         self.lanes = lanes
+        self.reading: list[Iterator[Row]] = []  # the document of each lane
+        self.ahead: State = FIRST  # where the first document begins that no lane has read
 
-    def rows_from(self, start: State | None) -> Iterator[dict[str, object]]:
-        self.data.load_state_dict(None)
-        self.row, self.epoch = 0 if start is None else start["row"], 0
-        return islice(in_lanes(grouped(self.epochs()), self.lanes), self.row, None)
+    def rows_from(self, start: State | None) -> Iterator[Row]:
+        place: State = {"ahead": FIRST, "lanes": [(None, 0)] * self.lanes} | ({} if start is None else start["state"])
+        given_out = place.get("given_out", 0)
+        self.row = 0 if start is None else int(start["row"])
+        self.reading = [self._document(begin, given) for begin, given in place["lanes"]]
+        self.ahead = place["ahead"]
+        rows = in_lanes(self._documents(self.ahead), self.reading, 0 if given_out else self.row)
+        return islice(rows, given_out, None)
 
     def place(self) -> State:
-        """Return how many rows were given out, from which it follows where the next stands."""
-        return {"epoch": 0, "given_out": self.row}
+        """Return where each lane reads and where the next document begins, or how many rows were given out."""
+        if self.refills:
+            return {"given_out": self.row}
+        lanes = [(d.begin, d.given) for d in self.reading if isinstance(d, Document)]
+        return {"ahead": self.ahead, "lanes": lanes}
 
+    def _document(self, begin: State | None, given: int) -> Document:
+        """Read the document again that begins at a place, without the windows that were given out."""
+        return Document(begin, [] if begin is None else next(self._documents(begin)).rows, given)
 
-def grouped(rows: Iterable[dict[str, object]]) -> Iterator[Iterator[dict[str, object]]]:
-    """Yield the windows of each document, read from the stream as a whole."""
-    document: list[dict[str, object]] = []
-    for row in rows:
-        if row[BEGINS_COLUMN] and document:
-            yield iter(document)
-            document = []
-        document.append(row)
-    if document:
-        yield iter(document)
+    def _documents(self, begin: State) -> Iterator[Document]:
+        """Yield one document after another from a place on, which must begin one, and note where the next begins."""
+        rows: list[Row] = []
+        for place, row in self._rows(begin):
+            if row[BEGINS_COLUMN] and rows:
+                self.ahead = place
+                yield Document(begin, rows)
+                begin, rows = place, []
+            rows.append(row)
+
+    def _rows(self, place: State) -> Iterator[tuple[State, Row]]:
+        """Yield each window from a place on, epoch after epoch, and the place before it."""
+        self.epoch = place["epoch"]
+        self.data.load_state_dict(place["state"])  # it is of one epoch; `datasets` begins the following ones at their beginning
+        while True:
+            self.data.set_epoch(self.epoch)
+            empty = place["state"] is None
+            for row in self.data:
+                empty = False
+                yield place, row
+                place = {"epoch": self.epoch, "state": None if self.refills else self.data.state_dict()}
+            if empty:
+                raise RefineError(EMPTY)
+            self.check_files()
+            self.epoch += 1
+            place = {"epoch": self.epoch, "state": None}
 
 
 def has_buffer(part: object) -> bool:

@@ -334,7 +334,7 @@ def test_settings_that_do_not_go_together_are_named(folder, tmp_path):
     teacher = str(folder / "teacher")
     for settings, words in (
         ({"objective": "distill"}, "objective='distill' needs a teacher"),
-        ({"objective": "refine", "teacher": teacher}, "nothing reads teacher=.*objective='distill' or context_scores='teacher'"),
+        ({"objective": "refine", "teacher": teacher}, "nothing reads teacher=.*objective='distill' or 'transfer', or context_scores='teacher'"),
         ({"objective": "ntp", "teacher": teacher}, "nothing reads teacher="),
         ({"objective": "ntp", "lambda_context": 1.0}, "nothing reads lambda_context"),
         (

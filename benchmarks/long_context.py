@@ -24,7 +24,7 @@ SETTLE_TOKENS = 1024  # of a first step, after which the process has what it nee
 def measure(length: int, segment: int) -> dict[str, float]:
     """Return the peak of resident bytes beyond those before the step, and the seconds of the step."""
     from refine_nsp import NSPConfig, load
-    from refine_nsp.estimate.counter import counted
+    from refine_nsp.estimate.counter import Counter
     from refine_nsp.nsp.records import Batch
     from refine_nsp.training.phases import MicroBatch, NextToken
 
@@ -37,7 +37,7 @@ def measure(length: int, segment: int) -> dict[str, float]:
         ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         phase.loss(model, MicroBatch(Batch.of(ids), totals={"targets": tokens - 1}))[0].backward()
 
-    with counted() as counter:
+    with Counter() as counter:
         step(length)
     step(SETTLE_TOKENS)
     before = _timing.resident_bytes()

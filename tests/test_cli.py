@@ -297,8 +297,8 @@ def test_values_of_another_type_are_one_line(tmp_path, text, capsys):
 
 
 def test_values_out_of_range(tmp_path, text, capsys):
-    fails(capsys, ["generate", "--prompt", "a", "--top_k", "-3"], "--top_k must be at least 1, or 0 for all tokens, got -3")
-    fails(capsys, ["generate", "--prompt", "a", "--top_p", "7"], "--top_p must be above 0 and at most 1, got 7.0")
+    fails(capsys, ["generate", "--prompt", "a", "--top_k", "-3"], "top_k must be at least 1, or 0 for all tokens, got -3")
+    fails(capsys, ["generate", "--prompt", "a", "--top_p", "7"], "top_p must be above 0 and at most 1, got 7.0")
     fails(
         capsys, tiny(tmp_path, text, "--learning_rate", "-1", "--dry_run"), "learning_rate must be a finite number of at least 0"
     )

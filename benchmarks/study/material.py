@@ -21,12 +21,10 @@ from refine_nsp.evaluation.tasks import Task, build_tasks
 from refine_nsp.prompts.qa_sources import read_qa
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.facts import FactTokens, answer, draw_facts, question, scattered, statement
+from refine_nsp.tiny.documents import FactTokens, Writer, draw_facts, scattered
 from refine_nsp.tiny.families import WORDED
-from refine_nsp.tiny.measures import family_probes
+from refine_nsp.tiny.measures import ProbeSet, family_probes
 from refine_nsp.tiny.pretrain_settings import PretrainPhase
-from refine_nsp.tiny.probes import ProbeSet
 from refine_nsp.tiny.rows import Sources, encode_texts, step_rows
 
 from .settings import SHARES, Scale
@@ -179,19 +177,18 @@ def ask(rng: random.Random, material: Material, paragraphs: Sequence[list[int]],
         return list(material.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     documents = (length - QUESTION_TOKENS) // DOCUMENT_TOKENS
-    facts = draw_facts(rng, FACTS * documents)
-    asked = rng.choice(facts)
+    facts = draw_facts(rng, material.tokens, FACTS * documents)
+    question, answer = rng.choice(facts)
     prompt: list[int] = []
     for i, paragraph in enumerate(rng.sample(list(paragraphs), documents)):
         head = encode(f"\n\nDocument {i + 1}:\n")
-        inside = [statement(material.tokens, f) for f in facts[i * FACTS : (i + 1) * FACTS]]
+        inside = [[*q, *a, *material.tokens.end] for q, a in facts[i * FACTS : (i + 1) * FACTS]]
         text = paragraph[: DOCUMENT_TOKENS - len(head) - sum(map(len, inside))]
         prompt += head + scattered(rng, inside, text)
     # As in RULER, the prompt ends with the answer's beginning, which names what is asked for.
-    name = material.tokens.names[asked.name]
-    prompt += encode("\n\nQuestion: What is") + name + encode("?\nAnswer:") + question(material.tokens, asked)
-    ids = answer(material.tokens, asked)
-    return Asked(prompt, ids, material.tokenizer.decode(ids).strip())
+    name = question[: -len(material.tokens.equals)]
+    prompt += encode("\n\nQuestion: What is") + name + encode("?\nAnswer:") + question
+    return Asked(prompt, answer, material.tokenizer.decode(answer).strip())
 
 
 def questions(material: Material, part: str, source: str, length: int, count: int, seed: int = 0) -> list[Asked]:

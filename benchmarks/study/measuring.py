@@ -22,7 +22,7 @@ from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.records import Batch
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
-from refine_nsp.tiny.probes import ProbeSet, answer_logits, score_answers, score_text
+from refine_nsp.tiny.measures import ProbeSet, answer_logits, score_answers, score_text
 from refine_nsp.training.test_time import TestTimeTrainer
 
 from . import material as m

@@ -5,11 +5,11 @@ Importing the package registers DeltaNet, Gated DeltaNet and LaCT with transform
 
 import importlib
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.environment import installed
 from refine_nsp.errors import RefineError
 
 if TYPE_CHECKING:
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     from refine_nsp.nsp.module import ReFINEStep
     from refine_nsp.training import PostTrainer, PostTrainingConfig, ReFINEConfig, ReFINETrainer, TestTimeConfig, TestTimeTrainer
 
-try:
-    __version__ = version("refine-nsp")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+unknown"
-
+__version__ = installed("refine-nsp") or "0+unknown"  # unknown where a source tree is run that was not installed
 __all__ = [
     "DeltaNetConfig",
     "DeltaNetForCausalLM",

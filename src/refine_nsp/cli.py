@@ -12,12 +12,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from logging import getLogger as logger
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any
 
+from refine_nsp import __version__
 from refine_nsp.commands.command_line import commands, refuse
 from refine_nsp.commands.help import HELP, overview
 from refine_nsp.commands.parser import parse
@@ -70,16 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def saying_ours(show: Callable[..., None]) -> Callable[..., None]:
     """Return a `warnings.showwarning` that says our warnings in one line of one process, and leaves others to `show`."""
 
-    def said(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def said(message: Warning | str, category: type[Warning], filename: str, *args: Any) -> None:
         if not issubclass(category, UserWarning) or not Path(filename).is_relative_to(Path(__file__).parent):
-            show(message, category, filename, lineno, file, line)
+            show(message, category, filename, *args)
         elif os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"refine-nsp: {' '.join(str(message).split())}\n")
 
@@ -101,7 +94,7 @@ def dispatch(words: list[str]) -> int:
         sys.stdout.write(overview())
         return 0
     if name == "--version":
-        sys.stdout.write(f"refine-nsp {own_version()}\n")
+        sys.stdout.write(f"refine-nsp {__version__}\n")
         return 0
     if name not in (known := commands()):
         if name.startswith("-"):
@@ -122,14 +115,6 @@ def dispatch(words: list[str]) -> int:
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """Handle SIGTERM at the start, when there is nothing to clean up and libraries are halfway loaded."""
     os._exit(TERMINATED_CODE)
-
-
-def own_version() -> str:
-    """Return the version that is installed."""
-    try:
-        return version("refine-nsp")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def quiet_libraries() -> None:

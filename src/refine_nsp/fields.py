@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ class Reader:
     Attributes:
         words: the condition as an error message names it, such as "estimator='sampled'".
         holds: takes the settings object.
-        others: the conditions that must hold as well.
+        others: the single conditions that must hold as well.
     """
 
     words: str
@@ -38,54 +39,33 @@ class Reader:
     others: tuple[Reader, ...] = ()
 
     def __and__(self, other: Reader) -> Reader:
-        return Reader(self.words, self.holds, (*self.others, other))
+        return Reader(self.words, self.holds, (*self.others, other, *other.others))
 
     def __call__(self, settings: object) -> bool:
         return not self.missing(settings)
 
     def missing(self, settings: object) -> list[str]:
         """List the conditions that do not hold, in words; an empty list means that the setting is read."""
-        own = [] if self.holds(settings) else [self.words]
-        return own + [words for other in self.others for words in other.missing(settings)]
+        return [reader.words for reader in (self, *self.others) if not reader.holds(settings)]
 
 
 ALWAYS = Reader("any settings", lambda settings: True)
 
 
-class Notes(Mapping[str, object]):
+class Notes(UserDict[str, object]):
     """The metadata of a field: `common`, `card`, `resume`, `read_by`, `also` and `help` (see `setting`).
 
     Iterating gives `help` alone: transformers' HfArgumentParser hands `dict(field.metadata)` to argparse, which knows none of the others.
     """
 
-    def __init__(self, **known: object) -> None:
-        self._known = known
-
-    def __getitem__(self, key: str) -> object:
-        return self._known[key]
-
     def __iter__(self) -> Iterator[str]:
-        return iter([name for name in ("help",) if name in self._known])
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._known
+        return iter([name for name in ("help",) if name in self.data])
 
 
-def notes(
-    *,
-    read_by: Reader = ALWAYS,
-    also: str = "",
-    common: bool = False,
-    card: bool = False,
-    resume: bool = False,
-    help: str | None = None,
-) -> Notes:
+def notes(**told: Any) -> Mapping[str, object]:
     """Make a field's metadata; the arguments are those of `setting`."""
-    known = {"read_by": read_by, "also": also, "common": common, "card": card, "resume": resume}
-    return Notes(**known, **({} if help is None else {"help": help}))
+    found: Mapping[str, object] = setting(**told).metadata
+    return found
 
 
 def setting(
@@ -110,7 +90,9 @@ def setting(
         resume: the weights after a step depend on it, so a resumed run is compared by it.
         help: what the command line says of it, where the dataclass' docstring does not.
     """
-    metadata = notes(read_by=read_by, also=also, common=common, card=card, resume=resume, help=help)
+    metadata = Notes(read_by=read_by, also=also, common=common, card=card, resume=resume)
+    if help is not None:
+        metadata["help"] = help
     if default_factory is not None:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)

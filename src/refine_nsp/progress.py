@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 30.0
 
@@ -16,22 +16,19 @@ PLAIN_LINE_SECONDS = 30.0
 class StepProgress:
     """Count steps and tokens; `advance` is called once for each step."""
 
-    def __init__(self, total: int, done: int, title: str) -> None:
-        self.total, self.done, self.title = total, done, title
-        self.tokens = 0
-        self.first = done
+    def __init__(self, total: int, done: int, title: str, bar: Progress) -> None:
+        self.total, self.done, self.title, self.bar = total, done, title, bar
+        self.tokens, self.first = 0, done
         self.start = self.last_line = time.monotonic()
-        self.bar: Progress | None = None
-        self.task: TaskID | None = None
+        self.task = bar.add_task(title, total=total, completed=done, figures="")
 
     def advance(self, tokens: int, steps: int = 1, figures: Mapping[str, float] | None = None) -> None:
         """Count `steps` that processed `tokens`, and show `figures` next to the bar."""
         self.done += steps
         self.tokens += tokens
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
         rate = f"{self.tokens_per_second:,.0f} tok/s  " if self.tokens else ""
-        text = rate + shown
-        if self.bar is not None and self.task is not None:
+        text = rate + "  ".join(f"{name} {value:.4g}" for name, value in (figures or {}).items())
+        if not self.bar.disable:
             self.bar.update(self.task, completed=self.done, figures=text)
         elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
             self.last_line = time.monotonic()
@@ -47,13 +44,9 @@ class StepProgress:
 @contextmanager
 def step_progress(total: int, done: int = 0, title: str = "train", quiet: bool = False) -> Iterator[StepProgress]:
     """Display the progress of `total` steps, of which `done` are done already; with `quiet` by lines now and then, without a bar."""
-    progress = StepProgress(total, done, title)
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield progress
-        return
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=console) as bar:
-        progress.bar = bar
-        progress.task = bar.add_task(title, total=total, completed=done, figures="")
-        yield progress
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
+    columns += [TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
+    bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+    with nullcontext() if bar.disable else bar:
+        yield StepProgress(total, done, title, bar)

@@ -142,9 +142,7 @@ def _plain_values(value: object) -> object:
 def word_reader(accepts: Accepted) -> Callable[[str], Value]:
     """Return what makes a value of one word of the command line; argparse names it in its errors by `__name__`."""
     kinds = [kind.removeprefix("list of ") for kind in accepts.kinds]
-    kind = next((k for k in ("text", "choice", "path", "int", "number", "bool") if k in kinds), "text")
-    if "number" in kinds and kind == "int":
-        kind = "number"
+    kind = next((k for k in ("text", "choice", "path", "number", "int", "bool") if k in kinds), "text")
     makers: dict[str, Callable[[str], Value]] = {"int": int, "number": float, "bool": _truth}
     make = makers.get(kind, str)
     may_be_none = "none" in kinds and not {"text", "path"} & {*kinds} and "none" not in accepts.choices

@@ -16,7 +16,7 @@ from refine_nsp.commands.estimate import Patience, notes_of
 from refine_nsp.commands.shared import ModelArguments, with_adapters
 from refine_nsp.errors import RefineError
 from refine_nsp.estimate import small_steps
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.estimate.few_layers import Blueprint, few_layers, kinds_of_layers, layer_kinds
 from refine_nsp.estimate.memory_and_time import device_named, dtype_of, estimate
 from refine_nsp.estimate.shapes import ShapesOnly
@@ -25,7 +25,7 @@ from refine_nsp.models.load import load_config
 from refine_nsp.training import ReFINEConfig
 from tests.estimate import measured_models
 from tests.models.families import build
-from tests.models.transformers_models import CONFIGS, skip_if_old
+from tests.models.transformers_models import CONFIGS, plain, skip_if_old
 
 WINDOWS = {"window_size": 32, "lact_chunk_size": 32}
 NTP = {"objective": "ntp"}
@@ -37,7 +37,7 @@ def arguments(T, **settings):
 
 
 def test_what_is_held_is_counted_once_and_until_it_goes():
-    with counted() as counter:
+    with Counter() as counter:
         a = torch.zeros(1000)
         b = a.view(10, 100)
         c = b + 1
@@ -226,3 +226,25 @@ def test_the_command(capsys):
     assert "weights in float32 (the configuration's)" in " ".join(out.split())
     with pytest.raises(RefineError, match="known are b200"):
         device_named("h1000")
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_a_teacher_is_counted_with_its_own_layers_and_weights(tmp_path):
+    teacher = plain("llama", dtype=torch.bfloat16)
+    teacher.save_pretrained(tmp_path / "teacher")
+    config = build("lact_swiglu", num_hidden_layers=4).config
+    distills = {"objective": "distill", "teacher": str(tmp_path / "teacher")}
+    ntp = estimate(config, arguments(200, **NTP))
+    online, kept, floor = (
+        estimate(config, arguments(200, **distills, **more))
+        for more in ({}, {"context_scores": "teacher"}, {"lambda_context": 0.0})
+    )
+    assert online.uncounted is None
+    assert online.teacher == sum(2 * p.numel() for p in teacher.parameters()) == online.weights - ntp.weights
+    assert online.flops > kept.flops == floor.flops > ntp.flops
+    # Twice the layers of the teacher are twice its passes.
+    deeper = teacher.config
+    deeper.num_hidden_layers = 4
+    type(teacher)(deeper).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    again = estimate(config, arguments(200, **distills, context_scores="teacher"))
+    assert again.flops > kept.flops and again.activations == pytest.approx(kept.activations, rel=0.2)

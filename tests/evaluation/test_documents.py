@@ -24,7 +24,8 @@ def whole(model, ids: list[int], config: NSPConfig) -> dict[str, float]:
         entropy, figures = smooth_entropy(forward.entropy, batch, config), {}
         for name, scores, selection in (("random", torch.zeros_like(entropy), "uniform"), ("high_entropy", entropy, "argmax")):
             positions = select_positions(scores, batch, u, replace(config, selection=selection))
-            match, cosine, places = greedy_match(forward, positions, config.rollout_length)
+            prefixes = forward.states(positions)
+            match, cosine, places = greedy_match(model, batch.input_ids, forward.hidden, prefixes, config.rollout_length)
             figures |= {f"match_{name}": match / places, f"cosine_{name}": cosine / places}
     return figures
 

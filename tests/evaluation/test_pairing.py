@@ -11,7 +11,7 @@ from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.pairing import differing_settings, pair_up
 from refine_nsp.evaluation.run import summarise
 from refine_nsp.evaluation.tasks import DocumentTask, Row, build_tasks
-from refine_nsp.report.evaluation import compare_results, comparison_table, comparison_tables
+from refine_nsp.report.evaluation import compare_all, comparison_table, comparison_tables
 
 PROMPTS = [
     Row(f"say/{i}", "x", [str(i)], {"any_match": float(i % 2)}, meta={"prompt_tokens": 9}, question=f"q{i}") for i in range(6)
@@ -29,7 +29,7 @@ def changed(row, **fields):
 
 def test_differences_are_those_of_the_weighted_means():
     a, b = with_losses(3.0, 2.0), with_losses(2.0, 2.1)
-    (task, figure, c), *others = compare_results(a, b)
+    (task, figure, c), *others = compare_all(pair_up(a, b)[0])
     assert (task, figure, others) == ("ntp", "loss", [])
     assert (
         c.difference

@@ -14,13 +14,14 @@ from refine_nsp.evaluation import documents, likelihood, longbench, tasks
 from refine_nsp.evaluation.arguments import EvaluationArguments
 from refine_nsp.evaluation.documents import score_document, spans
 from refine_nsp.evaluation.likelihood import ChoiceExample, log_likelihoods, score_choices
+from refine_nsp.evaluation.pairing import pair_up
 from refine_nsp.evaluation.run import evaluate, read_results, read_rows, rows_path, summarise
 from refine_nsp.evaluation.tasks import Context, GenerationTask, Row, build_tasks
 from refine_nsp.fields import SettingError
 from refine_nsp.files import append_json_lines
 from refine_nsp.prompts import ruler
 from refine_nsp.prompts.encoding import encode_pair, start_token
-from refine_nsp.report.evaluation import bucket_plots, bucket_targets, compare_results, needle_map, results_table
+from refine_nsp.report.evaluation import bucket_plots, bucket_targets, compare_all, needle_map, results_table
 from tests.children import run_side_by_side
 from tests.models.families import build
 
@@ -214,7 +215,7 @@ def test_a_length_that_cannot_hold_a_task_is_said_under_the_table(files, loaded,
     assert [len(r.rows) for r in results] == [0, 2]
     again = read_results(tmp_path / "out")
     assert results_table(again).markdown() == shown
-    assert [task for task, _, _ in compare_results(results, again)] == ["niah_single_1"] * 2
+    assert [task for task, _, _ in compare_all(pair_up(results, again)[0])] == ["niah_single_1"] * 2
     with pytest.raises(RefineError, match="cwe at 512 tokens"):
         build_tasks(arguments(files, tasks=["cwe"], lengths=[512]), loaded[1])
 
@@ -252,10 +253,10 @@ def test_test_time_training_in_an_evaluation_restores_and_side_by_side_is_alone(
 
 def test_a_comparison_pairs_runs_by_example(files, loaded, tmp_path):
     results = run(files, loaded, tmp_path / "out", ["piqa", "prompts"])
-    same = compare_results(results, list(reversed(results)))
+    same = compare_all(pair_up(results, list(reversed(results)))[0])
     assert all(c.difference == 0 and c.p_value == 1 for _, _, c in same)
     with pytest.raises(RefineError, match="no task in common"):
-        compare_results(results[:1], results[1:])
+        pair_up(results[:1], results[1:])
 
 
 # --- documents and likelihoods ----------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def test_circles_pickles_and_broken_files_are_refused(run, tmp_path):
     safetensors.save_file(dict(list(weights.items())[1:]), less / "adapter_model.safetensors")
     for folder, said in (
         (circle, "leads back to itself"), (pickled, "pickled weights"), (on_pickles, "holds only pickled weights"),
-        (cut, "cannot put the adapter"), (words, "not a configuration of PEFT"), (nan, "not all finite"), (less, "1 missing"),
+        (cut, "cannot put the adapter"), (words, "expected a configuration of PEFT"), (nan, "not all finite"), (less, "1 missing"),
     ):  # fmt: skip
         with pytest.raises(RefineError, match=said):
             refine_nsp.load(folder)

@@ -52,6 +52,8 @@ class Toy(nn.Module):
         s = x.new_zeros(B, D) if state is None else state.to(x.dtype)
         if self.fault == "the state is detached":
             s = s.detach()
+        if self.fault == "gradients round" and s.requires_grad:
+            s.register_hook(lambda g: 1.001 * g)
         if self.fault == "the state is rounded":
             s = s.bfloat16().to(x.dtype)
         outputs = []
@@ -249,6 +251,14 @@ def test_quick_asks_less():
     assert {f.name for f in found.findings if f.why == "left out by quick"} == {line.name for line in LINES if not line.quick}
     assert [f.name for f in found.findings if f.error_in_float64 is not None] == ["continuation"]
     assert {"continuation"} <= failures(diagnose(Toy("the cache is forgotten"), WAYS, vocab_size=V, quick=True))
+
+
+def test_rounding_of_gradients_is_not_taken_for_a_fault_where_float64_is_not_asked():
+    def fails(fault: str, quick: bool) -> bool:
+        return "gradient" in failures(diagnose(Toy(fault), WAYS, vocab_size=V, quick=quick))
+
+    assert fails("the state is detached", quick=True)
+    assert fails("gradients round", quick=False) and not fails("gradients round", quick=True)
 
 
 def test_what_is_not_a_number_fails_and_is_no_number_in_json():

@@ -103,13 +103,13 @@ def test_a_group_of_one_has_its_reward_as_advantage():
     rewards, alone = torch.tensor([[[0.75]], [[-0.5]]]), torch.tensor([[True], [True]])
     one = {"positions_per_sequence": 1}
     ours = compute_advantages(rewards, alone, NSPConfig(**one))
-    assert ours.values.abs().sum() == 0 and ours.share_without_spread == 1
+    assert ours[0].abs().sum() == 0 and ours[1]["groups_without_spread"] == 1
     for scale, value in (("std", rewards / (1 + 1e-6)), ("none", rewards)):
         found = compute_advantages(rewards, alone, NSPConfig(published=True, advantage_scale=scale, **one))
-        torch.testing.assert_close(found.values, value, rtol=1e-7, atol=0)
-        assert found.share_without_spread == 0 and found.group_std == 0
+        torch.testing.assert_close(found[0], value, rtol=1e-7, atol=0)
+        assert found[1]["groups_without_spread"] == 0 and found[1]["reward_group_std"] == 0
     nobody = compute_advantages(rewards, torch.tensor([[True], [False]]), NSPConfig(published=True, **one))
-    assert nobody.values[1, 0, 0] == 0 and nobody.values[0, 0, 0] > 0
+    assert nobody[0][1, 0, 0] == 0 and nobody[0][0, 0, 0] > 0
 
 
 def test_larger_groups_have_the_same_advantages_in_both():
@@ -117,7 +117,7 @@ def test_larger_groups_have_the_same_advantages_in_both():
     valid = torch.tensor([[True, True, False], [True, True, True]])
     for settings in ({}, {"baseline": "leave_one_out", "advantage_scale": "global"}):
         ours, published = (compute_advantages(rewards, valid, NSPConfig(published=p, **settings)) for p in (False, True))
-        assert torch.equal(ours.values, published.values) and ours.share_without_spread == published.share_without_spread
+        assert torch.equal(ours[0], published[0]) and ours[1]["groups_without_spread"] == published[1]["groups_without_spread"]
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.models.segments import read_by_segments, segment_ends
 from refine_nsp.nsp.module import ReFINEStep
 from refine_nsp.nsp.records import Batch
@@ -144,7 +144,7 @@ def test_states_at_any_position_known_before_or_after(name):
 
 
 def counted_peak(model, size: int | None, length: int) -> float:
-    with counted() as counter:
+    with Counter() as counter:
         ntp(model, size, length, torch.tensor([length] * 3))
     model.zero_grad()
     return max(counter.peaks.values())

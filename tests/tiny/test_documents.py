@@ -12,6 +12,7 @@ from refine_nsp.models.load import load_tokenizer
 from refine_nsp.prompts.qa_sources import QASource
 from refine_nsp.prompts.qa_sources import Question as QAQuestion
 from refine_nsp.prompts.ruler import Sources, build_ruler
+from refine_nsp.prompts.ruler_words import distinct, word_lists
 from refine_nsp.tiny import documents, families, words
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
@@ -253,8 +254,6 @@ def contains(ids, part):
 
 
 def test_no_word_is_one_of_rulers():
-    from refine_nsp.prompts.ruler import word_lists
-
     known = {part.lower() for several in word_lists() for word in several for part in re.split(r"[\s-]", word)}
     assert not known.intersection(words.ADJECTIVES + words.NOUNS)
     for endings in (words.ADJECTIVE_ENDINGS, words.NOUN_ENDINGS):
@@ -268,7 +267,7 @@ def test_values_are_like_rulers():
         assert re.fullmatch(r"[1-9]\d{6}", words.draw(rng, "numbers"))
         assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", words.draw(rng, "uuids"))
         assert re.fullmatch(r"[a-z]+-[a-z]+", words.draw(rng, "words"))
-    assert len(set(words.distinct(rng, "numbers", 40))) == 40
+    assert len(set(distinct(lambda: words.draw(rng, "numbers"), 40))) == 40
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

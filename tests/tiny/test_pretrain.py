@@ -17,7 +17,7 @@ from refine_nsp.files import read_json_lines
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny import pretrain as module
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.facts import FactTokens, fact_document
+from refine_nsp.tiny.documents import FactTokens, fact_document
 from refine_nsp.tiny.families import FAMILIES
 from refine_nsp.tiny.measures import recall_in
 from refine_nsp.tiny.pretrain import pretrain

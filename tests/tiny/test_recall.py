@@ -9,10 +9,10 @@ import refine_nsp
 from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.models.load import SHIPPED
 from refine_nsp.tiny.corpus import HELD_OUT, standard_library
-from refine_nsp.tiny.facts import NAMES, VALUES, FactTokens, fact_document, fact_probe
+from refine_nsp.tiny.documents import NAMES, VALUES, FactTokens, fact_document, fact_probe
+from refine_nsp.tiny.measures import ProbeSet, score_probes, score_text
 from refine_nsp.tiny.models import NEW_MODELS
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
-from refine_nsp.tiny.probes import ProbeSet, score_probes, score_text
 from refine_nsp.tiny.rows import encode_texts
 
 
@@ -31,8 +31,7 @@ def make_probes(tokenizer, filler, kinds, per_kind, seed):
     tokens, sets = FactTokens.of(tokenizer), []
     for length, facts in kinds:
         rng = random.Random(f"{seed}-{length}-{facts}")
-        made = [fact_probe(rng, tokens, filler, length, facts) for _ in range(per_kind)]
-        sets.append(ProbeSet(length, [p for p, _ in made], [a for _, a in made]))
+        sets.append(ProbeSet.of(length, [fact_probe(rng, tokens, filler, length, facts) for _ in range(per_kind)]))
     return sets
 
 

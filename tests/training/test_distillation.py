@@ -24,6 +24,7 @@ from refine_nsp.training import ReFINEConfig, ReFINETrainer, scores
 from refine_nsp.training.distillation import Distillation
 from refine_nsp.training.phases import MicroBatch
 from refine_nsp.training.teacher import check_tokens, load_teacher, teacher_of
+from tests.device_rules import DeviceRules
 from tests.models.families import build
 from tests.models.test_convert import MEMORY, SOURCES, WINDOW, awake, saved, source_of, with_our_tables, with_window
 from tests.models.transformers_models import float64_throughout, plain, stateful
@@ -267,7 +268,8 @@ def test_scores_kept_with_the_data_are_made_anew_for_another_teacher_or_window(f
 def test_the_closed_form_weighs_by_the_teacher(folder, tmp_path, preset):
     more = {"objective": "refine", "preset": preset, "local_window": WINDOW, "max_steps": 1, "lambda_ntp": 0.0}
     taught = trainer(folder, tmp_path / "a", context_scores="teacher", **more)
-    teacher = taught.teacher
+    assert taught.teacher is None  # its scores are all that is needed of it
+    teacher = load_teacher(str(folder / "teacher"), None, taught.model, "cpu")
     batch = Batch.of(torch.tensor([data(1)[0]["input_ids"]]))
     d = teacher.scores(batch, teacher.read(batch), scores_beyond(WINDOW))[0]
     assert taught.train_dataset[0]["context_scores"] == d.tolist() and d.max() > 0
@@ -295,6 +297,19 @@ def test_half_precision_products_give_the_same_losses(folder, tmp_path):
     a, b = ([log["loss_kl"] for log in t.state.log_history if "loss_kl" in log] for t in (wide, half))
     assert a == pytest.approx(b, rel=0.1)
     assert all(p.dtype == torch.float64 for p in half.teacher.model.parameters())  # as its checkpoint has it
+
+
+def test_a_step_waits_for_the_device_twice(folder, tmp_path):
+    """For the gradient to be finite, and in transformers' own forward pass of the teacher, which looks for packed documents."""
+
+    def waits(steps: int) -> int:
+        t = trainer(folder, tmp_path / str(steps), max_steps=steps, logging_steps=100, train_dataset=data(24))
+        with DeviceRules() as rules:
+            t.train()
+        assert not rules.mixed
+        return len(rules.waits)
+
+    assert waits(4) - waits(2) <= 2 * 2
 
 
 def test_validation_says_how_far_the_student_is_from_its_teacher(folder, tmp_path):

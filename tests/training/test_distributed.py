@@ -68,13 +68,14 @@ ALIKE = {
     "distilled": ("distilled", {"family": "lact_swiglu", "evaluate": True}, 4, 8),
     "transferred": ("distilled", {"family": "lact_swiglu", "objective": "transfer", "evaluate": True}, 4, 8),
     "distilled, scores beforehand": ("distilled", {"context_scores": "teacher", "packed": True, "lambda_ntp": 0.0}, 2, 4),
+    "distilled, mixed, with answers": ("distilled", {"mixed": True, "max_steps": 3}, 2, 4),
     "nested ntp": ("posttrain", {"objective": "ntp"}, 4, 8),
     "nested": ("posttrain", {**GROUPS, "schedule": "snapshot", "reference": "random", "inner_steps": 2}, 1, 2),
     "nested closed form": ("posttrain", CLOSED_FORM, 4, 8),
 }
 SLOW = {  # are slow: each is like one that is not
     "lact, one scale", "lact, several steps from one batch of rollouts", "hybrid, several steps from one batch of rollouts", "packed",
-    "lact, short rows", "hybrid", "carried", "carried, streamed",
+    "lact, short rows", "hybrid", "carried", "carried, streamed", "distilled, mixed, with answers",
 }  # fmt: skip
 CARRIED_STEPS = {**CARRIED, **GROUPS, "lambda_rl": 1.0, "family": "gated_deltanet"}
 THREE_STEPS = {**GROUPS, "max_steps": 3, "steps_per_generation": 3, "lambda_rl": 1.0}
@@ -88,10 +89,11 @@ def batches(size: int, processes: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """What two processes made of all jobs: a folder each. Beside them `one`: a run that one process was stopped in."""
+    """What two processes made of all jobs: a folder each. Beside them `one` and `carried one`: runs that one process began."""
     folder = tmp_path_factory.mktemp("two")
     JOBS["midtrain"](folder / "one", **THREE_STEPS, **SAVED, **batches(8, 1))
     JOBS["forget"](folder / "one", [2, 3])
+    JOBS["midtrain"](folder / "carried one", **{**CARRIED_STEPS, **SAVED, **batches(8, 1), "max_steps": 2})
     three = {**THREE_STEPS, **batches(2, 2)}
     jobs = [
         ("midtrain", "straight", three),
@@ -108,6 +110,7 @@ def two(tmp_path_factory) -> Path:
         ("forget", "carried stopped", {"checkpoints": [3, 4, 5]}),
         ("copy", "carried alone", {"source": str(folder / "carried stopped")}),
         ("midtrain", "carried stopped", {**carried, "resume": True}),
+        ("midtrain", "carried one", {**carried, "resume": True}),
     ]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"{i} " + "alpha beta " * 60}) for i in range(40)))
     argv = ["--dataset_name", str(folder / "texts.jsonl"), "--output_dir", str(folder / "tokenized"), "--max_length", "64"]
@@ -200,4 +203,5 @@ def test_lanes_go_on_on_another_number_of_processes(two):
     numbers = [{int(name.split(".")[0]) for name in own} for own in lanes]
     assert numbers == [{0, 1, 4, 5}, {2, 3, 6, 7}]
     JOBS["midtrain"](two / "carried alone", **CARRIED_STEPS, **batches(4, 1), resume=True)
-    assert_close(weights_of(two / "carried alone"), straight, 1e-9)
+    assert_close(weights_of(two / "carried alone"), straight, 1e-9)  # from two processes to one
+    assert_close(weights_of(two / "carried one"), straight, 1e-9)  # and from one to two

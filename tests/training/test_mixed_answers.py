@@ -147,6 +147,29 @@ def test_answers_have_their_share_of_tokens(files, tokenizer, streaming, packing
     assert isinstance(batch, Batch) and sum(batch.text_lengths > 0) == sum(n == "texts" for n in batch.columns["dataset_source"])
 
 
+def test_answers_stand_between_documents_in_lanes(tmp_path, files, tokenizer):
+    """Each is a document of its own: it starts from nothing, and what it leaves is left out."""
+    texts, qa = files
+    arguments = DataArguments(
+        dataset_name=texts, answer_dataset=qa, answer_share=0.25, max_answer_tokens=8, dataset_stopping="all_exhausted"
+    )
+    train, held = prepare_data(arguments, tokenizer, 32, 16, carried=True)
+    answers = [row for row in train if row["dataset_source"] == "qa"]
+    assert all(row["begins"] and row["answer_start"] for row in answers) and set(held) == {"texts", "qa"}
+    tokens = [sum(len(row["input_ids"]) for row in rows) for rows in (answers, train)]
+    assert tokens[0] / tokens[1] == pytest.approx(0.25, abs=0.05)
+    rows = train.map(lambda row: {"input_ids": [token % 64 for token in row["input_ids"]]})
+    t = trainer(tmp_path, train_dataset=rows, carry_states=True, max_length=32, max_steps=4, objective="ntp")
+    seen, original = [], t.compute_loss
+    t.compute_loss = lambda model, inputs, *a, **k: (seen.append(inputs["batch"].sequences), original(model, inputs, *a, **k))[1]
+    t.train()
+    places = [
+        (s, int(n), int(m)) for b in seen for s, n, m in zip(b.columns["dataset_source"], b.consumed, b.text_lengths, strict=True)
+    ]
+    assert {n for s, n, _ in places if s == "qa"} == {0} and max(n for _, n, _ in places) > 30
+    assert {m for s, _, m in places if s == "qa"} == {0} and 0 not in {m for s, _, m in places if s == "texts"}
+
+
 def test_answers_are_validated_on_their_tokens(tmp_path):
     rows, tail = rows_of("aaaa"), 4
     t = trainer(tmp_path, eval_dataset={"qa": rows, "text": rows_of("tt")})

@@ -14,6 +14,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.report.card import curves, figures
 from refine_nsp.report.runs import read_run, summary_table
 from refine_nsp.training import DataArguments, prepare_data
+from refine_nsp.training.lanes import documents_of
 from refine_nsp.training.mixture import labels_of, mix_order
 from refine_nsp.training.sources import sources_of
 from refine_nsp.training.stream import Stream
@@ -207,9 +208,27 @@ def test_the_command_line_takes_names_and_weights(names):
     assert data.names == names[:1]
 
 
-def test_states_are_not_carried_through_a_mixture(names, tokenizer):
-    with pytest.raises(RefineError, match="carry_states reads documents of one source"):
-        prepare_data(DataArguments(dataset_name=names, dataset_weights=WEIGHTS), tokenizer, 64, 16, carried=True)
+def test_states_are_carried_through_a_mixture_of_documents(tmp_path, names, tokenizer):
+    def data(**settings):
+        return prepare_data(
+            DataArguments(dataset_name=names, text_column=["text", "text", "body"], **settings), tokenizer, 64, 16, carried=True
+        )
+
+    train, held = data(dataset_weights=WEIGHTS)
+    parts = documents_of(train["begins"][:])
+    assert all(len({train[i]["dataset_source"] for i in rows}) == 1 for rows in parts) and max(map(len, parts)) > 20
+    longest = max(sum(len(train[i]["input_ids"]) for i in rows) for rows in parts)
+    tokens = sum(map(len, train["input_ids"]))
+    assert shares(train) == pytest.approx(WEIGHTS, abs=longest / tokens) and set(held) == set(WORDS)
+    apart = {len(documents_of(rows["begins"][:])) for rows in held.values()}
+    assert apart == {15, 4, 1}  # a twentieth of each source's documents, with all of their windows, but for the cut at 64
+    everything, _ = data(dataset_weights=None)
+    assert [sum(s == name for s in everything["dataset_source"]) > 0 for name in WORDS] == [True] * 3
+    t = trainer(tmp_path, train_dataset=small(train), carry_states=True, max_length=64, objective="ntp", max_steps=3)
+    t.train()
+    assert sum(v for k, v in t.state.log_history[0].items() if k.startswith("source_share_")) == pytest.approx(1)
+    with pytest.raises(RefineError, match="a streamed mixture deals out single windows"):
+        data(dataset_weights=WEIGHTS, streaming=True)
 
 
 def test_a_stream_stays_one(names, tokenizer):

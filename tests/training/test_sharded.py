@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.training.checkpoints import Checkpoint
 from refine_nsp.training.export import export_checkpoint
+from refine_nsp.training.lane_states import LANES_FILE
 from tests.children import run_side_by_side
 from tests.models.families import build
 from tests.training.jobs import JOBS
@@ -65,6 +67,7 @@ FIRST = {
     "hybrid, checkpointing", "hybrid, rollouts", "carried, lact, checkpointing", "distilled", "nested closed form",
 }  # fmt: skip
 FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
+LANES = {**CARRIED, **CLOSED_FORM, "max_steps": 4, "fsdp": True, "fsdp_config": SHARDED}
 
 
 def plain(settings: dict) -> dict:
@@ -82,6 +85,11 @@ def two(tmp_path_factory) -> Path:
         ("copy", "stopped", {"source": str(folder / "straight")}),
         ("forget", "stopped", {"checkpoints": [2, 3, 4]}),
         ("midtrain", "stopped", {**four, "fsdp_config": CHECKPOINTING, "resume": True}),
+        ("midtrain", "lanes", {**LANES, **batches(2, 2), **SAVED}),
+        ("copy", "lanes stopped", {"source": str(folder / "lanes")}),
+        ("forget", "lanes stopped", {"checkpoints": [3, 4]}),
+        ("copy", "lanes alone", {"source": str(folder / "lanes stopped")}),
+        ("midtrain", "lanes stopped", {**LANES, **batches(2, 2), "resume": True}),
     ]
     run(folder, [*jobs, *alike(FIRST)], 2)
     return folder
@@ -94,9 +102,18 @@ def more(tmp_path_factory, two) -> Path:
     alone = {**FOUR_STEPS, **batches(4, 1), "fsdp": True, "fsdp_config": SHARDED}
     jobs = [("copy", "alone", {"source": str(two / "straight")}), ("forget", "alone", {"checkpoints": [2, 3, 4]})]
     jobs += [("midtrain", "one", {**alone, **SAVED}), ("forget", "one", {"checkpoints": [2, 3, 4]})]
+    jobs += [
+        ("copy", "lanes alone", {"source": str(two / "lanes alone")}),
+        ("midtrain", "lanes one", {**LANES, **batches(8, 1), **SAVED, "max_steps": 2}),
+    ]
+    jobs += [("midtrain", "lanes alone", {**LANES, **batches(4, 1), "resume": True})]
     run(folder, [*jobs, ("midtrain", "alone", {**alone, "resume": True})], 1)
     four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True, "fsdp_config": SHARDED}
-    run(folder, [("midtrain", "one", {**four, "resume": True}), *alike(ALIKE.keys() - FIRST)], 2)
+    resumed = [
+        ("midtrain", "one", {**four, "resume": True}),
+        ("midtrain", "lanes one", {**LANES, **batches(2, 2), "resume": True}),
+    ]
+    run(folder, [*resumed, *alike(ALIKE.keys() - FIRST)], 2)
     return folder
 
 
@@ -129,11 +146,20 @@ def test_checkpoints_in_shards_resume(two):
     assert_close(weights_of(two / "stopped"), weights_of(two / "straight"), 1e-12)
 
 
+def test_lanes_resume_where_weights_are_in_shards(two):
+    lanes = [load_file(two / "lanes" / "checkpoint-2" / LANES_FILE.format(rank)) for rank in (0, 1)]
+    assert [{int(name.split(".")[0]) for name in own} for own in lanes] == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    straight = weights_of(two / "lanes")
+    assert all(torch.equal(x, straight[name]) for name, x in weights_of(two / "lanes stopped").items())
+
+
 @pytest.mark.slow
 def test_checkpoints_in_shards_resume_on_another_number_of_processes(two, more):
     straight = weights_of(two / "straight")
     assert_close(weights_of(more / "one"), straight, 1e-9)  # from one to two
     assert_close(weights_of(more / "alone"), straight, 1e-9)  # and from two to one
+    for name in ("lanes one", "lanes alone"):
+        assert_close(weights_of(more / name), weights_of(two / "lanes"), 1e-9)
 
 
 def test_a_run_goes_on_with_weights_as_they_were_saved(tmp_path, two):

@@ -5,7 +5,7 @@ import torch
 
 from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.estimate.few_layers import Blueprint
 from refine_nsp.estimate.memory_and_time import estimate
 from refine_nsp.estimate.shapes import ShapesOnly
@@ -28,10 +28,10 @@ def test_validation_takes_no_more_than_a_training_step_and_no_logits_are_held_wh
     model, B, T = build(family, dtype=torch.float32, **WIDE), 8, 512
     ids = torch.randint(0, 8192, (B, T), generator=torch.Generator().manual_seed(0))
     config = NSPConfig()
-    with counted() as trained:
+    with Counter() as trained:
         loss, _ = NextToken(config).loss(model, MicroBatch(Batch.of(ids), totals={"targets": 1.0}))
         loss.backward()
-    with counted() as validated:
+    with Counter() as validated:
         validate(model, [{"input_ids": ids, "lengths": torch.full((B,), T)}], config, ids.device)
     peaks = [max(counter.peaks.values()) for counter in (trained, validated)]
     assert peaks[1] < peaks[0], peaks

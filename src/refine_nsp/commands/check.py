@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import DEFAULT_MODEL
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.fields import check_read, setting

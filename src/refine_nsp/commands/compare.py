@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.evaluation.run import read_results, read_settings
 from refine_nsp.files import write_atomically
 from refine_nsp.report import html
@@ -46,11 +45,9 @@ def run(call: Call, arguments: CompareArguments) -> None:
     for table in tables:
         Console().print(table.rich())
     if arguments.output is not None:
-        sections = [
-            html.Section("Differences", "".join(t.html() for t in tables[:-1])),
-            html.Section("Figures", tables[-1].html()),
-        ]
-        page = html.page("Comparison", f"{', '.join(names[1:])} against {names[0]}", sections)
-        write_atomically(
-            arguments.output, page if arguments.output.suffix == ".html" else "\n".join(t.markdown() for t in tables)
-        )
+        text = "\n".join(t.markdown() for t in tables)
+        if arguments.output.suffix == ".html":
+            differences = html.Section("Differences", "".join(t.html() for t in tables[:-1]))
+            sections = [differences, html.Section("Figures", tables[-1].html())]
+            text = html.page("Comparison", f"{', '.join(names[1:])} against {names[0]}", sections)
+        write_atomically(arguments.output, text)

@@ -45,10 +45,9 @@ def whole_parser() -> argparse.ArgumentParser:
     parsers = whole.add_subparsers(dest="command")
     for name, line in commands().items():
         command = parsers.add_parser(name, help=_text(line.summary), conflict_handler="resolve")
-        for head, text in line.own.items():
+        for head, text in (line.own | {"help_all": "Show all flags."}).items():
             action = "store" if " " in head else "store_true"
             _complete_files(command.add_argument(f"--{head.split()[0]}", help=_text(text), action=action), " " in head)
-        command.add_argument("--help_all", action="store_true", help="Show all flags.")
         for flag in line.flags.values():
             _add(command, flag)
     return whole

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.models.convert import MemorySettings, convert
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.environment import devices, environment
 from refine_nsp.ops.kernels import by_operation
 from refine_nsp.report.tables import Cell, Table

@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import MODEL, ModelArguments, with_adapters
 from refine_nsp.config import NSPConfig
 from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
@@ -94,9 +93,8 @@ class Patience:
 def remedy(found: Estimate, where: EstimateArguments, args: ReFINEConfig) -> str:
     """Say what would make the largest part smaller."""
     if found.weights + found.gradients + found.optimizer > found.activations:
-        if where.sharded:
-            return "use more devices, or use_peft"
-        return "use_peft, an optim with a smaller state, or sharded over more devices"
+        shared = "use more devices, or use_peft"
+        return shared if where.sharded else "use_peft, an optim with a smaller state, or sharded over more devices"
     if args.per_device_train_batch_size > 1:
         return "lower per_device_train_batch_size and raise gradient_accumulation_steps"
     return "set gradient_checkpointing, or segment_tokens for long sequences"
@@ -118,23 +116,11 @@ def notes_of(config: PreTrainedConfig, args: ReFINEConfig, asked: str | None, dt
 
 
 def table(found: Estimate, where: EstimateArguments, notes: Sequence[str] = ()) -> Table:
-    """Lay the estimate out: bytes by part, then time."""
-    rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in memory_rows(found, where).items()]
-    rows.append(["tokens a step, on all devices", f"{found.tokens:,}"])
-    if found.uncounted is None:
-        rows += time_rows(found, where)
-        rate = f"{where.utilisation:.0%} of {device_named(where.device).flops / 1e12:,.0f} bfloat16 TFLOP/s"
-        counted = f"counted on PyTorch's operations; time assumes {rate}, and nothing for exchange between devices"
-        notes = [*notes, counted]
-    title = f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}"
-    return Table(title, ["what", "how much"], rows, list(notes))
-
-
-def memory_rows(found: Estimate, where: EstimateArguments) -> dict[str, float]:
-    """Name the bytes of each part, on one device."""
-    known = found.uncounted is None
+    """Lay the estimate out: bytes by part, on one device, then what a step and the whole run take."""
+    known, device = found.uncounted is None, device_named(where.device)
     parts = {
         "weights": found.weights,
+        **({"  of these the teacher's": found.teacher} if found.teacher else {}),
         "gradients kept between micro-batches" if known else "gradients": found.gradients,
         "optimizer state": found.optimizer,
     }
@@ -144,17 +130,19 @@ def memory_rows(found: Estimate, where: EstimateArguments) -> dict[str, float]:
     if found.validation:
         parts["activations of a validation at their peak"] = found.validation
     parts["in all, on each device" if known else "in all without activations"] = found.total
-    parts[f"memory of {where.device}"] = device_named(where.device).bytes
-    return parts
-
-
-def time_rows(found: Estimate, where: EstimateArguments) -> list[list[Cell]]:
-    """Say what a step and the whole run take at the assumed share of the device's peak."""
-    seconds = found.flops / (device_named(where.device).flops * where.utilisation)
-    hours = where.total_tokens / found.tokens * seconds / 3600
-    return [
-        ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
-        ["seconds a step", f"{seconds:.2f}"],
-        ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
-        [f"hours for {where.total_tokens / 1e6:,.0f} M tokens", f"{hours:.2f}"],
-    ]
+    parts[f"memory of {where.device}"] = device.bytes
+    rows: list[list[Cell]] = [[name, f"{value / 1e9:.2f} GB"] for name, value in parts.items()]
+    rows.append(["tokens a step, on all devices", f"{found.tokens:,}"])
+    if known:
+        seconds = found.flops / (device.flops * where.utilisation)
+        hours = where.total_tokens / found.tokens * seconds / 3600
+        rows += [
+            ["matrix products a step, on each device", f"{found.flops / 1e12:.1f} TFLOP"],
+            ["seconds a step", f"{seconds:.2f}"],
+            ["tokens a second, on all devices", f"{found.tokens / seconds:,.0f}"],
+            [f"hours for {where.total_tokens / 1e6:,.0f} M tokens", f"{hours:.2f}"],
+        ]
+        rate = f"{where.utilisation:.0%} of {device.flops / 1e12:,.0f} bfloat16 TFLOP/s"
+        notes = [*notes, f"counted on PyTorch's operations; time assumes {rate}, and nothing for exchange between devices"]
+    title = f"Estimate: {where.num_processes} x {where.device}{', sharded' if where.sharded else ''}"
+    return Table(title, ["what", "how much"], rows, list(notes))

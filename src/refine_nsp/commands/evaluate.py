@@ -12,8 +12,7 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import DEFAULT_MODEL, TEST_TIME, TestTimeArguments, check_unused, test_time_trainer
 from refine_nsp.environment import environment
 from refine_nsp.evaluation.arguments import EvaluationArguments
@@ -108,8 +107,7 @@ def harness_results(
             write_atomically(rows_path(out, f"lm_eval:{task}", None), "\n".join(lines) + "\n")
         kept = {"tasks": sorted(results["samples"]), "results": results["results"]}
         write_atomically(aggregates, json.dumps(kept, indent=1, default=str) + "\n")
-    names = json.loads(aggregates.read_text(encoding="utf-8"))["tasks"]
-    tasks = [f"lm_eval:{task}" for task in names]
+    tasks = [f"lm_eval:{task}" for task in json.loads(aggregates.read_text(encoding="utf-8"))["tasks"]]
     return [summarise(task, list(read_rows(out, task).values())) for task in tasks]
 
 

@@ -9,13 +9,19 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import DEFAULT_MODEL, ReadingArguments, encode_reading, load_to_answer, read_text
-from refine_nsp.errors import RefineError
+from refine_nsp.config import check_ranges
 from refine_nsp.fields import Reader, check_read, setting
 
 SAMPLING = Reader("sampling, without greedy", lambda a: not a.greedy)
+RANGES = (
+    (("max_new_tokens",), lambda x: x >= 1, "must be at least 1"),
+    (("temperature",), lambda x: x > 0, "must be positive (for the likeliest token use --greedy)"),
+    (("seed",), lambda x: 0 <= x < 2**63, "must be a whole number from 0 to 2**63 - 1"),
+    (("top_k",), lambda x: x >= 0, "must be at least 1, or 0 for all tokens"),
+    (("top_p",), lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+)
 
 
 @dataclass
@@ -46,16 +52,7 @@ class GenerateArguments:
 
     def __post_init__(self) -> None:
         check_read(self)
-        if self.max_new_tokens < 1:
-            raise RefineError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not self.temperature > 0:
-            raise RefineError(f"--temperature must be positive, got {self.temperature}; for the likeliest token use --greedy")
-        if not 0 <= self.seed < 2**63:
-            raise RefineError(f"--seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
-        if self.top_k < 0:
-            raise RefineError(f"--top_k must be at least 1, or 0 for all tokens, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise RefineError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        check_ranges(self, RANGES)
 
 
 COMMAND = Command(

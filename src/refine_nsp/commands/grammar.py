@@ -22,7 +22,7 @@ from refine_nsp.commands.command_line import Call, command_line
 from refine_nsp.commands.parser import method_of, parse
 from refine_nsp.config import PRESETS, NSPConfig
 from refine_nsp.errors import RefineError
-from refine_nsp.fields import ALWAYS, Reader, default_of
+from refine_nsp.fields import ALWAYS, default_of
 from refine_nsp.values import Value, accepted
 
 if TYPE_CHECKING:
@@ -185,12 +185,9 @@ def _is_foreign(cls: type, name: str) -> bool:
 
 def _readers(f: Field[object]) -> str:
     """Say in words what reads a field; nothing where all settings do."""
-
-    def conditions(reader: Reader) -> list[str]:
-        return [reader.words, *(words for other in reader.others for words in conditions(other))]
-
     reader, also = f.metadata.get("read_by", ALWAYS), f.metadata.get("also")
-    return "" if reader is ALWAYS else " and ".join(conditions(reader)) + (f", and by {also}" if also else "")
+    words = " and ".join(each.words for each in (reader, *reader.others))
+    return "" if reader is ALWAYS else words + (f", and by {also}" if also else "")
 
 
 def _row(**told: object) -> dict[str, object]:

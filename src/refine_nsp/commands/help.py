@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from refine_nsp.commands.command_line import CommandLine, Flag, commands
 from refine_nsp.values import Value
 
-HELP = ("--help", "-h", "--help_all")
+HELP = ("--help", "-h", "--help_all", "--help-all")
 KINDS = {"text": "TEXT", "path": "FILE", "int": "INT", "number": "NUMBER", "bool": "BOOL"}
 MARGIN, WIDTH = 38, 130  # columns of help before the descriptions, and in all
 

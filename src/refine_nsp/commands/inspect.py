@@ -9,8 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import DEFAULT_MODEL, read_text
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
@@ -61,16 +60,17 @@ COMMAND = Command(
 
 def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     """Print the table of facts; with a file, write the page."""
+    console = Console()
     if arguments.file is None:
         check_only_model(call)
     elif not config.samples_rollouts:
         raise RefineError(f"inspect shows rollouts, and estimator={config.estimator!r} makes none; use estimator=sampled")
     if call.dry_run:
-        Console().print(str(config))
+        console.print(str(config))
         return
     if arguments.file is None:
         model = load_model(arguments.model_name_or_path)
-        Console().print(model_facts(model, torch.arange(TOKENS) % model.config.vocab_size).rich())
+        console.print(model_facts(model, torch.arange(TOKENS) % model.config.vocab_size).rich())
         return
     text = read_text(arguments.file)
     model, tokenizer = load(arguments.model_name_or_path)
@@ -82,7 +82,6 @@ def run(call: Call, arguments: InspectArguments, config: NSPConfig) -> None:
     facts = model_facts(model, ids)
     title = f"{arguments.file.name} as {arguments.model_name_or_path} reads it"
     path = write_atomically(arguments.output, picture_page(title, facts, tokenizer, ids, record, config))
-    console = Console()
     console.print(facts.rich())
     console.print(f"page: {path}")
 

@@ -6,8 +6,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import nn
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import MODEL, ModelArguments, load_to_train
 from refine_nsp.commands.training_run import Rows, check_reporting, dry_run_table, train_and_save
 from refine_nsp.config import NSPConfig
@@ -15,9 +14,10 @@ from refine_nsp.nsp.rewards import wants_columns
 from refine_nsp.report.tables import Cell
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
 from refine_nsp.training.sources import Held
+from refine_nsp.training.teacher import check_tokens
 
 COMMAND = Command(
-    "Train a pretrained model on long text with ReFINE (or --objective ntp).",
+    "Train a pretrained model on long text with ReFINE (or --objective ntp, or distill with --teacher).",
     (
         MODEL,
         Settings(DataArguments, "data"),
@@ -31,6 +31,8 @@ def run(call: Call, source: ModelArguments, data: DataArguments, args: ReFINECon
     """Load the model and the data, train, save and report."""
     check_reporting(args)
     model, tokenizer = load_to_train(source, args)
+    if args.teacher is not None:
+        check_tokens(args.teacher, tokenizer, model)  # before text is tokenized, not after
     with args.main_process_first(desc="tokenize"):  # the other processes of a machine read what the first one leaves in the cache
         train, validation = prepare_data(
             data, tokenizer, args.max_length, args.nsp.shortest, wants_columns(args.nsp), args.carry_states

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from refine_nsp.commands.command_line import TABLE, Call, CommandLine, spellings
 from refine_nsp.commands.help import HELP, help_text
 from refine_nsp.config import NSPConfig, check_choice
+from refine_nsp.environment import installed
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.values import FALSE, TRUE, Value
 
@@ -32,29 +32,27 @@ def parse(line: CommandLine, argv: Sequence[str]) -> Call:
             the method that it refuses.
         SystemExit: a value of another type, or one that is missing.
     """
-    words = _spelled_out(line, argv)
-    asked = {*HELP} & {*words}
+    asked = {*HELP} & {*argv}
     # Help is given whatever else is wrong with the command line.
     parser = line.parser(line.presets if asked else None)
-    for name in ("dry_run", "allow_code_in_config", "help", "help_all"):
-        if name.startswith("help") or name in line.own:
-            parser.add_argument(*spellings(name), *(["-h"] if name == "help" else []), dest=f"{name} ", action="store_true")
-    namespace, unknown = parser.parse_known_args(words)
+    for name in ("dry_run", "allow_code_in_config"):
+        if name in line.own:
+            parser.add_argument(*spellings(name), dest=f"{name} ", action="store_true")
+    namespace, unknown = parser.parse_known_args(_spelled_out(line, [word for word in argv if word not in asked]))
     flags = vars(namespace)
-    own = {name: flags.pop(f"{name} ", False) for name in ("dry_run", "allow_code_in_config", "help", "help_all")}
-    path = flags.pop("config")
+    dry_run, code_is_allowed, path = flags.pop("dry_run ", False), flags.pop("allow_code_in_config ", False), flags.pop("config")
     from_file = read_config(line, path) if path is not None else {}
-    if not own["allow_code_in_config"]:
+    if not code_is_allowed:
         _refuse_code(line, path, from_file)
     from_presets = line.preset_values(from_file | flags)
     if asked:
-        sys.stdout.write(help_text(line, own["help_all"], from_presets | from_file))
+        sys.stdout.write(help_text(line, bool(asked - {"--help", "-h"}), from_presets | from_file))
         raise SystemExit(0)
     _refuse_unknown(line, unknown)
     for name, value in flags.items():
         if isinstance(value, list) and "text" in line.flags[name].kinds and len(value) == 1:
             flags[name] = value[0]  # one name and a list of one mean the same, and the plain one reads better
-    call = Call(line, {**line.fixed, **from_presets, **from_file, **flags}, from_presets, own["dry_run"])
+    call = Call(line, {**line.fixed, **from_presets, **from_file, **flags}, from_presets, dry_run)
     _check(call)
     return call
 
@@ -108,13 +106,9 @@ def method_of(given: Mapping[str, Value], prefix: str) -> NSPConfig:
 
 def _same_transformers() -> bool:
     """Return whether the choices of transformers' settings in the table are those of the release that is installed."""
-    try:
-        return bool(json.loads(TABLE.read_text(encoding="utf-8"))["transformers"] == version("transformers"))
-    except PackageNotFoundError:
-        return False
+    return bool(json.loads(TABLE.read_text(encoding="utf-8"))["transformers"] == installed("transformers"))
 
 
-# --- files of settings ------------------------------------------------------------------------------------------------
 def read_config(line: CommandLine, path: Path) -> dict[str, Value]:
     """Return a file's settings. RefineError for an unknown key, or for a value that cannot be meant for its setting."""
     data = read_yaml(path)

@@ -7,8 +7,7 @@ from contextlib import nullcontext
 from datasets import Dataset
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import MODEL, ModelArguments, load_to_train
 from refine_nsp.commands.training_run import check_reporting, dry_run_table, train_and_save
 from refine_nsp.config import NSPConfig

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.training_run import SettingsWriter, check_reporting, in_one_line, resume_from
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.tiny.pretrain import pretrain

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.tiny.quickstart import quickstart, settings
 
 

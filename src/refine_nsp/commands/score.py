@@ -11,8 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import nn
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import DEFAULT_MODEL, load_to_answer
 from refine_nsp.config import NSPConfig
 from refine_nsp.fields import check_read, setting

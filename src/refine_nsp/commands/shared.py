@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Settings
-from refine_nsp.config import NSPConfig, check_choices
+from refine_nsp.commands.grammar import Call, Settings
+from refine_nsp.config import NSPConfig, check_choices, check_ranges
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.adapters import new_adapters, peft
@@ -56,14 +55,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_read(self)
-        for name in ("lora_r", "lora_alpha"):
-            if (value := getattr(self, name)) < 1:
-                raise RefineError(f"{name} must be at least 1, got {value}")
-
-    @property
-    def tokenizer(self) -> str:
-        """Name the place that the tokenizer is loaded from."""
-        return self.tokenizer_name or self.model_name_or_path
+        check_ranges(self, [(("lora_r", "lora_alpha"), lambda x: x >= 1, "must be at least 1")])
 
 
 MODEL = Settings(ModelArguments, "model")
@@ -72,7 +64,7 @@ MODEL = Settings(ModelArguments, "model")
 def load_to_train(arguments: ModelArguments, args: ReFINEConfig) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load the model to train, as `build_model` does, and its tokenizer. RefineError where they do not fit together."""
     model = build_model(arguments, args)
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
     check_vocabulary(model, tokenizer)
     return model, tokenizer
 
@@ -123,7 +115,6 @@ def read_text(path: Path) -> str:
     return text
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
 @dataclass
 class ReadingArguments:
     """Say how a prompt is read.
@@ -142,20 +133,16 @@ def encode_reading(
 ) -> tuple[list[int], list[int]]:
     """Encode a prompt and its question. Return the tokens of one reading, and those to answer; they differ where it is read twice.
 
-    Raises:
-        RefineError: the prompt or the question is empty; the message says that prompts come from `source`.
+    Raises RefineError where the prompt or the question is empty, which says that prompts come from `source`.
     """
     if reading.question is not None and not reading.question.strip():
         raise RefineError("the question is empty: give --question some text, or leave it out")
-    if reading.question is not None and not prompt.strip():
-        raise RefineError(f"the prompt is empty: give {source}; --question asks about it")
     once, ids = encode_question(tokenizer, prompt, reading.question, reading.read_twice)
-    if not ids:
-        raise RefineError(f"the prompt is empty: give {source}")
+    if not ids or (reading.question is not None and not prompt.strip()):
+        raise RefineError(f"the prompt is empty: give {source}{'' if reading.question is None else '; --question asks about it'}")
     return once, ids
 
 
-# --- test-time training -----------------------------------------------------------------------------------------------
 @dataclass
 class TestTimeArguments:
     """Test-time training before each answer; its settings are those of `TestTimeConfig` and `NSPConfig`, under the prefix `ttt_`.
@@ -173,19 +160,14 @@ class TestTimeArguments:
     def __post_init__(self) -> None:
         check_choices(self)
         check_read(self)
-        if self.ttt_batch_size < 1:
-            raise RefineError(f"ttt_batch_size must be at least 1, got {self.ttt_batch_size}")
+        check_ranges(self, [(("ttt_batch_size",), lambda x: x >= 1, "must be at least 1")])
 
 
+GROUP = "test-time training"
+METHOD = Settings(NSPConfig, GROUP, prefix="ttt_", preset="test_time")
 TEST_TIME = (
-    Settings(TestTimeArguments, "test-time training"),
-    Settings(
-        TestTimeConfig,
-        "test-time training",
-        prefix="ttt_",
-        skip=("objective",),
-        nsp=Settings(NSPConfig, "test-time training", prefix="ttt_", preset="test_time"),
-    ),
+    Settings(TestTimeArguments, GROUP),
+    Settings(TestTimeConfig, GROUP, prefix="ttt_", skip=("objective",), nsp=METHOD),
 )
 
 

@@ -118,13 +118,11 @@ def in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, ImportError)) 
 
 def check_reporting(args: ReFINEConfig) -> None:
     """RefineError for a place of --report_to whose package is not installed."""
-    here = get_available_reporting_integrations()
-    for name in list(args.report_to or []):
+    there = ("none", *get_available_reporting_integrations())
+    for name in args.report_to or []:
         check_choice("report_to", name, (*INTEGRATION_TO_CALLBACK, "none"))
-        if name != "none" and name not in here:
-            raise RefineError(
-                f"--report_to {name} needs a package that is not installed: pip install {name}; or --report_to none"
-            )
+        if name not in there:
+            raise RefineError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
 def resume_from(args: ReFINEConfig) -> str | None:

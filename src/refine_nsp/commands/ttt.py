@@ -9,8 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from refine_nsp.commands.command_line import Call
-from refine_nsp.commands.grammar import Command, Settings
+from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import (
     DEFAULT_MODEL,
     TEST_TIME,
@@ -20,7 +19,7 @@ from refine_nsp.commands.shared import (
     load_to_answer,
     read_text,
 )
-from refine_nsp.errors import RefineError
+from refine_nsp.config import check_ranges
 from refine_nsp.fields import setting
 from refine_nsp.models.generation import Decoding, Request, decode, end_tokens, prefill
 from refine_nsp.models.protocols import CausalModel
@@ -45,8 +44,7 @@ class PromptArguments:
     max_new_tokens: int = setting(32, common=True)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RefineError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_ranges(self, [(("max_new_tokens",), lambda x: x >= 1, "must be at least 1")])
 
 
 COMMAND = Command(

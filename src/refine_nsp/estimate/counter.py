@@ -1,14 +1,12 @@
 """Count what a step needs while it runs: live bytes at their peak, by part of the step, and matrix products.
 
-Formulas would have to follow every change of the code; a count follows by itself. torch's own `MemTracker` finds the same peaks, but it
-refuses a model that runs twice in a step, as context scores, rollouts and segments make it do, and does not tell one part from another.
+torch's own `MemTracker` refuses a model that runs twice in a step, as context scores, rollouts and segments make it do.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -45,7 +43,9 @@ FLOPS_OF: Mapping[object, Callable[..., int]] = flop_registry | {
 
 
 class Counter(TorchDispatchMode):
-    """Follow the storages that operations make, as long as something holds them.
+    """Follow the storages that operations make inside, as long as something holds them.
+
+    Backward passes are followed too: on a CPU they run in the thread that asked for them.
 
     Attributes:
         bytes: held now, in storages made inside. peaks: the most that was held while each part of the step (`ops/memory.py`) was under
@@ -85,10 +85,3 @@ class Counter(TorchDispatchMode):
         self.bytes += size
         here = " ".join(inside)
         self.peaks[here] = max(self.peaks.get(here, 0), self.bytes)
-
-
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """Count what runs inside, backward passes too: on a CPU they run in the thread that asked for them."""
-    with Counter() as counter:
-        yield counter

@@ -19,15 +19,11 @@ WithAdapters = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Hold what a model is built from; weights are not needed.
-
-    Attributes:
-        config: of a causal language model. dtype: of the weights. adapters: wraps a model in LoRA adapters, or None.
-    """
+    """Hold what a causal language model is built from; weights are not needed."""
 
     config: PreTrainedConfig
-    dtype: torch.dtype
-    adapters: WithAdapters | None = None
+    dtype: torch.dtype  # of the weights
+    adapters: WithAdapters | None = None  # wraps a model in LoRA adapters
 
     def build(self, layers: Sequence[int] | None = None) -> PreTrainedModel:
         """Build a random model of these of the layers, or of all."""
@@ -64,11 +60,7 @@ def kinds_of_layers(model: PreTrainedModel) -> list[Hashable]:
 
 
 def few_layers(kinds: Sequence[Hashable]) -> tuple[list[int], dict[int, int]]:
-    """Choose the layers that are counted.
-
-    Returns:
-        The first layer of each kind; and the second of each, with how often what it adds is there beyond the first.
-    """
+    """Choose the first layer of each kind; and the second of each, with how often what it adds is there beyond the first."""
     by_kind: dict[Hashable, list[int]] = {}
     for i, kind in enumerate(kinds):
         by_kind.setdefault(kind, []).append(i)

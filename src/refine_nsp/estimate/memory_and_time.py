@@ -1,8 +1,7 @@
 """Estimate the memory and the time of a training step before anything large is loaded (`refine-nsp estimate`).
 
 Weights, gradients and the optimizer's state are arithmetic. Activations, states, rollouts and blocks of logits are counted on small steps
-(`small_steps.py`), by the shapes of PyTorch's operations: kernels of a GPU keep no more. Time is the counted matrix products over a stated
-share of the device's peak, which is an assumption: what does not use it (memory-bound operations, waiting) is in that share.
+(`small_steps.py`). Time is the counted matrix products over a stated share of the device's peak, which is an assumption.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from transformers import PreTrainedConfig
 from refine_nsp.errors import RefineError, closest, first_line
 from refine_nsp.estimate.few_layers import Blueprint, WithAdapters, kinds_of_layers, parameter_bytes
 from refine_nsp.estimate.small_steps import count_steps
+from refine_nsp.estimate.teacher import Taught
+from refine_nsp.models.load import load_config
 from refine_nsp.ops.memory import OutOfMemory
 from refine_nsp.training.arguments import ReFINEConfig
 
@@ -38,15 +39,7 @@ DEVICES = {
     "rtx4090": Device(165e12, 24e9),
 }
 # Bytes a parameter of optimizers whose state is not AdamW's two moments.
-MOMENTS = {
-    "sgd": 0,
-    "adafactor": 0,
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-}
-# Code of other libraries fails in these ways where a model cannot be counted.
-FOREIGN_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MOMENTS = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
 
 
 def device_named(name: str) -> Device:
@@ -58,24 +51,19 @@ def device_named(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold the bytes on each device, and what an optimizer step takes.
-
-    Attributes:
-        activations: bytes of the objective's at their peak; ntp_activations: of the cross-entropy's alone; validation: of a validation,
-            0 where the run has none. flops: of an optimizer step on one device. tokens: of an optimizer step, on all devices. dtype: of
-            the weights. uncounted: why activations and flops could not be counted and are 0; else None.
-    """
+    """Hold the bytes on each device, and what an optimizer step takes."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float
-    ntp_activations: float
-    flops: float
-    tokens: int
-    dtype: torch.dtype
-    uncounted: str | None = None
-    validation: float = 0.0
+    activations: float  # of the objective, at their peak
+    ntp_activations: float  # of the cross-entropy alone
+    flops: float  # of an optimizer step on one device
+    tokens: int  # of an optimizer step, on all devices
+    dtype: torch.dtype  # of the weights
+    uncounted: str | None = None  # why activations and flops could not be counted and are 0
+    validation: float = 0.0  # bytes of a validation, 0 where the run has none
+    teacher: float = 0.0  # bytes of its weights, which `weights` holds too
 
     @property
     def total(self) -> float:
@@ -98,15 +86,27 @@ def estimate(
     whole = blueprint.on_meta()
     kinds = kinds_of_layers(whole)
     weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
+    taught = None
+    if args.objective == "distill" and args.teacher is not None:
+        theirs = load_config(args.teacher)
+        taught = Taught.of(args, whole, Blueprint(theirs, dtype_of(theirs, args, "auto")))
     peak = ntp = flops = validation = 0.0
     uncounted = None
     try:
-        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress)
+        (peak, flops), (ntp, _), (validation, _) = count_steps(blueprint, args, kinds, progress, taught)
     except OutOfMemory as error:
         uncounted = str(error)
     except RefineError:
         raise
-    except FOREIGN_ERRORS as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # foreign code's
         uncounted = f"{type(error).__name__}: {first_line(error)}"
     share = processes if sharded else 1
     # With gradients to add up to, they are there all through the next micro-batch; else they come as activations go.
@@ -115,10 +115,11 @@ def estimate(
     moments = MOMENTS.get(str(getattr(args.optim, "value", args.optim)))
     elements = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    # Every process holds the frozen model of a KL term whole.
+    # Every process holds a frozen model whole.
     reference = weights if args.nsp.kl_coef > 0 and args.phase.samples else 0
+    teacher = 0 if taught is None else parameter_bytes(taught.blueprint.on_meta())
     return Estimate(
-        weights=weights / share + gathered + reference,
+        weights=weights / share + gathered + reference + teacher,
         gradients=trained / share if accumulated else 0.0,
         optimizer=(2 * trained if moments is None else moments * elements) / share,
         activations=peak,
@@ -128,12 +129,12 @@ def estimate(
         dtype=blueprint.dtype,
         uncounted=uncounted,
         validation=validation,
+        teacher=teacher,
     )
 
 
 def dtype_of(config: PreTrainedConfig, args: ReFINEConfig, asked: str | None = None) -> torch.dtype:
-    """Return the dtype that the trainer loads weights in (`ReFINEConfig.weights_dtype`); where it takes the checkpoint's own, the one that
-    the configuration names, or float32."""
+    """Return the dtype that the trainer loads weights in; where it takes the checkpoint's own, the one that the configuration names."""
     named = args.weights_dtype(asked)
     if named in (None, "auto"):
         own = config.dtype or config.get_text_config(decoder=True).dtype

@@ -1,12 +1,11 @@
 """Run a step for its shapes alone: floating-point tensors are allocated and never written, so that nothing is computed.
 
-A model of any width can be counted so, in the seconds that its operations need to be named: memory that is not written to takes no place.
-Integers and booleans are real where they come from integers alone, since code branches on them and takes shapes from them; those that
-would come from floating-point numbers are chosen so that a step stays a usual one (experts and positions evenly spread, nothing infinite).
+Memory that is not written to takes no place, so a model of any width can be counted. Integers and booleans are real where they come from
+integers alone, since code branches on them and takes shapes from them; those that would come from floating-point numbers are chosen so that
+a step stays a usual one (experts and positions evenly spread, nothing infinite).
 
-torch's own `FakeTensorMode` was tried in the place of this one: alone it stops at the first length that is read, with or without symbolic
-shapes, because every integer is fake too. With real integers around it, it gives the same bytes, but takes five to ten times as long,
-needs the same rules for what is chosen, and cannot hold the tensors by which hybrids lend their states to rollouts.
+torch's own `FakeTensorMode` stops at the first length that is read, because every integer is fake too; with real integers around it, it
+takes five to ten times as long and cannot hold the tensors by which hybrids lend their states to rollouts.
 """
 
 from __future__ import annotations
@@ -160,14 +159,9 @@ def _grouped(
     return torch.empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
 
 
-def _selected(x: Tensor, mask: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(x.shape, mask.shape)
-    return torch.empty(int(mask.expand(shape).sum()), dtype=x.dtype)
-
-
 SPECIAL: Mapping[object, Callable[..., Tensor]] = {
     aten._grouped_mm.default: _grouped,
-    aten.masked_select.default: _selected,
+    aten.masked_select.default: lambda x, mask: x.new_empty(int(mask.expand(torch.broadcast_shapes(x.shape, mask.shape)).sum())),
     aten.nonzero.default: lambda x: torch.ones(x.shape, dtype=torch.bool).nonzero(),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refine_nsp.config import Ranges, check_ranges
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.evaluation import likelihood, longbench
 from refine_nsp.evaluation.text_metrics import MATCHES
@@ -21,9 +22,13 @@ GROUPS = {
 }
 NAMES = (*ruler.TASKS, *longbench.TASKS, *likelihood.TASKS, *GROUPS["documents"], "prompts")
 PROTOCOLS = ("standard", "published")
+RANGES: Ranges = (
+    (("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"), lambda x: x >= 1, "must be at least 1"),
+    (("limit", "max_prompt_tokens", "document_tokens", "window"), lambda x: x >= 0, "must not be negative"),
+    (("window",), lambda x: x != 1, "must be at least 2 (half of a window is only read), or 0 for whole documents"),
+)
 
 
-# The tasks that are asked for read the settings of an evaluation.
 def resolved(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the names of tasks, each group replaced by its tasks."""
     return tuple(dict.fromkeys(name for task in tasks for name in GROUPS.get(task, (task,))))
@@ -41,7 +46,8 @@ LONGBENCH = any_of(*longbench.TASKS, words="longbench, or one of it")
 PROMPTS = any_of("prompts")
 DOCUMENTS = any_of("ntp", "continuation")
 TEXT = Reader("documents or essays", lambda a: DOCUMENTS(a) or (ESSAYS(a) and a.essays is not None))
-ANSWERED = any_of(*ruler.TASKS, *longbench.TASKS, "prompts", words="ruler, longbench or prompts")
+ANSWERED_TASKS = (*ruler.TASKS, *longbench.TASKS, "prompts")
+ANSWERED = any_of(*ANSWERED_TASKS, words="ruler, longbench or prompts")
 AS_PAPER = any_of(*ruler.QA_TASKS, *longbench.TASKS, "prompts", words=f"{' or '.join(ruler.QA_TASKS)} or longbench or prompts")
 STANDARD = Reader("protocol='standard'", lambda a: a.protocol == "standard")
 DRAWN = Reader(
@@ -118,35 +124,21 @@ class EvaluationArguments:
         if not self.tasks:
             raise RefineError(f"no task: name some with --tasks ({', '.join(GROUPS)}, or {', '.join(NAMES[:4])}, ...)")
         if self.protocol not in PROTOCOLS:
-            raise RefineError(
-                f"protocol={self.protocol!r} is not one of {', '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}"
-            )
+            raise RefineError(f"protocol={self.protocol!r}: expected {' or '.join(PROTOCOLS)}{closest(self.protocol, PROTOCOLS)}")
         if self.prompts_metric not in MATCHES:
             raise RefineError(f"prompts_metric={self.prompts_metric!r} is not one of {', '.join(MATCHES)}")
-        for name in ("samples", "prompts_budget", "bucket", "batch_tokens", "num_proc"):
-            if getattr(self, name) < 1:
-                raise RefineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("limit", "max_prompt_tokens", "document_tokens", "window"):
-            if getattr(self, name) < 0:
-                raise RefineError(f"{name} must not be negative, got {getattr(self, name)}")
-
-        answered = (*ruler.TASKS, *longbench.TASKS, "prompts")
-        if self.read_twice and (other := [name for name in self.names() if name not in answered]):
-            harness = (
-                " (lm-eval hands over whole prompts and does not say what their context is)" if "lm_eval:" in other[0] else ""
-            )
+        check_ranges(self, RANGES)
+        if self.read_twice and (other := [name for name in self.names() if name not in ANSWERED_TASKS]):
+            harness = " (lm-eval hands over whole prompts and does not say what their context is)" * ("lm_eval:" in other[0])
             raise RefineError(
                 f"{other[0]} has no context that could be read twice{harness}; leave it out, or leave out read_twice, which is for ruler, "
                 "longbench and prompts"
             )
-        if self.window == 1:
-            raise RefineError("window must be at least 2 (half of a window is only read), or 0 for whole documents, got 1")
 
     def names(self) -> list[str]:
         """List the names of the tasks, groups resolved. Raises RefineError for an unknown one, naming the nearest."""
         for name in self.tasks:
             if name not in GROUPS and name not in NAMES and not name.startswith("lm_eval:"):
-                raise RefineError(
-                    f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
-                )
+                there = f"groups: {', '.join(GROUPS)}; tasks: {', '.join(NAMES)}"
+                raise RefineError(f"no task {name!r}{closest(name, (*GROUPS, *NAMES))}; {there}")
         return list(resolved(self.tasks))

@@ -17,7 +17,7 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.greedy import match_of
+from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.records import Batch, Prefixes, uniforms
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
@@ -44,14 +44,10 @@ def score_document(
     bucket: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> DocumentScore:
-    """Score one document.
+    """Score a document of at least 2 tokens, over all and for each bucket of `bucket` tokens.
 
-    Args:
-        ids: its tokens, at least 2.
-        window: None: the document is read from its first token to its last, the state carried from block to block. A number: it is read in
-            windows of so many tokens, each from a fresh state. The first half of each window but the first is context only, so that every
-            token is scored once.
-        bucket: how many tokens are grouped into one bucket.
+    Without a window it is read from its first token to its last, the state carried from block to block; else in windows of so many tokens,
+    each from a fresh state. The first half of each window but the first is context only, so that every token is scored once.
     """
     sums: dict[int, Tensor] = {}
     tokens = torch.as_tensor(list(ids), device=model.device)
@@ -144,7 +140,7 @@ def _matches(model: CausalModel, ids: Tensor, kinds: Sequence[Sequence[int]], K:
             if own:
                 rows, positions = torch.arange(first, first + len(own)), torch.tensor([own], device=ids.device)
                 prefixes = Prefixes(positions, out.last_hidden_state[0, own], out.snapshots.index(rows))
-                found = match_of(model, tokens, out.last_hidden_state, prefixes, K)
+                found = greedy_match(model, tokens, out.last_hidden_state, prefixes, K)
                 sums[i] = (sums[i][0] + found[0], sums[i][1] + found[1], sums[i][2] + found[2])
             first += len(own)
     return sums

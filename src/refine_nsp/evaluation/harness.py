@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError, first_line
 from refine_nsp.evaluation.documents import score_document
 from refine_nsp.evaluation.harness_settings import (
-    DEFAULT_NEW_TOKENS,
     Settings,
     logger,
     place,
@@ -52,9 +51,8 @@ except ImportError as missing:
 
 
 T = TypeVar("T")
-Scored = tuple[
-    tuple[str, str] | None, list[int], list[int]
-]  # the texts of a pair, tokens of its context, tokens of its continuation
+# The texts of a pair, the tokens of its context, and those of its continuation.
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @register_model("refine-nsp")
@@ -115,8 +113,6 @@ class HarnessModel(TemplateLM):
             self.chat_template_args["enable_thinking"] = enable_thinking
         self._eos = end_tokens(model, self.tokenizer)
 
-    # --- texts --------------------------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -128,10 +124,6 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         return start_token(self.tokenizer) if self.custom_prefix_token_id is None else int(self.custom_prefix_token_id)
-
-    @property
-    def max_gen_toks(self) -> int:
-        return DEFAULT_NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
@@ -159,27 +151,16 @@ class HarnessModel(TemplateLM):
         return before, ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Write a conversation as text by the tokenizer's template; without the generation prompt the last message is left open.
-
-        Raises:
-            RefineError: there is no template, or it refuses the messages, even without a system message.
-        """
-        how: dict[str, Any] = {
-            "add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt, **self.chat_template_args,
-        }  # fmt: skip
+        """Write a conversation as text by the tokenizer's template; without the generation prompt the last message is left open."""
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
-            try:
-                return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how))
-            except jinja2.TemplateError:
-                if all(m["role"] != "system" for m in chat_history):
-                    raise
-                warning_once(logger, "the chat template does not take these messages: the system's are left out")
-                without = [m for m in chat_history if m["role"] != "system"]
-                return str(self.tokenizer.apply_chat_template(without, tokenize=False, **how))
+            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **(how | self.chat_template_args)))
         except (jinja2.TemplateError, ValueError) as error:
-            raise RefineError(f"the tokenizer's chat template does not take these messages: {first_line(error)}") from error
-
-    # --- scores -------------------------------------------------------------------------------------------------------
+            without = [m for m in chat_history if m["role"] != "system"]
+            if without == chat_history or not isinstance(error, jinja2.TemplateError):
+                raise RefineError(f"the tokenizer's chat template does not take these messages: {first_line(error)}") from error
+        warning_once(logger, "the chat template does not take these messages: the system's are left out")
+        return self.apply_chat_template(without, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-probability of the continuation of each pair of texts, and whether it is the greedy one."""
@@ -195,8 +176,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        pairs = [(self._cut(context, len(continuation) - 1), continuation) for _, context, continuation in requests]
-        answers = log_likelihoods(self.model, pairs, self.batch_tokens)
+        answers = log_likelihoods(self.model, [(context, ids) for _, context, ids in requests], self.batch_tokens)
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -207,17 +187,15 @@ class HarnessModel(TemplateLM):
         if self.max_length is None or len(ids) + others <= self.max_length:
             return ids
         if (room := self.max_length - others) < 1:
-            raise RefineError(
-                f"max_length={self.max_length} leaves no room for a context before {others} tokens; give a larger one"
-            )
+            raise RefineError(f"max_length={self.max_length} leaves no room for a context before {others} tokens; raise it")
         warning_once(logger, f"contexts are cut from the left to fit max_length={self.max_length}")
         return ids[-room:]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text after the prefix token.
 
-        The state is carried from a text's first token to its last; with `max_length` the text is read in windows of so many tokens, as
-        HFLM does. The tokenizer adds nothing, so that BOS is not itself predicted.
+        The state is carried through the text; with `max_length` it is read in windows of so many tokens, as HFLM does. The tokenizer
+        adds nothing, so that BOS is not itself predicted.
         """
         log_p = []
         for request in requests:
@@ -234,15 +212,14 @@ class HarnessModel(TemplateLM):
         pairs = [make_disjoint_window(window) for window in windows]
         return sum(x for x, _ in log_likelihoods(self.model, pairs, self.batch_tokens))
 
-    # --- answers ------------------------------------------------------------------------------------------------------
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate an answer to each request by its own settings, up to a stop string or to the end of its budget."""
-        asked, prompts = [], []
+        asked, prompts, eos = [], [], self.tokenizer.eos_token_id
+        eos_text = None if eos is None else self.tok_decode([eos], skip_special_tokens=False)
         seed = int(torch.randint(2**31, ()))  # lm-eval seeds torch's own generator
         for request in requests:
             with _naming(request):
-                settings = read_settings(request.args[1], self.model.generation_config, self._eos_text(), seed)
+                settings = read_settings(request.args[1], self.model.generation_config, eos_text, seed)
                 ids = self._cut(self.tok_encode(request.args[0]) or [self.prefix_token_id], settings.budget)
                 asked.append(settings.for_prompt(len(ids)))
                 prompts.append(ids)
@@ -292,12 +269,6 @@ class HarnessModel(TemplateLM):
             tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
         return postprocess_generated_text(self.tok_decode(tokens).lstrip(), until, None)
 
-    def _eos_text(self) -> str | None:
-        eos = self.tokenizer.eos_token_id
-        return None if eos is None else self.tok_decode([eos], skip_special_tokens=False)
-
-    # --- several processes --------------------------------------------------------------------------------------------
-
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenate the tensors of all processes."""
         return gather(tensor) if self.world_size > 1 else tensor  # type: ignore[no-any-return]
@@ -319,9 +290,7 @@ def _load(
     pretrained: str, tokenizer: PreTrainedTokenizerBase | str | None, dtype: torch.dtype | str | None
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     if not isinstance(pretrained, str):
-        raise RefineError(
-            f"pretrained is a {type(pretrained).__name__}; give a model that is loaded already as model, with its tokenizer"
-        )
+        raise RefineError(f"pretrained is a {type(pretrained).__name__}; give a loaded model as model, with its tokenizer")
     model = load_model(pretrained, dtype)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = load_tokenizer(tokenizer or pretrained)
@@ -332,9 +301,6 @@ def _load(
 def _naming(request: Instance) -> AbstractContextManager[None]:
     """Add the task and the document to a RefineError that is raised inside."""
     return in_row(f"{request.task_name}, document {request.doc_id}" if request.task_name else f"request {request.idx}")
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def run_harness(

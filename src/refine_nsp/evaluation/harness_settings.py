@@ -25,9 +25,7 @@ try:
 except ImportError as missing:
     raise RefineError("tasks of lm-eval need lm-eval 0.4.12 or newer: pip install -U 'refine-nsp[eval]' lm-eval") from missing
 
-logger = logging.getLogger(
-    "lm_eval.models.refine_nsp"
-)  # a child of lm-eval's logger, so that its command line shows these warnings
+logger = logging.getLogger("lm_eval.models.refine_nsp")  # a child of lm-eval's, so that its command line shows these warnings
 
 DEFAULT_NEW_TOKENS = 256
 LM_EVAL_SETTINGS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -52,20 +50,12 @@ OTHERS: dict[str, tuple[tuple[Any, ...], str]] = {
     "mixed_precision_dtype": ((), "give dtype"),
     "trust_remote_code": ((False,), "code that comes with a checkpoint is never run"),
     "use_fast_tokenizer": ((True,), "give a tokenizer object as tokenizer"),
-    "parallelize": ((False,), NO_SPLIT),
-    "max_memory_per_gpu": ((), NO_SPLIT),
-    "max_cpu_memory": ((), NO_SPLIT),
+    **dict.fromkeys(("parallelize", "max_memory_per_gpu", "max_cpu_memory", "tp_plan"), ((False,), NO_SPLIT)),
     "offload_folder": (("./offload",), NO_SPLIT),
-    "tp_plan": ((), NO_SPLIT),
     "peft": ((), "give pretrained=ADAPTER, a folder of LoRA adapters, which are loaded with their base"),
     "delta": ((), "add the weights up and save the sum first"),
-    "autogptq": ((False,), "weights are loaded as *.safetensors of transformers only"),
-    "gptqmodel": ((False,), "weights are loaded as *.safetensors of transformers only"),
-    "gguf_file": ((), "weights are loaded as *.safetensors of transformers only"),
+    **dict.fromkeys(("autogptq", "gptqmodel", "gguf_file"), ((False,), "weights are loaded as *.safetensors only")),
 }
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def refuse(others: Mapping[str, object], names: Iterable[str]) -> None:
@@ -104,13 +94,8 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool) -> PreTrainedToke
     own = copy.deepcopy(tokenizer)
     own.add_bos_token = bool(wanted)
     if leading_tokens(own) != ([own.bos_token_id] if wanted else []):
-        raise RefineError(
-            f"{type(tokenizer).__name__} does not do add_bos_token={wanted}; leave it out, or set up the tokenizer so"
-        )
+        raise RefineError(f"{type(tokenizer).__name__} does not do add_bos_token={wanted}; leave it out, or set it up so")
     return own
-
-
-# --- settings of an answer --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,16 +125,9 @@ class Settings:
 
 
 def read_settings(asked: dict[str, object], own: GenerationConfig, eos: str | None, seed: int) -> Settings:
-    """Read the generation settings of a request as HFLM does.
+    """Read the generation settings of a request as HFLM does: those `asked` for, else as in the model's `own` configuration.
 
-    Args:
-        asked: lm-eval's settings and those of `generate`; any other setting is as the model's configuration has it.
-        own: the model's configuration.
-        eos: the text of the EOS token.
-        seed: the seed of sampled answers.
-
-    Raises:
-        RefineError: a setting is unknown, or its value makes no sense.
+    A setting that is unknown, or whose value makes no sense, is a RefineError.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     known = (*vars(GenerationConfig()), *LM_EVAL_SETTINGS)
@@ -185,20 +163,14 @@ def _special(normal: dict[str, Any], own: GenerationConfig) -> bool:
 
 def _decoding(normal: dict[str, Any], own: GenerationConfig, seed: int) -> Decoding:
     if not normal["do_sample"]:
-        unused = [
-            name for name, neutral in (("top_k", (0, 1, 50)), ("top_p", (1,))) if normal.get(name, neutral[0]) not in neutral
-        ]
-        if unused:
-            warning_once(
-                logger, f"answers are greedy, so {' and '.join(unused)} changes nothing: set temperature above 0 to sample"
-            )
+        neutral = {"top_k": (0, 1, 50), "top_p": (1,)}
+        if unused := [name for name, values in neutral.items() if normal.get(name, values[0]) not in values]:
+            warning_once(logger, f"answers are greedy, so {' and '.join(unused)} changes nothing: set a temperature to sample")
         return Decoding()
     top_k = next(value for value in (normal.get("top_k"), own.top_k, 50) if value is not None)
     top_p = next(value for value in (normal.get("top_p"), own.top_p, 1.0) if value is not None)
     if not normal["temperature"] > 0:
-        raise RefineError(
-            f"do_sample=True needs a temperature above 0, got {normal['temperature']}: give temperature=1.0, or do_sample=False for greedy"
-        )
+        raise RefineError(f"do_sample=True needs a temperature above 0, got {normal['temperature']}; set one, or do_sample=False")
     if not 0 < float(top_p) <= 1:
         raise RefineError(f"top_p must be above 0 and at most 1, got {top_p}")
     decoding = Decoding(False, normal["temperature"], top_k, seed, float(top_p))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
@@ -26,49 +28,43 @@ def log_likelihoods(
 ) -> list[tuple[float, bool]]:
     """Return the log-probability of each pair's continuation, and whether it is the greedy one.
 
-    Rows are padded on the right and have lengths, so that batching changes nothing. Logits are computed only where they count.
-
-    Raises:
-        RefineError: a pair has no context or no continuation.
+    Rows are padded on the right and have lengths, so that batching changes nothing. Logits are computed only where they count. A pair
+    without a context or a continuation is a RefineError.
     """
     for i, (context, continuation) in enumerate(pairs):
         if not context or not continuation:
             raise RefineError(f"pair {i} has {len(context)} context and {len(continuation)} continuation tokens; both need one")
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     likelihoods: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    start = 0
-    while start < len(order):
-        width = sum(map(len, pairs[order[start]]))
-        batch = order[start : start + max(1, batch_tokens // width)]
-        start += len(batch)
-        rows = [torch.tensor([*pairs[i][0], *pairs[i][1]]) for i in batch]
-        lengths = torch.tensor([len(r) for r in rows], device=model.device)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
-        for row, i in enumerate(batch):
-            n, k = len(rows[row]), len(pairs[i][1])
-            logits = model.lm_head(hidden[row, n - k - 1 : n - 1])
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            truth = ids[row, n - k : n]
+    while order:
+        size = max(1, batch_tokens // sum(map(len, pairs[order[0]])))
+        batch, order = order[:size], order[size:]
+        for i, (logits, truth) in zip(batch, continuation_logits(model, [pairs[i] for i in batch]), strict=True):
             log_p = logits.log_softmax(-1).gather(-1, truth[:, None]).sum()
             likelihoods[i] = (float(log_p), bool((logits.argmax(-1) == truth).all()))
         if on_batch is not None:
-            on_batch(int(lengths.sum()))
+            on_batch(sum(len(context) + len(continuation) for context, continuation in (pairs[i] for i in batch)))
     return likelihoods
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def continuation_logits(model: CausalModel, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run pairs in one batch. Yield for each the logits [K, V], at least float32, of its continuation, and the continuation [K]."""
+    rows = [torch.tensor([*context, *continuation]) for context, continuation in pairs]
+    lengths = torch.tensor([len(r) for r in rows], device=model.device)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+    hidden = model.model(ids, lengths=lengths, use_cache=False).last_hidden_state
+    for row, h, (context, continuation) in zip(ids, hidden, pairs, strict=True):
+        first, end = len(context), len(context) + len(continuation)
+        logits = model.lm_head(h[first - 1 : end - 1])
+        yield logits.to(torch.promote_types(logits.dtype, torch.float32)), row[first:end]
 
 
 @dataclass(frozen=True)
 class ChoiceExample:
-    """Hold one example of a short-context task.
+    """Hold one example of a short-context task: a context and a continuation for each choice, and the index of the right one.
 
-    Attributes:
-        pairs: (context, continuation) for each choice.
-        choices: the text of each choice, by whose length `acc_norm` divides.
-        label: the index of the right choice.
-        where: the file and the row, for errors.
+    `acc_norm` divides by the length of the choices' text; `where` names the file and the row in errors.
     """
 
     id: str
@@ -82,16 +78,16 @@ Parts = tuple[list[tuple[str, str]], list[str], int]  # pairs, choices, label
 
 
 def _question(row: Mapping[str, object]) -> Parts:
-    question, choices = _text(row, "question"), _choices(row)
-    return [(f"Question: {question}\nAnswer:", f" {c}") for c in choices], choices, _label(row, choices)
+    question, (choices, label) = _text(row, "question"), _choices(row)
+    return [(f"Question: {question}\nAnswer:", f" {c}") for c in choices], choices, label
 
 
 def _blank(row: Mapping[str, object]) -> Parts:
     before, blank, after = _text(row, "sentence").partition("_")
     if not blank:
         raise RefineError("no blank `_` in the sentence")
-    choices = _choices(row)
-    return [(before + c, f" {after.strip()}") for c in choices], choices, _label(row, choices)
+    choices, label = _choices(row)
+    return [(before + c, f" {after.strip()}") for c in choices], choices, label
 
 
 def _last_word(row: Mapping[str, object]) -> Parts:
@@ -99,9 +95,7 @@ def _last_word(row: Mapping[str, object]) -> Parts:
 
 
 TASKS: dict[str, tuple[Callable[[Mapping[str, object]], Parts], tuple[str, ...]]] = {
-    "piqa": (_question, ("question", "choices", "label")),
-    "arc_easy": (_question, ("question", "choices", "label")),
-    "arc_challenge": (_question, ("question", "choices", "label")),
+    **dict.fromkeys(("piqa", "arc_easy", "arc_challenge"), (_question, ("question", "choices", "label"))),
     "winogrande": (_blank, ("sentence", "choices", "label")),
     "lambada_openai": (_last_word, ("context", "target")),
 }
@@ -115,21 +109,18 @@ def _text(row: Mapping[str, object], name: str) -> str:
     return value
 
 
-def _choices(row: Mapping[str, object]) -> list[str]:
+def _choices(row: Mapping[str, object]) -> tuple[list[str], int]:
+    """Return a row's choices and the number of the right one."""
     if not isinstance(row["choices"], list | tuple) or len(row["choices"]) < 2:
         raise RefineError(f"choices is {row['choices']!r:.60}; expected a list of two or more texts")
     choices = [as_text(c) for c in row["choices"]]
-    if not all(c.strip() for c in choices):
-        raise RefineError(f"choice {next(i for i, c in enumerate(choices) if not c.strip())} is empty; expected text")
-    return choices
-
-
-def _label(row: Mapping[str, object], choices: Sequence[str]) -> int:
+    if empty := [i for i, c in enumerate(choices) if not c.strip()]:
+        raise RefineError(f"choice {empty[0]} is empty; expected text")
     if isinstance(row["label"], bool) or not str(row["label"]).lstrip("-").isdecimal():
         raise RefineError(f"label is {row['label']!r:.60}; expected the number of a choice, counted from 0")
     if not 0 <= (label := int(str(row["label"]))) < len(choices):
         raise RefineError(f"label {label} is not one of {len(choices)} choices (counted from 0)")
-    return label
+    return choices, label
 
 
 def as_ours(row: Mapping[str, object]) -> dict[str, object]:
@@ -155,11 +146,7 @@ def as_ours(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_choices(name: str, folder: str) -> list[ChoiceExample]:
-    """Read the rows of `folder/NAME.jsonl` (or .parquet, or of a file that is named itself), in our layout or the hub's.
-
-    Raises:
-        RefineError: a file or column is missing, or a row, named by its number, is malformed.
-    """
+    """Read the rows of `folder/NAME.jsonl` (or .parquet, or of a file that is named itself), in our layout or the hub's."""
     make, columns = TASKS[name]
     path = Path(folder)
     files = [path] if path.is_file() else sorted(p for p in path.glob(f"{name}.*") if p.suffix in (".jsonl", ".json", ".parquet"))
@@ -188,10 +175,8 @@ def score_choices(example: ChoiceExample, likelihoods: Sequence[tuple[float, boo
         return {"acc": float(likelihoods[0][1]), "log_p": likelihoods[0][0]}
     log_p = [x for x, _ in likelihoods]
     per_character = [x / len(c) for x, c in zip(log_p, example.choices, strict=True)]
-    return {
-        "acc": float(max(range(len(log_p)), key=log_p.__getitem__) == example.label),
-        "acc_norm": float(max(range(len(log_p)), key=per_character.__getitem__) == example.label),
-    }
+    figures = {"acc": log_p, "acc_norm": per_character}
+    return {figure: float(scores.index(max(scores)) == example.label) for figure, scores in figures.items()}
 
 
 def choice_scores(
@@ -203,14 +188,11 @@ def choice_scores(
 ) -> Iterator[tuple[ChoiceExample, dict[str, float], list[tuple[float, bool]]]]:
     """Yield each example with its scores and the likelihoods of its choices, 64 examples at a time."""
     for start in range(0, len(examples), 64):
-        part = examples[start : start + 64]
-        pairs = []
+        part, pairs = examples[start : start + 64], []
         for e in part:
             with in_row(e.where or e.id):
                 pairs += [encode_pair(tokenizer, *pair) for pair in e.pairs]
-        likelihoods = log_likelihoods(model, pairs, batch_tokens, on_tokens)
-        at = 0
+        likelihoods = iter(log_likelihoods(model, pairs, batch_tokens, on_tokens))
         for e in part:
-            own = likelihoods[at : at + len(e.pairs)]
-            at += len(e.pairs)
+            own = list(islice(likelihoods, len(e.pairs)))
             yield e, score_choices(e, own), own

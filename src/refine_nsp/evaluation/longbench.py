@@ -50,12 +50,9 @@ _ARTICLE = (
 
 @dataclass(frozen=True)
 class LongBenchTask:
-    """Define a task.
+    """Define a task: its template with {context} and {input}, the tokens of an answer, and its metric.
 
-    Attributes:
-        prompt: a template with {context} and {input}.
-        budget: tokens of an answer.
-        first_line: whether only the first line is scored, since models continue few-shot prompts with further examples.
+    Of some only the first line is scored, since models continue few-shot prompts with further examples.
     """
 
     prompt: str
@@ -125,12 +122,8 @@ PAPER_TASKS = tuple(t for t in TASKS if t not in ("gov_report", "multi_news"))
 def read_longbench(tasks: Sequence[str], source: str | None = None) -> dict[str, list[Example]]:
     """Read the examples of tasks from a folder of LongBench's files or from a data set of the hub.
 
-    Args:
-        source: a folder with `TASK*.parquet` or `TASK*.jsonl` (in itself, or in `data/`, or in a folder for each task), or the name of a
-            data set of the hub that has a configuration for each task; default: `HUB_NAME`.
-
-    Raises:
-        RefineError: a task is unknown, has no file or several, lacks columns or answers, or the hub is out of reach.
+    The folder has `TASK*.parquet` or `TASK*.jsonl` (in itself, or in `data/`, or in a folder for each task), the data set a configuration
+    for each task (default: `HUB_NAME`). A RefineError names a task that is unknown, has no file or several, or lacks columns or answers.
     """
     examples = {}
     for name in tasks:
@@ -146,13 +139,8 @@ def _rows(name: str, source: str) -> Iterable[Mapping[str, object]]:
     if folder.is_dir():
         return [row for file in _files_of(name, folder) for row in read_documents(str(file), ("prompt", "context"), split="test")]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise RefineError(
-            f"--longbench must be a folder of TASK.parquet or TASK.jsonl files, or a data set of the hub such as {HUB_NAME}, got {source}"
-        )
-    return _from_hub(name, source)
-
-
-def _from_hub(name: str, source: str) -> Iterable[Mapping[str, object]]:
+        expected = f"a folder of TASK.parquet or TASK.jsonl files, or a data set of the hub such as {HUB_NAME}"
+        raise RefineError(f"--longbench must be {expected}, got {source}")
     try:
         try:
             return load_dataset(source, name, split="test")
@@ -161,16 +149,14 @@ def _from_hub(name: str, source: str) -> Iterable[Mapping[str, object]]:
                 raise
             return load_dataset(source, name, split="test", revision=CONVERTED)
     except Exception as error:  # the network, and a missing name, configuration or branch, each raise their own kind
-        raise RefineError(
-            f"the hub did not give LongBench's {name} from {source} ({first_line(error)}); name a folder of its files with --longbench"
-        ) from error
+        seen = f"the hub did not give LongBench's {name} from {source} ({first_line(error)})"
+        raise RefineError(f"{seen}; name a folder of its files with --longbench") from error
 
 
 def _files_of(name: str, folder: Path) -> list[Path]:
     """Find the file of a task, or all its shards."""
     inside = sorted(p for p in (folder / name).rglob("*") if p.suffix in ENDINGS)
-    places = [p for p in (folder, folder / "data") if p.is_dir()]
-    beside = sorted(p for place in places for p in place.iterdir() if p.suffix in ENDINGS)
+    beside = sorted(p for place in (folder, folder / "data") for p in place.glob("*") if p.suffix in ENDINGS)
     mine = [p for p in beside if _belongs(p.stem, name)]
     found = inside or [p for p in mine if p.stem == name] or mine
     if not found and (found := [p for p in beside if _belongs(p.stem, f"{name}_e")]):

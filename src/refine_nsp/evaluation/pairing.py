@@ -27,15 +27,14 @@ def pair_up(
 ) -> tuple[list[TaskPairs], list[str]]:
     """Pair what two evaluations have in common. Return the pairs of each task, and sentences to print under a comparison.
 
-    Raises:
-        RefineError: they share no task, a task has no shared example, or one id stands for different questions.
+    A RefineError says that they share no task, or no example of a task, or that one id stands for different questions.
     """
     others, notes = {r.name: r for r in b}, []
     shared = [r for r in a if r.name in others]
     if not shared:
+        near = closest(a[0].name, others) if a else ""
         raise RefineError(
-            f"the two evaluations have no task in common: {', '.join(r.name for r in a)} and {', '.join(others)}"
-            + (closest(a[0].name, others) if a else "")
+            f"the two evaluations have no task in common: {', '.join(r.name for r in a)} and {', '.join(others)}{near}"
         )
     differences = differing_settings(settings_a or {}, settings_b or {})
     if differences:
@@ -60,13 +59,11 @@ def pair_up(
 
 def differing_settings(a: Settings, b: Settings) -> list[str]:
     """Name each setting that differs, with both values, except the checksum of the weights, which differs by design."""
-    known = asdict(EvaluationArguments())
-
-    def shown(settings: Settings, name: str) -> str:
-        return repr(settings[name]) if name in settings else f"{known[name]!r}" if name in known else "its default"
-
+    known = {name: repr(value) for name, value in asdict(EvaluationArguments()).items()}
+    x, y = (known | {name: repr(value) for name, value in settings.items()} for settings in (a, b))
     names = [name for name in dict.fromkeys((*a, *b)) if name != "weights"]
-    return [f"{name} {x} and {y}" for name in names for x, y in [(shown(a, name), shown(b, name))] if x != y]
+    both = [(name, x.get(name, "its default"), y.get(name, "its default")) for name in names]
+    return [f"{name} {mine} and {theirs}" for name, mine, theirs in both if mine != theirs]
 
 
 def _pairs(mine: TaskResult, theirs: TaskResult, differences: Sequence[str]) -> list[tuple[Row, Row]]:
@@ -74,9 +71,8 @@ def _pairs(mine: TaskResult, theirs: TaskResult, differences: Sequence[str]) -> 
     pairs = [(row, there[row.id]) for row in mine.rows if row.id in there]
     where = f"; their settings differ: {'; '.join(differences)}" if differences else ""
     if not pairs:
-        raise RefineError(
-            f"{mine.name}: the two evaluations share no example (one has {mine.rows[0].id!r}, the other {theirs.rows[0].id!r}){where}"
-        )
+        seen = f"one has {mine.rows[0].id!r}, the other {theirs.rows[0].id!r}"
+        raise RefineError(f"{mine.name}: the two evaluations share no example ({seen}){where}")
     cut_otherwise = any(d.startswith("max_prompt_tokens ") for d in differences)
     for x, y in pairs:
         if reason := _other_question(x, y, cut_otherwise):

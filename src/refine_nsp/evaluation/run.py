@@ -30,12 +30,9 @@ REMEDIES = {"evaluation": "lower batch_tokens or lengths"}
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Hold what a task gave.
+    """Hold what a task gave: its examples in order, an estimate for each figure, and notes to stand under a table of it.
 
-    Attributes:
-        rows: all examples, in the task's order.
-        estimates: an estimate for each figure, the main one first, as fractions of 1 (or nats).
-        notes: sentences that belong under a table of the task, such as what was left out.
+    Estimates are fractions of 1 (or nats), the main figure's first.
     """
 
     name: str
@@ -49,11 +46,7 @@ def evaluate(
 ) -> list[TaskResult]:
     """Answer the examples that have no answer yet, then summarise all.
 
-    Args:
-        settings: what the answers depend on. A folder with other settings is refused, so that no answers of two kinds are mixed.
-
-    Raises:
-        RefineError: the folder belongs to another evaluation.
+    Answers depend on the settings. A folder with others is refused by a RefineError, so that no answers of two kinds are mixed.
     """
     state = process_state()
     with state.main_process_first():
@@ -64,16 +57,11 @@ def evaluate(
     for task in tasks:
         answer_missing(task, missing[task.name], context, out, state, quiet)
     state.wait_for_everyone()
-    results = [
-        summarise(task.name, [rows[i] for i in task.questions()], task.notes)
-        for task in tasks
-        for rows in [read_rows(out, task.name)]
-    ]
+    answers = {task.name: read_rows(out, task.name) for task in tasks}
+    results = [summarise(task.name, [answers[task.name][i] for i in task.questions()], task.notes) for task in tasks]
     if state.is_main_process:
-        seconds = time.monotonic() - started
-        write_atomically(
-            out / "results.json", json.dumps({"seconds": seconds, "tasks": [as_json(r) for r in results]}, indent=1) + "\n"
-        )
+        record = {"seconds": time.monotonic() - started, "tasks": [as_json(r) for r in results]}
+        write_atomically(out / "results.json", json.dumps(record, indent=1) + "\n")
     return results
 
 
@@ -84,8 +72,7 @@ def claim_folder(out: Path, settings: dict[str, object]) -> None:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
         return
     known = read_json(path, "the settings of an evaluation")
-    changed = sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k))
-    if changed:
+    if changed := sorted(k for k in {*known, *wanted} if known.get(k) != wanted.get(k)):
         shown = "; ".join(f"{k} was {known.get(k)!r}, now {wanted.get(k)!r}" for k in changed[:3])
         raise RefineError(f"{out} holds an evaluation with other settings ({shown}); choose another --output_dir, or remove it")
 
@@ -129,9 +116,8 @@ def rows_path(out: Path, task: str, rank: int | None) -> Path:
 def read_rows(out: Path, task: str) -> dict[str, Row]:
     """Read all rows of a task, of every process, by id."""
     first = rows_path(out, task, None)
-    files = [first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))]
     rows: dict[str, Row] = {}
-    for path in files:
+    for path in (first, *sorted(first.parent.glob(f"{first.stem}.rank*.jsonl"))):
         for record in read_json_lines(path):
             with expecting("an answer with its scores on every line", path):
                 row = Row(**record)
@@ -171,12 +157,11 @@ def as_json(result: TaskResult) -> dict[str, object]:
 
 def read_results(out: Path) -> list[TaskResult]:
     """Read a finished evaluation. Raises RefineError when the folder holds none."""
-    path = out / "results.json"
+    path, what = out / "results.json", "what an evaluation found"
     if not path.exists():
         raise RefineError(f"{out} holds no finished evaluation (results.json); run `refine-nsp evaluate` with that --output_dir")
-    with expecting("what an evaluation found", path):
-        tasks = read_json(path, "what an evaluation found")["tasks"]
-        notes = {str(t["name"]): [str(note) for note in t.get("notes", [])] for t in tasks}
+    with expecting(what, path):
+        notes = {str(t["name"]): [str(note) for note in t.get("notes", [])] for t in read_json(path, what)["tasks"]}
     return [summarise(name, list(read_rows(out, name).values()), said) for name, said in notes.items()]
 
 

@@ -57,12 +57,8 @@ def t_quantile(degrees_of_freedom: float) -> float:
 def estimate(values: Sequence[float], weights: Sequence[float] | None = None, bounds: Bounds | None = None) -> Estimate:
     """Estimate a mean from examples, weighted where they count differently (the tokens of a document).
 
-    Args:
-        bounds: the least and the greatest possible value, by which the interval is cut. By default it is not cut, and values that all lie
-            between 0 and 1 are taken for shares.
-
-    Raises:
-        RefineError: there is no value, or weights are not one positive number for each value.
+    `bounds`, the least and the greatest possible value, cut the interval. By default it is not cut, and values that all lie between 0 and 1
+    are taken for shares. A RefineError says that there is no value, or not one positive weight for each.
     """
     x, w = _checked(values, weights)
     n, mean = len(x), float(w @ x / w.sum())
@@ -121,18 +117,13 @@ def _interval_without_spread(value: float, n: float, bounds: Bounds) -> tuple[fl
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return the mean of a few differences (one for each seed) and half the width of its 95 % t-interval, nan with one difference."""
     x, _ = _checked(differences, None)
-    n = len(x)
-    half = t_quantile(n - 1) * float(x.std(ddof=1)) / n**0.5 if n > 1 else math.nan
+    half = t_quantile(len(x) - 1) * float(x.std(ddof=1)) / len(x) ** 0.5 if len(x) > 1 else math.nan
     return float(x.mean()), half
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold b - a over the same n examples, with its 95 % interval and the two-sided p of the sign-flip test.
-
-    Attributes:
-        won, lost: the number of examples in which b is higher, and lower.
-    """
+    """Hold b - a over the same n examples, its 95 % interval, the two-sided p of the sign-flip test, and in how many b won and lost."""
 
     difference: float
     low: float
@@ -152,11 +143,8 @@ def compare_pairs(
     Under the null hypothesis the sign of each difference is a coin toss. Up to 16 pairs every assignment of signs is counted, beyond
     that `flips` are drawn; the observed one is among them, so p is never 0.
 
-    Args:
-        bounds: the least and the greatest value of one run's figure, so that its differences are bounded too.
-
-    Raises:
-        RefineError: there is no pair, or the runs or weights are of different lengths.
+    `bounds` are the least and the greatest value of one run's figure, so that its differences are bounded too. A RefineError says that
+    there is no pair, or that runs or weights are of different lengths.
     """
     if len(a) != len(b):
         raise RefineError(f"pairs need as many values in both runs, got {len(a)} and {len(b)}")

@@ -29,8 +29,8 @@ from refine_nsp.prompts.read_twice import MarkedPrompt, find_context, mark_conte
 from refine_nsp.text.reading import read_documents
 
 PUBLISHED_BUDGET = 32
-PUBLISHED_DECODING = Decoding(greedy=False, temperature=1.0, top_k=50)
 Scores = dict[str, float]
+Score = Callable[[str, Sequence[str]], Scores]  # the figures of an answer, given its references
 
 
 class AdaptationCost(Protocol):
@@ -51,12 +51,9 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the outcome of one example.
+    """Hold the outcome of one example: figures by name, the main one first, and how much it counts in a mean (a document's targets).
 
-    Attributes:
-        scores: figures by name, the main one first.
-        weight: how much the example counts in a mean (the targets of a document).
-        question: the digest of what was asked, by which two runs are compared; empty in folders of earlier releases.
+    `question` is the digest of what was asked, by which two runs are compared; empty in folders of earlier releases.
     """
 
     id: str
@@ -104,15 +101,11 @@ class Task(Protocol):
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]: ...
 
 
-# --- tasks whose answers are generated --------------------------------------------------------------------------------
-
-
 @dataclass
 class GenerationTask:
     """Let the model answer prompts, and score each answer.
 
     Attributes:
-        score: the figures of one answer, given its references.
         add_bos, cut: how prompts become tokens; the paper's code gives them no special tokens and cuts long ones on the right.
         read_twice: whether a prompt's context is given twice before its question. What `max_prompt_tokens` limits, and what test-time
             training adapts to, is the prompt as it is read once.
@@ -120,7 +113,7 @@ class GenerationTask:
 
     name: str
     examples: list[Example]
-    score: Callable[[str, Sequence[str]], Scores]
+    score: Score
     decoding: Decoding = field(default_factory=Decoding)
     max_prompt_tokens: int = 0
     add_bos: bool = True
@@ -135,11 +128,10 @@ class GenerationTask:
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find, before any prompt is answered, a conversation that the template refuses and a context that cannot be read twice."""
         for key, e in enumerate(self.examples):
-            if self.read_twice or not isinstance(e.prompt, str):
-                with in_row(self._where(key)):
-                    text = self._text(e, tokenizer)
-                    if self.read_twice:
-                        find_context(text, e.context)
+            with in_row(self._where(key)):
+                text = self._text(e, tokenizer)
+                if self.read_twice:
+                    find_context(text, e.context)
 
     def rows(self, wanted: Sequence[str], context: Context) -> Iterator[Row]:
         """Answer prompts and score the answers. With `context.adapter` each prompt is answered by the weights adapted to it."""
@@ -173,11 +165,8 @@ class GenerationTask:
                 seconds = time.perf_counter() - clock
             last = context.adapter.last
             assert last is not None
-            context.cost = {
-                "adapt_seconds": last.seconds / len(batch),
-                "answer_seconds": seconds / len(batch),
-                "extra_bytes": last.extra_bytes / len(batch),
-            }
+            cost = {"adapt_seconds": last.seconds, "answer_seconds": seconds, "extra_bytes": last.extra_bytes}
+            context.cost = {name: total / len(batch) for name, total in cost.items()}
             context.on_tokens(sum(map(len, rows)))
             yield list(zip(batch, tokens, strict=True))
 
@@ -195,9 +184,7 @@ class GenerationTask:
         encode = partial(encode_prompt if self.add_bos else encode_text, tokenizer)
         with in_row(self._where(key)):
             text = self._text(e, tokenizer)
-            marked = MarkedPrompt(encode(text), 0, 0)
-            if self.read_twice:
-                marked = mark_context(encode, text, find_context(text, e.context))
+            marked = mark_context(encode, text, find_context(text, e.context) if self.read_twice else (0, 0))
             if not marked.ids:
                 raise RefineError("the prompt has no token that the tokenizer knows")
             return marked.cut(self.cut, self.max_prompt_tokens) if self.max_prompt_tokens else marked
@@ -224,18 +211,15 @@ def truncate_right(ids: Sequence[int], limit: int) -> list[int]:
     return list(ids[:limit])
 
 
-def _match_scores(main: str) -> Callable[[str, Sequence[str]], Scores]:
+def _match_scores(main: str) -> Score:
     """Make a function that scores an answer by the metric `main` first, then by any and by fraction of its references."""
     order = [main, *(m for m in ("any_match", "fraction_match") if m != main)]
     return lambda output, references: {m: MATCHES[m](output, references) for m in order}
 
 
-def _longbench_scores(name: str, published: bool) -> Callable[[str, Sequence[str]], Scores]:
+def _longbench_scores(name: str, published: bool) -> Score:
     metric, function = longbench.TASKS[name].metric_name, longbench.published_score if published else longbench.score
     return lambda output, references: {metric: function(name, output, references)}
-
-
-# --- the others -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -278,8 +262,7 @@ class DocumentTask:
         for key in wanted:
             index = int(key.rsplit("-", 1)[1])
             where = f"{a.documents}, row {index}: document {index}"
-            ids = context.tokenizer(self.texts[index])["input_ids"]
-            ids = ids[: a.document_tokens] if a.document_tokens else ids
+            ids = context.tokenizer(self.texts[index])["input_ids"][: a.document_tokens or None]
             if self.name == "ntp":
                 if len(ids) < 2:
                     raise RefineError(f"{where} has {len(ids)} tokens; next-token figures need 2")
@@ -295,21 +278,14 @@ class DocumentTask:
                 yield Row(key, "", [], scores, 1.0, {"tokens": len(ids)})
 
 
-# --- by name ----------------------------------------------------------------------------------------------------------
-
-
 def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
-    """Build the tasks that are asked for, with their examples.
-
-    Raises:
-        RefineError: something is missing or malformed. It is raised before any model runs.
-    """
+    """Build the tasks that are asked for, with their examples. What is missing or malformed is a RefineError, before a model runs."""
     arguments.check()
     names = arguments.names()
     a, published = arguments, arguments.protocol == "published"
     tasks: dict[str, Task] = {}
 
-    def generation(name: str, examples: list[Example], score: Callable[[str, Sequence[str]], Scores], as_paper: bool) -> None:
+    def generation(name: str, examples: list[Example], score: Score, as_paper: bool) -> None:
         examples = examples[: a.limit or None]
         task = GenerationTask(name, examples, score, max_prompt_tokens=a.max_prompt_tokens, read_twice=a.read_twice)
         if as_paper:
@@ -318,8 +294,7 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
         task.check(tokenizer)
         tasks[name] = task
 
-    wanted = [n for n in names if n in ruler.TASKS]
-    if wanted:
+    if wanted := [n for n in names if n in ruler.TASKS]:
         qa = {t: read_qa(source) for t, source in (("qa_1", a.squad), ("qa_2", a.hotpotqa)) if t in wanted and source is not None}
         sources = ruler.Sources(ruler.essay_words(a.essays, a.text_column), qa)
         left_out: dict[str, list[str]] = {}
@@ -329,10 +304,8 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
             score = _published_qa if as_paper else _match_scores("any_match" if name in ruler.QA_TASKS else "fraction_match")
             generation(name, examples, score, as_paper)
             tasks[name].notes.extend(left_out.get(name, []))
-    wanted = [n for n in names if n in longbench.TASKS]
-    if wanted:
-        for name, examples in longbench.read_longbench(wanted, a.longbench).items():
-            generation(name, examples, _longbench_scores(name, published), published)
+    for name, examples in longbench.read_longbench([n for n in names if n in longbench.TASKS], a.longbench).items():
+        generation(name, examples, _longbench_scores(name, published), published)
     if "prompts" in names:
         if a.prompts is None:
             raise RefineError("the task `prompts` needs a file: --prompts")
@@ -342,20 +315,19 @@ def build_tasks(arguments: EvaluationArguments, tokenizer: PreTrainedTokenizerBa
         if a.short_context is None:
             raise RefineError(f"{name} needs a folder with {name}.jsonl: --short_context (or `lm_eval:{name}` with the hub)")
         choices = likelihood.read_choices(name, a.short_context)
-        tasks[name] = ChoiceTask(name, choices[: a.limit] if a.limit else choices)
-    documents = [n for n in names if n in GROUPS["documents"]]
-    if documents:
+        tasks[name] = ChoiceTask(name, choices[: a.limit or None])
+    if documents := [n for n in names if n in GROUPS["documents"]]:
         if a.documents is None:
             raise RefineError(f"{documents[0]} needs text: --documents")
         texts = _read_texts(a.documents, a.text_column, a.limit)
-        for name in documents:
-            tasks[name] = DocumentTask(name, texts, a)
+        tasks |= {name: DocumentTask(name, texts, a) for name in documents}
     return list(tasks.values())
 
 
 def _read_texts(documents: str, column: str, limit: int) -> list[str]:
     """Read the text of each document, of at most `limit` where that is not 0."""
     texts = list(read_documents(documents, (column,), split="test", also=(), as_found=True)[column])[: limit or None]
-    if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
-        raise RefineError(f"{documents}, row {odd}: {column} is {str(texts[odd])[:60]!r}; expected text in every row")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RefineError(f"{documents}, row {i}: {column} is {str(text)[:60]!r}; expected text in every row")
     return texts

@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
-from functools import lru_cache
 
 from rouge import Rouge
 
@@ -32,8 +31,7 @@ TREC_CLASSES = (
 
 # With Python's limit of 1,000 nested calls upstream's script scores sentences of up to 990 words, and so does this module.
 ROUGE_CALLS = 999
-
-# --- RULER ------------------------------------------------------------------------------------------------------------
+ROUGE = Rouge(metrics=["rouge-l"])
 
 
 def fraction_match(output: str, references: Sequence[str]) -> float:
@@ -58,9 +56,6 @@ def published_any_match(output: str, references: Sequence[str]) -> float:
 def split_references(references: Sequence[str]) -> list[str]:
     """Join references by "|" and split them there again, as the paper's code does, which cuts those that hold one."""
     return "|".join(references).split("|")
-
-
-# --- LongBench --------------------------------------------------------------------------------------------------------
 
 
 def normalize_answer(text: str) -> str:
@@ -98,7 +93,7 @@ def _rouge_pair(output: str, reference: str) -> float:
     # not depend on how deep in other calls it is scored, so the limit is counted from here.
     sys.setrecursionlimit(_depth() + ROUGE_CALLS)
     try:
-        return float(_rouge().get_scores([output], [reference])[0]["rouge-l"]["f"])
+        return float(ROUGE.get_scores([output], [reference])[0]["rouge-l"]["f"])
     except (ValueError, RecursionError):  # ValueError: "Hypothesis is empty."
         return 0.0
     finally:
@@ -111,11 +106,6 @@ def _depth() -> int:
     while frame.f_back is not None:
         frame, depth = frame.f_back, depth + 1
     return depth
-
-
-@lru_cache(maxsize=1)
-def _rouge() -> Rouge:
-    return Rouge(metrics=["rouge-l"])
 
 
 def classification(output: str, references: Sequence[str], classes: Sequence[str] = TREC_CLASSES) -> float:
@@ -149,16 +139,11 @@ def first_code_line(output: str) -> str | None:
 def best_similarity(text: str, references: Sequence[str]) -> float:
     """Return the best similarity of a text to a reference, in whole percent, as fuzzywuzzy's `ratio` gives it without python-Levenshtein.
 
-    It is difflib's ratio of matching characters, which is not an edit distance, and which leaves out frequent characters of a reference of
-    200 characters and more. Two empty texts are equal.
+    It is difflib's ratio of matching characters, no edit distance, which leaves out frequent ones of references of 200 characters or more.
     """
-    return max((_similarity(text, r) for r in references), default=0.0)
-
-
-def _similarity(text: str, reference: str) -> float:
-    if text == reference:
+    if text in references:
         return 1.0
-    return round(100 * SequenceMatcher(None, text, reference).ratio()) / 100
+    return max((round(100 * SequenceMatcher(None, text, r).ratio()) / 100 for r in references), default=0.0)
 
 
 MATCHES: dict[str, Metric] = {"any_match": any_match, "fraction_match": fraction_match, "f1": qa_f1, "exact_match": exact_match}

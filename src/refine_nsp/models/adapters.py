@@ -1,19 +1,17 @@
 """Find LoRA adapters as PEFT writes them, check them, and put them on the model they were trained for.
 
-A folder with adapter_config.json holds no model: it names its base, which may be such a folder again. It is read as models are: JSON and
-safetensors, nothing that could run code.
+A folder with adapter_config.json holds no model: it names its base, which may be such a folder again.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,11 +21,13 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from refine_nsp.errors import RefineError, first_line
+from refine_nsp.files import expecting, read_json
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.weight_names import without_wrappers
 
 if TYPE_CHECKING:
     from peft import LoraModel, PeftConfig, PeftModel
+    from peft.tuners.lora import Linear, LoraLayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAME_BASE = (True, False, "gaussian", "orthogonal")  # init_lora_weights after which the base is still itself
@@ -41,7 +41,7 @@ ONE_NAME = "default"  # PEFT saves the adapter of this name in a run's folder it
 
 @dataclass(frozen=True)
 class Adapter:
-    """Names a checked adapter. where: as it was given; folder: the one with its two files; base, revision: the model it belongs on."""
+    """Names a checked adapter: where, as it was given, the folder with its two files, and the base, in a revision, that it belongs on."""
 
     where: str
     folder: Path
@@ -49,26 +49,10 @@ class Adapter:
     revision: str | None
 
 
-class AdaptedLayer(Protocol):
-    """States what is asked of a layer with LoRA, PEFT's `LoraLayer`, which is imported only where it is needed."""
-
-    lora_bias: Mapping[str, bool]
-    lora_dropout: Mapping[str, nn.Module]
-    lora_variant: Mapping[str, object]
-    active_adapters: Sequence[str]
-    disable_adapters: bool
-    merged: bool
-
-    def get_base_layer(self) -> nn.Linear: ...
-
-    def get_delta_weight(self, adapter: str) -> Tensor: ...
-
-
 def new_adapters(model: nn.Module, config: PeftConfig, seed: int) -> PeftModel:
     """Put new adapters by PEFT's config on a model. Their weights are drawn by `seed` alone: alike in every process and every run.
 
-    Raises:
-        RefineError: layers to adapt that the model does not have, or adapters that its folder could not be loaded with.
+    A RefineError for layers that the model does not have, or adapters that its folder could not be loaded with.
     """
     if (problem := problem_of(config.to_dict())) is not None:
         raise RefineError(f"peft_config asks for {problem}")
@@ -90,8 +74,7 @@ def _check_names(wrapped: PeftModel, config: PeftConfig) -> None:
     asked = {"target_modules": modules, "modules_to_save": modules, "target_parameters": parameters}
     for setting, there in asked.items():
         for name in [] if isinstance(given := config.to_dict().get(setting), str) else given or []:
-            last = name.rpartition(".")[2]
-            if not any(last in path.split(".") for path in there):
+            if not any(name.rpartition(".")[2] in path.split(".") for path in there):
                 raise RefineError(f"{setting} names {name!r}, which the model does not have; leave it out")
 
 
@@ -103,10 +86,7 @@ def _wrap(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def problem_of(settings: Mapping[str, object]) -> str | None:
-    """Say why adapters by a configuration of PEFT cannot be added to their base when a folder is loaded; None if they can.
-
-    An initialisation that changes the base is one reason: the folder names the base, which is still as it was.
-    """
+    """Say why adapters by a configuration of PEFT cannot be added to their base, which is as it was, when a folder is loaded; or None."""
     kind, initial = settings.get("peft_type"), settings.get("init_lora_weights", True)
     name = str(getattr(kind, "value", kind))
     unusual = [f"{field}={settings[field]!r}" for field in NOT_MERGEABLE if settings.get(field)]
@@ -120,17 +100,16 @@ def problem_of(settings: Mapping[str, object]) -> str | None:
 def check_adapters(wrapped: nn.Module | None) -> None:
     """Check that the model which a run ends with is the one that its folder loads as; tied weights are untied for that.
 
-    Raises:
-        RefineError: another kind than LoRA, several adapters, or a layer whose adapter the losses or the merged model would leave out.
+    A RefineError for another kind than LoRA, several adapters, or a layer whose adapter the losses or the merged model would leave out.
     """
     model = cast("PeftModel", wrapped)
     for config in model.peft_config.values():
         if (problem := problem_of(config.to_dict())) is not None:
             raise RefineError(f"the model has {problem}")
     if list(model.peft_config) != [ONE_NAME]:
+        names = ", ".join(model.peft_config)
         raise RefineError(
-            f"the model has the adapters {', '.join(model.peft_config)}; expected one, called {ONE_NAME}, which a run's folder is loaded "
-            "with: merge the others into the base first (merge_and_unload)"
+            f"the model has the adapters {names}; expected one, called {ONE_NAME}: merge the others first (merge_and_unload)"
         )
     if _untie(model):
         warnings.warn(
@@ -142,30 +121,27 @@ def check_adapters(wrapped: nn.Module | None) -> None:
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     if any(hasattr(layer, "token_adapter") for layer in model.modules()) and _adapted(embeddings, head):
         raise RefineError(
-            "trainable_token_indices cannot go with an adapter on the embeddings or the head, whose weight they are written into; leave "
-            "one of them out"
+            "trainable_token_indices cannot go with an adapter on the embeddings or the head: leave one of them out"
         )
     for name, layer in model.named_modules():
         own = name.removeprefix("base_model.model.")
         if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"):
-            _check_layer(own, cast(AdaptedLayer, layer), layer is head)
+            _check_layer(own, cast("LoraLayer", layer), layer is head)
         elif isinstance(layer, peft().utils.other.AuxiliaryTrainingWrapper):
             _check_called(own, layer.original_module)
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """Merge the adapters of PEFT's model into its base, and return that, whose parameters all learn.
-
-    One pass of PEFT leaves the layers alone that lie inside a module whose own parameters are adapted; so there may be a second.
-    """
+    """Merge the adapters of PEFT's model into its base, and return that, whose parameters all learn."""
     tuner = cast("LoraModel", model.base_model)
     plain = cast(PreTrainedModel, tuner.merge_and_unload())
+    # One pass leaves the layers alone that lie inside a module whose own parameters are adapted.
     while any(hasattr(layer, "lora_A") for layer in plain.modules()):
         plain = cast(PreTrainedModel, tuner.merge_and_unload())
     return plain.requires_grad_(True)
 
 
-def _check_layer(name: str, layer: AdaptedLayer, is_head: bool) -> None:
+def _check_layer(name: str, layer: LoraLayer, is_head: bool) -> None:
     """Raise a RefineError where a layer's adapter cannot be merged, or would not be part of the losses."""
     base = layer.get_base_layer()
     _check_called(name, base)
@@ -193,13 +169,10 @@ def _adapted(*layers: nn.Module) -> bool:
 
 
 def _untie(model: PeftModel) -> bool:
-    """Give embeddings and head a weight each where they share one and an adapter is on one of them.
-
-    Merged into a shared weight, the adapter would change both. Returns whether they were untied.
-    """
+    """Give embeddings and head a weight each where they share one and an adapter is on one of them; tell whether that was so."""
     base = cast(PreTrainedModel, without_adapters(model))
     layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    inner = [cast(AdaptedLayer, layer).get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
+    inner = [cast("LoraLayer", layer).get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
     if not _adapted(*layers) or inner[0].weight is not inner[1].weight:
         return False
     shared = cast(nn.Parameter, inner[0].weight)
@@ -213,9 +186,9 @@ def head_weight(model: CausalModel) -> Tensor:
     head = model.lm_head
     if not hasattr(head, "lora_A"):
         return cast(nn.Linear, head).weight
-    adapted = cast(AdaptedLayer, head)
+    adapted = cast("Linear", head)
     names = [] if adapted.disable_adapters or adapted.merged else adapted.active_adapters
-    return sum((adapted.get_delta_weight(name) for name in names), adapted.get_base_layer().weight)
+    return sum((adapted.get_delta_weight(name) for name in names), cast(nn.Linear, adapted.get_base_layer()).weight)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -224,19 +197,13 @@ def without_adapters(model: nn.Module) -> nn.Module:
 
 
 def find_adapter(where: str, revision: str | None = None) -> Adapter | None:
-    """Find the adapter of a folder or a hub name; None where that holds none.
-
-    Raises:
-        RefineError: an adapter without a base, without safetensors, or of a kind that cannot be merged into its base.
-    """
+    """Find the adapter of a folder or a hub name, or None; a RefineError for one that cannot be merged into its base."""
     file = _file(where, CONFIG, revision)
     if file is None:
         return None
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json(file, "a configuration of PEFT")
+    with expecting("a configuration of PEFT", file):
         base, _ = settings["base_model_name_or_path"], settings["peft_type"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise RefineError(f"{file} is not a configuration of PEFT: {first_line(error)}") from error
     if not isinstance(base, str) or not base:
         raise RefineError(f"{file} names no base: set base_model_name_or_path to the model that the adapter was trained on")
     if (problem := problem_of(settings)) is not None:
@@ -274,11 +241,7 @@ def peft() -> ModuleType:
 
 
 def attach(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
-    """Put an adapter on its base, by PEFT, ready to be trained on.
-
-    Raises:
-        RefineError: PEFT is not installed, or the adapter has not the layers or shapes of this base.
-    """
+    """Put an adapter on its base, ready to be trained on; a RefineError where it has not the layers or shapes of this base."""
     library = peft()
     try:
         config = library.LoraConfig.from_pretrained(str(adapter.folder))

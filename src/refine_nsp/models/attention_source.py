@@ -1,8 +1,4 @@
-"""Say what a source to be converted is, and refuse by the name of what differs whatever LaCT's layers cannot hold unchanged.
-
-LaCT's layer holds a Llama's weights as they are, so what counts as a source is decided by what a Llama computes: rotary positions over
-whole heads, RMS norms, SwiGLU, no bias but that of q, k and v.
-"""
+"""Say what a source to be converted is, and refuse by the name of what differs whatever LaCT's layers cannot hold unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +15,12 @@ from refine_nsp.models.blocks import SUPPORTED_ACTIVATIONS
 from refine_nsp.models.families import FAMILIES
 
 KINDS = ("llama", "mistral", "qwen2")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}  # and safetensors' names of them
 # Fields whose value, unless it is one of those given, makes a model compute what LaCT's layers do not.
 USUAL: dict[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "mlp_bias": (None, False), "partial_rotary_factor": (None, 1.0),
@@ -32,44 +33,24 @@ USUAL: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class AttentionSource:
-    """Holds an opened source.
+    """Holds an opened source, whose weights have transformers' names."""
 
-    Attributes:
-        name: as it was given.
-        config: of one of the `KINDS`, checked. dtype: the weights'.
-        shapes: those of its weights, by transformers' names.
-        read: returns the weight of a name.
-        carry: writes into a folder what belongs to a model besides its weights: tokenizer, generation config.
-        license: as the file names it, or None.
-    """
-
-    name: str
-    config: PreTrainedConfig
+    name: str  # as it was given
+    config: PreTrainedConfig  # of one of the `KINDS`, checked
     dtype: torch.dtype
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    carry: Callable[[Path], None]
-    license: str | None = None
-
-    @property
-    def window(self) -> int | None:
-        """Return how many tokens its attention sees at most; None where it sees all."""
-        return window_of(self.config)
-
-
-def checked_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype; raise a RefineError where it is none that models are trained in."""
-    if dtype not in DTYPES:
-        raise RefineError(f"the weights of {name} are {dtype}; expected {', '.join(map(str, DTYPES))}: save it dequantised first")
-    return dtype
+    read: Callable[[str], Tensor]  # returns the weight of a name
+    carry: Callable[
+        [Path], None
+    ]  # writes into a folder what belongs to a model besides its weights: tokenizer, generation config
+    license: str | None = None  # as the file names it
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
     """Return the sliding window of any of a model's layers, or None."""
     fields = config.to_dict()
     layers = fields.get("layer_types")
-    slides = fields.get("sliding_window") is not None and (layers is None or "sliding_attention" in layers)
-    return fields["sliding_window"] if slides else None
+    return fields.get("sliding_window") if layers is None or "sliding_attention" in layers else None
 
 
 def refuse_others(name: str, config: PreTrainedConfig) -> None:
@@ -78,13 +59,12 @@ def refuse_others(name: str, config: PreTrainedConfig) -> None:
     if kind in FAMILIES:
         raise RefineError(f"{name} is a fast-weight model already ({kind}); train it as it is")
     found = differences(config)
-    if kind in KINDS and not found:
-        return
-    which = f"its {kind!r} has {'; '.join(found)}" if found else f"{kind!r} is another architecture"
-    raise RefineError(
-        f"{name} cannot become a LaCT model unchanged: {which}; expected a decoder of kind {', '.join(KINDS)} with plain rotary "
-        "positions, RMS norms, SwiGLU and no bias but of q, k and v"
-    )
+    if found or kind not in KINDS:
+        which = f"its {kind!r} has {'; '.join(found)}" if found else f"{kind!r} is another architecture"
+        raise RefineError(
+            f"{name} cannot become a LaCT model unchanged: {which}; expected a decoder of kind {', '.join(KINDS)} with plain rotary "
+            "positions, RMS norms, SwiGLU and no bias but of q, k and v"
+        )
 
 
 def differences(config: PreTrainedConfig) -> list[str]:

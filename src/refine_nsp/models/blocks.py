@@ -1,15 +1,15 @@
-"""All fast-weight language models share these blocks, this layer loop and this language-model head.
+"""All fast-weight language models share these blocks, this layer loop and this language-model head; a family is a mixer.
 
-A family (DeltaNet, Gated DeltaNet, LaCT) is a mixer. Padding is dealt with once, in `layout.py`: real tokens are moved to the left, rows
-carry their lengths, and outputs are moved back, so that no mixer ever sees a pad between real tokens and none writes to a state. Lengths,
-offsets and positions are tensors on the host below that edge: they decide shapes, and asking a device for them in every layer would make
-the host wait in every layer.
+Padding is dealt with once, in `layout.py`: real tokens are moved to the left, rows carry their lengths, and outputs are moved back, so that
+no mixer sees a pad between real tokens. Lengths, offsets and positions are tensors on the host below that edge: they decide shapes, and
+asking a device for them would make the host wait in every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,61 +18,54 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.branches import Branches
-from refine_nsp.models.document_marks import MARKS, split_marks, takes_marks
-from refine_nsp.models.keywords import refuse_unknown
+from refine_nsp.models.document_marks import MARKS, marks_among, takes_marks
 from refine_nsp.models.layout import one_input, run_in_rows
-from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, Kept, as_asked
+from refine_nsp.models.outputs import FastWeightCausalLMOutput, FastWeightModelOutput, as_asked
 from refine_nsp.models.padding import Alignment, columns_to_tokens
 from refine_nsp.models.protocols import CausalModel, StateMixer, Trunk
-from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, TracedStates
+from refine_nsp.models.state import FastWeightCache, LayerState, LayerTrace, PrefixStates, states_after
 from refine_nsp.ops.kernels import chosen
-from refine_nsp.ops.norm import rms_norm
+from refine_nsp.ops.norm import rms_norm, rms_norm_gated
 from refine_nsp.ops.swiglu import swiglu
 
 SUPPORTED_ACTIVATIONS = ("swish", "silu")
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * weight over the last axis, with statistics in float32 or better."""
+    """Computes x / rms(x) * weight, times silu(gate) where there is one, over the last axis, with statistics in float32 or better."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps) if gate is None else rms_norm_gated(x, gate, self.weight, self.eps)
 
 
 class SwiGLUMLP(nn.Module):
-    """Computes down(silu(gate(x)) * up(x)).
+    """Computes down(silu(gate(x)) * up(x)), by default 2/3 * hidden_ratio * D wide, rounded up to a multiple of 256."""
 
-    Without `intermediate_size` its width is 2/3 * hidden_ratio * D, rounded up to a multiple of 256.
-    """
-
-    def __init__(self, hidden_size: int, hidden_ratio: float | None, intermediate_size: int | None) -> None:
+    def __init__(self, config: FamilyConfig) -> None:
         super().__init__()
-        if intermediate_size is None:
-            width = int(hidden_size * (hidden_ratio if hidden_ratio is not None else 4) * 2 / 3)
-            intermediate_size = 256 * ((width + 255) // 256)
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        D, width = config.hidden_size, config.intermediate_size
+        if width is None:
+            width = 256 * math.ceil(int(D * (config.hidden_ratio if config.hidden_ratio is not None else 4) * 2 / 3) / 256)
+        self.gate_proj = nn.Linear(D, width, bias=False)
+        self.up_proj = nn.Linear(D, width, bias=False)
+        self.down_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Mixer(StateMixer, Protocol):
-    """Mixes tokens in a block: an `nn.Module` of a config, which makes a family.
-
-    Attributes:
-        without_kernels: which part runs on PyTorch's operations although kernels are there, in words; or None.
-    """
+    """Mixes tokens in a block: an `nn.Module` of a config, which makes a family."""
 
     @property
-    def without_kernels(self) -> str | None: ...
+    def without_kernels(self) -> str | None:
+        """Say which part runs on PyTorch's operations although kernels are there; None: none."""
+        ...
 
     def __call__(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None
@@ -82,28 +75,46 @@ class Mixer(StateMixer, Protocol):
         Args:
             lengths: [B] long on the host, real tokens of each row, on the left; None: all T.
             state: what the rows continue from, or None. offsets: its rows' tokens so far, long, on the host.
-            branches: None where state and x have the same rows. Else so many neighbouring rows of x continue from each of the state's S
-                rows, B = S * branches; all tokens are real, and the trace is not needed.
+            branches: so many neighbouring rows of x continue from each row of the state (all tokens are real, and the trace is not
+                needed); None: state and x have the same rows.
         """
         ...
 
 
-if TYPE_CHECKING:
+class FamilyConfig(PreTrainedConfig):
+    """Declares the fields that the families' configurations share. `fuse_*` do not change what is computed."""
 
-    class FamilyConfig(PreTrainedConfig):
-        """Declares the fields that blocks and head read of every family's configuration."""
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state"]
 
-        vocab_size: int
-        hidden_size: int
-        num_hidden_layers: int
-        hidden_ratio: float | None
-        intermediate_size: int | None
-        norm_eps: float
-        initializer_range: float
-        pad_token_id: int | None
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    hidden_ratio: float | None = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "swish"
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position_embeddings: int | None = 2048
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    fuse_norm: bool = True
+    fuse_swiglu: bool = True
+    fuse_cross_entropy: bool = True
 
-else:
-    FamilyConfig = PreTrainedConfig  # each family declares the fields itself, with the original's defaults and in its order
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.refuse_unsupported(hidden_act=SUPPORTED_ACTIVATIONS)
+
+    def refuse_unsupported(self, **supported: tuple[object, ...]) -> None:
+        """Raise a RefineError naming the first of these fields whose value is not among the supported ones."""
+        for name, values in supported.items():
+            if (value := getattr(self, name)) not in values:
+                raise RefineError(
+                    f"{type(self).__name__}: {name}={value!r} is not supported; expected {' or '.join(map(repr, values))}"
+                )
 
 
 class FastWeightBlock(GradientCheckpointingLayer):
@@ -114,7 +125,7 @@ class FastWeightBlock(GradientCheckpointingLayer):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn: Mixer = mixer
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLUMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
+        self.mlp = SwiGLUMLP(config)
 
     def forward(
         self, x: Tensor, lengths: Tensor | None, state: LayerState | None, offsets: Tensor, branches: int | None = None,
@@ -127,14 +138,9 @@ class FastWeightBlock(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x)), trace
 
 
-class HasInitialWeights(Protocol):
-    """Draws its own weights at the start."""
-
-    def init_weights_(self) -> None: ...
-
-
 class FastWeightPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _is_stateful = True  # a state cannot be rolled back, so generate() refuses assisted decoding by name
     _no_split_modules = ["FastWeightBlock"]
@@ -150,18 +156,7 @@ class FastWeightPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif hasattr(module, "init_weights_"):
-            cast(HasInitialWeights, module).init_weights_()
-
-
-def refuse_unsupported(config: PreTrainedConfig, required: Mapping[str, tuple[object, ...]]) -> None:
-    """Raise a RefineError naming the first field of `config` whose value is not among the supported ones."""
-    for name, supported in required.items():
-        value = getattr(config, name)
-        if value not in supported:
-            raise RefineError(
-                f"{type(config).__name__}: {name}={value!r} is not supported here; supported: "
-                f"{', '.join(repr(x) for x in supported)}"
-            )
+            cast(Any, module).init_weights_()
 
 
 class FastWeightModel(FastWeightPreTrainedModel):
@@ -189,19 +184,14 @@ class FastWeightModel(FastWeightPreTrainedModel):
     @property
     def mixers(self) -> list[Mixer]:
         """List the mixer of each layer; where PEFT adapts a mixer's own parameters, the one inside its wrapper."""
-        return [_unwrapped(cast(FastWeightBlock, layer).attn) for layer in self.layers]
+        mixers: list[Any] = [cast(FastWeightBlock, layer).attn for layer in self.layers]
+        return [mixer.get_base_layer() if hasattr(mixer, "get_base_layer") else mixer for mixer in mixers]
 
     @property
     def kernels(self) -> str:
         """Say what computes the model, and why, in one line."""
         exceptions = sorted({mixer.without_kernels for mixer in self.mixers if mixer.without_kernels is not None})
         return "; ".join([str(chosen()), *(exceptions if chosen().name == "fla" else [])])
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
 
     @takes_marks
     def forward(
@@ -237,8 +227,7 @@ class FastWeightModel(FastWeightPreTrainedModel):
             RefineError: both or neither of input_ids and inputs_embeds, a foreign cache, positions out of range, bad masks, marks of
                 documents that contradict each other, or a keyword that nobody reads.
         """
-        marks, others = split_marks(kwargs)
-        refuse_unknown(FastWeightModel.forward, others)
+        marks = marks_among(kwargs, FastWeightModel.forward)
         if past_key_values is not None and not isinstance(past_key_values, FastWeightCache):
             raise RefineError(f"past_key_values must be a FastWeightCache, got {type(past_key_values).__name__}")
         out = run_in_rows(
@@ -254,12 +243,19 @@ class FastWeightModel(FastWeightPreTrainedModel):
         """See `protocols.Trunk.run_rows`."""
         B, T = x.shape[:2]
         row_lengths = None if aligned is None else aligned.lengths
-        reads_only = not (use_cache or output_states or output_hidden_states) and tokens is None and aligned is None
-        past, branches = self._rows(past, B, reads_only)
+        branches = None
+        if past is not None and past.is_initialized:
+            n = B // past.batch_size
+            if use_cache or output_states or output_hidden_states or tokens is not None or aligned is not None:
+                past = past if n == 1 else past.expand(n)  # where states are kept, every row gets one of its own
+            else:
+                branches = n
         offsets = past.lengths if past is not None and past.lengths is not None else torch.zeros(B, dtype=torch.long)
         final = (row_lengths if row_lengths is not None else torch.full((B,), T))[:, None] - 1
 
-        kept = Kept(final if use_cache else None, tokens, output_states)
+        finals: list[LayerState] = []
+        snapshots: list[LayerState] = []
+        traces: list[LayerTrace] = []
         hidden: list[Tensor] = []
         x = self.embeddings(x) if x.ndim == 2 else x
         x = x if aligned is None else aligned.align(x)
@@ -268,40 +264,31 @@ class FastWeightModel(FastWeightPreTrainedModel):
                 hidden.append(x if aligned is None else aligned.restore(x))
             state = past.layers[i] if past is not None and past.is_initialized else None
             x, trace = layer(x, row_lengths, state, offsets, branches)
-            kept.take(trace)
+            # What is not wanted of a layer's trace is freed before the next layer has run.
+            if use_cache:
+                finals.append(trace.at(final))
+            if tokens is not None:
+                snapshots.append(trace.at(tokens))
+            if output_states:
+                traces.append(trace)
         x = self.norm(x)
         x = x if aligned is None else aligned.restore(x)
         if output_hidden_states:
             hidden.append(x)
+        if use_cache:
+            past = past if past is not None else FastWeightCache()
+            past.advance(finals, offsets + final[:, 0] + 1, T)
+
+        def take(positions: Tensor) -> FastWeightCache:
+            return states_after([trace.at(positions) for trace in traces], offsets, positions)
+
         return FastWeightModelOutput(
             last_hidden_state=x,
-            past_key_values=self._advance(past, kept.finals, offsets + final[:, 0] + 1, T) if use_cache else past,
+            past_key_values=past,
             hidden_states=tuple(hidden) if output_hidden_states else None,
-            snapshots=kept.snapshots_after(offsets),
-            states=PrefixStates(TracedStates(kept.traces, offsets), columns_to_tokens(aligned, T)) if output_states else None,
+            snapshots=None if tokens is None else states_after(snapshots, offsets, tokens),
+            states=PrefixStates(take, columns_to_tokens(aligned, T)) if output_states else None,
         )
-
-    def branch(self, cache: FastWeightCache, n: int) -> Branches:
-        """Start n neighbouring rows from each state of `cache`, to continue token by token; the cache is only read."""
-        return Branches(self, cache, n)
-
-    @staticmethod
-    def _rows(past: FastWeightCache | None, n_rows: int, reads_only: bool) -> tuple[FastWeightCache | None, int | None]:
-        """Return the states to continue from, and how many rows share each; where states are kept, every row gets one of its own."""
-        if past is None or not past.is_initialized:
-            return past, None
-        n = n_rows // past.batch_size
-        return (past, n) if reads_only else (past if n == 1 else past.expand(n), None)
-
-    @staticmethod
-    def _advance(past: FastWeightCache | None, layers: list[LayerState], lengths: Tensor, n_columns: int) -> FastWeightCache:
-        cache = past if past is not None else FastWeightCache()
-        cache.advance(layers, lengths, n_columns)
-        return cache
-
-
-def _unwrapped(mixer: Mixer) -> Mixer:
-    return mixer.get_base_layer() if hasattr(mixer, "get_base_layer") else mixer
 
 
 class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
@@ -316,21 +303,6 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    def get_decoder(self) -> FastWeightModel:
-        return self.model
 
     @takes_marks
     def forward(
@@ -364,8 +336,7 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         """
         if step is not None:
             return step(self)
-        marks, others = split_marks(kwargs)
-        refuse_unknown(FastWeightForCausalLM.forward, others)
+        marks = marks_among(kwargs, FastWeightForCausalLM.forward)
         out = self.model(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache,
             output_hidden_states=output_hidden_states, lengths=lengths, snapshot_positions=snapshot_positions,
@@ -377,10 +348,8 @@ class FastWeightForCausalLM(FastWeightPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: object, *args: Any, **kwargs: Any
     ) -> bool:
         if generation_config.cache_implementation is not None:
-            raise RefineError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not apply: fast-weight models keep a "
-                "fixed-size state; leave it unset"
-            )
+            kind = generation_config.cache_implementation
+            raise RefineError(f"cache_implementation={kind!r} does not apply: fast-weight models keep a state; leave it unset")
         packed = [name for name in MARKS if name != "position_ids" and model_kwargs.get(name) is not None]
         if packed:
             raise RefineError(
@@ -417,6 +386,5 @@ def _next_token_loss(logits: Tensor, labels: Tensor, divisor: int | Tensor | Non
     """Average the cross-entropy of logits [B, T, V] for the labels [B, T] one column on, in float32 or better; or sum / divisor."""
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     targets = labels[:, 1:].flatten().to(logits.device)
-    if divisor is None:
-        return nn.functional.cross_entropy(wide, targets)
-    return nn.functional.cross_entropy(wide, targets, reduction="sum") / divisor
+    loss = nn.functional.cross_entropy(wide, targets, reduction="mean" if divisor is None else "sum")
+    return loss if divisor is None else loss / divisor

@@ -10,7 +10,7 @@ from refine_nsp.models.state import FastWeightCache
 
 
 class Branches:
-    """Continues R = S*n rows together from S states, a token at a time; `Trunk.branch` makes it."""
+    """Continues n neighbouring rows from each of the S states of a cache, R = S*n, a token at a time; the cache is only read."""
 
     def __init__(self, model: Trunk, cache: FastWeightCache, n: int) -> None:
         self.model = model

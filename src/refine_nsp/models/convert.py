@@ -1,16 +1,16 @@
 """Convert an attention model to a LaCT model that starts as exactly itself within a window (docs/your_own_checkpoint.md).
 
 LaCT adds to window attention what its fast weights recall, from the same q, k and v. So q, k, v, o, norms, MLP and embeddings go in
-unchanged (key and value heads repeated where query heads share them), and with `ttt_scale_proj` at zero the recall is silu(0) = 0 times
-something, whose gradient is not zero: the new model is the old one with a sliding window, and learns from there. Nothing is trained here.
+unchanged, and with `ttt_scale_proj` at zero the recall is silu(0) = 0 times something, whose gradient is not zero: training starts there.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -24,15 +24,13 @@ from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, live, setting
 from refine_nsp.files import made_whole, write_atomically
-from refine_nsp.models.attention_source import AttentionSource
+from refine_nsp.models.attention_source import DTYPES, AttentionSource, window_of
 from refine_nsp.models.gguf_source import open_gguf
 from refine_nsp.models.lact import LaCTConfig, LaCTForCausalLM, LaCTMixer
 from refine_nsp.models.safetensors_source import GENERATION, WEIGHTS, open_model
-from refine_nsp.models.stream import write_weights
 from refine_nsp.models.weight_names import some
 from refine_nsp.progress import StepProgress, step_progress
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Names in the new model -> those in the source, whose rows are joined.
 OUTSIDE = {
     "model.embeddings.weight": ("model.embed_tokens.weight",),
@@ -96,53 +94,49 @@ class MemorySettings:
             if not 0 < (number := getattr(self, name)) < math.inf:
                 raise RefineError(f"{name} must be above 0, got {number}")
         if self.dtype is not None:
-            check_choice("dtype", self.dtype, DTYPES)
+            check_choice("dtype", self.dtype, [str(dtype).removeprefix("torch.") for dtype in DTYPES])
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Reports a conversion: parameters in all and those that are new, and how long it took."""
+    """Reports a conversion."""
 
     config: LaCTConfig
-    parameters: int
+    parameters: int  # in all
     new_parameters: int
     seconds: float
 
 
 def convert(source: str | Path, folder: Path, settings: MemorySettings | None = None) -> Converted:
-    """Write an attention model as a LaCT model. The folder is complete, or it is not there; no more than a layer is in memory.
+    """Write an attention model (a folder, a hub name or a GGUF file of a Llama, Mistral or Qwen2) as a LaCT model, or nothing.
 
-    Args:
-        source: a folder, a hub name or a GGUF file of a Llama, Mistral or Qwen2.
-
-    Raises:
-        RefineError: a source that cannot be converted unchanged, by the name of what differs; settings that do not fit it; a folder
-            that has something in it.
+    No more than a layer is in memory. A RefineError for a source that cannot be converted unchanged, by the name of what differs, for
+    settings that do not fit it, and for a folder that has something in it.
     """
     start = time.monotonic()
     settings = settings or MemorySettings()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise RefineError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}; name a new folder")
     opened = open_gguf(Path(source)) if str(source).endswith(".gguf") else open_model(str(source))
-    config, dtype = lact_config(opened, settings), dtype_of(opened, settings)
+    config = lact_config(opened, settings)
+    dtype = cast(torch.dtype, config.dtype)
     with torch.device("meta"):
         model = LaCTForCausalLM(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]  # as save_pretrained does
-    origins = {name: origin for name in shapes if (origin := origin_of(name))}
-    check_weights(opened, shapes, origins)
+    check_weights(opened, shapes)
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with made_whole(temporary, folder), step_progress(len(shapes), title="convert") as progress:
         temporary.mkdir(parents=True)
         opened.carry(temporary)
-        weights = _weights(opened, model, shapes, origins, settings.seed, progress)
+        weights = _weights(opened, model, list(shapes), settings.seed, progress)
         write_weights(temporary / WEIGHTS, shapes, dtype, ((name, weight.to(dtype)) for name, weight in weights))
         config.save_pretrained(temporary)
         if not (temporary / GENERATION).exists():
             GenerationConfig.from_model_config(config).save_pretrained(temporary)
-        new = sum(math.prod(shape) for name, shape in shapes.items() if name not in origins)
+        new = sum(math.prod(shape) for name, shape in shapes.items() if not origin_of(name))
         made = Converted(config, sum(map(math.prod, shapes.values())), new, time.monotonic() - start)
         write_atomically(temporary / "README.md", card(opened, folder.absolute().name, settings, made))
     return made
@@ -151,13 +145,13 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
 def lact_config(source: AttentionSource, settings: MemorySettings) -> LaCTConfig:
     """Make the new model's configuration. Raises RefineError where the settings do not fit the source."""
     c = source.config.to_dict()
-    longest = c.get("max_position_embeddings")
-    if longest is not None and settings.window_size > longest:
+    asked, longest, window = settings.window_size, c.get("max_position_embeddings"), window_of(source.config)
+    if longest is not None and asked > longest:
         raise RefineError(
-            f"window_size={settings.window_size} is longer than the {longest} tokens that {source.name} was trained for: choose fewer"
+            f"window_size={asked} is longer than the {longest} tokens that {source.name} was trained for: choose fewer"
         )
-    if source.window is not None and settings.window_size > source.window:
-        raise RefineError(f"{source.name} has a sliding window of {source.window} tokens itself: choose a window_size up to that")
+    if window is not None and asked > window:
+        raise RefineError(f"{source.name} has a sliding window of {window} tokens itself: choose a window_size up to that")
     fast = ("window_size", "lact_chunk_size", "num_lact_heads", "inter_multi", "w0_w2_low_rank", "fw_init_gain", "use_momentum")
     kept = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings",
@@ -174,13 +168,8 @@ def lact_config(source: AttentionSource, settings: MemorySettings) -> LaCTConfig
     )
     if config.fw_hidden_dim < 1:
         raise RefineError(f"inter_multi={settings.inter_multi} leaves no width inside fast-weight heads of {config.fw_head_dim}")
-    config.dtype = dtype_of(source, settings)
+    config.dtype = source.dtype if settings.dtype is None else getattr(torch, settings.dtype)
     return config
-
-
-def dtype_of(source: AttentionSource, settings: MemorySettings) -> torch.dtype:
-    """Return the dtype of the new model's weights: the source's, unless another was asked for."""
-    return source.dtype if settings.dtype is None else getattr(torch, settings.dtype)
 
 
 def origin_of(name: str) -> tuple[str, ...]:
@@ -191,15 +180,15 @@ def origin_of(name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{layer}.{part}" for part in INSIDE.get(inside, ()))
 
 
-def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]], origins: Mapping[str, Sequence[str]]) -> None:
+def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise a RefineError unless the source has the weights that are needed, in their shapes, and no others."""
     c = source.config.to_dict()
     heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
     if heads % groups:
         raise RefineError(f"{source.name}: {heads} query heads cannot share {groups} key/value heads evenly")
     expected: dict[str, tuple[int, ...]] = {}
-    for name, parts in origins.items():
-        rows, *rest = shapes[name]
+    for name, (rows, *rest) in shapes.items():
+        parts = origin_of(name)
         for part in parts:
             own = rows // len(parts)
             expected[part] = (own // heads * groups if part.endswith(SHARED) else own, *rest)
@@ -207,9 +196,7 @@ def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]]
     if c["tie_word_embeddings"] and "lm_head.weight" in known:
         known.remove("lm_head.weight")
         if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
-            raise RefineError(
-                f"{source.name} says tie_word_embeddings=True, but its lm_head.weight differs from its embeddings; correct its config.json"
-            )
+            raise RefineError(f"{source.name}: its lm_head.weight differs from its embeddings; set tie_word_embeddings=False")
     differ = [f"{n} {list(source.shapes[n])} for {list(s)}" for n, s in expected.items() if n in known and source.shapes[n] != s]
     kinds = {"missing": sorted(expected.keys() - known), "unknown": sorted(known - expected.keys()), "of another shape": differ}
     if problems := [f"{len(names):,} {kind}: {some(names)}" for kind, names in kinds.items() if names]:
@@ -217,19 +204,14 @@ def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _weights(
-    source: AttentionSource,
-    model: LaCTForCausalLM,
-    shapes: Mapping[str, tuple[int, ...]],
-    origins: Mapping[str, Sequence[str]],
-    seed: int,
-    progress: StepProgress,
+    source: AttentionSource, model: LaCTForCausalLM, names: Sequence[str], seed: int, progress: StepProgress
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the new model's weights in order, each made when it is its turn."""
     config, layer, new = cast(LaCTConfig, model.config), "", {}
     repeats = config.num_attn_heads // source.config.to_dict()["num_key_value_heads"]
-    for name in shapes:
-        if name in origins:
-            parts = [_repeated(source.read(part), config, repeats if part.endswith(SHARED) else 1) for part in origins[name]]
+    for name in names:
+        if origin := origin_of(name):
+            parts = [_repeated(source.read(part), config, repeats if part.endswith(SHARED) else 1) for part in origin]
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             layer_of_name, inside = name.removeprefix("model.layers.").split(".", 1)
@@ -260,6 +242,35 @@ def new_weights(model: LaCTForCausalLM, seed: int, layer: int) -> dict[str, Tens
     mixer.ttt_scale_proj.weight.zero_()
     mixer.ttt_scale_proj.bias.zero_()
     return {name: weight.detach() for name, weight in mixer.named_parameters()}
+
+
+def write_weights(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, weights: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a safetensors file weight by weight, in the order of `shapes`, so that no more than one of them is in memory.
+
+    The format is eight bytes of length, a JSON header with each tensor's place, and the tensors' bytes
+    (https://github.com/huggingface/safetensors#format); the library's own writer wants all of them at once. A RefineError for a weight of
+    another name or shape than announced, or one that is not finite.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        announced = iter(shapes.items())
+        for name, weight in weights:
+            if next(announced, None) != (name, tuple(weight.shape)):
+                raise RefineError(f"{name} has shape {list(weight.shape)}; expected {list(shapes.get(name, ()))}")
+            if not weight.isfinite().all():
+                raise RefineError(f"{name} is not finite everywhere; the source is damaged, or {dtype} cannot hold it")
+            file.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if (left := next(announced, None)) is not None:
+            raise RefineError(f"{left[0]} was not written")
 
 
 def card(source: AttentionSource, name: str, settings: MemorySettings, made: Converted) -> str:

@@ -1,8 +1,7 @@
 """Read the marks of documents packed in one row, as transformers, flash-attention, Mamba-2 and flash-linear-attention give them.
 
 `position_ids` that begin again at 0, `cu_seq_lens_q` and `cu_seq_lens_k` (with `max_length_q`, `max_length_k`) or `cu_seqlens`, which count
-tokens from the first column of all rows, and `seq_idx`, a number for each document, all say where documents begin. Where several are given
-they must agree.
+tokens from the first column of all rows, and `seq_idx`, a number for each document, all say where documents begin; they must agree.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.documents import Documents
+from refine_nsp.models.keywords import refuse_unknown
 from refine_nsp.models.padding import Alignment
 from refine_nsp.models.state import FastWeightCache, consumed_tokens
 
@@ -24,7 +24,6 @@ LONGEST = ("max_length_q", "max_length_k")
 MARKS = ("position_ids", *BOUNDARIES, *LONGEST, "seq_idx")
 
 F = TypeVar("F", bound=Callable[..., object])
-T = TypeVar("T")
 
 
 def takes_marks(forward: F) -> F:
@@ -38,10 +37,11 @@ def takes_marks(forward: F) -> F:
     return forward
 
 
-def split_marks(keywords: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """Split the keywords of a call into the marks, with `cache_position`, and the others."""
+def marks_among(keywords: Mapping[str, object], forward: Callable[..., object]) -> dict[str, object]:
+    """Return the marks among the keywords of a call, with `cache_position`; a RefineError for others that `forward` does not read."""
     names = (*MARKS, "cache_position")
-    return {n: x for n, x in keywords.items() if n in names}, {n: x for n, x in keywords.items() if n not in names}
+    refuse_unknown(forward, {n: x for n, x in keywords.items() if n not in names})
+    return {n: x for n, x in keywords.items() if n in names}
 
 
 class _RealTokens:
@@ -64,10 +64,7 @@ def find_documents(
 ) -> Documents | None:
     """Find the documents of [B, T] columns; None when every row is a single one, as without marks.
 
-    Args:
-        marks: values of `MARKS`, None where not given, and `cache_position`.
-        aligned: where the real tokens are; None if every token is one.
-        past: states that the rows continue from.
+    marks: values of `MARKS`, None where not given, and `cache_position`; past: states that the rows continue from.
 
     Raises:
         RefineError: marks that are not what their names promise, or that contradict each other.
@@ -78,7 +75,12 @@ def find_documents(
     real = torch.ones(n_rows, n_tokens, dtype=torch.bool) if aligned is None else aligned.real(n_tokens)
     columns = past.columns if past is not None else 0
     if "cache_position" in given:
-        _check_cache_position(given["cache_position"], columns, n_tokens)
+        counted = _whole_numbers("cache_position", given["cache_position"])
+        if counted.shape != (n_tokens,) or bool((counted != columns + torch.arange(n_tokens)).any()):
+            raise RefineError(
+                f"cache_position must count the {n_tokens} columns of the input on from the {columns} that past_key_values have seen, got "
+                f"{_some(counted)}; it may be left out"
+            )
     numbers = _grid("seq_idx", given["seq_idx"], n_rows, n_tokens) if "seq_idx" in given else None
     if numbers is not None:
         real = real & (numbers >= 0)  # causal-conv1d leaves out what has a negative number
@@ -93,7 +95,10 @@ def find_documents(
         begins["position_ids"] = _by_positions(places, tokens, consumed_tokens(past, n_rows), columns)
     _agree(begins, tokens)
     documents = Documents.of(real, next(iter(begins.values())) if begins else tokens.begins_row)
-    _check_longest(given, documents)
+    longest = int(documents.lengths.max())
+    for name in LONGEST:
+        if name in given and (limit := int(_whole_numbers(name, given[name]))) < longest:
+            raise RefineError(f"{name}={limit} is less than the longest document, which has {longest} tokens")
     if len(documents.rows) == n_rows and (numbers is None or bool((numbers >= 0).all())):
         return None
     if past is not None and past.is_initialized:
@@ -128,7 +133,7 @@ def is_packed(keywords: Mapping[str, object]) -> bool:
     return begins_again(keywords.get("position_ids"), keywords.get("attention_mask"))
 
 
-# --- each kind of mark: [n] bool over real tokens, true where a document begins -----------------------------------------
+# Each kind of mark gives [n] bool over real tokens, true where a document begins.
 def _by_boundaries(name: str, value: object, tokens: _RealTokens) -> Tensor:
     ends = _whole_numbers(name, value)
     total = tokens.n_rows * tokens.n_tokens
@@ -141,9 +146,7 @@ def _by_boundaries(name: str, value: object, tokens: _RealTokens) -> Tensor:
         )
     rows = torch.arange(tokens.n_rows) * tokens.n_tokens
     if not bool(torch.isin(rows, ends).all()):
-        raise RefineError(
-            f"{name}={_some(ends)} has a document that goes over from one row of {tokens.n_tokens} columns to the next"
-        )
+        raise RefineError(f"{name}={_some(ends)}: a document goes over from one row of {tokens.n_tokens} columns to the next")
     first = torch.zeros(total + 1, dtype=torch.long)
     first[ends] = 1
     return _changes(first.cumsum(0)[tokens.columns])
@@ -154,8 +157,10 @@ def _by_numbers(numbers: Tensor, tokens: _RealTokens) -> Tensor:
     begins = _changes(flat) | tokens.begins_row
     runs = torch.stack([tokens.rows[begins], flat[begins]], 1)
     if len(runs.unique(dim=0)) < len(runs):
+        listed = runs.tolist()
+        again = begins.nonzero()[next(i for i, run in enumerate(listed) if run in listed[:i]), 0]
         raise RefineError(
-            f"seq_idx comes back to a number in {tokens.where(_repeated(runs, begins))}; a document's tokens must stand together"
+            f"seq_idx comes back to a number in {tokens.where(int(again))}; a document's tokens must stand together"
         )
     return begins
 
@@ -176,11 +181,8 @@ def _by_positions(places: Tensor, tokens: _RealTokens, consumed: Tensor, columns
     bad = ~(by_column | goes_on | starts | again)
     if bool(bad.any()):
         i = int(bad.nonzero()[0, 0])
-        expected = (
-            f"{int(consumed[tokens.rows[i]])}"
-            if bool(tokens.begins_row[i])
-            else f"{int(before[i]) + 1}, or 0 for another document"
-        )
+        first, next_one = int(consumed[tokens.rows[i]]), f"{int(before[i]) + 1}, or 0 for another document"
+        expected = first if bool(tokens.begins_row[i]) else next_one
         raise RefineError(
             f"position_ids has {int(flat[i])} in {tokens.where(i)}, expected {expected}: these models count a document's tokens from "
             "its first one; leave position_ids out, or let them begin again at 0 where a document begins"
@@ -188,7 +190,6 @@ def _by_positions(places: Tensor, tokens: _RealTokens, consumed: Tensor, columns
     return tokens.begins_row | (~by_column & again)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
 def _agree(begins: Mapping[str, Tensor], tokens: _RealTokens) -> None:
     names = list(begins)
     for name in names[1:]:
@@ -196,33 +197,13 @@ def _agree(begins: Mapping[str, Tensor], tokens: _RealTokens) -> None:
         if len(differs):
             i = int(differs[0, 0])
             one, other = (names[0], name) if bool(begins[names[0]][i]) else (name, names[0])
-            raise RefineError(
-                f"{one} begins a document in {tokens.where(i)} and {other} does not; pass only one, or make them agree"
-            )
-
-
-def _check_longest(given: Mapping[str, object], documents: Documents) -> None:
-    longest = int(documents.lengths.max())
-    for name in LONGEST:
-        if name in given and (limit := int(_whole_numbers(name, given[name]))) < longest:
-            raise RefineError(f"{name}={limit} is less than the longest document, which has {longest} tokens")
-
-
-def _check_cache_position(value: object, columns: int, n_tokens: int) -> None:
-    places = _whole_numbers("cache_position", value)
-    if places.shape != (n_tokens,) or bool((places != columns + torch.arange(n_tokens)).any()):
-        raise RefineError(
-            f"cache_position must count the {n_tokens} columns of the input on from the {columns} that past_key_values have seen, got "
-            f"{_some(places)}; it may be left out"
-        )
+            raise RefineError(f"{one} begins a document in {tokens.where(i)} and {other} does not; pass one, or make them agree")
 
 
 def _grid(name: str, value: object, n_rows: int, n_tokens: int) -> Tensor:
     numbers = _whole_numbers(name, value)
     if numbers.ndim != 2 or numbers.shape[1] != n_tokens or numbers.shape[0] not in (1, n_rows):
-        raise RefineError(
-            f"{name} must be [B, T] = [{n_rows}, {n_tokens}] (or [1, {n_tokens}]), got the shape {tuple(numbers.shape)}"
-        )
+        raise RefineError(f"{name} must be [B, T] = [{n_rows}, {n_tokens}] (or [1, {n_tokens}]), got {tuple(numbers.shape)}")
     return numbers.expand(n_rows, n_tokens)
 
 
@@ -241,15 +222,6 @@ def _changes(values: Tensor) -> Tensor:
     """Mark the first value and every value that differs from the one before, [n] bool."""
     first = torch.ones(min(1, len(values)), dtype=torch.bool)
     return torch.cat([first, values[1:] != values[:-1]])
-
-
-def _repeated(runs: Tensor, begins: Tensor) -> int:
-    seen: set[tuple[int, ...]] = set()
-    for run, index in zip(runs.tolist(), begins.nonzero()[:, 0].tolist(), strict=True):
-        if tuple(run) in seen:
-            return index
-        seen.add(tuple(run))
-    return 0
 
 
 def _some(values: Tensor) -> str:

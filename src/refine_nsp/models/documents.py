@@ -1,21 +1,21 @@
-"""Documents packed in one row get rows of their own, and their outputs go back to the caller's layout.
+"""Documents packed in one row get rows of their own, padded on the right, and their outputs go back to the caller's layout.
 
-Every document starts from a fresh state. So nothing below this edge knows of packing: a document becomes a row, padded on the right, and
-its outputs go back to the columns it came from. Documents of about one length run together; those of very different lengths run apart,
-since the rows would otherwise be mostly pads (one of 7,000 tokens with a hundred of 12: 86 times the tokens).
+Every document starts from a fresh state, and nothing below this edge knows of packing. Documents of very different lengths run apart, since
+the rows would otherwise be mostly pads (one of 7,000 tokens with a hundred of 12: 86 times the tokens).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from refine_nsp.models.outputs import FastWeightModelOutput
 from refine_nsp.models.padding import by_rows
-from refine_nsp.models.state import FastWeightCache, StatesOfPass
+from refine_nsp.models.state import FastWeightCache, PrefixStates
 
 PADS_PER_TOKEN = 0.25  # at most, among documents that run together
 
@@ -138,26 +138,20 @@ def _wanted(groups: Sequence[Tensor], documents: Tensor, tokens: Tensor) -> list
     return plans
 
 
-@dataclass(frozen=True)
-class PackedStates:
-    """Gives the states of a pass over packed rows by input columns, each that of the document which stands there."""
-
-    documents: Documents
-    groups: list[Tensor]
-    states: list[StatesOfPass]  # of each group
-
-    def at(self, positions: Tensor) -> FastWeightCache:
-        """See `StatesOfPass.at`."""
-        plans = _wanted(self.groups, *self.documents.tokens_at(positions.cpu()))
-        taken = [(s.at(p.tokens).index(p.rows), p.slots) for p, s in zip(plans, self.states, strict=True) if p is not None]
-        parts, slots = [states for states, _ in taken], [slots for _, slots in taken]
-        return _rows(FastWeightCache.in_order(parts, slots), torch.arange(sum(map(len, slots))))
+def _packed_states(
+    documents: Documents, groups: Sequence[Tensor], states: Sequence[PrefixStates], positions: Tensor
+) -> FastWeightCache:
+    """Take the states of a pass over packed rows by input columns, each that of the document which stands there."""
+    plans = _wanted(groups, *documents.tokens_at(positions))
+    return _joined([(s.at(p.tokens).index(p.rows), p.slots) for p, s in zip(plans, states, strict=True) if p is not None])
 
 
-def _rows(states: FastWeightCache, rows: Tensor) -> FastWeightCache:
-    chosen = states.index(rows)
-    assert chosen.lengths is not None
-    return FastWeightCache(chosen.layers, chosen.lengths, int(chosen.lengths.max()))
+def _joined(taken: Sequence[tuple[FastWeightCache, Tensor]], start: int = 0, end: int | None = None) -> FastWeightCache:
+    """Join rows start..end-1 of the states that groups gave, as wide as these rows need."""
+    states = FastWeightCache.in_order(taken)
+    rows = states.index(torch.arange(states.batch_size)[start:end])
+    assert rows.lengths is not None
+    return FastWeightCache(rows.layers, rows.lengths, int(rows.lengths.max()))
 
 
 def run_documents(
@@ -166,10 +160,9 @@ def run_documents(
     """Run each document as a row of its own and put the outputs back where its tokens stand.
 
     Args:
-        run: the model on rows that are padded on the right.
-        x: ids [B, T] or embeddings [B, T, D].
+        run: the model on rows that are padded on the right. x: ids [B, T] or embeddings [B, T, D].
         positions: [B, P] long on the host, input columns of snapshots, or None.
-        ends: whether the state after each row's last document is wanted, which is returned as the second value.
+        ends: whether to return, as the second value, the state after each row's last document.
         together: whether all documents must run in one pass.
     """
     groups = documents.groups(together)
@@ -177,33 +170,28 @@ def run_documents(
     asked += [documents.last_tokens()] if ends else []
     wanted = [torch.cat(parts) for parts in zip(*asked, strict=True)]
     plans = _wanted(groups, *wanted) if asked else [None] * len(groups)
-    flat, parts, slots = x.flatten(0, 1), [], []
+    flat, taken = x.flatten(0, 1), []
     outs: list[FastWeightModelOutput] = []
     for group, plan in zip(groups, plans, strict=True):
         rows = flat[documents.columns_of(group).to(x.device, non_blocking=True)]
         out = run(rows, documents.lengths[group], None if plan is None else plan.tokens)
         outs.append(out)
         if plan is not None and out.snapshots is not None:
-            parts.append(out.snapshots.index(plan.rows))
-            slots.append(plan.slots)
+            taken.append((out.snapshots.index(plan.rows), plan.slots))
     where = documents.slots(groups).to(x.device, non_blocking=True)
     B, T = documents.n_rows, documents.n_tokens
 
     def restored(pieces: Sequence[Tensor]) -> Tensor:  # [N', T', D] of each group -> [B, T, D]
         return torch.cat([piece.flatten(0, 1) for piece in pieces]).index_select(0, where).view(B, T, -1)
 
-    snapshots = final = None
-    if asked:
-        taken, n = FastWeightCache.in_order(parts, slots), len(wanted[0]) - (B if ends else 0)
-        snapshots = _rows(taken, torch.arange(n)) if n else None
-        final = _rows(taken, torch.arange(n, n + B)) if ends else None
+    n = 0 if positions is None else positions.numel()
     layers = [out.hidden_states for out in outs if out.hidden_states is not None]
     states = [out.states for out in outs if out.states is not None]
     out = FastWeightModelOutput(
         last_hidden_state=restored([out.last_hidden_state for out in outs]),
         hidden_states=tuple(restored(pieces) for pieces in zip(*layers, strict=True)) if layers else None,
-        snapshots=snapshots,
-        states=PackedStates(documents, groups, states) if states else None,
+        snapshots=_joined(taken, end=n) if n else None,
+        states=PrefixStates(partial(_packed_states, documents, groups, states)) if states else None,
         document_starts=documents.starts,
     )
-    return out, final
+    return out, _joined(taken, start=n) if ends else None

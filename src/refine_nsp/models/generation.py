@@ -1,7 +1,6 @@
 """Answer many prompts, batched by length and within bounded memory; a prefix that several prompts share is read once.
 
-States are exact and of one size, so a prompt is read in blocks of tokens, with the activations of one block at a time, and a shared
-prefix is a state that is copied for each of its continuations.
+Prompts are read in blocks of tokens, and the state of a shared prefix is copied for each of its continuations.
 """
 
 from __future__ import annotations
@@ -12,13 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from refine_nsp.errors import RefineError
 from refine_nsp.models.protocols import CausalModel
@@ -30,10 +23,9 @@ SHARED_TOKENS = 128  # a shorter common prefix is not worth a pass of its own
 
 @dataclass(frozen=True)
 class Decoding:
-    """Says how tokens are chosen: greedily, or by sampling.
+    """Says how tokens are chosen: greedily, or by sampling as transformers' `generate` does.
 
-    Sampling is at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest whose probabilities reach `top_p`;
-    in that order and with the same ties as transformers' `generate`.
+    Sampling is at `temperature`, among the `top_k` likeliest (0: all), and of these among the likeliest whose probabilities reach `top_p`.
     """
 
     greedy: bool = True
@@ -44,39 +36,26 @@ class Decoding:
 
     def warpers(self) -> LogitsProcessorList:
         """Make transformers' own filters of logits, which raise a ValueError for a setting that they refuse."""
-        found = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else [])
-        if self.top_k != 0:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        return found
+        temperature = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
+        top_k = [TopKLogitsWarper(self.top_k)] if self.top_k != 0 else []
+        return LogitsProcessorList([*temperature, *top_k, *([TopPLogitsWarper(self.top_p)] if self.top_p < 1 else [])])
 
 
 @dataclass(frozen=True)
 class Request:
-    """Asks for the answer to a prompt.
+    """Asks for the answer to a prompt."""
 
-    Attributes:
-        key: its place among the requests.
-        ids: the prompt's tokens.
-        budget: tokens to generate at the most.
-        stop: says of the tokens so far whether they end the answer, as an end token would (for stop strings).
-    """
-
-    key: int
+    key: int  # its place among the requests
     ids: list[int]
-    budget: int
-    stop: Callable[[list[int]], bool] | None = None
+    budget: int  # tokens to generate at the most
+    stop: Callable[[list[int]], bool] | None = None  # says of the tokens so far whether they end the answer, for stop strings
 
 
 @torch.no_grad()
 def prefill(
     model: CausalModel, rows: Sequence[Sequence[int]], cache: FastWeightCache | None = None
 ) -> tuple[Tensor, FastWeightCache]:
-    """Read rows of tokens, of any lengths >= 1, continuing from `cache`.
-
-    Returns the hidden state after each row's last token [B, D], and the states there.
-    """
+    """Read rows of one token or more, continuing from `cache`; return the hidden state after each row's last [B, D], and the states."""
     device = model.device
     lengths = torch.tensor([len(r) for r in rows], device=device)
     ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r, dtype=torch.long) for r in rows], batch_first=True).to(device)
@@ -143,17 +122,11 @@ def probabilities(logits: Tensor, decoding: Decoding) -> Tensor:
 
 
 def end_tokens(model: CausalModel, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
-    """Collect the tokens that end an answer, from the model's generation settings and the tokenizer's EOS.
-
-    There may be none, since budgets end answers too.
-    """
+    """Collect the tokens that end an answer, from the model's generation settings and the tokenizer's EOS; there may be none."""
     eos = model.generation_config.eos_token_id
     tokens = set(eos) if isinstance(eos, list) else {eos}
     own = tokenizer.eos_token_id if tokenizer is not None else None
     return {int(t) for t in (*tokens, own) if t is not None}
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def shared_groups(requests: Sequence[Request]) -> list[tuple[int, list[Request]]]:
@@ -163,8 +136,8 @@ def shared_groups(requests: Sequence[Request]) -> list[tuple[int, list[Request]]
     for request in ordered:
         if groups:
             shared, members = groups[-1]
-            first = members[0]
-            common = _common(first.ids, request.ids, min(len(request.ids), *(len(m.ids) for m in members)) - 1)
+            most = min(len(request.ids), *(len(m.ids) for m in members)) - 1
+            common = next((i for i in range(most) if members[0].ids[i] != request.ids[i]), most)
             common = common if len(members) == 1 else min(common, shared)
             if common >= SHARED_TOKENS and 2 * common >= len(request.ids):
                 groups[-1] = (common, [*members, request])
@@ -173,54 +146,33 @@ def shared_groups(requests: Sequence[Request]) -> list[tuple[int, list[Request]]
     return groups
 
 
-def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
-    n = 0
-    while n < most and a[n] == b[n]:
-        n += 1
-    return n
-
-
 def answer_all(
     model: CausalModel, requests: Sequence[Request], eos: set[int], decoding: Decoding, batch_tokens: int,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Iterator[list[tuple[Request, list[int]]]]:  # fmt: skip
-    """Yield batches of (request, generated tokens without the end token), longest prompts first.
+    """Yield batches of (request, generated tokens without the end token), longest prompts first; a RefineError for an empty prompt.
 
-    Args:
-        batch_tokens: a batch holds at most so many prompt tokens (one prompt may be longer).
-        on_prefill: told how many prompt tokens were read.
-
-    Raises:
-        RefineError: an empty prompt.
+    A batch holds at most `batch_tokens` tokens (one prompt may be longer); `on_prefill` is told how many prompt tokens were read.
     """
-    for r in requests:
-        if not r.ids:
-            raise RefineError(f"prompt {r.key} has no tokens")
+    if empty := [r.key for r in requests if not r.ids]:
+        raise RefineError(f"prompt {empty[0]} has no tokens")
+    told = on_prefill if on_prefill is not None else lambda tokens: None
     groups = shared_groups(requests)
-    alone = sorted((m[0] for n, m in groups if n == 0), key=lambda r: -len(r.ids))
-    for batch in _by_size(alone, batch_tokens):
-        hidden, cache = prefill(model, [r.ids for r in batch])
-        _tell(on_prefill, sum(len(r.ids) for r in batch))
-        yield list(zip(batch, decode(model, hidden, cache, batch, eos, decoding), strict=True))
-    for shared, members in groups:
-        if shared == 0:
-            continue
-        _, prefix = prefill(model, [members[0].ids[:shared]])
-        _tell(on_prefill, shared)
-        tails = sorted(members, key=lambda r: -len(r.ids))
-        for batch in _by_size(tails, batch_tokens, skip=shared):
-            hidden, cache = prefill(model, [r.ids[shared:] for r in batch], prefix.expand(len(batch)))
-            _tell(on_prefill, sum(len(r.ids) - shared for r in batch))
+    alone = [members[0] for shared, members in groups if shared == 0]
+    for shared, members in [(0, alone), *((n, m) for n, m in groups if n > 0)]:
+        prefix = None
+        if shared > 0:
+            _, prefix = prefill(model, [members[0].ids[:shared]])
+            told(shared)
+        for batch in _by_size(sorted(members, key=lambda r: -len(r.ids)), batch_tokens, shared):
+            rows = [r.ids[shared:] for r in batch]
+            hidden, cache = prefill(model, rows, None if prefix is None else prefix.expand(len(batch)))
+            told(sum(map(len, rows)))
             yield list(zip(batch, decode(model, hidden, cache, batch, eos, decoding), strict=True))
 
 
-def _tell(listener: Callable[[int], None] | None, tokens: int) -> None:
-    if listener is not None:
-        listener(tokens)
-
-
-def _by_size(requests: Sequence[Request], batch_tokens: int, skip: int = 0) -> Iterator[list[Request]]:
-    """Yield consecutive requests (longest first) whose padded size stays within batch_tokens."""
+def _by_size(requests: Sequence[Request], batch_tokens: int, skip: int) -> Iterator[list[Request]]:
+    """Yield consecutive requests (longest first) whose padded size without the `skip` first tokens stays within batch_tokens."""
     batch: list[Request] = []
     for r in requests:
         if batch and (len(batch) + 1) * (len(batch[0].ids) - skip + batch[0].budget) > batch_tokens:

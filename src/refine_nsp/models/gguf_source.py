@@ -30,11 +30,7 @@ INSIDE = {
 
 
 def open_gguf(path: Path) -> AttentionSource:
-    """Open the file.
-
-    Raises:
-        RefineError: no such file, a damaged one, no package to read it by, or a model that LaCT's layers cannot hold unchanged.
-    """
+    """Open the file; a RefineError where it is damaged, or holds a model that LaCT's layers cannot hold unchanged."""
     if not path.is_file():
         raise RefineError(f"no file {path}; expected a GGUF file, a folder or a hub name")
     try:
@@ -88,9 +84,7 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
 def _refuse_others(path: Path, architecture: str, facts: Mapping[str, object], names: set[str]) -> None:
     """Raise a RefineError for what transformers' reading of the file would not tell."""
     if architecture not in ARCHITECTURES:
-        raise RefineError(
-            f"{path} holds a model of architecture {architecture!r}; convert takes GGUF files of {', '.join(ARCHITECTURES)}"
-        )
+        raise RefineError(f"{path} holds a model of architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
     found = []
     if (scaling := facts.get(f"{architecture}.rope.scaling.type", "none")) != "none" or "rope_freqs.weight" in names:
         found.append(f"scaled rotary positions ({'rope_freqs' if scaling == 'none' else scaling})")

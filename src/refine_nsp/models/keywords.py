@@ -18,10 +18,7 @@ ASKS_NOTHING: dict[str, tuple[Callable[[object], bool], str]] = {
     "output_attentions": (lambda value: not value, "fast weights have no attention maps to return"),
     "output_router_logits": (lambda value: not value, "router logits are not returned here"),
     "is_causal": (bool, "these models read from left to right alone"),
-    "token_type_ids": (
-        lambda value: isinstance(value, Tensor) and not bool(value.any()),
-        "these models know one type of token, 0",
-    ),
+    "token_type_ids": (lambda x: isinstance(x, Tensor) and not bool(x.any()), "these models know one type of token, 0"),
 }
 NEAR = 0.8  # how alike a keyword must be to a known one to be taken for a slip of the pen
 
@@ -32,7 +29,9 @@ def refuse_unknown(forward: Callable[..., object], keywords: Mapping[str, object
         if value is None:
             continue
         if name not in ASKS_NOTHING:
-            known = [*_parameters(forward), *ASKS_NOTHING]
+            parameters = inspect.signature(forward).parameters.values()
+            named = [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+            known = [*named, *ASKS_NOTHING]
             raise RefineError(f"forward has no argument {name!r}{closest(name, known)}; it takes {', '.join(known)}")
         asks_nothing, why = ASKS_NOTHING[name]
         if not asks_nothing(value):
@@ -47,8 +46,3 @@ def refuse_misspelt(known: Iterable[str], keywords: Mapping[str, object]) -> Non
         near = difflib.get_close_matches(name, names, n=1, cutoff=NEAR) if name not in names else []
         if near:
             raise RefineError(f"forward has no argument {name!r} (did you mean {near[0]!r}?)")
-
-
-def _parameters(forward: Callable[..., object]) -> list[str]:
-    parameters = inspect.signature(forward).parameters.values()
-    return [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]

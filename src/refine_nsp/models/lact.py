@@ -16,14 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import (
-    SUPPORTED_ACTIVATIONS,
-    FamilyConfig,
-    FastWeightForCausalLM,
-    FastWeightModel,
-    RMSNorm,
-    refuse_unsupported,
-)
+from refine_nsp.models.blocks import FamilyConfig, FastWeightForCausalLM, FastWeightModel, RMSNorm
 from refine_nsp.models.state import LayerState, last_inputs, rows_of_their_own
 from refine_nsp.ops.lact import LaCTStates, Tokens, lact, lact_branches
 from refine_nsp.ops.lact_update import Triple, UpdateRule
@@ -44,10 +37,7 @@ class LaCTConfig(FamilyConfig):
     """
 
     model_type = "lact_swiglu"
-    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state"]
 
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
     num_attn_heads: int = 32
     num_lact_heads: int = 4
     inter_multi: float = 1
@@ -68,37 +58,17 @@ class LaCTConfig(FamilyConfig):
     w0_w2_low_rank: int = -1
     window_size: int = 2048
     rope_theta: float = 10000.0
-    max_position_embeddings: int | None = 2048
-    hidden_ratio: float | None = 4
-    intermediate_size: int | None = None
-    hidden_act: str = "swish"
     initializer_range: float = 0.006
     elementwise_affine: bool = True
-    norm_eps: float = 1e-6
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-    fuse_norm: bool = True
     last_layer_fuse_norm: bool = True
-    fuse_swiglu: bool = True
-    fuse_cross_entropy: bool = True
-    vocab_size: int = 32000
     fw_init_gain: float = 0.5
     use_fused_kernel: bool = False
     fp32_states: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        refuse_unsupported(
-            self,
-            {
-                "ttt_loss_type": ("dot_product",),
-                "lr_parameterization": ("mamba", "Mamba", "MAMBA"),
-                "hidden_act": SUPPORTED_ACTIVATIONS,
-                "muon_dtype": ("bfloat16", "float32"),
-            },
+        self.refuse_unsupported(
+            ttt_loss_type=("dot_product",), lr_parameterization=("mamba", "Mamba", "MAMBA"), muon_dtype=("bfloat16", "float32")
         )
         for name in ("lact_chunk_size", "window_size"):
             value = getattr(self, name)
@@ -107,13 +77,13 @@ class LaCTConfig(FamilyConfig):
         for name in ("num_attn_heads", "num_lact_heads"):
             if self.hidden_size % getattr(self, name):
                 raise RefineError(
-                    f"LaCTConfig: hidden_size = {self.hidden_size} must be a multiple of {name} = {getattr(self, name)}"
+                    f"LaCTConfig: hidden_size={self.hidden_size} must be a multiple of {name}={getattr(self, name)}"
                 )
         if (self.hidden_size // self.num_attn_heads) % 2:
             raise RefineError(f"LaCTConfig: the attention head width {self.hidden_size // self.num_attn_heads} must be even")
         if self.lr_dim != 1 and not (self.lr_dim == self.fw_head_dim == self.fw_hidden_dim):
             raise RefineError(
-                f"LaCTConfig: lr_dim = {self.lr_dim} must be 1, or the fast-weight head width {self.fw_head_dim} with inter_multi 1"
+                f"LaCTConfig: lr_dim={self.lr_dim} must be 1, or the fast-weight head width {self.fw_head_dim} with inter_multi 1"
             )
 
     @property
@@ -229,10 +199,7 @@ class LaCTMixer(nn.Module):
         return self._combine(x, attended, recalled), LaCTTrace(states, keys, values, before, c.window_size)
 
     def _branch(self, x: Tensor, state: LayerState, offsets: Tensor, branches: int) -> Tensor:
-        """Compute `forward` for at most a chunk of tokens, and read the fast weights and window of a state where they are.
-
-        Both are as large as many thousand tokens; here they are neither copied nor joined to anything.
-        """
+        """Compute `forward` for at most a chunk of tokens, neither copying nor joining the state's large fast weights and window."""
         c = self.config
         q, k, v, tables = self._project(x, offsets.repeat_interleave(branches))
         heads = [z.unflatten(-1, (c.num_attn_heads, -1)) for z in (q, k, v)]
@@ -319,6 +286,3 @@ class LaCTModel(FastWeightModel):
 class LaCTForCausalLM(FastWeightForCausalLM):
     config_class = LaCTConfig
     trunk_class = LaCTModel
-
-
-__all__ = ["LaCTConfig", "LaCTForCausalLM", "LaCTModel"]

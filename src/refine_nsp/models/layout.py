@@ -9,7 +9,7 @@ from torch import Tensor
 from refine_nsp.errors import RefineError
 from refine_nsp.models.document_marks import find_documents
 from refine_nsp.models.documents import run_documents
-from refine_nsp.models.outputs import FastWeightModelOutput, check_rows
+from refine_nsp.models.outputs import FastWeightModelOutput
 from refine_nsp.models.padding import alignment, snapshot_tokens
 from refine_nsp.models.protocols import Trunk
 from refine_nsp.models.state import FastWeightCache
@@ -21,26 +21,21 @@ def run_in_rows(
     past: FastWeightCache | None = None, use_cache: bool | None = None, snapshot_positions: Tensor | None = None,
     output_states: bool = False, output_hidden_states: bool | None = None,
 ) -> FastWeightModelOutput:  # fmt: skip
-    """Run a trunk on the inputs of its `forward`, one document a row.
+    """Run a trunk on the inputs of its `forward`, one document a row; packed documents leave the state after each row's last.
 
-    Args:
-        marks: the keywords of `document_marks.MARKS`, and `cache_position`.
-        use_cache: by default what the trunk's config says in eval mode, and False in training mode and for packed documents, which leave
-            the state after the last document of each row.
+    marks: the keywords of `document_marks.MARKS`, and `cache_position`.
 
     Raises:
         RefineError: masks, positions or marks that do not fit the inputs, or rows that do not fit the cache.
     """
     B, T = x.shape[:2]
     aligned = alignment(attention_mask, lengths, B, T)
-    if past is not None and past.is_initialized:
-        check_rows(past, B, use_cache=False)
+    _check_rows(past, B)
     documents = find_documents(marks, aligned, B, T, past)
     if use_cache is None:
         use_cache = bool(trunk.config.use_cache) and not trunk.training and documents is None
     if documents is None:
-        if past is not None and past.is_initialized:
-            check_rows(past, B, use_cache)
+        _check_rows(past, B, use_cache)
         tokens = snapshot_tokens(snapshot_positions, aligned, B, T)
         return trunk.run_rows(x, aligned, past, tokens, use_cache, output_states, bool(output_hidden_states))
 
@@ -50,14 +45,21 @@ def run_in_rows(
 
     positions = snapshot_tokens(snapshot_positions, None, B, T)
     # Processes that hold shards of a model run together, so none may run more passes than another.
-    together = is_sharded(trunk)
-    out, final = run_documents(run, x, documents, positions, use_cache, together)
+    out, final = run_documents(run, x, documents, positions, use_cache, together=is_sharded(trunk))
     out.past_key_values = past
     if final is not None:
-        cache = past if past is not None else FastWeightCache()
-        cache.advance(final.layers, final.lengths, T)
-        out.past_key_values = cache
+        out.past_key_values = past if past is not None else FastWeightCache()
+        out.past_key_values.advance(final.layers, final.lengths, T)
     return out
+
+
+def _check_rows(past: FastWeightCache | None, n_rows: int, use_cache: bool = False) -> None:
+    """Raise a RefineError unless `n_rows` rows can continue from `past`: as many if its states are replaced, else a multiple of them."""
+    if past is not None and past.is_initialized and (n_rows % past.batch_size or (use_cache and past.batch_size != n_rows)):
+        raise RefineError(
+            f"past_key_values has {past.batch_size} rows but the input has {n_rows}; use cache.expand(N) to repeat rows, or "
+            "use_cache=False to go on from each with a whole number of rows"
+        )
 
 
 def one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -20,15 +18,16 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from refine_nsp.config import check_choice
 from refine_nsp.errors import RefineError, closest, first_line
+from refine_nsp.files import read_json
 from refine_nsp.models.adapters import Adapter, attach, find_adapter, merged
 from refine_nsp.models.blocks import FastWeightForCausalLM
 from refine_nsp.models.borrowed.check import check
 from refine_nsp.models.borrowed.classes import class_for
 from refine_nsp.models.borrowed.trunk import StatefulCausalModel
+from refine_nsp.models.checks.ways import quiet
 from refine_nsp.models.families import FAMILIES, register
 from refine_nsp.models.weight_names import renaming, some
 from refine_nsp.ops.memory import part
@@ -41,6 +40,18 @@ SHIPPED = {f"refine-nsp/{name}": ASSETS / name for name in ("tiny-delta-net", "t
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+HUB_PROBLEMS: dict[tuple[type[Exception], ...], str] = {
+    (GatedRepoError,): "is gated: accept its terms at https://huggingface.co/{name}, then log in (hf auth login, or HF_TOKEN)",
+    (
+        RepositoryNotFoundError,
+    ): "is not on the hub, or private: look its name up there (it may have another), or log in (hf auth login)",
+    (RevisionNotFoundError,): "has no such revision on the hub",
+    (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    ): "is no folder here and not in the hub's cache, and the hub cannot be reached: where "
+    "there is a network, hf download {name} --local-dir FOLDER, then name that folder; shipped: " + ", ".join(SHIPPED),
+}
 
 
 LoadingInfo = Mapping[str, Collection[str | tuple[object, ...]]]  # names that a checkpoint and a model do not share, by kind
@@ -91,8 +102,6 @@ def load(
 
 def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> LoadedModel:
     """Load the model alone; see `load`."""
-    if isinstance(dtype, str):
-        check_choice("dtype", dtype, DTYPES)
     where = resolve(name_or_path)
     if adapters_of(where, kwargs.get("revision")):
         model = cast(LoadedModel, merged(load_adapter(where, dtype, **kwargs)))
@@ -109,18 +118,10 @@ def load_model(name_or_path: str | Path, dtype: torch.dtype | str | None = None,
 
 
 def load_as_it_is(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal model as transformers has it, without states of this package's; a family of ours is the same either way.
-
-    Raises:
-        RefineError: as `load` does, and for adapters, which are no model by themselves.
-    """
-    if isinstance(dtype, str):
-        check_choice("dtype", dtype, DTYPES)
+    """Load a causal model as transformers has it, without states of this package's; a RefineError also for adapters. See `load`."""
     where = resolve(name_or_path)
     if adapters_of(where, kwargs.get("revision")):
-        raise RefineError(
-            f"{where} holds adapters, no model; make one of them and their base first: refine-nsp export {where} FOLDER"
-        )
+        raise RefineError(f"{where} holds adapters, no model; make one of them and their base: refine-nsp export {where} FOLDER")
     config = _config_of_weights(where)
     if config.model_type in FAMILIES:
         return load_model(where, dtype, **kwargs)
@@ -139,12 +140,14 @@ def _read(
     where: str, config: PreTrainedConfig, model_class: type[M], dtype: torch.dtype | str | None, kwargs: Mapping[str, Any]
 ) -> M:
     """Read the weights into a model of the given class, and raise a RefineError unless they are its own, all and finite."""
+    if isinstance(dtype, str):
+        check_choice("dtype", dtype, DTYPES)
     if model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # a model of several kinds of input has one for text
 
     def read(**more: Any) -> tuple[M, LoadingInfo]:
-        # Shapes that differ are accepted here, to be named below with all else that differs.
-        with part("loading"), _without_reports():
+        # Shapes that differ are accepted here, to be named below with all else that differs, instead of in transformers' long tables.
+        with part("loading"), quiet(bars=True):
             loaded: object = model_class.from_pretrained(
                 where, config=config, dtype=dtype if dtype is not None else "auto", use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True, **more, **kwargs,
@@ -158,7 +161,9 @@ def _read(
             unwrapped = read(key_mapping=patterns) if patterns else (model, names)
             if patterns and not any(unwrapped[1].values()):
                 model, names = unwrapped
-                _forget(model, patterns)
+                # transformers would put back the parts that it left out when it loaded the names.
+                left_out = [c for c in vars(model)["_weight_conversions"] if c.target_patterns != [""]]
+                vars(model)["_weight_conversions"] = left_out
                 warnings.warn(
                     f"the weights of {where} were saved through a wrapper: {added} is left out of their names", stacklevel=2
                 )
@@ -172,23 +177,6 @@ def _read(
     return model
 
 
-@contextmanager
-def _without_reports() -> Iterator[None]:
-    """Silence transformers' long tables of names: what is wrong with names is an error here, in one line."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _forget(model: PreTrainedModel, patterns: Mapping[str, str]) -> None:
-    """Let the model be saved under its own names: transformers would put back the parts that it left out when it loaded them."""
-    conversions = vars(model)["_weight_conversions"]
-    vars(model)["_weight_conversions"] = [c for c in conversions if c.target_patterns != [""] or not patterns]
-
-
 def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> PeftModel:
     """Load LoRA adapters on their base as PEFT's own model, to be trained on; a RefineError where there are none. See `load`."""
     where = resolve(name_or_path)
@@ -200,17 +188,12 @@ def load_adapter(name_or_path: str | Path, dtype: torch.dtype | str | None = Non
     try:
         base = load_model(own.base, dtype, **kwargs)
     except RefineError as error:
-        raise RefineError(
-            f"the base of the adapter {where} (base_model_name_or_path in its adapter_config.json) cannot be loaded: {error}"
-        ) from error
+        raise RefineError(f"the base of the adapter {where} (see its adapter_config.json) cannot be loaded: {error}") from error
     return attach(base, own)
 
 
 def adapters_of(name_or_path: str | Path, revision: str | None = None) -> list[Adapter]:
-    """Find the adapters that lead to a plain model, the outermost first.
-
-    A plain model has none; there are several where a base is an adapter itself.
-    """
+    """Find the adapters that lead to a plain model, the outermost first; several where a base is an adapter itself."""
     where, found = resolve(name_or_path), []
     while (adapter := find_adapter(where, revision)) is not None:
         found.append(adapter)
@@ -227,11 +210,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone; see `load`. Adapters without one have their base's."""
     where = resolve(name_or_path)
     folder = Path(where)
-    if folder.is_dir() and not _has_tokenizer(folder) and (adapters := adapters_of(where)):
-        return load_tokenizer(adapters[0].base)
-    if folder.is_dir() and not _has_tokenizer(folder):
+    if folder.is_dir() and not has_tokenizer(folder):
+        if adapters := adapters_of(where):
+            return load_tokenizer(adapters[0].base)
         raise RefineError(
-            f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy one there, or name another (midtrain: --tokenizer_name)"
+            f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy one there, or name another: --tokenizer_name"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -241,18 +224,15 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         raise hub_problem(where, error) or RefineError(f"cannot load the tokenizer of {where}: {first_line(error)}") from error
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds a tokenizer."""
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def check_vocabulary(model: nn.Module | Configured, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a RefineError when the tokenizer can produce ids that the model has no embedding for."""
-    vocab_size = cast(Configured, model).config.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise RefineError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
+    if len(tokenizer) > (size := cast(Configured, model).config.vocab_size):
+        raise RefineError(f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {size}; use the model's own")
 
 
 def _check_tokens(where: str, model: PreTrainedModel) -> None:
@@ -316,39 +296,24 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
 
 def hub_problem(name: str, error: BaseException) -> RefineError | None:
     """Say why the hub refused a name, with the fix, where an error of transformers comes from that; else None."""
-    problem, causes = None, [error]
+    causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
-    if any(isinstance(e, GatedRepoError) for e in causes):
-        problem = f"is gated: accept its terms at https://huggingface.co/{name}, then log in (hf auth login, or HF_TOKEN)"
-    elif any(isinstance(e, RepositoryNotFoundError) for e in causes):
-        problem = "is not on the hub, or private: look its name up there (it may have another by now), or log in (hf auth login)"
-    elif any(isinstance(e, RevisionNotFoundError) for e in causes):
-        problem = "has no such revision on the hub"
-    elif any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in causes):
-        problem = (
-            f"is no folder here and not in the hub's cache, and the hub cannot be reached: where there is a network, hf download {name} "
-            f"--local-dir FOLDER, then name that folder; shipped: {', '.join(SHIPPED)}"
-        )
-    return None if problem is None else RefineError(f"{name} {problem}")
+    problems = (problem for kinds, problem in HUB_PROBLEMS.items() if any(isinstance(e, kinds) for e in causes))
+    return next((RefineError(f"{name} {problem.format(name=name)}") for problem in problems), None)
 
 
 def check_folder(folder: Path) -> None:
     """Raise a RefineError unless a folder holds config.json and weights that no program can hide in."""
     if not folder.is_dir():
         raise RefineError(f"{folder} is a file; expected a model folder with config.json and *.safetensors")
-    config = folder / "config.json"
-    if not config.exists():
+    if not (config := folder / "config.json").exists():
         raise RefineError(f"{folder} has no config.json; expected a model folder with config.json and *.safetensors")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RefineError(f"{config} is not valid JSON: {first_line(error)}") from error
+    read_json(config, "a model's configuration")
     if not list(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_ENDINGS)
-        if pickles:
+        if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_ENDINGS):
             raise RefineError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded and are refused; "
-                "convert them to safetensors where you trust them"
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when loaded and are refused; convert them to "
+                "safetensors where you trust them"
             )
         raise RefineError(f"{folder} has no *.safetensors weights")

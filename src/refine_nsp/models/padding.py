@@ -42,12 +42,17 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_rows: int, n_tokens
     if mask is not None and lengths is not None:
         raise RefineError("got both attention_mask and lengths; pass one of them")
     if lengths is not None:
-        return _by_lengths(lengths, n_rows, n_tokens)
+        lengths = lengths.cpu()
+        if lengths.shape != (n_rows,):
+            raise RefineError(f"lengths must be [B] = [{n_rows}], got shape {tuple(lengths.shape)}")
+        if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
+            raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
+        return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != n_rows or mask.shape[1] < n_tokens:
         raise RefineError(
-            f"attention_mask must be [B, T] = [{n_rows}, {n_tokens}] (or [B, past + T]) of 0 and 1, got shape {tuple(mask.shape)}"
+            f"attention_mask must be [B, T] = [{n_rows}, {n_tokens}] (or [B, past + T]), got shape {tuple(mask.shape)}"
         )
     last = mask[:, -n_tokens:].cpu()
     real = last != 0
@@ -67,15 +72,6 @@ def alignment(mask: Tensor | None, lengths: Tensor | None, n_rows: int, n_tokens
     return Alignment(lengths, order, torch.argsort(order, dim=1))
 
 
-def _by_lengths(lengths: Tensor, n_rows: int, n_tokens: int) -> Alignment | None:
-    lengths = lengths.cpu()
-    if lengths.shape != (n_rows,):
-        raise RefineError(f"lengths must be [B] = [{n_rows}], got shape {tuple(lengths.shape)}")
-    if int(lengths.max()) > n_tokens or int(lengths.min()) < 0:
-        raise RefineError(f"lengths must be between 0 and the {n_tokens} columns of input_ids, got {lengths.tolist()}")
-    return None if bool((lengths == n_tokens).all()) else Alignment(lengths.long(), None, None)
-
-
 def by_rows(rows: Sequence[int], tokens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """Lay out tokens [M] by their rows as [n_rows, P], -1 where a row has fewer; the second result is their places in it, [M] long."""
     lists: list[list[int]] = [[] for _ in range(n_rows)]
@@ -89,30 +85,28 @@ def by_rows(rows: Sequence[int], tokens: Tensor, n_rows: int) -> tuple[Tensor, T
 
 
 def columns_to_tokens(aligned: Alignment | None, n_tokens: int) -> Tensor | None:
-    """Number the input columns by the row's real tokens, [B, T] long; a pad has the number of the real token before it."""
-    if aligned is None or aligned.slot is None:
-        return None
-    return aligned.real(n_tokens).long().cumsum(1) - 1
+    """Number the input columns by the row's real tokens, [B, T] long on the host, pads as the token before; None: by themselves."""
+    return None if aligned is None or aligned.slot is None else aligned.real(n_tokens).long().cumsum(1) - 1
+
+
+def tokens_in(columns: Tensor, columns_to_tokens: Tensor | None) -> Tensor:
+    """Turn input columns [B, P] (-1: before the first) into indices among each row's real tokens."""
+    if columns_to_tokens is None:
+        return columns
+    return columns_to_tokens.gather(1, columns.clamp(min=0)).where(columns >= 0, columns)
 
 
 def snapshot_tokens(positions: Tensor | None, aligned: Alignment | None, n_rows: int, n_tokens: int) -> Tensor | None:
-    """Turn the input columns [B, P] of snapshots into indices among each row's real tokens, on the host.
-
-    Raises:
-        RefineError: positions of another shape, out of range, or at pads.
-    """
+    """Turn the input columns [B, P] of snapshots into indices among each row's real tokens, on the host; a RefineError at pads."""
     if positions is None:
         return None
     positions = positions.cpu()
     if positions.ndim != 2 or positions.shape[0] != n_rows:
         raise RefineError(f"snapshot_positions must be [B, P] = [{n_rows}, P], got shape {tuple(positions.shape)}")
     if positions.numel() and (int(positions.max()) >= n_tokens or int(positions.min()) < -1):
-        raise RefineError(
-            f"snapshot_positions must lie in -1..{n_tokens - 1}, got {int(positions.min())}..{int(positions.max())}"
-        )
+        least, most = int(positions.min()), int(positions.max())
+        raise RefineError(f"snapshot_positions must lie in -1..{n_tokens - 1}, got {least}..{most}")
     to_tokens = columns_to_tokens(aligned, n_tokens)
-    if to_tokens is not None:
-        return to_tokens.gather(1, positions.clamp(min=0)).where(positions >= 0, positions)
-    if aligned is not None and bool((positions >= aligned.lengths[:, None]).any()):
+    if aligned is not None and to_tokens is None and bool((positions >= aligned.lengths[:, None]).any()):
         raise RefineError("snapshot_positions point at pads: each must be below its row's length")
-    return positions
+    return tokens_in(positions, to_tokens)

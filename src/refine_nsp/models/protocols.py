@@ -1,7 +1,6 @@
 """These protocols state what the method asks of a model; our three families answer it, and transformers' models once they have states.
 
-Annotations elsewhere name these protocols, since a borrowed hybrid is no subclass of ours. `Trunk` is a model below its head; it runs
-tokens from states and gives states. `CausalModel` is the whole.
+Annotations elsewhere name these protocols, since a borrowed hybrid is no subclass of ours.
 """
 
 from __future__ import annotations
@@ -19,26 +18,11 @@ from refine_nsp.models.state import FastWeightCache
 
 
 class StateMixer(Protocol):
-    """Writes and reads the state of a layer.
+    """Writes and reads the state of a layer."""
 
-    Attributes:
-        fast_weight_names: the submodules and parameters that write to and read from the fast weights.
-        memory_names: those that are the memory's alone, without which the layer would still mix tokens, so that they can learn faster.
-        shares_states: whether rows that branch from one state read it together instead of a copy each, so that running a few tokens
-            again costs less than carrying a state on for every row.
-    """
-
-    fast_weight_names: tuple[str, ...]
-    memory_names: tuple[str, ...]
-    shares_states: bool
-
-
-class BranchedRows(Protocol):
-    """Continues R = S*n rows together from S states, n neighbours from each."""
-
-    def advance(self, token: Tensor) -> Tensor:
-        """Consume a token a row, [R] long, and return the final-norm output after it [R, D]."""
-        ...
+    fast_weight_names: tuple[str, ...]  # the submodules and parameters that write to and read from the fast weights
+    memory_names: tuple[str, ...]  # those that are the memory's alone, without which the layer would still mix tokens
+    shares_states: bool  # whether rows that branch from one state read it together instead of a copy each (see `Branches`)
 
 
 class Trunk(Protocol):
@@ -80,19 +64,7 @@ class Trunk(Protocol):
         """Whether states grow with every token read, as those of attention over everything do."""
         ...
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: FastWeightCache | None = None,
-        use_cache: bool | None = None,
-        lengths: Tensor | None = None,
-        snapshot_positions: Tensor | None = None,
-        output_states: bool = False,
-        **kwargs: Any,
-    ) -> FastWeightModelOutput:
+    def __call__(self, *args: Any, **kwargs: Any) -> FastWeightModelOutput:
         """Run T tokens from `past_key_values` (or from nothing); see `FastWeightModel.forward`."""
         ...
 
@@ -101,10 +73,6 @@ class Trunk(Protocol):
         output_states: bool, output_hidden_states: bool,
     ) -> FastWeightModelOutput:  # fmt: skip
         """Run rows of one document each, x ids [B, T] or embeddings [B, T, D]; tokens [B, P]: where snapshots are taken, on the host."""
-        ...
-
-    def branch(self, cache: FastWeightCache, n: int) -> BranchedRows:
-        """Start n neighbouring rows from each state of `cache`, to continue token by token; the cache is only read."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

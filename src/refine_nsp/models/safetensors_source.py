@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from refine_nsp.errors import RefineError, first_line
 from refine_nsp.files import expecting, read_json
-from refine_nsp.models.attention_source import AttentionSource, checked_dtype, refuse_others
-from refine_nsp.models.load import TOKENIZER_FILES, adapters_of, check_folder, hub_problem, load_config, resolve
+from refine_nsp.models.attention_source import DTYPES, AttentionSource, refuse_others
+from refine_nsp.models.load import TOKENIZER_FILES, adapters_of, check_folder, has_tokenizer, hub_problem, load_config, resolve
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "LICENSE*")
@@ -22,11 +24,7 @@ GENERATION = "generation_config.json"
 
 
 def open_model(name: str) -> AttentionSource:
-    """Open a folder or a hub name.
-
-    Raises:
-        RefineError: no such thing, pickled weights, or a model that LaCT's layers cannot hold unchanged, by the name of what differs.
-    """
+    """Open a folder or a hub name; a RefineError for pickled weights, or a model that LaCT's layers cannot hold unchanged."""
     where = resolve(name)
     if adapters_of(where):
         raise RefineError(f"{name} holds adapters, not a model: merge them first with refine-nsp export {name} FOLDER")
@@ -38,25 +36,22 @@ def open_model(name: str) -> AttentionSource:
     config = load_config(where)
     refuse_others(name, config)
     if not folder.exists():
-        folder = _downloaded(where)
+        try:
+            folder = Path(snapshot_download(where, allow_patterns=["*.safetensors", "*.json", *CARRIED]))  # no pickles, no code
+        except Exception as error:
+            raise hub_problem(where, error) or RefineError(f"cannot download {where}: {first_line(error)}") from error
     files = _files(folder)
     shapes = {weight: shape for path in sorted(set(files.values())) for weight, shape in _shapes(path).items()}
 
     def read(weight: str) -> Tensor:
         # Opened for each weight, so that the pages of those that were read before are given back.
-        with _reading(files[weight]), safe_open(files[weight], framework="pt") as file:
+        with _opened(files[weight]) as file:
             return file.get_tensor(weight)
 
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else read(next(iter(shapes))).dtype
-    return AttentionSource(name, config, checked_dtype(name, stored), shapes, read, lambda out: _carry(folder, out))
-
-
-def _downloaded(where: str) -> Path:
-    """Return the folder of a hub name in the hub's cache, downloaded where it is not there: never pickles, never code."""
-    try:
-        return Path(snapshot_download(where, allow_patterns=["*.safetensors", "*.json", *CARRIED]))
-    except Exception as error:
-        raise hub_problem(where, error) or RefineError(f"cannot download {where}: {first_line(error)}") from error
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else read(next(iter(shapes))).dtype
+    if dtype not in DTYPES:
+        raise RefineError(f"the weights of {name} are {dtype}; expected {', '.join(map(str, DTYPES))}: save it dequantised first")
+    return AttentionSource(name, config, dtype, shapes, read, lambda out: _carry(folder, out))
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -74,22 +69,18 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with _reading(path), safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-class _reading:
-    """Turn safetensors' own errors into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SafetensorError | OSError):
-            raise RefineError(f"cannot read the weights in {self.path}: {first_line(error)}") from error
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file, whose own errors become one line."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise RefineError(f"cannot read the weights in {path}: {first_line(error)}") from error
 
 
 def _carry(folder: Path, out: Path) -> None:
@@ -97,7 +88,7 @@ def _carry(folder: Path, out: Path) -> None:
     files = {path for pattern in (*CARRIED, GENERATION) for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(files):
         shutil.copyfile(path, out / path.name)
-    if not any((out / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(out):
         warnings.warn(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}), so the new folder has none either", stacklevel=2
         )

@@ -1,11 +1,9 @@
 """A pass in segments (`segment_tokens`) holds the activations of one segment at a time, and has the gradient of the whole sequence.
 
 A segment starts from the states that the one before left; it gives its hidden states, the snapshots inside it, and the states it leaves.
-Autograd keeps these alone and runs each segment again in the backward pass, the last one first. The gradient of the states handed over is
-that of everything behind them, so nothing is truncated. Segments may end anywhere: an open chunk is part of its state.
+Autograd keeps these alone and runs each segment again in the backward pass, the last one first, so nothing is truncated.
 
-What still grows with T are the hidden states [B, T, D] and the states between segments: their size times the number of segments, except
-that keys and values of attention layers are there once.
+What still grows with T are the hidden states [B, T, D] and the states between segments; keys and values of attention are there once.
 """
 
 from __future__ import annotations
@@ -27,28 +25,15 @@ from refine_nsp.processes import is_sharded
 
 @dataclass(frozen=True)
 class HandedStates:
-    """Holds the states of B rows between two segments, in the parts that segments wrote.
+    """Holds the states of B rows between two segments, in the parts that segments wrote; see `FastWeightCache`."""
 
-    Attributes:
-        layers: each state by its name, in one tensor, or in several where every segment adds its own (keys and values of all tokens): a
-            whole state after each segment would hold all those before it again.
-        added: for each layer the names of the states that the last segment added to.
-    """
-
+    # Each state by its name, in one tensor, or in several where every segment adds its own (keys and values of all tokens): a whole state
+    # after each segment would hold all those before it again.
     layers: list[dict[str, tuple[Tensor, ...]]]
     lengths: Tensor
     columns: int
-    added: list[set[str]]
-    earlier: Tensor | None = None  # see `FastWeightCache`
-
-    @classmethod
-    def of(cls, cache: FastWeightCache | None) -> HandedStates | None:
-        """Take the states that the first segment starts from."""
-        if cache is None:
-            return None
-        assert cache.lengths is not None
-        layers: list[dict[str, tuple[Tensor, ...]]] = [{name: (x,) for name, x in layer.items()} for layer in cache.layers]
-        return cls(layers, cache.lengths, cache.columns, [set() for _ in layers], cache.earlier)
+    added: list[set[str]]  # for each layer the names of the states that the last segment added to
+    earlier: Tensor
 
     def cache(self) -> FastWeightCache:
         """Join the parts to the states that the next segment starts from."""
@@ -79,11 +64,10 @@ class Segments:
     def run(
         self, start: int, end: int, before: HandedStates | None, slots: Sequence[int], positions: Tensor, hands_over: bool = True
     ) -> tuple[Tensor, FastWeightCache | None, HandedStates | None]:
-        """Run tokens start..end-1.
-
-        Returns hidden states, states at the positions [B, P] numbered `slots` (row-major), and the states at the end.
-        """
-        ids, lengths = self.input_ids[:, start:end], self._lengths(start, end)
+        """Run tokens start..end-1; return hidden states, states at the positions [B, P] numbered `slots`, and those at the end."""
+        ids = self.input_ids[:, start:end]
+        # Nobody asks for a state behind a row's last token, so a trunk that would cut its pass at each row's length may read pads.
+        lengths = None if self.trunk.cuts_at_positions else (self.lengths - start).clamp(0, end - start)
         relative = rows = None
         if slots:
             inside = (positions.flatten()[slots] - start).clamp(min=-1)
@@ -99,38 +83,24 @@ class Segments:
         hidden, snapshots, left = checkpoint(forward, ids, use_reentrant=False) if torch.is_grad_enabled() else forward(ids)
         return hidden, snapshots, None if left is None else left.behind(before)
 
-    def _lengths(self, start: int, end: int) -> Tensor | None:
-        """Return the real tokens of each row in a segment, or None to read pads too.
-
-        Nobody asks for a state behind a row's last token, so a trunk that would cut its pass at each row's length may read pads.
-        """
-        return None if self.trunk.cuts_at_positions else (self.lengths - start).clamp(0, end - start)
-
 
 @dataclass(frozen=True)
 class PassBySegments:
-    """Holds the results of a pass in segments.
-
-    hidden: [B, T, D]. snapshots: states at the positions the pass was given, or None. before: states before each segment, which begins
-    at `starts`.
-    """
+    """Holds the results of a pass in segments."""
 
     segments: Segments
-    hidden: Tensor
-    snapshots: FastWeightCache | None
-    starts: list[int]
-    before: list[HandedStates | None]
+    hidden: Tensor  # [B, T, D]
+    snapshots: FastWeightCache | None  # states at the positions the pass was given
+    starts: list[int]  # where each segment begins
+    before: list[HandedStates | None]  # states before each segment
 
     def at(self, positions: Tensor) -> FastWeightCache:
-        """Take the states after the tokens at `positions`; see `StatesOfPass.at`.
-
-        The segments that hold them are run once more, each up to the last of its positions.
-        """
+        """Take the states after the tokens at `positions`; the segments that hold them run once more. See `PrefixStates.at`."""
         positions = positions.cpu()
         flat = positions.flatten()
         # Two tokens or more: a single one is code of its own in some models (see `ByReference.pieces`).
         which = (torch.searchsorted(torch.tensor(self.starts), flat) - 1).clamp(min=0)
-        parts, order = [], []
+        parts = []
         used = which.unique().tolist()
         if is_sharded(self.segments.trunk):  # processes run together: as many segments whatever the positions
             unused = (i for i in range(len(self.starts)) if i not in used)
@@ -139,13 +109,10 @@ class PassBySegments:
         for i in used:
             slots = (which == i).nonzero()[:, 0]
             end = int(flat[slots].max().clamp(min=0)) + 1
-            _, taken, _ = self.segments.run(
-                self.starts[i], end, self.before[i], slots.tolist(), positions, hands_over=False
-            )  # fmt: skip
+            _, taken, _ = self.segments.run(self.starts[i], end, self.before[i], slots.tolist(), positions, hands_over=False)
             assert taken is not None
-            parts.append(taken)
-            order.append(slots)
-        return FastWeightCache.in_order(parts, order)
+            parts.append((taken, slots))
+        return FastWeightCache.in_order(parts)
 
 
 def read_by_segments(
@@ -176,9 +143,8 @@ def read_by_segments(
     segments, flat = Segments(trunk, input_ids, lengths), positions.flatten()
     ends = segment_ends(input_ids.shape[1], size, set(flat.tolist()))
     hidden: list[Tensor] = []
-    before: list[HandedStates | None] = [HandedStates.of(past)]
-    parts: list[FastWeightCache] = []
-    order: list[Tensor] = []
+    before: list[HandedStates | None] = [None if past is None else _written(past, None)]
+    parts: list[tuple[FastWeightCache, Tensor]] = []
     for start, end in pairwise([0, *ends]):
         inside = ((flat < end) & (flat >= start)) | ((flat < 0) & (start == 0))
         slots = inside.nonzero()[:, 0]
@@ -186,17 +152,15 @@ def read_by_segments(
         hidden.append(h)
         before.append(after)
         if taken is not None:
-            parts.append(taken)
-            order.append(slots)
-    snapshots = FastWeightCache.in_order(parts, order) if parts else None
+            parts.append((taken, slots))
+    snapshots = FastWeightCache.in_order(parts) if parts else None
     return PassBySegments(segments, torch.cat(hidden, 1), snapshots, [0, *ends[:-1]], before[:-1])
 
 
 def segment_ends(n_tokens: int, size: int, positions: set[int]) -> list[int]:
-    """Choose where segments of about `size` tokens end.
+    """Choose where segments of about `size` tokens end: none has a single token, nor, where that can be, a position at its first token.
 
-    None has a single token, nor, where that can be, a position at its first token (see `PassBySegments.at`). How many there are follows
-    from `n_tokens` alone, since processes that hold shards of a model run together.
+    How many there are follows from `n_tokens` alone, since processes that hold shards of a model run together.
     """
     ends: list[int] = []
     for end in range(size, n_tokens - 1, size):

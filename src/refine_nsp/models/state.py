@@ -1,20 +1,21 @@
 """A state holds everything that a model's layers need to continue after a position; a fast-weight model's does not grow with it.
 
-A state is a plain dictionary of tensors whose first axis is the row, so that every hand-over (one prefix to N rollouts, beam
-reordering, dropping finished rows) is one `index_select`. Tensors are replaced, never written in place: a state taken from a
-forward pass with gradients stays part of its graph, and so the policy loss reaches the prefix.
+It is a plain dictionary of tensors whose first axis is the row, so that every hand-over is one `index_select`. Tensors are replaced, never
+written in place: a state taken from a forward pass with gradients stays part of its graph, and so the policy loss reaches the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from refine_nsp.models.padding import tokens_in
 
 LayerState = dict[str, Tensor]  # every tensor [R, ...]
 NEWEST_LAST = ("keys", "values", "tokens")  # as wide as the longest row has tokens: shorter rows have a hole at the start
@@ -35,8 +36,7 @@ class FastWeightCache(Cache):
         layers: one `LayerState` per layer, empty before the first forward pass.
         lengths: [R] long, on the host: real tokens consumed by each row; None before the first forward pass.
         columns: input columns seen, pads included, which `generate` calls the sequence length.
-        earlier: [R] long, on the host: tokens consumed before those of `lengths`, whose keys were let go; None: none were. Positions
-            count them.
+        earlier: [R] long, on the host: tokens consumed before those of `lengths`, whose keys were let go. Positions count them.
     """
 
     layers: list[LayerState]  # type: ignore[assignment]  # a list of other things in transformers
@@ -52,17 +52,15 @@ class FastWeightCache(Cache):
         self.layers = layers if layers is not None else []
         self.lengths = None if lengths is None else lengths.cpu()
         self.columns = columns
-        self.earlier = earlier
+        self.earlier = torch.zeros(0 if lengths is None else len(lengths), dtype=torch.long) if earlier is None else earlier
 
-    # --- ours: pure, each returns a new cache -------------------------------------------------------------------------
     def index(self, rows: Tensor) -> FastWeightCache:
         """Take the given rows [R'] long, in that order and as often as named. Differentiable."""
         layers = [
             {name: x.index_select(0, rows.to(x.device, non_blocking=True)) for name, x in layer.items()} for layer in self.layers
         ]
-        lengths = None if self.lengths is None else self.lengths.index_select(0, rows.cpu())
-        earlier = None if self.earlier is None else self.earlier.index_select(0, rows.cpu())
-        return FastWeightCache(layers, lengths, self.columns, earlier)
+        on_host = rows.cpu()
+        return FastWeightCache(layers, self._lengths()[on_host], self.columns, self.earlier[on_host])
 
     def expand(self, repeats: int) -> FastWeightCache:
         """Repeat every row, copies next to each other: B*P rows become R = B*P*N in row-major order. Differentiable."""
@@ -92,31 +90,28 @@ class FastWeightCache(Cache):
             {name: _all_rows([c.layers[i][name] for c in caches], name in NEWEST_LAST) for name in layer}
             for i, layer in enumerate(caches[0].layers)
         ]
-        earlier = None
-        if any(c.earlier is not None for c in caches):
-            earlier = torch.cat([torch.zeros_like(c._lengths()) if c.earlier is None else c.earlier for c in caches])
-        return cls(layers, torch.cat([c._lengths() for c in caches]), max(c.columns for c in caches), earlier)
+        lengths, earlier = torch.cat([c._lengths() for c in caches]), torch.cat([c.earlier for c in caches])
+        return cls(layers, lengths, max(c.columns for c in caches), earlier)
 
     @classmethod
-    def in_order(cls, parts: Sequence[FastWeightCache], slots: Sequence[Tensor]) -> FastWeightCache:
-        """Join states that were taken in parts; slots: for each part the rows its states become, long, on the host."""
-        return parts[0] if len(parts) == 1 else cls.concatenate(parts).index(torch.cat(list(slots)).argsort())
+    def in_order(cls, taken: Sequence[tuple[FastWeightCache, Tensor]]) -> FastWeightCache:
+        """Join states that were taken in parts, each with the rows that its states become, long, on the host."""
+        parts, slots = zip(*taken, strict=True)
+        return parts[0] if len(parts) == 1 else cls.concatenate(parts).index(torch.cat(slots).argsort())
 
     @classmethod
     def joined(cls, rows: Sequence[FastWeightCache | None]) -> FastWeightCache | None:
-        """Join states of one row each; None is a row that starts from nothing. The result is None where all rows do.
-
-        A row that has consumed no token starts from nothing whatever its tensors hold, so these are zeros.
-        """
+        """Join states of one row each; None is a row that starts from nothing. The result is None where all rows do."""
         known = next((row for row in rows if row is not None), None)
-        if known is None:
-            return None
-        nothing = [
+        return None if known is None else cls.concatenate([known.before_any() if row is None else row for row in rows])
+
+    def before_any(self) -> FastWeightCache:
+        """Make the states before any token, of the shapes of these."""
+        layers = [
             {name: x[:, :, :0] if name in NEWEST_LAST else torch.zeros_like(x) for name, x in layer.items()}
-            for layer in known.layers
+            for layer in self.layers
         ]
-        fresh = cls(nothing, torch.zeros(1, dtype=torch.long))
-        return cls.concatenate([fresh if row is None else row for row in rows])
+        return FastWeightCache(layers, torch.zeros_like(self._lengths()))
 
     def apart(self, keys: int | None = None) -> list[FastWeightCache]:
         """Part the rows, each detached, in memory of its own and without the columns of keys that only others have.
@@ -131,14 +126,13 @@ class FastWeightCache(Cache):
                 {name: x[:, :, max(0, x.shape[2] - kept) :].clone() if name in NEWEST_LAST else x for name, x in layer.items()}
                 for layer in row.layers
             ]
-            earlier = row.consumed - kept
-            parts.append(FastWeightCache(layers, torch.tensor([kept]), kept, earlier if bool(earlier) else None))
+            parts.append(FastWeightCache(layers, torch.tensor([kept]), kept, row.consumed - kept))
         return parts
 
     @property
     def consumed(self) -> Tensor:
         """Count the tokens that each row has consumed, [R] long on the host, those whose keys were let go among them."""
-        return self._lengths() if self.earlier is None else self._lengths() + self.earlier
+        return self._lengths() + self.earlier
 
     @property
     def nbytes(self) -> int:
@@ -152,12 +146,11 @@ class FastWeightCache(Cache):
 
     def advance(self, layers: list[LayerState], lengths: Tensor | None, n_columns: int) -> None:
         """Replace the states by those after another `n_columns` input columns."""
-        self._become(FastWeightCache(layers, lengths, self.columns + n_columns, self.earlier))
+        self._become(FastWeightCache(layers, lengths, self.columns + n_columns, self.earlier if self.is_initialized else None))
 
     def _become(self, other: FastWeightCache) -> None:
         self.layers, self.lengths, self.columns, self.earlier = other.layers, other.lengths, other.columns, other.earlier
 
-    # --- what generate() and friends call -----------------------------------------------------------------------------
     @property
     def batch_size(self) -> int:  # type: ignore[override]
         return -1 if self.lengths is None else int(self.lengths.shape[0])
@@ -215,23 +208,27 @@ class FastWeightCache(Cache):
     def is_croppable(self) -> bool:
         return False
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self.layers)
-
 
 def _all_rows(parts: Sequence[Tensor], at_start: bool) -> Tensor:
     """Join the rows of tensors [S, ...], every other axis zero-padded (at its end, or start) to the longest."""
     shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts), strict=True)]
-    padding = [
-        [
-            pad
-            for n, m in zip(reversed(shape), reversed(x.shape[1:]), strict=True)
-            for pad in ((n - m, 0) if at_start else (0, n - m))
-        ]
-        for x in parts
-    ]
-    return torch.cat([F.pad(x, p) if any(p) else x for x, p in zip(parts, padding, strict=True)])
+
+    def padded(x: Tensor) -> Tensor:
+        missing = [n - m for n, m in zip(reversed(shape), reversed(x.shape[1:]), strict=True)]
+        return F.pad(x, [pad for n in missing for pad in ((n, 0) if at_start else (0, n))]) if any(missing) else x
+
+    return torch.cat([padded(x) for x in parts])
+
+
+def tensors_of(layer: object) -> LayerState:
+    """Read what a layer of a cache of transformers keeps: `keys`, `values`, `conv_0`, `recurrent_0` and so on."""
+    found: LayerState = {}
+    if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
+        found |= {"keys": layer.keys, "values": layer.values}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for what, kept in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
+            found |= {f"{what}_{i}": x for i, x in kept.items() if x is not None}
+    return found
 
 
 def consumed_tokens(past: FastWeightCache | None, n_rows: int) -> Tensor:
@@ -265,10 +262,7 @@ def last_inputs(x: Tensor, history: Tensor | None, count: int, positions: Tensor
 
 
 def _last_of_all(x: Tensor, history: Tensor | None, count: int, position: int) -> Tensor:
-    """Compute `last_inputs` [B, count, ...] at one position of all rows.
-
-    After a token of generation, a dozen small operations would cost more than the convolution whose state this is.
-    """
+    """Compute `last_inputs` [B, count, ...] at one position of all rows, with few operations: generation does so after every token."""
     own = x[:, max(0, position + 1 - count) : position + 1]
     missing = count - own.shape[1]
     if missing == 0:
@@ -277,44 +271,30 @@ def _last_of_all(x: Tensor, history: Tensor | None, count: int, position: int) -
     return torch.cat([before, own], 1)
 
 
-class StatesOfPass(Protocol):
+# [B, P] long on the host, real tokens of each row (-1: before the first) -> the states after them, B*P rows, row b*P + p.
+TakeStates = Callable[[Tensor], FastWeightCache]
+
+
+@dataclass(frozen=True)
+class PrefixStates:
     """Gives the states of a pass at positions that are chosen after its outputs are known.
 
     It holds intermediate results until it is dropped, so take the snapshots and let go of it.
     """
 
+    take: TakeStates
+    columns_to_tokens: Tensor | None = None  # see `padding.columns_to_tokens`
+
     def at(self, positions: Tensor) -> FastWeightCache:
-        """Take the states after the tokens at `positions` [B, P] long (-1: before the first) as B*P rows, row b*P + p.
+        """Take the states after the tokens in input columns `positions` [B, P] long (-1: before the first) as B*P rows, row b*P + p.
 
         They are differentiable with respect to everything the pass computed.
         """
-        ...
+        # Where a device chose the positions, they are the one thing a step asks it for.
+        return self.take(tokens_in(positions.cpu(), self.columns_to_tokens))
 
 
-@dataclass(frozen=True)
-class PrefixStates:
-    """Gives the states of a pass by input columns, which callers count in; `by_token` counts each row's real tokens."""
-
-    by_token: StatesOfPass
-    columns_to_tokens: Tensor | None  # [B, T] long, on the host: index among the row's real tokens of each column; None: identity
-
-    def at(self, positions: Tensor) -> FastWeightCache:
-        """Take the states after the tokens in input columns `positions`; see `StatesOfPass.at`."""
-        tokens = positions = positions.cpu()  # where a device chose them, the one thing a step asks it for
-        if self.columns_to_tokens is not None:
-            tokens = self.columns_to_tokens.gather(1, positions.clamp(min=0)).where(positions >= 0, positions)
-        return self.by_token.at(tokens)
-
-
-@dataclass(frozen=True)
-class TracedStates:
-    """Rebuilds the states of a pass through our own layers from their traces."""
-
-    traces: list[LayerTrace]
-    offsets: Tensor  # [B] long, on the host: real tokens consumed before this pass
-
-    def at(self, positions: Tensor) -> FastWeightCache:
-        """Rebuild the states after the real tokens numbered `positions`; see `StatesOfPass.at`."""
-        lengths = (self.offsets[:, None] + positions + 1).reshape(-1)
-        columns = int(lengths.max()) if lengths.numel() else 0
-        return FastWeightCache([trace.at(positions) for trace in self.traces], lengths, columns)
+def states_after(layers: list[LayerState], offsets: Tensor, positions: Tensor) -> FastWeightCache:
+    """Hold the states of B*P rows after the tokens at `positions` [B, P] of a pass; offsets [B]: tokens consumed before it."""
+    lengths = (offsets[:, None] + positions + 1).flatten()
+    return FastWeightCache(layers, lengths, int(lengths.max()) if len(lengths) else 0)

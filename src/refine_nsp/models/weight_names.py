@@ -38,9 +38,7 @@ def renaming(where: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 def without_wrappers(name: str) -> str:
     """Take out of a name what torch.compile, FSDP and DDP put into it."""
-    for wrapper in ANYWHERE:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    return re.sub("|".join(map(re.escape, ANYWHERE)), "", name).removeprefix("module.")
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

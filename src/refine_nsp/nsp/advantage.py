@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.nsp.records import Judged, Rollouts, Work
+from refine_nsp.nsp.records import Judged, Metrics, Rollouts, Work
 
 EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class Advantages:
-    """Hold advantages, and how well the groups told rollouts apart.
-
-    Attributes:
-        values: [B, P, N].
-        group_std: scalar, the mean over groups of the standard deviation of rewards.
-        share_without_spread: scalar, the share of groups whose advantages are 0 because all rewards are equal, or there is only one.
-    """
-
-    values: Tensor
-    group_std: Tensor
-    share_without_spread: Tensor
 
 
 @torch.no_grad()
 def compare(parts: Sequence[Judged], work: Work) -> list[Rollouts]:
     """Give judged rollouts their advantages, formed over all parts together: a global scale is one for all that are learned from."""
     rewards, valid = torch.cat([r.rewards for r in parts]), torch.cat([r.positions >= 0 for r in parts])
-    advantages = compute_advantages(rewards, valid, work.config, work.learning.sum_over)
-    metrics = {
-        "reward_group_std": advantages.group_std,
-        "groups_without_spread": advantages.share_without_spread,
-        "advantage_min": advantages.values.min(),
-        "advantage_max": advantages.values.max(),
-    }
-    values = advantages.values.split([len(r.rewards) for r in parts])
+    advantages, metrics = compute_advantages(rewards, valid, work.config, work.learning.sum_over)
+    metrics |= {"advantage_min": advantages.min(), "advantage_max": advantages.max()}
+    own = advantages.split([len(r.rewards) for r in parts])
     known = [{**vars(r), "metrics": {**r.metrics, **metrics}} for r in parts]
-    return [Rollouts(**k, advantages=a) for k, a in zip(known, values, strict=True)]
+    return [Rollouts(**k, advantages=a) for k, a in zip(known, own, strict=True)]
 
 
 def compute_advantages(
     rewards: Tensor, valid: Tensor, config: NSPConfig, sum_over: Callable[[Tensor], Tensor] | None = None
-) -> Advantages:
+) -> tuple[Tensor, Metrics]:
     """Compute (reward - baseline) / scale within groups of rewards [B, P, N]; 0 where valid [B, P] bool is not set.
 
     A group is the P*N rollouts of a sequence (the paper, at N = 1) or the N of a position. The baseline is the group's mean, or the mean
@@ -57,6 +36,10 @@ def compute_advantages(
     Args:
         sum_over: adds a tensor up over all processes, where several learn from one step; the one std is then over the rewards of all.
             They must all come here equally often. It is called for `advantage_scale="global"` alone, with [sum of squares, count].
+
+    Returns:
+        advantages [B, P, N], and two metrics: the mean over groups of the rewards' standard deviation, and the share of groups without
+        spread, whose advantages are 0 because all rewards are equal, or there is only one.
     """
     B, P, N = rewards.shape
     shape = (B, P * N) if config.group == "sequence" else (B * P, N)
@@ -82,8 +65,7 @@ def compute_advantages(
         squares, rollouts = sum_over(sums) if sum_over is not None else sums
         advantage = advantage / ((squares / rollouts.clamp(min=1)).sqrt() + EPSILON)
     groups = exists.sum().clamp(min=1)
-    return Advantages(
-        advantage.reshape(B, P, N),
-        (std[:, 0] * exists).sum() / groups,
-        (exists & ~compared[:, 0]).sum().to(r.dtype) / groups,
-    )
+    return advantage.reshape(B, P, N), {
+        "reward_group_std": (std[:, 0] * exists).sum() / groups,
+        "groups_without_spread": (exists & ~compared[:, 0]).sum().to(r.dtype) / groups,
+    }

@@ -8,11 +8,10 @@ every token: no sampling, no state, no baseline, no variance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.nsp.context import have_far_context, local_hidden
@@ -27,57 +26,53 @@ from refine_nsp.ops.memory import part
 def refine_in_closed_form(work: Work) -> StepResult:
     """Take one step without rollouts: one pass over the sequences, and one over local windows where scores are not known beforehand."""
     hidden, left = run_and_leave(work.model, work.batch, work.config)
-    return replace(learn_in_closed_form(work, hidden, weigh(work, hidden)), left=left)
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """Say where the objective counts, and how much, before it is divided.
-
-    Attributes:
-        scale: [B, T], the weight of each token, or what its context score is multiplied by.
-        local: [B, T, D], hidden states from local windows, of which context scores are computed; None: `scale` is the weight.
-        positions: [B, P] long where positions are weighed, else None.
-        count: the divisor, unless the step names another.
-    """
-
-    scale: Tensor
-    local: Tensor | None
-    positions: Tensor | None
-    count: int
+    positions = None
+    if work.config.token_weights == "selected":
+        with torch.no_grad():
+            positions = select(Predictions(work, hidden, *next_token_loss(work.model, hidden, work.batch)))
+    return replace(learn_in_closed_form(work, hidden, positions), left=left)
 
 
 @torch.no_grad()
-def weigh(work: Work, hidden: Tensor) -> Weighing:
-    """Weigh selected positions alike, or every token by its context score; hidden: [B, T, D], final-norm output."""
+def weigh(work: Work, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weigh the selected positions [B, P] alike, or without any every token by its context score; hidden: [B, T, D], final-norm output.
+
+    Returns each token's weight before it is divided, [B, T], and None; or what its context score is multiplied by, and the hidden states
+    from local windows [B, T, D] that these scores are computed of.
+    """
     batch, config = work.batch, work.config
-    if config.token_weights == "selected":
-        detached = hidden.detach()
-        positions = select(Predictions(work, detached, *next_token_loss(work.model, detached, batch)))
-        chosen = hidden.new_zeros(batch.input_ids.shape).scatter_add(1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype))
-        return Weighing(chosen, None, positions, int(count_positions(batch.text_lengths, config, batch.consumed).sum()))
+    if positions is not None:
+        return hidden.new_zeros(batch.input_ids.shape).scatter_add(
+            1, positions.clamp(min=0), (positions >= 0).to(hidden.dtype)
+        ), None
     # All K tokens of the continuation must be there: t + K <= length - 1.
     allowed = batch.before(batch.text_lengths - config.rollout_length).to(hidden.dtype)
     if batch.scores is not None:
-        scores = batch.scores.to(torch.promote_types(hidden.dtype, torch.float32))
-        return Weighing(allowed * scores, None, None, batch.num_text_targets)
+        return allowed * batch.scores.to(torch.promote_types(hidden.dtype, torch.float32)), None
     local = local_hidden(work.model, batch, config.local_window, config.local_span)
     if local is None:
-        return Weighing(torch.zeros_like(allowed), None, None, batch.num_text_targets)
+        return torch.zeros_like(allowed), None
     scored = have_far_context(batch, config.local_window)
-    return Weighing(allowed * scored, F.pad(local, (0, 0, allowed.shape[1] - local.shape[1], 0)), None, batch.num_text_targets)
+    return allowed * scored, local
 
 
 @part("logits")
-def learn_in_closed_form(work: Work, hidden: Tensor, weighing: Weighing) -> StepResult:
-    """Compute lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t by blocks of tokens; hidden: [B, T, D], final-norm output."""
+def learn_in_closed_form(work: Work, hidden: Tensor, positions: Tensor | None) -> StepResult:
+    """Compute lambda_ntp * L_ntp - lambda_rl * sum_t w_t J_t by blocks of tokens, for all tokens or selected positions [B, P].
+
+    hidden: [B, T, D], final-norm output.
+    """
     batch, config, given = work.batch, work.config, work.learning.policy_normalizer
-    divisor = max(weighing.count, 1) if given is None else by_sequence(given)
+    count = batch.num_text_targets
+    if positions is not None:
+        count = int(count_positions(batch.text_lengths, config, batch.consumed).sum())
+    scale, local = weigh(work, hidden, positions)
+    divisor = max(count, 1) if given is None else by_sequence(given)
     term = SequenceTerm(
-        token_weights=(weighing.scale.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten(),
+        token_weights=(scale.to(torch.promote_types(hidden.dtype, torch.float32)) / divisor).flatten(),
         K=config.rollout_length,
         order=config.order,
-        local=None if weighing.local is None else weighing.local.flatten(0, 1),
+        local=None if local is None else local.flatten(0, 1),
         gain=config.token_weights == "context_gain",
     )
     losses, stats = linear_next_sequence(
@@ -98,8 +93,8 @@ def learn_in_closed_form(work: Work, hidden: Tensor, weighing: Weighing) -> Step
         entropy=entropy,
         metrics=_metrics(batch, entropy, token_weights, losses.matches.view(shape)),
         num_targets=batch.num_targets,
-        num_rollout_tokens=weighing.count,
-        positions=weighing.positions,
+        num_rollout_tokens=count,
+        positions=positions,
         token_weights=token_weights,
     )
 

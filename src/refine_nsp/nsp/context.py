@@ -41,9 +41,9 @@ def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config:
         return batch.scores.to(d)
     local = local_hidden(model, batch, config.local_window, config.local_span)
     if local is not None:
-        first = d.shape[1] - local.shape[1]
+        first = 2 * config.local_window if batch.starts is None else 0
         targets = F.pad(batch.input_ids[:, 1:], (0, 1))[:, first:]
-        d[:, first:] = divergence(head_weight(model), hidden[:, first:], local, targets, gain)
+        d[:, first:] = divergence(head_weight(model), hidden[:, first:], local[:, first:], targets, gain)
         # Without a target (or at a pad) there is nothing to gain.
         d.masked_fill_(~((batch.target_mask if gain else batch.real) & have_far_context(batch, config.local_window)), 0.0)
     return d
@@ -66,62 +66,40 @@ def next_sum(d: Tensor, K: int) -> Tensor:
 @part("context")
 @torch.no_grad()
 def local_hidden(model: CausalModel, batch: Batch, W: int, span: int) -> Tensor | None:
-    """Predict tokens from local windows: the final-norm output of tokens 2W.., [B, T - 2W, D], each from a fresh state W to span * W - 1
-    tokens back; None where no token is scored. Where states are carried, of all tokens [B, T, D].
+    """Predict tokens from local windows: the final-norm output [B, T, D] of every token that can be scored, from a fresh state W to
+    span * W - 1 tokens back; None where no token can. Windows lie where a pass over the whole document would have them.
 
-    Windows of pads alone are not run, and their output is zeros. The processes of a model in shards must make the same passes; they run
+    Windows of pads alone are not run, and their output is zeros. The processes of a model in shards must make the same passes, and run
     all windows.
-    """
-    if batch.starts is not None:
-        return _local_hidden_of_document(model, batch, batch.starts.recent, W, span)
-    B, T = batch.input_ids.shape
-    if 2 * W >= T:
-        return None
-    stride = (span - 1) * W
-    padded = F.pad(batch.input_ids, (0, -(T - 2 * W) % stride))
-    windows = padded[:, W:].unfold(1, span * W, stride)  # [B, n, span * W]; what stands before 2W is scored 0, so never read
-    n = windows.shape[1]
-    ends = torch.full_like(batch.lengths, T) if is_sharded(model) else batch.text_lengths  # on the host
-    needed = (2 * W + stride * torch.arange(n) < ends[:, None]).flatten().nonzero()[:, 0]
-    needed = needed if len(needed) else needed.new_zeros(1)  # one of them says the output's width, where all rows are answers
-    needed = needed.to(batch.input_ids.device, non_blocking=True)
-    return _run_windows(model, windows.reshape(B * n, span * W), needed, W).reshape(B, n * stride, -1)[:, : T - 2 * W]
 
-
-def _run_windows(model: CausalModel, windows: Tensor, needed: Tensor, W: int) -> Tensor:
-    """Run the windows [n, span * W] numbered `needed`, and return what is behind their first W tokens; zeros for the others."""
-    rows = windows[needed]
-    at_once = TOKENS_AT_ONCE.get(rows.device.type, TOKENS_AT_ONCE["cpu"]) // windows.shape[1]
-    parts = [model.model(some, use_cache=False).last_hidden_state[:, W:] for some in rows.split(max(1, at_once))]
-    hidden = torch.cat(parts)
-    return (
-        hidden.new_zeros(len(windows), *hidden.shape[1:]).index_copy(0, needed, hidden) if len(hidden) < len(windows) else hidden
-    )
-
-
-def _local_hidden_of_document(model: CausalModel, batch: Batch, recent: Tensor, W: int, span: int) -> Tensor | None:
-    """Predict all tokens [B, T, D] from the local windows that a pass over the whole document would have, by their place in it.
-
-    recent: [B, H] long, the tokens before each row, at least span * W - 1 of them where there are so many.
+    Raises:
+        RefineError: `starts.recent` holds too few of the tokens before the rows.
     """
     (B, T), stride, before = batch.input_ids.shape, (span - 1) * W, batch.consumed
+    recent = batch.input_ids[:, :0] if batch.starts is None else batch.starts.recent
     if recent.shape[1] < min(int(before.max()), span * W - 1):
         raise RefineError(
             f"starts.recent has the last {recent.shape[1]} tokens; context scores with local_window={W} and local_span={span} read the "
             f"last {span * W - 1}"
         )
     sharded = is_sharded(model)
-    if not sharded and int((before + batch.lengths).max()) <= 2 * W:
+    ends = before + (T if sharded else batch.text_lengths)  # [B] on the host, in the document
+    if sharded and batch.starts is not None:  # rows begin where they will, so it takes all to be as many
+        ends = torch.full_like(before, torch.iinfo(before.dtype).max)
+    if int(ends.max()) <= 2 * W:
         return None
     first = torch.div(before - 2 * W, stride, rounding_mode="floor").clamp(min=0)  # [B], each row's first window, by number
     n = -(-T // stride) + 1
     begins = W + stride * (first[:, None] + torch.arange(n))  # [B, n], where windows begin in the document
-    ends = torch.full_like(before, torch.iinfo(before.dtype).max) if sharded else before + batch.lengths
     needed = (begins + W < ends[:, None]).flatten().nonzero()[:, 0].to(recent.device, non_blocking=True)
     tokens = torch.cat([recent, batch.input_ids], 1)
     places = begins[..., None] + torch.arange(span * W) - before[:, None, None] + recent.shape[1]
     places = places.clamp(0, tokens.shape[1] - 1).flatten(1).to(recent.device, non_blocking=True)
-    hidden = _run_windows(model, tokens.gather(1, places).view(B * n, span * W), needed, W).reshape(B, n * stride, -1)
+    windows = tokens.gather(1, places).view(B * n, span * W)[needed]
+    at_once = max(1, TOKENS_AT_ONCE.get(windows.device.type, TOKENS_AT_ONCE["cpu"]) // windows.shape[1])
+    parts = [model.model(some, use_cache=False).last_hidden_state[:, W:] for some in windows.split(at_once)]
+    run = torch.cat(parts)
+    hidden = run.new_zeros(B * n, *run.shape[1:]).index_copy(0, needed, run).view(B, n * stride, -1)
     own = (before - 2 * W - stride * first)[:, None] + torch.arange(T)  # [B, T], each token's place among these
     own = own.clamp(0, n * stride - 1).to(recent.device, non_blocking=True)
     return hidden.gather(1, own[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Forward(Predictions):
     """Continue the prefixes of a pass by the states at their last tokens, which are all that rollouts need.
 
     Attributes:
-        take: gives the states at positions [B, P]; differentiable where the pass is.
+        take: gives the states at positions [B, P], differentiable where the pass is.
         left: the states that go on to the rows' next windows, detached; None where none do.
         finished: when the pass ended, in seconds, for timings.
     """
@@ -86,16 +87,6 @@ class Recomputed(Forward):
     """Run the prefixes of a pass again, for their states and with their rollouts, as published: the reference and the yardstick."""
 
     @part("rollouts")
-    def states(self, positions: Tensor) -> Prefixes:
-        batch, caches = self.work.batch, []
-        for p in range(positions.shape[1]):
-            lengths = positions[:, p] + 1
-            width = max(1, int(lengths.max()))
-            caches.append(past if (past := batch.past) is not None else FastWeightCache())
-            self.work.model.model(batch.input_ids[:, :width], lengths=lengths, past_key_values=caches[-1], use_cache=True)
-        return Prefixes(positions, gather_positions(self.hidden, positions).flatten(0, 1), FastWeightCache.stack(caches))
-
-    @part("rollouts")
     def replay(self, prefixes: Prefixes, tokens: Tensor, need_hidden: bool = False) -> Replayed:
         model, (P, N, K) = self.work.model, tokens.shape[1:]
         log_probs, entropies, hidden = [], [], []
@@ -116,81 +107,79 @@ class Recomputed(Forward):
         return Replayed(torch.stack(log_probs, 1), torch.stack(entropies, 1), states)
 
 
+def states_again(work: Work, positions: Tensor) -> FastWeightCache:
+    """Run every prefix again for the states after positions [B, P]."""
+    caches = []
+    for lengths in (positions + 1).unbind(1):
+        past = work.batch.past
+        caches.append(FastWeightCache() if past is None else past)
+        ids = work.batch.input_ids[:, : max(1, int(lengths.max()))]
+        work.model.model(ids, lengths=lengths, past_key_values=caches[-1], use_cache=True)
+    return FastWeightCache.stack(caches)
+
+
 def run(work: Work, positions: Tensor | None = None) -> Forward:
     """Run the sequences, with gradient where gradients are on.
 
     Args:
         positions: [B, P] where states are wanted, if that is known already; None: states can be taken anywhere afterwards.
     """
-    model, batch = work.model, work.batch
     recomputes = schedule_of(work.config).recomputes
-    wanted, after = None if recomputes else positions, batch.hand_over
-    asked = [where.cpu() for where in (wanted, after) if where is not None]
-    where = torch.cat(asked, 1) if asked else None
-    take: Callable[[Tensor], FastWeightCache] | None
-    if (size := segment_size(batch, work.config)) is not None:
-        with part("forward"):
-            parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, where, batch.past)
-        hidden, snapshots, take = parts.hidden, parts.snapshots, parts.at
-    else:
-        with part("forward"):
-            out = model.model(
-                batch.input_ids,
-                lengths=batch.lengths,
-                past_key_values=batch.past,
-                snapshot_positions=where,
-                output_states=positions is None and not recomputes,
-                use_cache=False,
-            )
-        hidden, snapshots, take = out.last_hidden_state, out.snapshots, None if out.states is None else out.states.at
-    snapshots, left = (snapshots, None) if after is None else _parted(snapshots, len(batch.sizes))
-    loss, stats = next_token_loss(model, hidden, batch, work.learning.ntp_normalizer)
-    take = _always(snapshots) if positions is not None or take is None else take
-    return (Recomputed if recomputes else Forward)(work, hidden, loss, stats, take, left)
+    wanted = None if recomputes else positions
+    anywhere = positions is None and not recomputes
+    hidden, take, left = read(work.model, work.batch, work.config, wanted, anywhere)
+    loss, stats = next_token_loss(work.model, hidden, work.batch, work.learning.ntp_normalizer)
+    return (Recomputed if recomputes else Forward)(work, hidden, loss, stats, take or partial(states_again, work), left)
 
 
-def _parted(snapshots: FastWeightCache | None, B: int) -> tuple[FastWeightCache | None, FastWeightCache]:
-    """Part the states of B*(P + 1) rows, the last of each sequence's being those that go on; these are detached."""
-    assert snapshots is not None
-    rows = torch.arange(snapshots.batch_size).view(B, -1)
-    inside = None if rows.shape[1] == 1 else snapshots.index(rows[:, :-1].flatten())
-    return inside, snapshots.detach().index(rows[:, -1])
-
-
-def _always(snapshots: FastWeightCache | None) -> Callable[[Tensor], FastWeightCache]:
-    """Make a function of positions that returns the snapshots taken of them on the way."""
-
-    def take(_: Tensor) -> FastWeightCache:
-        assert snapshots is not None
-        return snapshots
-
-    return take
-
-
-@part("forward")
 def run_and_leave(model: CausalModel, batch: Batch, config: NSPConfig) -> tuple[Tensor, FastWeightCache | None]:
     """Run the sequences where nobody asks for states inside them.
 
     Returns the final-norm output [B, T, D], and the states that go on to the rows' next windows, detached; None where none do.
     """
-    after = batch.hand_over
-    if (size := segment_size(batch, config)) is not None:
-        parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, after, batch.past)
-        hidden, snapshots = parts.hidden, parts.snapshots
-    else:
-        out = model.model(
-            batch.input_ids, lengths=batch.lengths, past_key_values=batch.past, snapshot_positions=after, use_cache=False
-        )
-        hidden, snapshots = out.last_hidden_state, out.snapshots
-    return hidden, None if after is None or snapshots is None else snapshots.detach()
+    hidden, _, left = read(model, batch, config)
+    return hidden, left
 
 
 def run_hidden(model: CausalModel, batch: Batch, config: NSPConfig) -> Tensor:
     """Run the sequences where nobody asks for states; return the final-norm output [B, T, D]."""
-    return run_and_leave(model, batch, config)[0]
+    return read(model, batch, config)[0]
 
 
-def segment_size(batch: Batch, config: NSPConfig) -> int | None:
-    """Give the tokens of a segment where sequences are longer than one; None where they are run in one piece."""
-    size = config.segment_tokens
-    return size if size is not None and batch.input_ids.shape[1] > size else None
+@part("forward")
+def read(
+    model: CausalModel, batch: Batch, config: NSPConfig, positions: Tensor | None = None, anywhere: bool = False
+) -> tuple[Tensor, Callable[[Tensor], FastWeightCache] | None, FastWeightCache | None]:
+    """Run the sequences in one piece, or by segments where they are longer than one.
+
+    Args:
+        positions: [B, P] where states are kept. anywhere: states can be taken at any position afterwards.
+
+    Returns:
+        The final-norm output [B, T, D]; what gives the states at positions, None where none can be taken; and the states that go on to
+        the rows' next windows, detached, None where none do.
+    """
+    asked = [where.cpu() for where in (positions, batch.hand_over) if where is not None]
+    where = torch.cat(asked, 1) if asked else None
+    take: Callable[[Tensor], FastWeightCache] | None
+    if (size := config.segment_tokens) is not None and batch.input_ids.shape[1] > size:
+        parts = read_by_segments(model.model, batch.input_ids, batch.lengths, size, where, batch.past)
+        hidden, snapshots, take = parts.hidden, parts.snapshots, parts.at
+    else:
+        out = model.model(
+            batch.input_ids,
+            lengths=batch.lengths,
+            past_key_values=batch.past,
+            snapshot_positions=where,
+            output_states=anywhere,
+            use_cache=False,
+        )
+        hidden, snapshots, take = out.last_hidden_state, out.snapshots, None if out.states is None else out.states.at
+    if snapshots is None:
+        return hidden, take, None
+    left, kept = None, snapshots
+    if batch.hand_over is not None:  # the last state of each sequence is the one that goes on
+        rows = torch.arange(snapshots.batch_size).view(len(batch.sizes), -1)
+        left = snapshots.detach() if rows.shape[1] == 1 else snapshots.detach().index(rows[:, -1])
+        kept = snapshots if positions is None else snapshots.index(rows[:, :-1].flatten())
+    return hidden, take if positions is None else lambda _: kept, left

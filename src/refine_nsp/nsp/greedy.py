@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from refine_nsp.models.branches import Branches
 from refine_nsp.models.protocols import CausalModel
-from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Prefixes, gather_positions
 from refine_nsp.nsp.rewards import cosine
 
 
-def greedy_match(forward: Forward, positions: Tensor, K: int) -> tuple[float, float, int]:
-    """Compare K greedy tokens from each of the positions [B, P] (-1: none) with the text.
-
-    Returns the sum over positions of the share of equal tokens, the sum of mean cosines, and how many positions there are.
-    """
-    work = forward.work
-    return match_of(work.model, work.batch.input_ids, forward.hidden, forward.states(positions), K)
-
-
-def match_of(model: CausalModel, input_ids: Tensor, true_states: Tensor, prefixes: Prefixes, K: int) -> tuple[float, float, int]:
-    """Compare K greedy tokens from each of the prefixes with the text; the result is that of `greedy_match`.
+def greedy_match(
+    model: CausalModel, input_ids: Tensor, true_states: Tensor, prefixes: Prefixes, K: int
+) -> tuple[float, float, int]:
+    """Compare K greedy tokens from each of the prefixes with the text.
 
     Args:
         input_ids: [B, T] long. true_states: [B, T, D], the final-norm output after consuming each token of the text.
+
+    Returns:
+        The sum over positions of the share of equal tokens, the sum of mean cosines, and how many positions there are.
     """
     positions = prefixes.positions
     rows, hidden, match, similarity, valid = (
-        model.model.branch(prefixes.cache, 1),
+        Branches(model.model, prefixes.cache, 1),
         prefixes.hidden,
         0.0,
         0.0,

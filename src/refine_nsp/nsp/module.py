@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +42,6 @@ class ReFINEStep(nn.Module):
 
     Args:
         model: a causal model of this package, wrapped or not.
-        config: see `NSPConfig`.
         reference_model: frozen model for the KL term; needed when `config.kl_coef` > 0.
 
     Raises:
@@ -53,9 +50,8 @@ class ReFINEStep(nn.Module):
 
     def __init__(self, model: nn.Module, config: NSPConfig | None = None, reference_model: CausalModel | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.reference_model = model, reference_model
         self.config = config if config is not None else NSPConfig()
-        self.reference_model = reference_model
         if self.config.kl_coef > 0 and reference_model is None:
             raise RefineError(f"kl_coef={self.config.kl_coef} needs a reference_model")
         for reward in self.config.rewards:
@@ -88,7 +84,8 @@ class ReFINEStep(nn.Module):
         draws = Draws.of(batch, self.config, generator)
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
         rollouts = self._first_pass(batch, draws) if schedule_of(self.config).two_passes else None
-        return self._run(lambda m: take_step(Work(m, batch, self.config, draws, learning), rollouts))
+        result: StepResult = self.model(step=lambda m: take_step(Work(m, batch, self.config, draws, learning), rollouts))
+        return result
 
     def sample(
         self,
@@ -123,7 +120,8 @@ class ReFINEStep(nn.Module):
         """Compute the losses of rollouts that `sample` returned; the ratio to the policy that sampled them is clipped."""
         batch = self._batch(input_ids, lengths, starts=starts)
         learning = Learning(ntp_normalizer, policy_normalizer, self.reference_model)
-        return self._run(lambda m: second_pass(Work(m, batch, self.config, learning=learning), rollouts))
+        result: StepResult = self.model(step=lambda m: second_pass(Work(m, batch, self.config, learning=learning), rollouts))
+        return result
 
     def score(
         self,
@@ -143,11 +141,9 @@ class ReFINEStep(nn.Module):
         batch = self._batch(input_ids, lengths, columns, starts=starts)
         check_rollouts(positions, rollouts, batch)
         learning = Learning(reference=self.reference_model)
-        return self._run(lambda m: score(Work(m, batch, self.config, learning=learning), positions, rollouts, old_log_probs))
-
-    def _run(self, step: Callable[[CausalModel], StepResult]) -> StepResult:
-        """Run a step on the model inside its wrappers, as one forward call of the outermost."""
-        result: StepResult = self.model(step=step)
+        result: StepResult = self.model(
+            step=lambda m: score(Work(m, batch, self.config, learning=learning), positions, rollouts, old_log_probs)
+        )
         return result
 
     def _batch(
@@ -158,11 +154,7 @@ class ReFINEStep(nn.Module):
         scores: Tensor | None = None,
         starts: Starts | None = None,
     ) -> Batch:
-        """Make a batch of which at least one sequence can hold a rollout.
-
-        Raises:
-            RefineError: sequences that are all too short, or other shapes.
-        """
+        """Make a batch. Raises RefineError where no sequence can hold a rollout, and for other shapes."""
         batch, c = Batch.of(input_ids, lengths, columns, scores, starts), self.config
         if max(batch.sizes) < c.rollout_length + 1:
             raise RefineError(
@@ -189,11 +181,7 @@ def score(work: Work, positions: Tensor, tokens: Tensor, old_log_probs: Tensor |
 
 
 def check_rollouts(positions: Tensor, rollouts: Tensor, batch: Batch) -> None:
-    """Refuse positions that are not [B, P], rollouts that are not [B, P, N, K], and continuations that leave their sequence.
-
-    Raises:
-        RefineError: any of these, naming the shape or the position.
-    """
+    """Refuse positions that are not [B, P], rollouts that are not [B, P, N, K], and continuations that leave their sequence."""
     if rollouts.ndim != 4 or positions.shape != rollouts.shape[:2] or positions.shape[0] != len(batch.lengths):
         raise RefineError(
             f"expected positions [B, P] and rollouts [B, P, N, K] for B={len(batch.lengths)}, got {tuple(positions.shape)} and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
     """Compute the losses of rollouts, with gradient through the states of their prefixes into the whole sequence."""
     work, divisor = forward.work, forward.work.learning.policy_normalizer
     policy = forward.replay(prefixes, rollouts.tokens)
-    of_policy = policy_loss(
+    loss, metrics = policy_loss(
         policy.log_probs,
         rollouts.log_probs,
         rollouts.advantages,
@@ -30,11 +30,11 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
         reference_log_probs=reference_log_probs(work, rollouts),
     )
     return StepResult(
-        loss=work.config.lambda_rl * of_policy.loss + work.config.lambda_ntp * forward.loss_ntp,
+        loss=work.config.lambda_rl * loss + work.config.lambda_ntp * forward.loss_ntp,
         loss_ntp=forward.loss_ntp,
-        loss_policy=of_policy.loss,
+        loss_policy=loss,
         entropy=rollouts.entropy,
-        metrics={**rollouts.metrics, **of_policy.metrics},
+        metrics={**rollouts.metrics, **metrics},
         num_targets=work.batch.num_targets,
         num_rollout_tokens=rollouts.num_tokens,
         positions=rollouts.positions,
@@ -48,11 +48,7 @@ def learn(forward: Forward, prefixes: Prefixes, rollouts: Rollouts) -> StepResul
 
 @torch.no_grad()
 def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
-    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term.
-
-    Raises:
-        RefineError: a KL term without a reference model.
-    """
+    """Compute the log-probabilities [B, P, N, K] of rollouts under the frozen reference model; None without a KL term."""
     reference, config = work.learning.reference, work.config
     if config.kl_coef == 0:
         return None
@@ -61,18 +57,6 @@ def reference_log_probs(work: Work, rollouts: Rollouts) -> Tensor | None:
     # The figures are the same under every schedule, so the reference model takes the cheap one.
     forward = run(replace(work, model=reference, config=replace(config, schedule="snapshot")), rollouts.positions)
     return forward.replay(forward.states(rollouts.positions), rollouts.tokens).log_probs
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """Hold the policy loss, and the figures that come with it.
-
-    Attributes:
-        loss: scalar, summed over tokens and divided by the normalizer. metrics: scalars to log.
-    """
-
-    loss: Tensor
-    metrics: Metrics
 
 
 def policy_loss(
@@ -84,21 +68,19 @@ def policy_loss(
     normalizer: float | Tensor,
     entropy: Tensor | None = None,
     reference_log_probs: Tensor | None = None,
-) -> PolicyLoss:
-    """Sum the clipped surrogate over tokens, and divide it by `normalizer`.
+) -> tuple[Tensor, Metrics]:
+    """Sum the clipped surrogate over tokens, and divide it by `normalizer`; return this loss, a scalar, and scalars to log.
 
     Args:
         log_probs: [B, P, N, K] under the current policy, with gradient. old_log_probs: the same when sampled.
         advantages: [B, P, N]. valid: [B, P] bool.
-        config: clip_low, clip_high, dual_clip, kl_coef, entropy_coef.
         normalizer: number of tokens the sum is divided by, or [B] for each sequence's sum.
         entropy: [B, P, N, K] of the policy, needed with `entropy_coef`.
         reference_log_probs: [B, P, N, K] under the reference model, needed with `kl_coef` (estimator k3: r - 1 - log r).
     """
-    mask = valid[:, :, None, None].expand_as(log_probs)
+    mask, A = valid[:, :, None, None].expand_as(log_probs), advantages[..., None]
     log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    A = advantages[..., None]
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     per_token = torch.maximum(-A * ratio, -A * clipped_ratio)
     per_token = torch.where(A < 0, torch.minimum(per_token, -A * config.dual_clip), per_token)
@@ -113,10 +95,5 @@ def policy_loss(
 
     with torch.no_grad():
         clipped = -A * clipped_ratio > -A * ratio
-        metrics: Metrics = {
-            "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
-            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
-        }
-        if kl is not None:
-            metrics["reference_kl"] = masked_mean(kl, mask)
-    return PolicyLoss(loss, metrics)
+        figures = {"clip_fraction": clipped.to(ratio.dtype), "approx_kl": ratio - 1 - log_ratio, "reference_kl": kl}
+        return loss, {name: masked_mean(x, mask) for name, x in figures.items() if x is not None}

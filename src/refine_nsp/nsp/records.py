@@ -49,9 +49,9 @@ class Batch:
         lengths: [B] long, on the host, so that what follows from lengths alone is known without asking a device.
         columns: other columns of the dataset, for rewards that ask for them.
         scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
-        answer_starts: [B] long, on the host: the first token of the answer in a row of a prompt and its answer, which is learned by the
-            cross-entropy of the answer's tokens and by nothing else; 0 in a row of text. None: all rows are text.
         starts: what the rows continue from where states are carried; None: every row is a document of its own.
+        answer_starts: [B] long, on the host: the first token of a row's answer, whose cross-entropy is all that is learned of the row; 0 in
+            a row of text. None: all rows are text.
     """
 
     input_ids: Tensor
@@ -64,16 +64,11 @@ class Batch:
     @classmethod
     def of(cls, input_ids: Tensor, lengths: Tensor | None = None, columns: Columns | None = None,
            scores: Tensor | None = None, starts: Starts | None = None, answer_starts: Tensor | None = None) -> Batch:  # fmt: skip
-        """Make a batch of [B, T] ids and [B] lengths (None: all T are real).
-
-        Raises:
-            RefineError: other shapes.
-        """
+        """Make a batch of [B, T] ids and [B] lengths (None: all T are real). Raises RefineError for other shapes."""
         if input_ids.ndim != 2:
             raise RefineError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
         B, T = input_ids.shape
-        if lengths is None:
-            lengths = torch.full((B,), T)
+        lengths = torch.full((B,), T) if lengths is None else lengths
         if lengths.shape != (B,):
             raise RefineError(f"lengths must be [B] = [{B}], got shape {tuple(lengths.shape)}")
         if scores is not None and scores.shape != (B, T):
@@ -108,8 +103,7 @@ class Batch:
 
     @cached_property
     def text_lengths(self) -> Tensor:
-        """Give the lengths of rows of text, and 0 for rows with an answer: where positions and weighed tokens can be. [B] long, on the
-        host."""
+        """Give the lengths of rows of text, and 0 for rows with an answer, which hold no positions; [B] long, on the host."""
         return self.lengths if self.answer_starts is None else self.lengths.masked_fill(self.answer_starts > 0, 0)
 
     @property
@@ -120,8 +114,7 @@ class Batch:
     @property
     def consumed(self) -> Tensor:
         """Count the tokens that each row's model has read before it, [B] long on the host."""
-        past = self.past
-        return torch.zeros_like(self.lengths) if past is None else past.consumed
+        return torch.zeros_like(self.lengths) if (past := self.past) is None else past.consumed
 
     @property
     def hand_over(self) -> Tensor | None:
@@ -149,11 +142,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draws:
-    """Hold all randomness of a step, as uniforms in [0, 1).
-
-    Attributes:
-        positions: [B, P] float64, on the host. tokens: [B, P, N, K] float64, on the host.
-    """
+    """Hold all randomness of a step, as uniforms in [0, 1): positions [B, P] and tokens [B, P, N, K], float64 on the host."""
 
     positions: Tensor
     tokens: Tensor
@@ -186,13 +175,7 @@ class Learning:
 
 @dataclass(frozen=True)
 class Work:
-    """Carry what a step works with through all of its parts.
-
-    Attributes:
-        model: the model itself, out of any wrapper around it.
-        batch: the sequences. config: the settings of the method. draws: the randomness of positions and rollouts.
-        learning: divisors, reference model and sum over processes.
-    """
+    """Carry what a step works with through all of its parts; `model` is the model itself, out of any wrapper around it."""
 
     model: CausalModel
     batch: Batch
@@ -239,7 +222,6 @@ class Sampled:
         log_probs: [B, P, N, K], nats, of the distribution they were sampled from.
         hidden: [B, P, N, K, D], the final-norm output after consuming token j of the rollout, or None when not kept.
         num_positions: how many of the B*P positions there are.
-        metrics: scalars to log.
     """
 
     positions: Tensor
@@ -270,17 +252,9 @@ class Judged(Sampled):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts(Judged):
-    """Add advantages to judged rollouts, which makes them everything that a step learns from.
-
-    Attributes:
-        advantages: [B, P, N].
-    """
+    """Add advantages [B, P, N] to judged rollouts, which makes them everything that a step learns from."""
 
     advantages: Tensor
-
-    def without_hidden(self) -> Rollouts:
-        """Return the rollouts without hidden states, which only rewards need, and which are large."""
-        return replace(self, hidden=None)
 
 
 @dataclass(frozen=True)
@@ -290,10 +264,8 @@ class StepResult:
     Attributes:
         loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
         loss_ntp: cross-entropy per real target, nats.
-        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for); in closed form
-            - sum_t token_weights[t] J_t.
+        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for), or in closed form -sum_t w_t J_t.
         entropy: [B, T], nats.
-        metrics: scalars to log.
         num_targets, num_rollout_tokens: how many terms the two losses are means over; without rollouts the second counts positions,
             or targets.
         positions: [B, P] long, -1 for none; None where all tokens are weighed.

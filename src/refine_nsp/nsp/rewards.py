@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
@@ -19,24 +19,19 @@ from torch import Tensor
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.nsp.forward import Predictions
-from refine_nsp.nsp.records import Columns, Judged, Metrics, Sampled, gather_positions, masked_mean
+from refine_nsp.nsp.records import Columns, Judged, Sampled, gather_positions, masked_mean
 from refine_nsp.ops.memory import part
 
 Reward = Callable[..., Tensor]
 
 
-class Pair(TypedDict):
-    """Hold rollouts and truth side by side: token ids [R, K] and hidden states [R, K, D] of both."""
+class RewardInputs(TypedDict, total=False):
+    """Hold all that a reward can ask for besides columns; the R prefixes are gathered for a reward that names them."""
 
     completion_ids: Tensor
     truth_ids: Tensor
     hidden: Tensor
     truth_hidden: Tensor
-
-
-class RewardInputs(Pair, total=False):
-    """Hold all that a reward can ask for besides columns; the R prefixes are gathered for a reward that names them."""
-
     prompts_ids: list[Tensor]
 
 
@@ -55,10 +50,7 @@ def exact_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | N
 
 
 def prefix_match(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: object) -> Tensor:
-    """Give 1 as long as every token so far equals the true one, [R, K].
-
-    The mean is leading matches / K, whose expectation is known in closed form (`nsp/closed_form.py`).
-    """
+    """Give 1 as long as every token so far equals the true one, [R, K]; the mean's expectation has a closed form (`closed_form.py`)."""
     return (completion_ids == truth_ids).to(_wide(hidden)).cumprod(-1)
 
 
@@ -69,9 +61,8 @@ def _wide(hidden: Tensor | None) -> torch.dtype:
 
 def hybrid(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor, truth_hidden: Tensor, **_: object) -> Tensor:
     """Add cosine and exact match, [R, K]."""
-    return cosine(hidden=hidden, truth_hidden=truth_hidden) + exact_match(
-        completion_ids=completion_ids, truth_ids=truth_ids, hidden=hidden
-    )
+    matches = exact_match(completion_ids=completion_ids, truth_ids=truth_ids, hidden=hidden)
+    return cosine(hidden=hidden, truth_hidden=truth_hidden) + matches
 
 
 def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor | None = None, **_: object) -> Tensor:
@@ -93,15 +84,10 @@ def edit_similarity(*, completion_ids: Tensor, truth_ids: Tensor, hidden: Tensor
 
 
 BUILT_IN: dict[str, Reward] = {"cosine": cosine, "exact_match": exact_match, "hybrid": hybrid, "prefix_match": prefix_match}
-GIVEN = ("completion_ids", "truth_ids", "hidden", "truth_hidden", "prompts_ids")  # everything else is a column
 
 
 def resolve_reward(spec: RewardSpec) -> tuple[str, Reward]:
-    """Find the name and the function of a reward, given as a built-in name, a dotted path or a callable.
-
-    Raises:
-        RefineError: a name that is none of these.
-    """
+    """Find the name and the function of a reward. Raises RefineError for what is no built-in name, dotted path or callable."""
     if callable(spec):
         return str(getattr(spec, "__name__", type(spec).__name__)), spec
     if spec in BUILT_IN:
@@ -148,12 +134,14 @@ def judge(predictions: Predictions, sampled: Sampled) -> Judged:
     columns = {name: [v for v in values for _ in range(P * N)] for name, values in batch.columns.items()}
     total, by_name = compute_rewards(config.rewards, config.reward_weights, inputs, columns)
     valid = positions >= 0
-    metrics = {
-        **_reward_metrics(by_name, valid, (B, P, N)),
-        "entropy": masked_mean(predictions.entropy, batch.target_mask),
-        "entropy_at_positions": masked_mean(gather_positions(predictions.entropy, positions), valid),
-    }
-    known = {**vars(sampled), "metrics": {**sampled.metrics, **metrics}}
+    metrics = {**sampled.metrics}
+    for name, value in by_name.items():
+        own = value.view(B, P, N), valid[..., None].expand(B, P, N)
+        metrics[f"reward_{name}"] = mean = masked_mean(*own)
+        metrics[f"reward_{name}_std"] = masked_mean((own[0] - mean).square(), own[1]).sqrt()
+    metrics["entropy"] = masked_mean(predictions.entropy, batch.target_mask)
+    metrics["entropy_at_positions"] = masked_mean(gather_positions(predictions.entropy, positions), valid)
+    known = {**vars(sampled), "metrics": metrics}
     return Judged(**known, rewards=total.view(B, P, N), entropy=predictions.entropy)
 
 
@@ -204,28 +192,14 @@ def compute_rewards(
 
 
 def _arguments(name: str, function: Reward, inputs: RewardInputs, columns: Columns) -> dict[str, object]:
-    """Gather the arguments that a reward names, or everything where it takes anything.
-
-    Raises:
-        RefineError: a reward that asks for a column that is not there.
-    """
+    """Gather the arguments that a reward names, or everything where it takes anything."""
     named, anything = asked(function)
     there: dict[str, object] = {**columns, **inputs}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in named and parameter.default is parameter.empty and parameter.name not in there:
             raise RefineError(
-                f"the reward {name} asks for {parameter.name!r}, which is neither given to rewards ({', '.join(GIVEN)}) nor a column of "
-                f"the dataset ({', '.join(columns) or 'it has no other columns'})"
+                f"the reward {name} asks for {parameter.name!r}, which is neither given to rewards "
+                f"({', '.join(RewardInputs.__annotations__)}) nor a column of the dataset "
+                f"({', '.join(columns) or 'it has no other columns'})"
             )
     return there if anything else {k: v for k, v in there.items() if k in named}
-
-
-def _reward_metrics(by_name: Mapping[str, Tensor], valid: Tensor, shape: tuple[int, int, int]) -> Metrics:
-    """Give mean and standard deviation of each reward [R] over valid positions [B, P]; shape: (B, P, N)."""
-    mask = valid[..., None].expand(shape)
-    metrics: Metrics = {}
-    for name, value in by_name.items():
-        mean = masked_mean(value.view(shape), mask)
-        metrics[f"reward_{name}"] = mean
-        metrics[f"reward_{name}_std"] = masked_mean((value.view(shape) - mean).square(), mask).sqrt()
-    return metrics

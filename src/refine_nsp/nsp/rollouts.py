@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from refine_nsp.models.branches import Branches
 from refine_nsp.models.generation import end_tokens
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
@@ -54,19 +55,17 @@ def sample_tokens(
     """Sample K tokens for each row; the first comes from the prefix's own last hidden state.
 
     Args:
-        model: a causal model of this package.
         snapshots: states of B*P prefixes, read only.
         hidden: [B*P, D], final-norm output at each prefix's last token.
         u: [R, K] uniforms, neighbouring rows for one prefix.
-        temperature: logits are divided by it.
         never: tokens that are not drawn. The published code keeps EOS out in this way, and still takes log-probabilities of all tokens.
 
     Returns:
-        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution that each was drawn from, tokens of `never` included,
-        nats; hidden states [R, K, D], the final-norm output after consuming token j.
+        tokens [R, K] long; log_probs [R, K] under the (tempered) distribution of all tokens, nats; hidden states [R, K, D], the final-norm
+        output after consuming token j.
     """
     N = u.shape[0] // hidden.shape[0]
-    rows, hidden = model.model.branch(snapshots, N), hidden.repeat_interleave(N, 0)
+    rows, hidden = Branches(model.model, snapshots, N), hidden.repeat_interleave(N, 0)
     u = u.to(hidden.device, non_blocking=True)
     tokens, log_probs, states = [], [], []
     for j in range(u.shape[1]):

@@ -1,9 +1,4 @@
-"""Resolve the setting `schedule` to the two facts behind it (docs/method.md); everybody else asks the record that this file makes.
-
-The facts are independent. Rollouts are sampled in the pass that learns from them, or in a pass of their own before it. The state of a
-prefix is handed over by the pass over its sequence, or the prefix is run again. Which passes may be joined follows from what a run needs:
-how long rollouts serve, what they are compared with, and whether processes hold parts of the weights.
-"""
+"""Resolve the setting `schedule` to the two facts behind it (docs/method.md); everybody else asks the record that this file makes."""
 
 from __future__ import annotations
 
@@ -60,16 +55,12 @@ class Needs:
     shards: nn.Module | None = None
 
 
-def schedule_of(config: NSPConfig, needs: Needs | None = None) -> Schedule:
-    """Find the schedule of a run.
+def schedule_of(config: NSPConfig, needs: Needs = Needs()) -> Schedule:
+    """Find the schedule of a run. Raises RefineError for one that cannot do what the run needs.
 
     `auto` samples in the pass that learns where it can, since that saves a forward pass. It cannot where rollouts serve several steps or
     are compared across micro-batches, and by segments a pass of its own is cheaper: states are then kept at known positions alone.
-
-    Raises:
-        RefineError: a schedule that cannot do what the run needs, or several steps on one batch of rollouts where none are sampled.
     """
-    needs = needs if needs is not None else Needs()
     steps = needs.steps_per_generation
     if not config.samples_rollouts:
         if steps > 1:
@@ -83,16 +74,11 @@ def schedule_of(config: NSPConfig, needs: Needs | None = None) -> Schedule:
     if config.schedule == "auto":
         first = steps > 1 or compares_micro_batches or needs.beforehand or config.segment_tokens is not None
         return SCHEDULES["snapshot" if first else "fused"]
-    if config.schedule == "fused" and steps > 1:
-        raise RefineError(
-            f"schedule='fused' samples and learns in one pass, so steps_per_generation={steps} cannot reuse its rollouts; use "
-            "schedule='snapshot'"
-        )
-    if config.schedule == "fused" and compares_micro_batches:
-        raise RefineError(
-            f"advantage_scale='global' is one scale for the {needs.micro_batches} micro-batches of a step, and schedule='fused' learns "
-            "from each before it knows the next; use schedule='snapshot'"
-        )
+    if config.schedule == "fused" and (steps > 1 or compares_micro_batches):
+        why = f"steps_per_generation={steps} cannot reuse its rollouts"
+        if steps == 1:
+            why = f"advantage_scale='global' cannot be one scale for the {needs.micro_batches} micro-batches of a step"
+        raise RefineError(f"schedule='fused' samples and learns in one pass, so {why}; use schedule='snapshot'")
     return SCHEDULES[config.schedule]
 
 
@@ -106,11 +92,8 @@ def _positions_decide_passes(model: nn.Module, config: NSPConfig) -> bool:
     """Tell whether the number of passes would follow from chosen positions, which differ from process to process.
 
     Where states are taken between segments, how many segments are run again for them depends on the positions; and gradients would reach
-    weights through states alone, which FSDP does not see. Sampled in a pass of their own, without gradients, rollouts are learned from in
-    a pass whose segments are as many in every process: the same loss and gradients.
-
-    Raises:
-        RefineError: a model of transformers by `segment_tokens`, of which each segment would be cut at its positions.
+    weights through states alone, which FSDP does not see. Rollouts sampled in a pass of their own, without gradients, are learned from in
+    a pass whose segments are as many in every process. Raises RefineError where even that pass would be cut at its positions.
     """
     trunk = cast(CausalModel, without_adapters(model)).model
     if trunk.cuts_at_positions and config.segment_tokens is not None:

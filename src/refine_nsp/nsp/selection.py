@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,21 +24,7 @@ from refine_nsp.nsp.records import Batch, inverse_cdf
 def select(predictions: Predictions) -> Tensor:
     """Choose positions [B, P] long by the score and the draw of the settings; -1 where a chunk has no admissible token."""
     work = predictions.work
-    return select_positions(SCORES[work.config.score].of(predictions), work.batch, work.draws.positions, work.config)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Say how to find interesting tokens.
-
-    Attributes:
-        of: scores [B, T] of a pass' predictions; higher is more interesting.
-        rows_together: whether scoring runs rows that are not the batch's own, so that weights which differ by row (adapters side by
-            side) cannot score.
-    """
-
-    of: Callable[[Predictions], Tensor]
-    rows_together: bool = False
+    return select_positions(SCORES[work.config.score](predictions), work.batch, work.draws.positions, work.config)
 
 
 def entropy_score(predictions: Predictions) -> Tensor:
@@ -54,24 +39,18 @@ def context_score(predictions: Predictions, gain: bool) -> Tensor:
     return next_sum(d, work.config.rollout_length)
 
 
-def no_score(predictions: Predictions) -> Tensor:
-    """Score all tokens alike."""
-    return torch.zeros_like(predictions.entropy)
-
-
-SCORES: dict[str, Score] = {
-    "entropy": Score(entropy_score),
-    "context_kl": Score(partial(context_score, gain=False), rows_together=True),
-    "context_gain": Score(partial(context_score, gain=True), rows_together=True),
-    "none": Score(no_score),
-}
+SCORES: dict[str, Callable[[Predictions], Tensor]] = {
+    "entropy": entropy_score,
+    "context_kl": partial(context_score, gain=False),
+    "context_gain": partial(context_score, gain=True),
+    "none": lambda predictions: torch.zeros_like(predictions.entropy),
+}  # (what a pass says of every token) -> scores [B, T]; higher is more interesting
 
 
 def smooth_entropy(entropy: Tensor, batch: Batch, config: NSPConfig) -> Tensor:
     """Take the moving average of entropy [B, T] over an odd window -> [B, T].
 
-    `centred` averages the real tokens inside the window. `published` divides by the whole window, counting zeros beyond the edges
-    and whatever stands at pads, as the original code does.
+    `centred` averages the real tokens inside the window; `published` counts zeros beyond the edges and whatever stands at pads as well.
     """
     if config.smoothed == "none":
         return entropy
@@ -90,30 +69,17 @@ def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tenso
     return inverse_cdf((logits - top).exp(), u.to(scores.device, non_blocking=True))
 
 
-def draw_greatest(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """Take the allowed token with the greatest score."""
-    return scores.masked_fill(~allowed, -torch.inf).argmax(-1)
-
-
-def draw_least(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tensor:
-    """Take the allowed token with the least score."""
-    return draw_greatest(-scores, allowed, u, tau)
-
-
 DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "sample": draw_sample,
-    "greatest": draw_greatest,
-    "least": draw_least,
+    "greatest": lambda scores, allowed, u, tau: scores.masked_fill(~allowed, -torch.inf).argmax(-1),
+    "least": lambda scores, allowed, u, tau: (-scores).masked_fill(~allowed, -torch.inf).argmax(-1),
 }  # (scores [B, P, T], allowed [B, P, T] bool, u [B, P], tau) -> token [B, P] long
 
 
 def select_positions(scores: Tensor, batch: Batch, u: Tensor, config: NSPConfig) -> Tensor:
     """Choose one position per chunk by scores [B, T] -> [B, P] long, -1 where a chunk has no admissible token.
 
-    Args:
-        u: [B, P] uniforms in [0, 1).
-        config: `draw`, `tau`, `positions_per_sequence`, `min_prefix`, `rollout_length`, `published`, with which several chunks may
-            have the same position.
+    u: [B, P] uniforms in [0, 1). As published, several chunks may have the same position.
     """
     P, T = config.positions_per_sequence, scores.shape[1]
     if int(count_positions(batch.text_lengths, config, batch.consumed).sum()) < P * int((batch.text_lengths > 0).sum()):
@@ -138,9 +104,8 @@ def chunk_of_tokens(lengths: Tensor, n_tokens: int, P: int) -> Tensor:
 def bounds(lengths: Tensor, config: NSPConfig, consumed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Give the first and last admissible position of each sequence, [B] each; there is none where the last comes before the first.
 
-    Ours have at least `min_prefix` tokens before t and K after it; tokens `consumed` [B] before a row's first stand before t too.
-    Published ones have at least `min_prefix` tokens up to t and as many after it; on a text that is too short for
-    both, the second rule wins.
+    Ours have at least `min_prefix` tokens before t (`consumed` [B] before a row's first among them) and K after it. Published ones have
+    `min_prefix` tokens up to t and as many after it; on a text that is too short for both, the second rule wins.
     """
     if config.published:
         last = lengths - 1 - config.min_prefix
@@ -184,8 +149,5 @@ def _warn_once_about_short_sequences() -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
-            "some sequences are too short for all their chunks to hold a position (min_prefix tokens before it, "
-            "rollout_length after it): they get fewer positions",
-            stacklevel=4,
-        )
+        rule = "(min_prefix tokens before it, rollout_length after it): they get fewer positions"
+        warnings.warn(f"some sequences are too short for all their chunks to hold a position {rule}", stacklevel=4)

@@ -24,16 +24,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.kernels import delta_rule_runs
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
-
-
-def _default_chunk(head: int) -> int:
-    """Choose the tokens of a chunk. Longer chunks mean fewer updates of the state but more work inside, which small heads don't repay."""
-    return 32 if head <= 64 else 64
 
 
 def naive_delta_rule(
@@ -158,10 +152,14 @@ def _on_kernels(
 
     S0 = None if initial_state is None else initial_state.to(torch.float32)
     g = None if g is None else g.to(torch.float32)
+    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     if q.shape[1] == 1 and not torch.is_grad_enabled():
-        o, final = kernels.one_token(q, k, v, beta, g, S0)
+        from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule as in_one_launch
+
+        o, final = in_one_launch(q, k, v, g, beta=beta, initial_state=S0, output_final_state=True)
         return o, OneToken(S0, final)
-    o, starts, u, final = kernels.chunked(q, k, v, beta, g, S0)
+    tail = (x if x is None else x.contiguous() for x in (g, S0))
+    o, starts, u, final = kernels.KernelDeltaRule.apply(q, k, v, beta, *tail)
     return o, DeltaStates(starts.transpose(0, 1), final, partial(kernels.in_chunks, u), k, g, kernels.C, lengths)
 
 
@@ -177,7 +175,8 @@ def _in_chunks(
     lengths: Tensor | None,
 ) -> tuple[Tensor, DeltaStates]:
     T, HV = q.shape[1], v.shape[2]
-    C = min(chunk_size or _default_chunk(max(q.shape[-1], v.shape[-1])), T)
+    # Longer chunks mean fewer updates of the state but more work inside, which small heads don't repay.
+    C = min(chunk_size or (32 if max(q.shape[-1], v.shape[-1]) <= 64 else 64), T)
     # A state is a sum over the sequence: in bfloat16 it would soon round away what a single token writes.
     dtype = torch.promote_types(q.dtype, torch.float32)
     chunks = [_to_chunks(x, C, HV, dtype) for x in (q, k, v)]
@@ -200,14 +199,6 @@ def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
     if HV != H:
         x = x.repeat_interleave(HV // H, 2)
     return x.reshape(B, -1, C, HV, D).permute(1, 0, 3, 2, 4).to(dtype).contiguous()
-
-
-def _inverse_unit_lower(A: Tensor) -> Tensor:
-    """Invert I + A for a strictly lower triangular A [..., C, C]."""
-    # `unitriangular` takes the diagonal as 1 and never reads it, so A stands for I + A. It is solved by substitution, since a series in
-    # powers of A would cancel badly where keys are alike, and kept as a matrix, because it is applied three times, the last transposed.
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
 
 
 class _Decay(NamedTuple):
@@ -245,23 +236,22 @@ def _minus_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(zero, *_flat(a, b), beta=0.0, alpha=-1.0).view(*a.shape[:-1], b.shape[-1])
 
 
-class _DeltaContext(Context):
-    has_initial: bool
-
-
 class _ChunkedDeltaRule(torch.autograd.Function):
     """Turns q, k, v [n, B, HV, C, D], beta and g [n, B, HV, C] and S0 into o and u [n, B, HV, C, Dv], starts [n+1, B, HV, Dk, Dv]."""
 
     @staticmethod
     def forward(
-        ctx: _DeltaContext, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None
     ) -> tuple[Tensor, ...]:
         n, B, HV, _, Dk = q.shape
         Dv, scale = v.shape[-1], Dk**-0.5
         decay, b = _decay(g), beta[..., None]
         kb = k * b
         A = _scale(kb @ k.mT, decay.pair).tril_(-1)
-        X = _inverse_unit_lower(A)
+        # `unitriangular` takes the diagonal as 1 and never reads it, so A stands for I + A. It is solved by substitution, since a series in
+        # powers of A would cancel badly where keys are alike, and kept as a matrix, because it is applied three times.
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        X = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
         u = X @ (v * b)
         w = X @ _times(kb, decay.from_start)
         k_end = _times(k, decay.to_end)
@@ -281,13 +271,11 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         o *= scale
         ctx.save_for_backward(q, k, v, beta, X, w, u, starts, P, None if g is None else A, *decay)
         ctx.set_materialize_grads(False)  # or states that nobody uses would get zero gradients of their full size
-        ctx.has_initial = S0 is not None
         return o, starts, u
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: _DeltaContext, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Gradients:
+    @by_hand
+    def backward(ctx: Context, do: Tensor | None, dstarts: Tensor | None, du_out: Tensor | None) -> Gradients:
         q, k, v, beta, X, w, u, starts, P, A, *decays = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         decay, b, S = _Decay(*decays), beta[..., None], starts[:-1]
@@ -309,7 +297,10 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         dq = do @ S.mT
         kb, dg = k * b, None
         if A is not None:  # before the decays go into dA, dP, dkw, dk_end and dq in place below
-            db = _pair_gradient(dA, A, dP, P)
+            # Every decay is exp(b_i - b_j), so the gradient of a decayed quantity, times that quantity, is added to the gradient of b_i
+            # and subtracted from that of b_j.
+            pairs = torch.addcmul(dA * A, dP, P)
+            db = pairs.sum(-1) - pairs.sum(-2)
             db += _end_gradients(decay, dkw, kb, dq, q_start, dk_end, k_end, S, dS)
             dg = db.flip(-1).cumsum(-1).flip(-1)  # b is the running sum of g, so g[j] is in every b[i], i >= j
         dA, dP = _scale(dA, decay.pair), dP.tril_() if decay.pair is None else dP.mul_(decay.pair)
@@ -321,7 +312,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         dk.baddbmm_(*_flat(dP.mT, q))
         dk = dk.view_as(k).addcmul_(dkb, b)
         dbeta = torch.linalg.vecdot(dkb, k) + torch.linalg.vecdot(dv_b, v)
-        return dq, dk, dv_b.mul_(b), dbeta, dg, dS[0] if ctx.has_initial else None
+        return dq, dk, dv_b.mul_(b), dbeta, dg, dS[0] if ctx.needs_input_grad[5] else None
 
 
 def _flat(*matrices: Tensor) -> list[Tensor]:
@@ -337,16 +328,6 @@ def _backward_through_chunks(dS: Tensor, du: Tensor, w: Tensor, k_end: Tensor, w
         du[c].baddbmm_(k_end[c], after)
         dS[c].baddbmm_(w[c].mT, du[c], alpha=-1.0)
         dS[c] += after if whole is None else after * whole[c].flatten(0, 1)
-
-
-# Every decay is exp(b_i - b_j) of running sums b of g, so the gradient of a decayed quantity, times that quantity, is added to the gradient
-# of b_i and subtracted from that of b_j.
-
-
-def _pair_gradient(dA: Tensor, A: Tensor, dP: Tensor, P: Tensor) -> Tensor:
-    """Compute the gradient of b [n, .., C] through the two C x C matrices."""
-    pairs = torch.addcmul(dA * A, dP, P)
-    return pairs.sum(-1) - pairs.sum(-2)
 
 
 def _end_gradients(

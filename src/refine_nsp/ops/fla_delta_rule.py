@@ -23,7 +23,6 @@ import triton.language as tl
 from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
 from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fwd_o
 from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
-from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule
 from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
 from fla.ops.utils import chunk_local_cumsum
 from torch import Tensor
@@ -35,31 +34,6 @@ from refine_nsp.ops.autograd import Context, Gradients
 C = 64  # tokens per chunk, the only size for which all their kernels are fused
 
 
-def chunked(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the rule over T tokens, differentiable in every input.
-
-    Args:
-        q, k: [B, T, H, Dk], v: [B, T, HV, Dv], of one dtype, bfloat16 or float16. beta: [B, T, HV]. g: [B, T, HV] or None.
-        initial_state: [B, HV, Dk, Dv] float32, or None for zeros.
-
-    Returns:
-        o [B, T, HV, Dv]; the state before each chunk [B, n, HV, Dk, Dv] and what each token wrote [B, T, HV, Dv], in the inputs' dtype;
-        the final state [B, HV, Dk, Dv], float32.
-    """
-    return _KernelDeltaRule.apply(*(x if x is None else x.contiguous() for x in (q, k, v, beta, g, initial_state)))
-
-
-@torch.no_grad()
-def one_token(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run the rule for one token in one launch, without gradient; return o [B, 1, HV, Dv] and the state after it, float32."""
-    q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
-    return fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, initial_state=initial_state, output_final_state=True)
-
-
 def in_chunks(u: Tensor) -> Tensor:
     """Cut [B, T, HV, Dv] into chunks [n, B, HV, C, Dv], a view where T is a multiple of C."""
     T = u.shape[1]
@@ -68,14 +42,17 @@ def in_chunks(u: Tensor) -> Tensor:
     return u.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
 
 
-class _KernelContext(Context):
-    dtype_of_g: torch.dtype | None
+class KernelDeltaRule(torch.autograd.Function):
+    """Runs the rule over T tokens.
 
+    All is contiguous: q, k [B, T, H, Dk] and v [B, T, HV, Dv] of one dtype, bfloat16 or float16; beta [B, T, HV]; g [B, T, HV] or None; the
+    initial state [B, HV, Dk, Dv], float32, or None for zeros. It returns o [B, T, HV, Dv]; the state before each chunk
+    [B, n, HV, Dk, Dv] and what each token wrote [B, T, HV, Dv], in the inputs' dtype; and the final state [B, HV, Dk, Dv], float32.
+    """
 
-class _KernelDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _KernelContext, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None
+        ctx: Context, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor | None
     ) -> tuple[Tensor, ...]:
         b = None if g is None else chunk_local_cumsum(g, chunk_size=C, scale=1 / math.log(2))
         # The plain rule too goes by the kernels of the gated one, which take no decay as well.
@@ -87,14 +64,12 @@ class _KernelDeltaRule(torch.autograd.Function):
         # starts and u are computed once more in the backward, as theirs does: n states a layer would soon fill the memory.
         ctx.save_for_backward(q, k, v, beta, b, X, S0)
         ctx.set_materialize_grads(False)
-        ctx.dtype_of_g = None if g is None else g.dtype
+        ctx.kept = None if g is None else g.dtype
         return o, starts, u, final
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: _KernelContext, do: Tensor | None, dstarts: Tensor | None, du: Tensor | None, dfinal: Tensor | None
-    ) -> Gradients:
+    def backward(ctx: Context, do: Tensor | None, dstarts: Tensor | None, du: Tensor | None, dfinal: Tensor | None) -> Gradients:
         q, k, v, beta, b, X, S0 = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         do = torch.zeros_like(v) if do is None else do.contiguous()
@@ -114,7 +89,7 @@ class _KernelDeltaRule(torch.autograd.Function):
         dk += dk_inside
         dg = None
         if db is not None:
-            dg = chunk_local_cumsum(db.add_(db_inside), chunk_size=C, reverse=True).to(ctx.dtype_of_g)
+            dg = chunk_local_cumsum(db.add_(db_inside), chunk_size=C, reverse=True).to(ctx.kept)
         return dq, dk, dv, dbeta, dg, dS0
 
 

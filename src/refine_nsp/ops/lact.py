@@ -262,9 +262,6 @@ def _read_span(weights: Pair, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return read_there.new_zeros(q.shape).scatter_add(2, where, read_there)
 
 
-# --- a fast state by name ---------------------------------------------------------------------------------------------
-
-
 def _named(fast: FastState) -> State:
     parts = zip(("", "main_", "momentum_"), fast, strict=True)
     return {f"{prefix}{name}": w for prefix, pair in parts if pair is not None for name, w in pair._asdict().items()}

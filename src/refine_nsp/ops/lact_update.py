@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
-from refine_nsp.ops.precision import without_autocast
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 
 NORM_EPSILON = 1e-5
 NEWTON_SCHULZ = (
@@ -161,9 +159,6 @@ def update(
     return FastState(Pair(*scaled), moved if rule.prenorm else None, kept)
 
 
-# --- the definition, matrix by matrix ---------------------------------------------------------------------------------
-
-
 def naive_read(weights: Pair, q: Tensor) -> Tensor:
     """Compute `read` by its definition."""
     w0, w1, w2 = (w.to(q.dtype) for w in weights.parts())
@@ -190,9 +185,6 @@ def naive_update(
     pairs = [Pair.of(Triple(*parts)) if parts else None for parts in after]
     assert pairs[0] is not None
     return FastState(pairs[0], pairs[1] if rule.prenorm else None, pairs[2])
-
-
-# --- elementwise parts with hand-written backwards: few passes over memory, and few launches --------------------------
 
 
 def naive_hidden_terms(gate: Tensor, up: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,8 +231,7 @@ class _Gated(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return _gradient_of_gated(x, F.silu(x.chunk(2, -2)[0]), dy)
@@ -264,12 +255,11 @@ class _HiddenTerms(torch.autograd.Function):
         active = F.silu(gate)
         dx = _gradient_of_gated(x, active, dhidden)
         if lr.shape[-2] == 3:
-            _halves(dx).mul_(_rates(lr))
+            dx.unflatten(-2, (2, -1)).mul_(lr[..., ::2, :].unsqueeze(-2))
         return active.mul_(up).mul_(lr.chunk(3, -2)[1]), dx
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, of_hidden: Tensor, of_dx: Tensor) -> Gradients:
         x, h, lr = ctx.saved_tensors
         gate, up = x.chunk(2, -2)
@@ -288,8 +278,8 @@ class _HiddenTerms(torch.autograd.Function):
             weighed = torch.empty_like(x)
             torch.mul(h * up, slope, out=weighed.chunk(2, -2)[0])
             torch.mul(h, active, out=weighed.chunk(2, -2)[1])
-            torch.sum(_halves(weighed.mul_(of_dx)), -2, dtype=lr.dtype, out=dlr[..., ::2, :])
-            of_dx = (_halves(of_dx) * _rates(lr)).to(x.dtype).flatten(-3, -2)
+            torch.sum(weighed.mul_(of_dx).unflatten(-2, (2, -1)), -2, dtype=lr.dtype, out=dlr[..., ::2, :])
+            of_dx = (of_dx.unflatten(-2, (2, -1)) * lr[..., ::2, :].unsqueeze(-2)).to(x.dtype).flatten(-3, -2)
         of_dgate, of_dup = of_dx.chunk(2, -2)
         dx = torch.empty_like(x)
         sloped = of_dgate * slope
@@ -300,36 +290,21 @@ class _HiddenTerms(torch.autograd.Function):
         return dx, of_h, dlr
 
 
-def _halves(x: Tensor) -> Tensor:
-    """View [.., 2 Dh, C] as [.., 2, Dh, C]."""
-    return x.unflatten(-2, (2, -1))
-
-
-def _rates(lr: Tensor) -> Tensor:
-    """Take the rates of w0 and w2 [.., 2, 1, C] among lr [.., 3, C]."""
-    return lr[..., ::2, :].unsqueeze(-2)
-
-
-class _RowNormsContext(Context):
-    shape: torch.Size
-
-
 class _WithRowNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _RowNormsContext, w: Tensor, n: Tensor) -> Tensor:
+    def forward(ctx: Context, w: Tensor, n: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         factor = (norm + NORM_EPSILON).reciprocal_()
         scale = n * factor
         ctx.save_for_backward(w, norm, factor, scale)
-        ctx.shape = n.shape
+        ctx.kept = n.shape
         return w * scale
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: _RowNormsContext, dy: Tensor) -> Gradients:
+    @by_hand
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         w, norm, factor, scale = ctx.saved_tensors
         dn = (dy * w).sum(-1, keepdim=True).mul_(factor)
         # A row of zeros has no direction to follow; its dn is 0 already.
         along = (dn * scale).div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
-        return (dy * scale).addcmul_(w, along, value=-1.0), dn.sum_to_size(ctx.shape)
+        return (dy * scale).addcmul_(w, along, value=-1.0), dn.sum_to_size(ctx.kept)

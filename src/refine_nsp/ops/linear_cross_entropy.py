@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 BLOCK_LOGITS = 2**22  # logits held at once: 16 MB in float32
@@ -80,8 +79,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
     # Inputs are cast outside the function, so that autograd casts the gradients back; inside, autocast is off, since the code chooses
     # itself what is wide.
     hidden, weight = _inputs(hidden, weight)
-    loss, nll, entropy, argmax = _run(hidden, weight, targets, token_weights)
-    return loss, TokenStats(nll, entropy, argmax)
+    loss, *stats = without_autocast(_LinearCrossEntropy.apply)(hidden, weight, targets, token_weights)
+    return loss, TokenStats(*stats)
 
 
 def _device_logits(device: torch.device) -> int:
@@ -99,11 +98,6 @@ def _inputs(*tensors: Tensor) -> list[Tensor]:
     """
     dtype = autocast_dtype(tensors[0])
     return [(x if torch.is_grad_enabled() else x.detach()).to(dtype) for x in tensors]
-
-
-@without_autocast
-def _run(*args: Tensor) -> tuple[Tensor, ...]:
-    return _LinearCrossEntropy.apply(*args)
 
 
 def _blocks(n: int, weight: Tensor) -> list[slice]:
@@ -149,7 +143,7 @@ class _Outputs:
         self.dhidden = torch.empty_like(hidden) if need_hidden else None
         # It is wide, since it sums over blocks; each row of dhidden comes from one block.
         self.dweight = torch.zeros(weight.shape, dtype=self.wide, device=weight.device) if need_weight else None
-        self.weight = weight
+        self.dtype = weight.dtype
         self.nll, self.entropy = (torch.empty(n, dtype=self.wide, device=hidden.device) for _ in range(2))
         self.argmax = torch.empty(n, dtype=torch.long, device=hidden.device)
 
@@ -172,7 +166,7 @@ class _Outputs:
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of hidden and of the head, in their dtypes."""
-        return self.dhidden, None if self.dweight is None else self.dweight.to(self.weight.dtype)
+        return self.dhidden, None if self.dweight is None else self.dweight.to(self.dtype)
 
 
 @torch.no_grad()
@@ -201,15 +195,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (out.nll * token_weights).sum(), out.nll, out.entropy, out.argmax
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dloss: Tensor, *_: Tensor | None) -> Gradients:
         dhidden, dweight = ctx.saved_tensors
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in (dhidden, dweight)]
         return scaled[0], scaled[1], None, None
-
-
-# --- next-sequence prediction in closed form --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -332,13 +322,9 @@ def linear_next_sequence(
     hidden, weight = _inputs(hidden, weight)
     local = None if term.local is None else term.local.detach().to(hidden.dtype)
     settings = (term.K, term.order, term.gain, ntp_scale, policy_scale)
-    results = _run_sequence(hidden, weight, targets, target_weights, term.token_weights, local, settings)
+    run = without_autocast(_LinearNextSequence.apply)
+    results = run(hidden, weight, targets, target_weights, term.token_weights, local, settings)
     return SequenceLosses(*results[:6]), TokenStats(*results[6:])
-
-
-@without_autocast
-def _run_sequence(*args: object) -> tuple[Tensor, ...]:
-    return _LinearNextSequence.apply(*args)
 
 
 class _LinearNextSequence(torch.autograd.Function):
@@ -373,8 +359,7 @@ class _LinearNextSequence(torch.autograd.Function):
         return (ntp_scale * ntp + policy_scale * policy, ntp, policy, *statistics)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dloss: Tensor | None, dntp: Tensor | None, dpolicy: Tensor | None, *_: Tensor | None) -> Gradients:
         hidden, weight, targets, target_weights, coefficients, *gradients = ctx.saved_tensors
         scaled: list[Tensor | None] = [None if g is None or dloss is None else g * dloss.to(g.dtype) for g in gradients]

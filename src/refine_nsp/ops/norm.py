@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.kernels import norm_runs
-from refine_nsp.ops.precision import without_autocast
 
 
 def naive_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -34,59 +32,52 @@ def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute x [..., D] / sqrt(mean(x^2) + eps) * weight [D] (or none)."""
     if norm_runs(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.norm.layernorm import rms_norm as kernel
 
-        return fla_elementwise.rms_norm(x, weight, eps)
+        return kernel(x, weight, None, eps=eps)
     return _ScaledNorm.apply(x, weight, eps, x.shape[-1])
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute x [..., D] / sqrt(sum(x^2) + eps), as flash-linear-attention's kernels normalise q and k."""
     if norm_runs(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.norm.l2norm import l2_norm as kernel
 
-        return fla_elementwise.l2_norm(x, eps)
+        return kernel(x, eps)
     return _ScaledNorm.apply(x, None, eps, 1)
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute rms_norm(x) * weight * silu(gate), all [..., D]."""
     if norm_runs(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated as kernel
 
-        return fla_elementwise.rms_norm_gated(x, gate, weight, eps).to(gate.dtype)
+        return kernel(x, gate, weight, None, eps=eps).to(gate.dtype)
     return rms_norm(x, weight, eps).to(gate.dtype) * F.silu(gate)
-
-
-class _NormContext(Context):
-    divisor: int
 
 
 class _ScaledNorm(torch.autograd.Function):
     """Computes x * (sum(x^2) / divisor + eps)^-1/2 * weight."""
 
     @staticmethod
-    def forward(ctx: _NormContext, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor | None, eps: float, divisor: int) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         xw = x.to(wide)
         # vector_norm reads x once; a mean of squares would write and read another tensor of its size.
         inverse = torch.linalg.vector_norm(xw, dim=-1, keepdim=True).square_().div_(divisor).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)  # x, not xw: in bfloat16 half as large, and cast again in no time
-        ctx.divisor = divisor
+        ctx.kept = divisor
         y = xw * inverse
         if weight is not None:
             y *= weight.to(wide)
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: _NormContext, dy: Tensor) -> Gradients:
+    @by_hand
+    def backward(ctx: Context, dy: Tensor) -> Gradients:
         x, weight, inverse = ctx.saved_tensors
-        wide = inverse.dtype
-        D = x.shape[-1]
-        xw, dyw = x.to(wide).reshape(-1, D), dy.to(wide).reshape(-1, D)
-        r = inverse.reshape(-1, 1)
+        wide, D = inverse.dtype, x.shape[-1]
+        xw, dyw, r = x.to(wide).reshape(-1, D), dy.to(wide).reshape(-1, D), inverse.reshape(-1, 1)
         product = dyw * xw
         # Both reductions of dy * x are matrix-vector products: the gradient of the weight, and of the norm.
         if weight is None:
@@ -97,5 +88,5 @@ class _ScaledNorm(torch.autograd.Function):
             dot, dweight = (product @ w)[:, None], (r[:, 0] @ product).to(weight.dtype)
             dx = torch.mul(dyw, w, out=product).mul_(r)  # its two sums are taken, so the buffer is free
         # dx = r w dy - x r^3 / divisor * sum(x w dy), r = (sum(x^2) / divisor + eps)^-1/2.
-        dx.addcmul_(xw, dot.mul_(r.pow(3)).div_(ctx.divisor), value=-1.0)
+        dx.addcmul_(xw, dot.mul_(r.pow(3)).div_(ctx.kept), value=-1.0)
         return dx.to(x.dtype).view_as(x), dweight, None, None

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.kernels import fused
-from refine_nsp.ops.precision import without_autocast
 
 
 def naive_short_conv(
@@ -38,9 +36,11 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     if fused(x):
-        from refine_nsp.ops import fla_elementwise
+        from fla.modules.causal_conv1d import causal_conv1d
 
-        return fla_elementwise.short_conv(x, weight, bias, activation, history)
+        # Its state has a column for each of the W taps, channels first, and the oldest is never read.
+        before = None if history is None else F.pad(history.mT, (1, 0)).to(x.dtype).contiguous()
+        return causal_conv1d(x.contiguous(), weight.contiguous(), bias, initial_state=before, activation=activation)[0]
     return _ShortConv.apply(x, weight, bias, activation == "silu", history)
 
 
@@ -52,8 +52,7 @@ class _ShortConv(torch.autograd.Function):
         return F.silu(z) if silu else z
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dy: Tensor) -> Gradients:
         x, weight, bias, history, z = ctx.saved_tensors
         T, W = x.shape[1], weight.shape[1]

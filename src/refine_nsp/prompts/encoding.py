@@ -26,9 +26,6 @@ PLACEHOLDER = "<answer>"  # it takes the answer's place in a conversation, to se
 ROLES = {"human": "user", "gpt": "assistant"}  # the roles of ShareGPT's conversations
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode a text alone, without special tokens around it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -40,9 +37,7 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     for at in range(len(whole) - len(plain) + 1):
         if whole[at : at + len(plain)] == plain:
             return whole[:at]
-    raise RefineError(
-        f"the tokenizer makes {whole} of {PROBE!r} with special tokens and {plain} without, so which stand before a text is not to be seen"
-    )
+    raise RefineError(f"the tokenizer makes {whole} of {PROBE!r} with special tokens and {plain} without: which come first?")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template: object) -> list[int]:
@@ -63,10 +58,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **template
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Pair:
     """Encode a context, and the tokens that `context + continuation` adds to it. Trailing spaces move to the continuation, as in lm-eval.
 
-    A continuation that merges into the context's last token would have no token of its own, so it is encoded by itself.
-
-    Raises:
-        RefineError: a continuation without any token; an empty context, and a tokenizer without BOS and EOS.
+    A continuation that merges into the context's last token would have no token of its own, so it is encoded by itself. One without any
+    token is a RefineError, and so is an empty context where the tokenizer has neither BOS nor EOS.
     """
     if (spaces := len(context) - len(context.rstrip())) > 0:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -96,13 +89,11 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: st
     """
     if (eos := tokenizer.eos_token_id) is None:
         raise RefineError("the tokenizer has no EOS token, so where an answer ends cannot be said; set tokenizer.eos_token")
-    if isinstance(prompt, str):
-        if not isinstance(answer, str):
-            raise RefineError("the answer is a message and the prompt a text; expected messages for both, or text for both")
-        text = prompt
-    else:
-        text = render(tokenizer, prompt, **template)
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, **template)
+    if not isinstance(prompt, str):
         answer = _turn(tokenizer, text, prompt, answer, template)
+    elif not isinstance(answer, str):
+        raise RefineError("the answer is a message and the prompt a text; expected messages for both, or text for both")
     prompt_ids, ids = _behind(tokenizer, text, answer)
     while ids and ids[-1] == eos:
         ids = ids[:-1]
@@ -125,28 +116,18 @@ def _behind(tokenizer: PreTrainedTokenizerBase, text: str, answer: str) -> Pair:
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Choose the token that stands before an empty context: BOS, EOS, or the one the tokenizer begins texts with.
-
-    Raises:
-        RefineError: the tokenizer has none of them.
-    """
+    """Choose the token before an empty context: BOS, EOS, or what the tokenizer begins texts with. RefineError: it has none of them."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, *leading_tokens(tokenizer)):
         if token is not None:
             return int(token)
     raise RefineError("the tokenizer has neither BOS nor EOS, so nothing can stand before an empty context")
 
 
-# --- conversations ----------------------------------------------------------------------------------------------------
-
-
 def as_messages(value: object) -> list[dict[str, object]]:
     """Convert a conversation to what chat templates take: content as text, and no key without a value (files' columns fill in None).
 
-    Args:
-        value: messages of `role` and `content`, or ShareGPT's `from` and `value`. Content may be a list of parts, if all are text.
-
-    Raises:
-        RefineError: no messages, or one that is not text.
+    Messages have `role` and `content`, or ShareGPT's `from` and `value`. Content may be a list of parts, if all are text; a RefineError
+    names a message that is anything else.
     """
     if not isinstance(value, list | tuple) or not value:
         raise RefineError(f"expected a list of messages, got {_shown(value)}")
@@ -173,9 +154,10 @@ def _content(content: object, place: int) -> str:
     if not isinstance(content, list | tuple):
         raise RefineError(f"the content of message {place} is {_shown(content)}; expected text")
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            raise RefineError(f"the content of message {place} has a part that is {kind or _shown(part)}; expected text only")
+        known = part if isinstance(part, Mapping) else {}
+        if known.get("type", "text") != "text" or not isinstance(known.get("text"), str):
+            kind = known.get("type") or _shown(part)
+            raise RefineError(f"the content of message {place} has a part that is {kind}; expected text only")
     return "".join(part["text"] for part in content)
 
 
@@ -200,9 +182,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: object, **template: obj
     """
     known = as_messages(messages)
     if not tokenizer.chat_template:
-        raise RefineError(
-            "these are messages, and the tokenizer has no chat template; set tokenizer.chat_template and save it, or write prompts as text"
-        )
+        raise RefineError("these are messages, and the tokenizer has no chat template; set tokenizer.chat_template, or use text")
     left_open = known[-1]["role"] == "assistant"
     return _apply(tokenizer, known, template, add_generation_prompt=not left_open, continue_final_message=left_open)
 
@@ -210,8 +190,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: object, **template: obj
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]], template: Mapping[str, object], **how: bool
 ) -> str:
-    options: dict[str, Any] = {key: _filled(value) for key, value in template.items() if value is not None}
-    options |= {"conversation": messages, **how}
+    options: dict[str, Any] = {**_filled(template), "conversation": messages, **how}
     try:
         if isinstance(tools := options.get("tools"), str):  # TRL also takes tools as JSON in a column
             options["tools"] = json.loads(tools)
@@ -240,15 +219,8 @@ def _turn(
     return f"{lead}{written}{end.rstrip()}"
 
 
-# --- lengths and keys -------------------------------------------------------------------------------------------------
-
-
 def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
-    """Cut a prompt to `limit` tokens by taking out its middle, as LongBench does; the end keeps at least `tail` tokens.
-
-    Raises:
-        RefineError: `tail` alone is longer than `limit`.
-    """
+    """Cut a prompt to `limit` tokens by taking out its middle, as LongBench does; the end keeps at least `tail` (no more than `limit`)."""
     if len(ids) <= limit:
         return list(ids)
     if limit < 2 or tail > limit:
@@ -260,11 +232,10 @@ def truncate_middle(ids: Sequence[int], limit: int, tail: int = 0) -> list[int]:
 def content_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest what a tokenizer does, as the key by which its tokens are cached. (A pickled tokenizer differs once it has been used.)"""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
-    files = (
-        [] if backend is not None else [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.init_kwargs.items()))]
-    )
-    parts = [
-        type(tokenizer).__name__, backend.to_str() if backend is not None else files, tokenizer(PROBE)["input_ids"],
-        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template,
-    ]  # fmt: skip
+    if backend is None:
+        files: object = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.init_kwargs.items()))]
+    else:
+        files = backend.to_str()
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    parts = [type(tokenizer).__name__, files, tokenizer(PROBE)["input_ids"], *ends, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

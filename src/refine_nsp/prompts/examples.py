@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +31,9 @@ class Example:
     """Hold a prompt with its references; the task's metric decides whether any is right or all are asked for.
 
     Attributes:
-        id: a name by which results are resumed and compared.
-        budget: how many tokens may be generated.
+        id: a name by which results are resumed and compared. budget: how many tokens may be generated.
         meta: what a table or a plot may group by (length, depth, ...).
-        template: what a chat template is given in addition to messages.
-        where: the file and the row, for errors.
+        template: what a chat template is given in addition to messages. where: the file and the row, for errors.
         context: the part of the prompt that may be read twice; empty where it is not known.
     """
 
@@ -50,13 +49,9 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """Hold one row of a file of prompts.
+    """Hold one row of a file of prompts: `answers` of which any is right, and what a chat template is given in addition to messages.
 
-    Attributes:
-        prompt: a text, or messages.
-        answers: texts or the assistant's messages, of which any is right.
-        verbatim: whether the answer follows the prompt just as it is, without a space put between them.
-        template: what a chat template is given in addition to messages.
+    `verbatim` tells whether the answer follows the prompt just as it is, without a space put between them.
     """
 
     prompt: Prompt
@@ -79,17 +74,11 @@ def in_row(where: str) -> Iterator[None]:
         raise RefineError(f"{where}: {error}" if where and not str(error).startswith(where) else str(error)) from error
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[str, list[Example]]:
     """Read ready-made prompts from a file, by task: the `task` column, or the file's name.
 
     The columns are those of `read_row`; id or index, task, max_gen_tokens, max_seq_length, and `context` beside a whole prompt (the part of
     it that `read_twice` gives twice) may be there too.
-
-    Raises:
-        RefineError: there is no prompt or answer column, a prompt is empty, or a row has no answer.
     """
     data = read_documents(name, PROMPT_COLUMNS, split=split, also=(*PROMPT_COLUMNS, *FURTHER, *NAMING), as_found=True)
     check_columns(name, data.column_names)
@@ -98,17 +87,13 @@ def read_prompts(name: str, default_budget: int, split: str = "test") -> dict[st
         where = f"{name}, row {i}"
         asked = read_row(row, where)
         task = str(row.get("task") or Path(name).stem)
-        meta = {k: row[k] for k in ("max_seq_length", "prompt_length") if row.get(k) is not None}
-        if "max_seq_length" in meta:
-            meta["length"] = meta.pop("max_seq_length")
+        kept = {"prompt_length": "prompt_length", "max_seq_length": "length"}
+        meta = {ours: row[k] for k, ours in kept.items() if row.get(k) is not None}
         name_of_row = next((row[k] for k in NAMING[:3] if row.get(k) is not None), i)
         with expecting("a whole number in max_gen_tokens", where):
             budget = int(row.get("max_gen_tokens") or default_budget)
-        context = row.get("context")
-        example = Example(
-            f"{task}/{name_of_row}", asked.prompt, asked.references, budget, meta, asked.template, where,
-            context if isinstance(context, str) else "",
-        )  # fmt: skip
+        context = row["context"] if isinstance(row.get("context"), str) else ""
+        example = Example(f"{task}/{name_of_row}", asked.prompt, asked.references, budget, meta, asked.template, where, context)
         examples.setdefault(task, []).append(example)
     for task, of_task in examples.items():
         check_unique(task, of_task)
@@ -143,39 +128,34 @@ def read_row(row: Mapping[str, object], where: str) -> PromptRow:
         template = _template(row)
         named = next((c for c in ANSWER_COLUMNS if not _missing(row.get(c))), None)
         column = _prompt_column(row, named is not None)
+        turns: list[Message] = []
         if column in CONVERSATIONS:
-            prompt, answers = _conversation(column, row[column], named)
-            if answers:
-                return PromptRow(_asked(prompt), [*answers], True, template)
+            prompt, turns = _conversation(column, row[column], named)
         else:
             prompt = read_prompt(None if column is None else row[column])
-        if named == "completion":
-            return PromptRow(_asked(prompt), [_completion(row[named], prompt)], True, template)
-        return PromptRow(_asked(prompt), [*as_answers(None if named is None else row[named], where)], False, template)
+        if not (prompt if isinstance(prompt, str) else "".join(str(m.get("content", "")) for m in prompt)).strip():
+            raise RefineError("the prompt is empty")
+        if turns or named == "completion":
+            return PromptRow(prompt, [*turns] or [_completion(row["completion"], prompt)], True, template)
+        return PromptRow(prompt, [*as_answers(None if named is None else row[named], where)], False, template)
 
 
 def _conversation(column: str, value: object, named: str | None) -> tuple[Prompt, list[Message]]:
     """Part a conversation from the assistant's turn at its end where that turn is the answer."""
     messages = as_messages(list(value) if isinstance(value, np.ndarray) else value)
-    last = messages[-1]
-    if last["role"] != "assistant":
-        if named is None:
-            wanted = ", ".join(ANSWER_COLUMNS)
-            raise RefineError(
-                f"no answer: {column} ends with a turn of {last['role']}; expected the assistant's, or a column {wanted}"
-            )
-        return messages, []
-    if named is not None:
+    role, wanted = messages[-1]["role"], ", ".join(ANSWER_COLUMNS)
+    if role == "assistant" and named is not None:
         raise RefineError(f"{column} ends with the assistant's turn, and {named} holds an answer too; leave out one of them")
-    return messages[:-1], [_answered(last)]
+    if role != "assistant" and named is None:
+        raise RefineError(f"no answer: {column} ends with a turn of {role}; expected the assistant's, or a column {wanted}")
+    return (messages, []) if named is not None else (messages[:-1], [_answered(messages[-1])])
 
 
 def _prompt_column(row: Mapping[str, object], answered: bool) -> str | None:
     """Find the column of the prompt. A conversation counts first where no column answers the prompt."""
     given = [c for c in PROMPT_COLUMNS if not _missing(row.get(c))]
-    if not answered and (conversations := [c for c in given if c in CONVERSATIONS]):
-        return conversations[0]
-    return given[0] if given else None
+    first = [] if answered else [c for c in given if c in CONVERSATIONS]
+    return next(iter(first + given), None)
 
 
 def read_prompt(value: object) -> Prompt:
@@ -185,13 +165,6 @@ def read_prompt(value: object) -> Prompt:
     if not isinstance(value, list | tuple | np.ndarray):
         raise RefineError(f"the prompt is {value!r:.60}, a {type(value).__name__}; expected text, or a list of messages")
     return as_messages(list(value)) if len(value) else ""
-
-
-def _asked(prompt: Prompt) -> Prompt:
-    said = prompt if isinstance(prompt, str) else "".join(str(m.get("content", "")) for m in prompt)
-    if not said.strip():
-        raise RefineError("the prompt is empty")
-    return prompt
 
 
 def _answered(message: Message) -> Message:
@@ -217,15 +190,12 @@ def _template(row: Mapping[str, object]) -> dict[str, object]:
     options = row.get("chat_template_kwargs")
     if options is not None and not isinstance(options, Mapping):
         raise RefineError(f"chat_template_kwargs is {options!r:.60}; expected a mapping")
-    tools = row.get("tools")
-    return {**{k: v for k, v in (options or {}).items() if v is not None}, **({"tools": tools} if not _missing(tools) else {})}
+    given = {**(options or {}), **({} if _missing(row.get("tools")) else {"tools": row["tools"]})}
+    return {k: v for k, v in given.items() if v is not None}
 
 
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, str | list | tuple | Mapping | np.ndarray) and len(value) == 0)
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def as_answers(value: object, where: str) -> list[str]:
@@ -246,36 +216,20 @@ def answers_in(value: object, where: str) -> list[str]:
             value = value["text"]
         elif "value" in value:  # TriviaQA
             value = [value["value"], *(value.get("aliases") or [])]
-        else:
-            raise _not_an_answer(value, where)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     given = value if isinstance(value, list | tuple) else [value]
-    texts = [_answer_text(a["text"] if isinstance(a, Mapping) and "text" in a else a, value, where) for a in given]
+    found = [a["text"] if isinstance(a, Mapping) and "text" in a else a for a in given]
+    try:
+        texts = [as_text(a) for a in found if a is not None]
+    except RefineError:
+        expected = "expected text or a number, or a list of them of which any is right"
+        raise RefineError(f"{where}: the answer is {str(value)[:60]!r}; {expected}") from None
     return list(dict.fromkeys(t for t in texts if t.strip()))
 
 
-def _answer_text(value: object, whole: object, where: str) -> str:
-    if value is None:
-        return ""
-    try:
-        return as_text(value)
-    except RefineError:
-        raise _not_an_answer(whole, where) from None
-
-
-def _not_an_answer(value: object, where: str) -> RefineError:
-    return RefineError(
-        f"{where}: the answer is {str(value)[:60]!r}; expected text or a number, or a list of them of which any is right"
-    )
-
-
 def as_text(value: object) -> str:
-    """Return a text as it is, or a number as text: 2.0 as 2, since a column with one fraction in it turns all its numbers into fractions.
-
-    Raises:
-        RefineError: the value is anything else, a truth value for example.
-    """
+    """Return a text as it is, or a number as text: 2.0 as 2, since one fraction in a column turns all its numbers into fractions."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, str):
@@ -291,8 +245,5 @@ def as_text(value: object) -> str:
 
 def check_unique(task: str, examples: Sequence[Example]) -> None:
     """Raise RefineError when two examples share an id, by which results are resumed and compared."""
-    seen: set[str] = set()
-    for e in examples:
-        if e.id in seen:
-            raise RefineError(f"{task}: two examples are called {e.id!r}; ids must differ")
-        seen.add(e.id)
+    if again := [name for name, times in Counter(e.id for e in examples).items() if times > 1]:
+        raise RefineError(f"{task}: two examples are called {again[0]!r}; ids must differ")

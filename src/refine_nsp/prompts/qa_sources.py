@@ -17,11 +17,9 @@ from refine_nsp.text.reading import read_documents
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a question with its answers.
+    """Hold a question with its answers, and the indices of the documents that answer it.
 
-    Attributes:
-        documents: indices of the documents that answer it.
-        same_article: indices of other documents of the same article, which are the hardest to tell apart.
+    `same_article` are indices of other documents of the same article, which are the hardest to tell apart.
     """
 
     id: str
@@ -39,15 +37,7 @@ class QASource:
     documents: list[str]
 
 
-FURTHER = (
-    *ANSWER_COLUMNS,
-    "is_impossible",
-    "context",
-    "paragraphs",
-    "title",
-    "id",
-    "_id",
-)  # columns that are read next to `question`
+FURTHER = (*ANSWER_COLUMNS, "is_impossible", "context", "paragraphs", "title", "id", "_id")  # columns next to `question`
 Raw = tuple[str, str, list[str], list[str], str]  # id, question, answers (none where it has none), documents, article
 
 
@@ -56,9 +46,6 @@ def read_qa(name: str, split: str = "validation") -> QASource:
 
     Rows have question, answers (or answer), and `context` (a paragraph; with `title` as its article), `paragraphs` (title, text) or
     HotpotQA's `context` (titles and sentences). Questions without an answer (SQuAD 2.0) are left out, with a warning that counts them.
-
-    Raises:
-        RefineError: the file is none of these, or no question in it has an answer.
     """
     path = Path(name)
     if path.suffix == ".json" and path.is_file():
@@ -98,10 +85,8 @@ def _squad(articles: Iterable[Mapping[str, Any]]) -> Iterable[Raw | None]:
     for article in articles:
         for paragraph in article["paragraphs"]:
             for q in paragraph["qas"]:
-                if answers := _answers(q, f"question {q['id']}"):
-                    yield str(q["id"]), q["question"], answers, [paragraph["context"]], str(article.get("title") or "")
-                else:
-                    yield None
+                answers, title = _answers(q, f"question {q['id']}"), str(article.get("title") or "")
+                yield (str(q["id"]), q["question"], answers, [paragraph["context"]], title) if answers else None
 
 
 def _rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterable[Raw | None]:

@@ -1,14 +1,15 @@
 """Give a prompt's context twice before its question ("Just read twice", Arora et al., 2024, arXiv 2407.05483), without any training.
 
 A state of fixed size must choose what to keep before it knows the question; on the second reading it knows at least the text. The second
-reading begins on a new line and has the first one's tokens; what stands before the context (BOS, instructions, a chat template's
-opening) and behind it (the question) is there once. Cutting comes first: what a limit leaves of the prompt is what is read twice.
+reading begins on a new line and has the first one's tokens; what stands around the context is there once. Cutting comes first: what a
+limit leaves of the prompt is what is read twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,10 +32,8 @@ class MarkedPrompt:
         kept = how(range(len(self.ids)), limit)
         start, end = (sum(place < bound for place in kept) for bound in (self.start, self.end))
         if start == end and self.start < self.end:
-            raise RefineError(
-                f"cut to {limit} tokens, the prompt ({len(self.ids)} tokens) has none of its context left to read twice; raise "
-                "max_prompt_tokens"
-            )
+            cut = f"cut to {limit} tokens, the prompt ({len(self.ids)} tokens)"
+            raise RefineError(f"{cut} has none of its context left to read twice; raise max_prompt_tokens")
         return MarkedPrompt([self.ids[place] for place in kept], start, end)
 
     def twice(self, between: Sequence[int]) -> list[int]:
@@ -43,11 +42,7 @@ class MarkedPrompt:
 
 
 def find_context(text: str, context: str) -> tuple[int, int]:
-    """Return where a context begins and ends in the text of a prompt, white space around it left out.
-
-    Raises:
-        RefineError: there is no context, or it does not stand in the text exactly once.
-    """
+    """Return where a context, without white space around it, begins and ends in a prompt. RefineError: not there exactly once."""
     words = context.strip()
     if not words:
         raise RefineError(
@@ -55,21 +50,19 @@ def find_context(text: str, context: str) -> tuple[int, int]:
             "is read twice; or leave out read_twice"
         )
     if (count := text.count(words)) != 1:
-        raise RefineError(
-            f"the context {words[:40]!r} stands {count} times in the prompt; to be read twice it must stand there once, word for word"
-        )
+        raise RefineError(f"the context {words[:40]!r} stands {count} times in the prompt; to be read twice it must stand once")
     start = text.index(words)
     return start, start + len(words)
 
 
 def mark_context(encode: Encode, text: str, span: tuple[int, int]) -> MarkedPrompt:
-    """Encode a prompt whose characters from span[0] on and before span[1] are its context.
+    """Encode a prompt whose characters from span[0] on and before span[1] are its context; (0, 0) for none.
 
     A token that holds the end of one part and the beginning of the next counts to the next, so the prompt keeps the tokens that it has
     when it is read once.
     """
     ids = encode(text)
-    start, end = (_tokens_before(encode, ids, text, place) for place in span)
+    start, end = (_tokens_before(encode, ids, text, place) if span[1] else 0 for place in span)
     return MarkedPrompt(ids, start, end)
 
 
@@ -101,5 +94,4 @@ def encode_question(
     if not read_twice or not prompt.strip():
         return once, once
     end = len(prompt) if question is None else len(prompt.rstrip())
-    marked = mark_context(lambda part: encode_prompt(tokenizer, part), text, (0, end))
-    return once, marked.twice(new_line(tokenizer))
+    return once, mark_context(partial(encode_prompt, tokenizer), text, (0, end)).twice(new_line(tokenizer))

@@ -1,9 +1,8 @@
 """Generate the 13 tasks of RULER (Hsieh et al., 2024, arXiv 2404.06654) for any tokenizer and length.
 
 Prompts, answer prefixes, budgets and metrics are the benchmark's (NVIDIA/RULER, `synthetic.yaml`). Each example is filled by itself with as
-many whole units of its haystack as fit (words of essays, sentences, needles, list words, documents), so that prompt and budget together
-reach the length without passing it; the benchmark searches one size for all examples. Every example has its own seed, so any number of
-processes builds the same set.
+many whole units of its haystack (words of essays, sentences, ...) as fit with its budget into the length; the benchmark searches one size
+for all examples. Every example has its own seed, so any number of processes builds the same set.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from datasets import Dataset
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.prompts.encoding import encode_prompt
-from refine_nsp.prompts.essays import essay_words as essay_words
 from refine_nsp.prompts.examples import Example
 from refine_nsp.prompts.qa_sources import QASource, Question
-from refine_nsp.prompts.ruler_words import distinct, draw_word
-from refine_nsp.prompts.ruler_words import word_lists as word_lists
+from refine_nsp.prompts.ruler_words import distinct, draw_word, word_lists
+from refine_nsp.text.reading import read_documents
 
 Draft = tuple[str, list[str], dict[str, object], str]  # prompt, references, meta, context (what `read_twice` gives twice)
 Build = Callable[[int], Draft]  # makes a draft with so many units of haystack, from the same draws for every size
@@ -82,6 +81,20 @@ class Sources:
     qa: dict[str, QASource] = field(default_factory=dict)
 
 
+def essay_words(name: str | None, text_column: str = "text") -> list[str]:
+    """Read the words of the user's essays (a text, jsonl or parquet file, folder or hub name), or of Python's reference documentation.
+
+    The default is what `help()` shows: every machine has it, it is English prose, and no shipped base was trained on it.
+    """
+    if name is None:
+        from pydoc_data.topics import topics
+
+        return " ".join(topics[k] for k in sorted(topics)).split()
+    if words := " ".join(text or "" for text in read_documents(name, (text_column,), also=())[text_column]).split():
+        return words
+    raise RefineError(f"{name} holds no words")
+
+
 def build_ruler(
     tasks: Sequence[str], lengths: Sequence[int], samples: int, tokenizer: PreTrainedTokenizerBase, sources: Sources,
     seed: int = 42, depths: Sequence[float] | None = None, num_proc: int | None = None, left_out: dict[str, list[str]] | None = None,
@@ -110,8 +123,6 @@ def build_ruler(
         raise RefineError(f"depths must be between 0 and 1, got {list(depths)}")
     one = partial(_build_one, tokenizer=tokenizer, sources=sources, seed=seed)
     if num_proc is None or num_proc <= 1 or len(jobs) < 2:
-        from rich.progress import track
-
         rows = [one(*astuple(job)) for job in track(jobs, "RULER prompts", transient=True)]
     else:
         table = Dataset.from_list([asdict(job) for job in jobs])
@@ -126,7 +137,7 @@ def build_ruler(
     problems = _problems(jobs, rows)
     if jobs and not any(examples.values()):
         raise RefineError(next(iter(problems.values()))[0])
-    for sentence in (sentence for of_task in problems.values() for sentence in of_task):
+    for sentence in chain.from_iterable(problems.values()):
         warnings.warn(sentence, stacklevel=2)
     if left_out is not None:
         left_out |= problems
@@ -150,48 +161,39 @@ def _build_one(
     task: str, length: int, index: int, depth: float | None, tokenizer: PreTrainedTokenizerBase, sources: Sources, seed: int
 ) -> dict[str, Any]:
     """Build one example as a row. Where it does not fit, `problem` says so and the prompt is empty."""
-    budget = BUDGETS[task]
     name = f"{task}-{length}-{index}" + (f"-{depth:g}" if depth is not None else "")
-    row = {"task": task, "id": f"{name}-seed{seed}", "budget": budget, "problem": ""}
+    row = {"task": task, "id": f"{name}-seed{seed}", "budget": BUDGETS[task], "problem": ""}
 
     def tokens(draft: Draft) -> int:
         return len(encode_prompt(tokenizer, draft[0]))
 
-    builder = _builder(Job(task, length, index, depth), sources, f"{seed}-{name}", tokens)
+    build, smallest, largest = _builder(Job(task, length, index, depth), sources, f"{seed}-{name}", tokens)
     try:
-        prompt, references, meta, context = fit(
-            builder.build, tokens, length - budget, builder.smallest, builder.largest, f"{task} at {length}"
-        )
+        prompt, references, meta, context = fit(build, tokens, length - BUDGETS[task], smallest, largest, f"{task} at {length}")
     except DoesNotFitError as error:
         return {**row, "prompt": "", "references": [], "meta": "{}", "context": "", "problem": str(error)}
     told = json.dumps({"length": length, "index": index, **meta})
     return {**row, "prompt": prompt, "references": references, "meta": told, "context": context}
 
 
-@dataclass(frozen=True)
-class _Builder:
-    build: Build
-    smallest: int
-    largest: int | None = None
-
-
-def _builder(job: Job, sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> _Builder:
+def _builder(job: Job, sources: Sources, seed: str, tokens: Callable[[Draft], int]) -> tuple[Build, int, int | None]:
+    """Choose what builds an example, and the least and the most units (None: any number) that it can have."""
     task, length, index = job.task, job.length, job.index
     if task in NEEDLES:
         needles = NEEDLES[task]
         smallest = 1 if needles.haystack == "essay" else needles.num_keys * needles.num_values
-        return _Builder(partial(_needles, needles, sources.essays, job.depth, seed), smallest)
+        return partial(_needles, needles, sources.essays, job.depth, seed), smallest, None
     if task == "vt":
-        return _Builder(partial(_variables, seed, _worked_chain(seed, length, tokens)), VARIABLE_HOPS + 1)
+        return partial(_variables, seed, _worked_chain(seed, length, tokens)), VARIABLE_HOPS + 1, None
     if task == "cwe":
-        return _Builder(partial(_common_words, seed, length), COMMON_WORDS + 1)
+        return partial(_common_words, seed, length), COMMON_WORDS + 1, None
     if task == "fwe":
-        return _Builder(partial(_frequent_words, seed, length - BUDGETS[task]), 32)
+        return partial(_frequent_words, seed, length - BUDGETS[task]), 32, None
     source = sources.qa[task]
-    question = source.questions[index % len(source.questions)]
     if index >= len(source.questions):
         raise RefineError(f"{task} has {len(source.questions)} questions, so no sample {index}; lower --samples")
-    return _Builder(partial(_documents, source, question, seed), len(question.documents), len(source.documents))
+    question = source.questions[index]
+    return partial(_documents, source, question, seed), len(question.documents), len(source.documents)
 
 
 class DoesNotFitError(RefineError):
@@ -199,27 +201,21 @@ class DoesNotFitError(RefineError):
 
 
 def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int, largest: int | None, what: str) -> Draft:
-    """Find the draft with the most units whose tokens stay within `limit`.
-
-    Raises:
-        DoesNotFitError: not even `smallest` units fit.
-    """
+    """Find the draft with the most units whose tokens stay within `limit`. DoesNotFitError: not even `smallest` units fit."""
     draft = build(smallest)
     used = tokens(draft)
     if used > limit:
-        raise DoesNotFitError(
-            f"{what} tokens: its smallest prompt takes {used} tokens, {limit} are left beside the answer; raise --lengths"
-        )
+        raise DoesNotFitError(f"{what} tokens: its smallest prompt takes {used} tokens, {limit} are left for it; raise --lengths")
     low, low_tokens, best = smallest, used, draft
-    high: int | None = None if largest is None else largest + 1
+    high = math.inf if largest is None else largest + 1
     step = max(1, smallest)
-    while high is None or high - low > 1:
-        guess = low + step if high is None else min(low + step, high - 1)
+    while high - low > 1:
+        guess = int(min(low + step, high - 1))
         draft = build(guess)
         used = tokens(draft)
         if used > limit:
             high = guess
-            step = max(1, (high - low) // 2)
+            step = max(1, int(high - low) // 2)
         else:
             # Haystacks are nearly linear in tokens, so the next guess is where the rate of the last stretch reaches the limit.
             rate = max((used - low_tokens) / (guess - low), 1e-3)
@@ -227,8 +223,6 @@ def fit(build: Build, tokens: Callable[[Draft], int], limit: int, smallest: int,
             step = max(1, int((limit - used) / rate))
     return best
 
-
-# --- needles in a haystack --------------------------------------------------------------------------------------------
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NEEDLE_QUESTION = (
@@ -240,22 +234,16 @@ NEEDLE_QUESTION = (
 
 def _needles(task: Needles, essays: Sequence[str], depth: float | None, seed: str, units: int) -> Draft:
     rng = random.Random(seed)
-    keys = distinct(rng, task.keys, task.num_keys)
+    keys = distinct(partial(draw_word, rng, task.keys), task.num_keys)
     values = [[draw_word(rng, task.values) for _ in range(task.num_values)] for _ in keys]
     asked = rng.sample(range(len(keys)), task.num_queries)
     single = task.num_queries * task.num_values == 1
     kind = task.values
-    sentences = [
-        (i in asked, NEEDLE.format(kind=kind, key=key, value=v))
-        for i, (key, row) in enumerate(zip(keys, values, strict=True))
-        for v in row
-    ]
+    sentences = [(i in asked, NEEDLE.format(kind=kind, key=keys[i], value=v)) for i, row in enumerate(values) for v in row]
     rng.shuffle(sentences)
     # All needles stand at random depths, except that those asked for stand at `depth` where one is given.
-    at = [depth if depth is not None and wanted else rng.random() for wanted, _ in sentences]
-    order = sorted(range(len(sentences)), key=lambda i: at[i])
-    placed = [(at[i], sentences[i][1]) for i in order]
-    context = _haystack(task, essays, placed, rng, units)
+    placed = [(depth if depth is not None and wanted else rng.random(), text) for wanted, text in sentences]
+    context = _haystack(task, essays, sorted(placed, key=lambda needle: needle[0]), rng, units)
     query = ", ".join(keys[i] for i in asked[:-1]) + (", and " if len(asked) > 1 else "") + keys[asked[-1]]
     singular = {"some": "A", "are": "is", "are_all": "is", "kind": kind[:-1]}
     plural = {"some": "Some", "are": "are", "are_all": "are all", "kind": kind}
@@ -272,11 +260,8 @@ def _haystack(task: Needles, essays: Sequence[str], placed: list[tuple[float, st
     elif task.haystack == "noise":
         pieces, glue = [NOISE[i % len(NOISE)] for i in range(units)], " "
     else:
-        pieces = [
-            NEEDLE.format(kind=task.values, key=draw_word(rng, task.keys), value=draw_word(rng, task.values))
-            for _ in range(units)
-        ]
-        glue = "\n"
+        drawn = ((draw_word(rng, task.keys), draw_word(rng, task.values)) for _ in range(units))
+        pieces, glue = [NEEDLE.format(kind=task.values, key=key, value=value) for key, value in drawn], "\n"
     slots: dict[int, list[str]] = {}
     for depth, needle in placed:
         slots.setdefault(round(depth * len(pieces)), []).append(needle)
@@ -299,8 +284,6 @@ def _noise_lines(sentences: list[str], slots: dict[int, list[str]]) -> str:
             lines.append(line)
     return "\n".join(lines)
 
-
-# --- variable tracking ------------------------------------------------------------------------------------------------
 
 VARIABLE_HOPS = 4
 VARIABLE_PROMPT = (
@@ -337,13 +320,10 @@ def _worked_chain(seed: str, length: int, tokens: Callable[[Draft], int]) -> str
 def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str = " ") -> tuple[str, list[str], str]:
     """Write a chain of variables into `lines` lines of noise and ask for it. Return the text, the variables, and the lines.
 
-    Args:
-        hop_end: what ends every statement but the first; the space is the benchmark's.
+    `hop_end` ends every statement but the first; the space is the benchmark's.
     """
-    names: dict[str, None] = {}
-    while len(names) < VARIABLE_HOPS + 1:
-        names["".join(rng.choices(string.ascii_uppercase, k=name_length))] = None
-    chain, value = list(names), str(rng.randint(10000, 99999))
+    chain = distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=name_length)), VARIABLE_HOPS + 1)
+    value = str(rng.randint(10000, 99999))
     statements = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a}{hop_end}" for a, b in pairwise(chain)]
     text = [" ".join(NOISE)] * lines
     where = sorted(rng.sample(range(lines), len(statements)))
@@ -352,8 +332,6 @@ def variable_text(rng: random.Random, lines: int, name_length: int, hop_end: str
     context = "\n".join(text)
     return VARIABLE_PROMPT.format(context=context, value=value, count=len(chain)), chain, context
 
-
-# --- common and frequent words ----------------------------------------------------------------------------------------
 
 COMMON_WORDS = 10
 COMMON_PROMPT = (
@@ -378,10 +356,7 @@ def _word_list(rng: random.Random, words: int, repeats: int, other_repeats: int)
     known = sorted({*nouns, *adjectives, *verbs})
     # Beyond the word list (some 100 k tokens) adjective-noun pairs are added; the benchmark has a second list there.
     chosen = rng.sample(known, min(words, len(known)))
-    more: dict[str, None] = {}
-    while len(chosen) + len(more) < words:
-        more[draw_word(rng, "words")] = None
-    chosen += list(more)
+    chosen += distinct(partial(draw_word, rng, "words"), words - len(chosen))
     listed = chosen[:COMMON_WORDS] * repeats + chosen[COMMON_WORDS:] * other_repeats
     rng.shuffle(listed)
     return " ".join(f"{i}. {w}" for i, w in enumerate(listed, 1)), chosen[:COMMON_WORDS]
@@ -398,17 +373,13 @@ ZETA_2 = math.pi**2 / 6
 def _frequent_words(seed: str, max_tokens: int, count: int) -> Draft:
     """Write a text in which the word of rank k stands count * k^-2 / zeta(2) times; the most frequent one is noise."""
     rng = random.Random(seed)
-    vocabulary: dict[str, None] = {}
-    while len(vocabulary) < max(5, max_tokens // 50):
-        vocabulary["".join(rng.choices(string.ascii_lowercase, k=6))] = None
-    words = ["...", *list(vocabulary)[1:]]
+    vocabulary = distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), max(5, max_tokens // 50))
+    words = ["...", *vocabulary[1:]]
     text = [w for k, w in enumerate(words, 1) for _ in range(int(count / k**2 / ZETA_2))]
     rng.shuffle(text)
     context = " ".join(text)
     return FREQUENT_PROMPT.format(context=context), words[1:4], {}, context
 
-
-# --- questions on documents -------------------------------------------------------------------------------------------
 
 QA_PROMPT = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe following are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
 
@@ -18,11 +19,11 @@ def draw_word(rng: random.Random, kind: str) -> str:
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
 
 
-def distinct(rng: random.Random, kind: str, count: int) -> list[str]:
-    """Draw `count` keys that differ."""
+def distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """Call `draw` until it has given `count` different texts, and list them in the order in which they came."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
-        drawn[draw_word(rng, kind)] = None
+        drawn[draw()] = None
     return list(drawn)
 
 

@@ -43,41 +43,32 @@ def write_card(
     """Write README.md of a saved model, and curves.svg where there are curves. Where the README.md is somebody else's, nothing is touched.
 
     Args:
-        run: the records of the training.
         base: the model it was trained from; "" where that has no name.
         data: the data it was trained on; folders and files of this machine are named by the last part of their path.
         settings: those to tell, by the names of flags.
         tags: words by which the hub finds the model.
         plotted: False leaves the curves out.
-
-    Returns:
-        The path of the card; None where nothing was written.
     """
     path = folder / "README.md"
     if path.exists() and not is_ours(path):
         return None
-    if plotted and (svg := curves(run)) is not None:
+    if (svg := curves(run) if plotted else None) is not None:
         write_atomically(folder / CURVE_FILE, svg)
-    has_curves = plotted and svg is not None
-    return write_atomically(path, card(run, base, data, settings, tags, has_curves))
+    return write_atomically(path, card(run, base, data, settings, tags, has_curves=svg is not None))
 
 
 def card(run: Run, base: str, data: Sequence[str], settings: Mapping[str, object], tags: list[str], has_curves: bool) -> str:
     """Make the card, as Markdown with the hub's header; see `write_card`."""
     head: dict[str, object] = {
-        "library_name": "peft" if settings.get("use_peft") else "transformers",
-        "pipeline_tag": "text-generation",
-    }
-    head |= {"tags": sorted({"refine-nsp", "fast-weights", "long-context", *tags})}
+        "library_name": "peft" if settings.get("use_peft") else "transformers", "pipeline_tag": "text-generation",
+        "tags": sorted({"refine-nsp", "fast-weights", "long-context", *tags}),
+    }  # fmt: skip
     if "/" in base and not Path(base).exists():
         head["base_model"] = base
     teacher = named(str(settings["teacher"])) if settings.get("teacher") else ""
     told: list[list[Cell]] = [[name, teacher if name == "teacher" else text_of(value)] for name, value in settings.items()]
-    versions = ", ".join(
-        f"{name} {text_of(run.environment[name])}"
-        for name in ("refine-nsp", "torch", "transformers")
-        if run.environment.get(name)
-    )
+    known = {name: run.environment.get(name) for name in ("refine-nsp", "torch", "transformers")}
+    versions = ", ".join(f"{name} {text_of(version)}" for name, version in known.items() if version)
     method = OBJECTIVES.get(str(settings.get("objective")), OBJECTIVES["refine"])
     method += (
         f" from {teacher}"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from refine_nsp.evaluation import longbench
 from refine_nsp.evaluation.documents import perplexity
 from refine_nsp.evaluation.pairing import Settings, TaskPairs, pair_up
-from refine_nsp.evaluation.run import TaskResult
-from refine_nsp.evaluation.statistics import SHARES, Comparison, Estimate, bounds_of, compare_pairs, estimate
+from refine_nsp.evaluation.run import TaskResult, summarise
+from refine_nsp.evaluation.statistics import SHARES, Comparison, Estimate, bounds_of, compare_pairs
 from refine_nsp.evaluation.tasks import Row
 from refine_nsp.files import write_atomically
 from refine_nsp.prompts import ruler
@@ -45,18 +46,13 @@ def results_table(results: Sequence[TaskResult]) -> Table:
                 bounds = sorted((perplexity(sign * e.low), perplexity(sign * e.high)))
                 shown = UNKNOWN if isnan(e.low) else "{:.4g} to {:.4g}".format(*bounds)
                 rows.append([r.name, "perplexity", f"{perplexity(sign * e.mean):.4g}", shown, e.n])
-    return Table(
-        "Results",
-        ["task", "figure", "mean ± standard error", "95 % interval", "examples"],
-        rows,
-        [*(note for r in results for note in r.notes), *means(results), *reading_cost(results), *adaptation_cost(results)],
-    )
+    notes = [*(note for r in results for note in r.notes), *means(results), *reading_cost(results), *adaptation_cost(results)]
+    return Table("Results", ["task", "figure", "mean ± standard error", "95 % interval", "examples"], rows, notes)
 
 
 def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
     """Say what test-time training cost for each prompt, next to plain generation; return nothing where there was none."""
-    rows = [row.meta for r in results for row in r.rows if "adapt_seconds" in row.meta]
-    if not rows:
+    if not (rows := _meta_with("adapt_seconds", results)):
         return []
     adapt, answer, extra = (mean(m[k] for m in rows) for k in ("adapt_seconds", "answer_seconds", "extra_bytes"))
     return [
@@ -67,8 +63,7 @@ def adaptation_cost(results: Sequence[TaskResult]) -> list[str]:
 
 def reading_cost(results: Sequence[TaskResult]) -> list[str]:
     """Say how long prompts became whose context was read twice; return nothing where all were read once."""
-    rows = [row.meta for r in results for row in r.rows if "once_tokens" in row.meta]
-    if not rows:
+    if not (rows := _meta_with("once_tokens", results)):
         return []
     once, read = (mean(m[k] for m in rows) for k in ("once_tokens", "prompt_tokens"))
     longest = max(m["prompt_tokens"] for m in rows)
@@ -78,53 +73,36 @@ def reading_cost(results: Sequence[TaskResult]) -> list[str]:
     ]
 
 
+def _meta_with(key: str, results: Sequence[TaskResult]) -> list[dict[str, Any]]:
+    return [row.meta for r in results for row in r.rows if key in row.meta]
+
+
 def interval(low: float, high: float, figure: str, sign: str = "") -> str:
     """Write both ends of an interval as text, or that it is unknown."""
-    if isnan(low) or isnan(high):
-        return UNKNOWN
-    return f"{show_number(low, figure, sign)} to {show_number(high, figure, sign)}"
+    return UNKNOWN if isnan(low) else f"{show_number(low, figure, sign)} to {show_number(high, figure, sign)}"
 
 
 def means(results: Sequence[TaskResult]) -> list[str]:
     """Compute the task-wise mean of each benchmark of which all tasks are there."""
     by_name = {r.name: next(iter(r.estimates.values())).mean for r in results if r.estimates}
-    notes = []
-    for title, names in (
-        ("RULER, mean of 13 tasks", ruler.TASKS),
-        ("RULER, mean of 8 needle tasks", tuple(ruler.NEEDLES)),
-        ("LongBench, mean of the paper's 12 tasks", longbench.PAPER_TASKS),
-        ("LongBench, mean of 14 tasks", tuple(longbench.TASKS)),
-    ):
-        if all(n in by_name for n in names):
-            notes.append(f"{title}: {100 * mean(by_name[n] for n in names):.1f}")
-    return notes
+    benchmarks: dict[str, Collection[str]] = {
+        "RULER, mean of 13 tasks": ruler.TASKS, "RULER, mean of 8 needle tasks": ruler.NEEDLES,
+        "LongBench, mean of the paper's 12 tasks": longbench.PAPER_TASKS, "LongBench, mean of 14 tasks": longbench.TASKS,
+    }  # fmt: skip
+    there = {title: names for title, names in benchmarks.items() if set(names) <= by_name.keys()}
+    return [f"{title}: {100 * mean(by_name[n] for n in names):.1f}" for title, names in there.items()]
 
 
 def by_length_table(results: Sequence[TaskResult]) -> Table | None:
     """Tabulate RULER's main figures by length; None when no task has lengths."""
-    by_length = {r.name: rows_by_length(r.rows) for r in results}
-    lengths = sorted({n for groups in by_length.values() for n in groups})
-    if not lengths:
-        return None
+    lengths = sorted({m["length"] for m in _meta_with("length", results)})
     rows: list[list[Cell]] = []
-    for r in (r for r in results if by_length[r.name]):
-        cells = [main_estimate(r, by_length[r.name].get(n, [])) for n in lengths]
-        rows.append([r.name, *(show_estimate(e, next(iter(r.estimates))) if e else "" for e in cells)])
-    return Table("By length", ["task", *(f"{n:,} tokens" for n in lengths)], rows)
-
-
-def rows_by_length(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """Group rows by the length of their task. Rows without one are left out."""
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        if "length" in row.meta:
-            groups.setdefault(row.meta["length"], []).append(row)
-    return groups
-
-
-def main_estimate(result: TaskResult, rows: Sequence[Row]) -> Estimate | None:
-    figure = next(iter(result.estimates))
-    return estimate([row.scores[figure] for row in rows], [row.weight for row in rows], bounds_of(figure)) if rows else None
+    for r in (r for r in results if any("length" in row.meta for row in r.rows)):
+        figure = next(iter(r.estimates))
+        groups = ([row for row in r.rows if row.meta.get("length") == n] for n in lengths)
+        found = (summarise(r.name, group).estimates.get(figure) for group in groups)
+        rows.append([r.name, *(show_estimate(e, figure) if e else "" for e in found)])
+    return Table("By length", ["task", *(f"{n:,} tokens" for n in lengths)], rows) if rows else None
 
 
 def needle_map(results: Sequence[TaskResult]) -> plots.Plot | None:
@@ -150,14 +128,11 @@ def bucket_plots(results: Sequence[TaskResult]) -> list[plots.Plot]:
     for r in (r for r in results if r.name == "ntp"):
         for figure in r.estimates:
             buckets: dict[int, list[tuple[float, float]]] = {}
-            for row in r.rows:
-                for at, targets, figures in bucket_targets(row):
-                    buckets.setdefault(at, []).append((targets, figures[figure]))
+            for at, targets, figures in (bucket for row in r.rows for bucket in bucket_targets(row)):
+                buckets.setdefault(at, []).append((targets, figures[figure]))
             points = sorted(buckets)
-            heights = [sum(n * x for n, x in buckets[p]) / sum(n for n, _ in buckets[p]) for p in points]
-            drawn.append(
-                plots.line_plot({figure: (points, heights)}, f"{figure.replace('_', ' ')} by position", "position, tokens")
-            )
+            curve = points, [sum(n * x for n, x in buckets[p]) / sum(n for n, _ in buckets[p]) for p in points]
+            drawn.append(plots.line_plot({figure: curve}, f"{figure.replace('_', ' ')} by position", "position, tokens"))
     return drawn
 
 
@@ -180,35 +155,26 @@ def write_evaluation(out: Path, results: Sequence[TaskResult], settings: str, en
     """Write results.md and report.html of a run, and return the page's path."""
     tables = [t for t in (results_table(results), by_length_table(results)) if t is not None]
     write_atomically(out / "results.md", "\n".join(t.markdown() for t in tables))
-    sections = [html.Section("Results", "".join(t.html() for t in tables))]
-    heat = needle_map(results)
-    drawn = [*([heat] if heat else []), *bucket_plots(results)]
-    if drawn:
-        sections.append(html.Section("Where", html.plots(*drawn)))
-    shown = "".join(examples_table(r).html() for r in results if r.rows and (r.rows[0].output or r.rows[0].references))
-    if shown:
-        sections.append(html.Section("First examples", shown))
-    folded = html.preformatted("settings", settings) + html.preformatted("environment", environment)
-    sections.append(html.Section("How it was made", folded))
-    return write_atomically(out / "report.html", html.page("Evaluation", ", ".join(r.name for r in results), sections))
+    drawn = [plot for plot in (needle_map(results), *bucket_plots(results)) if plot is not None]
+    sections = [
+        html.Section("Results", "".join(t.html() for t in tables)),
+        html.Section("Where", html.plots(*drawn) if drawn else ""),
+        html.Section(
+            "First examples",
+            "".join(examples_table(r).html() for r in results if r.rows and (r.rows[0].output or r.rows[0].references)),
+        ),
+        html.Section("How it was made", html.preformatted("settings", settings) + html.preformatted("environment", environment)),
+    ]
+    lead = ", ".join(r.name for r in results)
+    return write_atomically(out / "report.html", html.page("Evaluation", lead, [s for s in sections if s.html]))
 
 
-# --- runs compared ----------------------------------------------------------------------------------------------------
-
-
-def compare_results(
-    a: Sequence[TaskResult], b: Sequence[TaskResult], settings_a: Settings | None = None, settings_b: Settings | None = None
-) -> list[tuple[str, str, Comparison]]:
-    """Compare every figure that both runs have over the examples that both have. Raises RefineError as `pair_up` does."""
-    return [c for task in pair_up(a, b, settings_a, settings_b)[0] for c in compare_task(task)]
-
-
-def compare_task(task: TaskPairs) -> list[tuple[str, str, Comparison]]:
-    """Compare every figure of a task, each example counting as it does in the means."""
-    weights, compared = [x.weight for x, _ in task.rows], []
-    for figure in task.figures:
+def compare_all(paired: Sequence[TaskPairs]) -> list[tuple[str, str, Comparison]]:
+    """Compare every figure of every task, each example counting as it does in the means."""
+    compared = []
+    for task, figure in ((t, figure) for t in paired for figure in t.figures):
         a, b = zip(*((x.scores[figure], y.scores[figure]) for x, y in task.rows), strict=True)
-        compared.append((task.name, figure, compare_pairs(a, b, weights, bounds_of(figure))))
+        compared.append((task.name, figure, compare_pairs(a, b, [x.weight for x, _ in task.rows], bounds_of(figure))))
     return compared
 
 
@@ -218,10 +184,8 @@ def comparison_table(
     """Tabulate differences with their uncertainty; the sentences `said` go under the table."""
     rows: list[list[Cell]] = []
     for task, figure, c in comparisons:
-        bounds = interval(c.low, c.high, figure, "+")
-        rows.append(
-            [task, figure, show_number(c.difference, figure, "+"), bounds, f"{c.p_value:.4f}", f"{c.won} / {c.lost}", c.n]
-        )
+        difference, bounds = show_number(c.difference, figure, "+"), interval(c.low, c.high, figure, "+")
+        rows.append([task, figure, difference, bounds, f"{c.p_value:.4f}", f"{c.won} / {c.lost}", c.n])
     notes = [
         *said,
         f"difference: {names[1]} minus {names[0]}, paired by example, a document counting by its tokens; 95 % t-interval; p of the "
@@ -249,5 +213,5 @@ def comparison_tables(
     tables = []
     for run, name, theirs in zip(runs[1:], names[1:], kept[1:], strict=True):
         paired, said = pair_up(runs[0], run, kept[0], theirs)
-        tables.append(comparison_table([c for task in paired for c in compare_task(task)], (names[0], name), said))
+        tables.append(comparison_table(compare_all(paired), (names[0], name), said))
     return [*tables, figures_table(runs, names)]

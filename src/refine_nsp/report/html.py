@@ -52,7 +52,6 @@ details { margin:.5rem 0; } summary { cursor:pointer; color:var(--link); }
 """
 )
 
-
 # With this policy the browser runs nothing and fetches nothing, whatever a run's files hold.
 POLICY = """<meta http-equiv='Content-Security-Policy' content="default-src 'none'; style-src 'unsafe-inline'">"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +18,6 @@ from refine_nsp.report.tables import Cell, Table
 
 def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> Plot:
     """Plot the entropy of the first sequence along its tokens, with chunk borders and chosen positions."""
-    import torch
-
     entropy = record.entropy[0, :length].tolist()
     chunk = chunk_of_tokens(torch.tensor([length]), length, config.positions_per_sequence)[0]
     borders = (chunk[1:] != chunk[:-1]).nonzero()[:, 0].tolist()
@@ -35,7 +34,7 @@ def entropy_plot(record: Rollouts, length: int, config: NSPConfig) -> Plot:
     return Plot(title, to_svg(fig))
 
 
-def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts, config: NSPConfig) -> str:
+def coloured_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollouts) -> str:
     """Write the text with each token shaded by the entropy it was predicted with, and chosen positions marked."""
     entropy = record.entropy[0]
     top = float(entropy[: len(ids)].max().clamp(min=1e-6))
@@ -54,9 +53,7 @@ def rollout_table(tokenizer: PreTrainedTokenizerBase, ids: Tensor, record: Rollo
     """List the truth and the rollouts at each position, with reward and advantage."""
     rows: list[list[Cell]] = []
     N, K = record.tokens.shape[2:]
-    for p, t in enumerate(record.positions[0].tolist()):
-        if t < 0:
-            continue
+    for p, t in ((p, t) for p, t in enumerate(record.positions[0].tolist()) if t >= 0):
         truth = repr(tokenizer.decode(ids[t + 1 : t + 1 + K].tolist()))[1:-1]
         for n in range(N):
             rollout = repr(tokenizer.decode(record.tokens[0, p, n].tolist()))[1:-1]
@@ -69,14 +66,11 @@ def picture_page(
 ) -> str:
     """Write the whole page for the first sequence of `record`."""
     legend = "Shade: entropy with which the token was predicted. Underlined: a chosen position (the last token of a prefix)."
-    return html.page(
-        title,
-        f"{len(ids)} tokens, selection {config.selection}, P={config.positions_per_sequence}, K={config.rollout_length}, "
-        f"N={config.num_generations}",
-        [
-            html.Section("Entropy and positions", html.plots(entropy_plot(record, len(ids), config))),
-            html.Section("Rollouts", rollout_table(tokenizer, ids, record).html()),
-            html.Section("Text", f"<p class='note'>{legend}</p>" + coloured_text(tokenizer, ids, record, config)),
-            html.Section("Model", facts.html()),
-        ],
-    )
+    sizes = f"P={config.positions_per_sequence}, K={config.rollout_length}, N={config.num_generations}"
+    sections = [
+        html.Section("Entropy and positions", html.plots(entropy_plot(record, len(ids), config))),
+        html.Section("Rollouts", rollout_table(tokenizer, ids, record).html()),
+        html.Section("Text", f"<p class='note'>{legend}</p>" + coloured_text(tokenizer, ids, record)),
+        html.Section("Model", facts.html()),
+    ]
+    return html.page(title, f"{len(ids)} tokens, selection {config.selection}, {sizes}", sections)

@@ -50,12 +50,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Plot:
-    """Hold a drawing with its title and legend.
-
-    Attributes:
-        drawing: an <svg> element.
-        legend: the name and the style of each line.
-    """
+    """Hold a drawing, an <svg> element, with its title and a legend of the name and the style of each line."""
 
     title: str
     drawing: str
@@ -75,7 +70,6 @@ class Plot:
         width, height = (float(x) for x in re.findall(r'viewBox="0 0 (\S+) ([^"]+)"', self.drawing)[0])
         tag, rest = self.drawing.split(">", 1)
         tag = re.sub(r' (?:width|height)="[^"]*"', "", tag).replace("<svg", f'<svg y="20" width="{width}" height="{height}"')
-        inner = f"{tag}>{rest}"
         lines = [
             f'<g transform="translate(10,{32 + height + 14 * i})">{style.sample()}<text x="40" y="8">{escape(name)}</text></g>'
             for i, (name, style) in enumerate(self.legend)
@@ -85,7 +79,7 @@ class Plot:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {tall}" '
             f'width="{width * POINTS_TO_PIXELS:.0f}" height="{tall * POINTS_TO_PIXELS:.0f}" font-family="sans-serif" font-size="9">'
             f'<rect width="100%" height="100%" fill="#ffffff"/><text x="10" y="13" font-size="10">{escape(self.title)}</text>'
-            f"{inner}{''.join(lines)}</svg>\n"
+            f"{tag}>{rest}{''.join(lines)}</svg>\n"
         )
         return re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", text)  # not every viewer knows CSS variables
 
@@ -114,12 +108,8 @@ class Style:
 
     def options(self) -> dict[str, Any]:
         """Return matplotlib's options for this line."""
-        return {
-            "color": self.colour,
-            "linewidth": 1.6,
-            "linestyle": (0, self.dashes) if self.dashes else "-",
-            "markersize": 3.5,
-        }
+        line = (0, self.dashes) if self.dashes else "-"
+        return {"color": self.colour, "linewidth": 1.6, "linestyle": line, "markersize": 3.5}
 
 
 def variables(dark: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,10 +71,9 @@ class Run:
 
 def run_of(folder: Path, environment: dict[str, object], with_figures: bool = True) -> Run:
     """Read what a run's folder holds so far, which may be nothing; `environment` stands in where the folder has no file of it."""
-    if with_figures and (folder / "metrics.jsonl").exists():
-        run = read_run(folder)
-        return replace(run, environment=run.environment or environment)
-    return Run(folder.resolve().name, [], [], "", environment)
+    there = with_figures and (folder / "metrics.jsonl").exists()
+    run = read_run(folder) if there else Run(folder.resolve().name, [], [], "", {})
+    return replace(run, environment=run.environment or environment)
 
 
 def read_run(folder: Path) -> Run:
@@ -140,18 +140,14 @@ def summary_table(runs: list[Run]) -> Table:
 def by_source(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     """List the figures of several sets for validation, and the shares of a mixture's sources: key, title and unit."""
     keys = sorted({k for r in runs for m in r.metrics for k in m} - {k for k, _, _ in CURVES})
-    sets = [k.removeprefix("eval_").removesuffix("_runtime") for k in keys if k.startswith("eval_") and k.endswith("_runtime")]
-    of_sets = [
-        (f"eval_{name}_{figure}", f"{title} (validation, {name})", unit) for figure, title, unit in BY_SET for name in sets
-    ]
-    shares = [k for k in keys if k.startswith(SHARE)]
-    return [*of_sets, *((k, f"share of tokens: {k.removeprefix(SHARE)}", "") for k in shares)]
+    sets = [match[1] for k in keys if (match := re.fullmatch("eval_(.*)_runtime", k))]
+    of_sets = [(f"eval_{s}_{figure}", f"{title} (validation, {s})", unit) for figure, title, unit in BY_SET for s in sets]
+    return [*of_sets, *((k, f"share of tokens: {k.removeprefix(SHARE)}", "") for k in keys if k.startswith(SHARE))]
 
 
 def curve_plots(runs: list[Run]) -> str:
-    rewards = sorted(
-        {k for r in runs for m in r.metrics for k in m if k.startswith(("reward_", "inner_reward_")) and not k.endswith("_std")}
-    )
+    logged = sorted({k for r in runs for m in r.metrics for k in m})
+    rewards = [k for k in logged if k.startswith(("reward_", "inner_reward_")) and not k.endswith("_std")]
     wanted = [*CURVES, *by_source(runs), *((k, k.replace("_", " "), "") for k in rewards)]
     drawn = []
     for key, title, unit in wanted:

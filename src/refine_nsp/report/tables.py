@@ -25,12 +25,7 @@ def _is_prose(cell: Cell) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """Hold a table.
-
-    Attributes:
-        rows: a list of cells for each row, as long as `columns`.
-        notes: lines under the table.
-    """
+    """Hold a table: a list of cells for each row, as long as `columns`, and notes, the lines under the table."""
 
     title: str
     columns: list[str]
@@ -68,6 +63,3 @@ class Table:
         for row in self.rows:
             table.add_row(*(show(c) for c in row))
         return table
-
-    def as_json(self) -> dict[str, object]:
-        return {"title": self.title, "columns": self.columns, "rows": self.rows, "notes": self.notes}

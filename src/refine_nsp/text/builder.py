@@ -25,13 +25,7 @@ FORM = 1  # part of the cache's key: raise it when the same files come to be rea
 
 @dataclass
 class RowsConfig(datasets.BuilderConfig):
-    """Say which files are read, and which of their columns.
-
-    Attributes:
-        files: the names of the files.
-        schema: the columns, the document's first.
-        wanted: the columns that the caller asked for.
-    """
+    """Say which files are read, the schema of their columns (the document's first), and what the caller wanted."""
 
     files: Sequence[str] = ()
     schema: pyarrow.Schema | None = None
@@ -72,11 +66,7 @@ def say_missing(name: str, missing: int, rows: int, column: str) -> None:
 def build(
     files: Sequence[tuple[str, int, int]], schema: pyarrow.Schema, wanted: Wanted
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Read files, given by name, bytes and time of change.
-
-    Raises:
-        RefineError: a row is wrong. A stream raises it only when that row is reached.
-    """
+    """Read files, given by name, bytes and time of change. Raises RefineError for a wrong row; a stream when it is reached."""
     key = Hasher.hash((FORM, list(files), str(schema), wanted.columns))
     names = [name for name, _, _ in files]
     rows = Rows(dataset_name="refine_nsp_text", config_id=f"files-{key}", files=names, schema=schema, wanted=wanted)

@@ -1,7 +1,6 @@
 """Find the types of the columns that are needed of several files, and read the files as Arrow tables of just these columns.
 
-Columns that nobody asked for are never looked at, so they may differ from file to file. An error names the file and the row of a value that
-does not fit.
+Columns that nobody asked for are never looked at, so they may differ from file to file.
 """
 
 from __future__ import annotations
@@ -34,13 +33,11 @@ Types = dict[str, pa.DataType | None]  # by column; None: its values are of seve
 
 @dataclass(frozen=True)
 class Wanted:
-    """Say which columns are read, and how.
+    """Say which columns are read, and how; see `read_documents`.
 
     Attributes:
-        columns: names of which any may hold the document; the first that is there is taken.
-        also: further columns that are read where they are there; None: all columns.
         read_ahead: bytes of a text that are looked at before the rest is streamed; None: everything is read at once.
-        of_any_type: whether a column may hold values of several types.
+        of_any_type: whether a column may hold values of several types (`as_found`).
     """
 
     columns: tuple[str, ...]
@@ -55,9 +52,6 @@ class Wanted:
     def names(self, there: Iterable[str]) -> list[str]:
         """Select the names of a file's columns that may be needed."""
         return [name for name in there if self.also is None or name in self.columns or name in self.also]
-
-
-# --- types ------------------------------------------------------------------------------------------------------------
 
 
 def types_of(file: Path, wanted: Wanted) -> Types:
@@ -89,7 +83,8 @@ def _types_of_rows(file: Path, wanted: Wanted) -> Types:
         documents = [types[name] for name in wanted.columns if name in types and not _unknown(types[name])]
         known = bool(documents) and not any(_unknown(types[name]) for name in types if name in (wanted.also or ()))
         settled = looked >= MOST_LOOKED or not any(map(_unknown, types.values()))
-        if known and (settled if wanted.streaming else wanted.also == () and any(map(is_document, documents))):
+        text_or_ids = any(d == pa.string() or (pa.types.is_list(d) and pa.types.is_integer(d.value_type)) for d in documents if d)
+        if known and (settled if wanted.streaming else wanted.also == () and text_or_ids):
             break
     return types
 
@@ -98,9 +93,8 @@ def _type_of_values(values: Sequence[object], of_any_type: bool = False) -> pa.D
     try:
         return pa.array(values).type
     except MISFITS:
-        if of_any_type:
-            return None
-        return pa.string() if any(isinstance(v, str) for v in values) and not any(isinstance(v, dict) for v in values) else None
+        kinds = set() if of_any_type else set(map(type, values))
+        return pa.string() if str in kinds and dict not in kinds else None
 
 
 def _unknown(found: pa.DataType | None) -> bool:
@@ -129,11 +123,8 @@ def merged(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
         return None
 
 
-def is_document(found: pa.DataType | None) -> bool:
-    """Tell whether this is the type of text or of rows of token ids."""
-    return found is not None and (
-        pa.types.is_string(found) or (pa.types.is_list(found) and pa.types.is_integer(found.value_type))
-    )
+def _is_text(found: pa.DataType) -> bool:
+    return pa.types.is_string(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found)
 
 
 def schema_of(types: Mapping[Path, Types], wanted: Wanted) -> tuple[pa.Schema, list[tuple[str, str]]]:
@@ -163,7 +154,7 @@ def _type_of_files(name: str, types: Mapping[Path, Types]) -> pa.DataType | None
 def _document_type(name: str, types: Mapping[Path, Types]) -> pa.DataType:
     """Return the document's type: text where any file has text, so that an error names a value that is not text, not the text."""
     found: list[pa.DataType | None] = [of_file[name] for of_file in types.values() if name in of_file]
-    if any(f is None or pa.types.is_string(f) or pa.types.is_binary(f) or pa.types.is_large_binary(f) for f in found):
+    if any(f is None or _is_text(f) for f in found):
         return pa.string()
     if all(pa.types.is_list(f) or pa.types.is_null(f) for f in found) and any(pa.types.is_list(f) for f in found):
         together = functools.reduce(merged, found, pa.null())
@@ -191,19 +182,13 @@ def every_row(file: Path, name: str, wanted: Wanted) -> Iterator[Row]:
         yield 0, 0, {"text": read_text(file)}
     else:
         with _arrow(file) as (_, batches):
-            number = 0
-            for batch in batches([name]):
-                for value in batch.column(name) if name in batch.schema.names else ():
-                    yield number, 0, {name: value.as_py()}
-                    number += 1
+            values = (value for batch in batches([name]) if name in batch.schema.names for value in batch.column(name))
+            yield from ((number, 0, {name: value.as_py()}) for number, value in enumerate(values))
 
 
 def shown(value: object) -> str:
     """Show a value in an error: its beginning, and its type."""
     return f"{str(value)[:60]!r}, a {type(value).__name__}"
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def tables_of(file: Path, schema: pa.Schema, wanted: Wanted) -> Iterator[pa.Table]:
@@ -214,9 +199,9 @@ def tables_of(file: Path, schema: pa.Schema, wanted: Wanted) -> Iterator[pa.Tabl
     elif kind in ("json", "csv"):
         yield from _tables_of_rows(file, schema, wanted)
     else:
-        names, number = schema.names, 0
+        number = 0
         with _arrow(file) as (_, batches):
-            for batch in batches(names):
+            for batch in batches(schema.names):
                 columns = [_fitting(batch, field, file, number, i == 0) for i, field in enumerate(schema)]
                 yield pa.Table.from_arrays(columns, schema=schema)
                 number += len(batch)
@@ -271,11 +256,8 @@ def _array(values: Sequence[object], wanted: pa.DataType) -> pa.Array:
 
 
 def _cast(found: pa.Array, wanted: pa.DataType) -> pa.Array:
-    """Convert values to a type that holds all of them.
-
-    Raises:
-        MISFITS: the type does not hold them. Arrow itself would drop fields that the type lacks.
-    """
+    """Convert values to a type that holds all of them. Raises one of MISFITS where it does not."""
+    # Arrow itself would drop fields that the type lacks.
     if pa.types.is_nested(wanted) and merged(wanted, plain(found.type)) != wanted:
         raise pa.ArrowInvalid(f"{found.type} is not {wanted}")
     try:
@@ -296,12 +278,11 @@ def _fits(value: object, wanted: pa.DataType) -> bool:
 
 def misfit(where: str, field: pa.Field, value: object, is_document_column: bool) -> RefineError:
     """Make the error of a value that is not of its column's type."""
+    seen = f"{where}: column {field.name!r} holds {shown(value)}"
     if is_document_column and isinstance(value, str) and pa.types.is_string(field.type):
-        return RefineError(
-            f"{where}: column {field.name!r} holds {shown(value)}, with half a surrogate pair in it, which is no character"
-        )
+        return RefineError(f"{seen}, with half a surrogate pair in it, which is no character")
     expected = "text in every row, or token ids in every row" if is_document_column else f"{field.type}, as in the rows looked at"
-    return RefineError(f"{where}: column {field.name!r} holds {shown(value)}; expected {expected}")
+    return RefineError(f"{seen}; expected {expected}")
 
 
 def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_document_column: bool) -> pa.Array:
@@ -309,16 +290,13 @@ def _fitting(batch: pa.RecordBatch, field: pa.Field, file: Path, start: int, is_
     if field.name not in batch.schema.names:
         return pa.nulls(len(batch), field.type)
     column = batch.column(field.name)
-    text = pa.types.is_string(field.type)
     if column.type == field.type:
         return column
     if isinstance(field.type, JSON_TYPE):
         return _array(column.to_pylist(), field.type)
     found = plain(column.type)
-    if text and not (
-        pa.types.is_string(found) or pa.types.is_null(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found)
-    ):
-        at = next((i for i, valid in enumerate(column.is_valid().to_pylist()) if valid), None)
+    if pa.types.is_string(field.type) and not (_is_text(found) or pa.types.is_null(found)):
+        at = next((i for i, value in enumerate(column) if value.is_valid), None)
         if at is None:
             return pa.nulls(len(batch), field.type)
         raise misfit(place(file, start + at), field, column[at].as_py(), True)
@@ -340,15 +318,14 @@ def _arrow(file: Path) -> Iterator[tuple[pa.Schema, Callable[[Sequence[str]], It
             def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
                 return parquet.iter_batches(PARQUET_ROWS, columns=[n for n in names if n in schema.names])
         else:
+            parts: Iterable[pa.RecordBatch]
             try:
-                reader = pa.ipc.open_stream(stream)
+                parts = reader = pa.ipc.open_stream(stream)
             except pa.ArrowInvalid:
                 stream.seek(0)
-                of_file = pa.ipc.open_file(stream)
-                parts: Iterable[pa.RecordBatch] = (of_file.get_batch(i) for i in range(of_file.num_record_batches))
-                schema = of_file.schema
-            else:
-                parts, schema = reader, reader.schema
+                reader = pa.ipc.open_file(stream)
+                parts = map(reader.get_batch, range(reader.num_record_batches))
+            schema = reader.schema
 
             def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
                 return (part.select([n for n in names if n in schema.names]) for part in parts)

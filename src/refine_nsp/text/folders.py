@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -31,17 +32,12 @@ STATE_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "datase
 SHOWN = 4  # a warning lists so many names of files for each reason
 
 LeftOut = list[tuple[str, str]]  # a file's name and why it is not read
+T = TypeVar("T")
 
 
 @dataclass
 class Found:
-    """Hold the files that a name means.
-
-    Attributes:
-        files: all files that can be read.
-        splits: the files of each split; empty where no name says one.
-        left_out: what lies next to them and is not read.
-    """
+    """Hold all files that a name means, those of each split (empty where no name says one), and what is left out next to them."""
 
     files: list[Path]
     splits: dict[str, list[Path]] = field(default_factory=dict)
@@ -65,36 +61,31 @@ def is_local(name: str) -> bool:
 
 def say_left_out(name: str, left_out: LeftOut) -> None:
     """Say in one line which files are not read, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for file, why in left_out:
-        reasons.setdefault(why, []).append(file)
     parts = [
         f"{', '.join(files[:SHOWN])}{f' and {len(files) - SHOWN} more' if len(files) > SHOWN else ''} ({why})"
-        for why, files in reasons.items()
+        for why, files in _grouped((why, file) for file, why in left_out).items()
     ]
     if parts:
         say(f"{name}: not read: {'; '.join(parts)}")
 
 
 def find_files(name: str, config: str | None) -> Found | None:
-    """Find the files that a path, folder or glob means. Return None when the name can only be one of the hub.
-
-    Raises:
-        RefineError: nothing that can be read is there.
-    """
+    """Find the files that a path, folder or glob means, None for a name of the hub. Raises RefineError where none can be read."""
     path = path_of(name)
     if path.is_dir():
         found = _in_folder(path, config)
     elif config is not None and (path.exists() or glob.has_magic(name)):
         raise _no_configurations(name, config)
     elif path.is_file():
-        _check_file(path)
+        if format_of(path) is None:
+            raise RefineError(f"{path}: unknown format {path.suffix or '(no ending)'}; expected {KNOWN}")
+        if is_empty(path):
+            raise RefineError(f"{path} is empty")
         return Found([path])
     elif glob.has_magic(name):
-        named = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        if not named:
+        if not (named := sorted(glob.glob(str(path), recursive=True))):
             raise RefineError(f"no file matches {name!r}")
-        files, left_out = _readable([(p.name, p) for p in named])
+        files, left_out = _readable([(p.name, p) for p in map(Path, named)])
         found = Found(files, left_out=left_out)
     else:
         if ending_of(path) in FORMATS or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -106,19 +97,8 @@ def find_files(name: str, config: str | None) -> Found | None:
     return found
 
 
-def _check_file(file: Path) -> None:
-    """Raise RefineError for a file named by itself that is empty or of an unknown format."""
-    if format_of(file) is None:
-        raise RefineError(f"{file}: unknown format {file.suffix or '(no ending)'}; expected {KNOWN}")
-    if is_empty(file):
-        raise RefineError(f"{file} is empty")
-
-
 def _no_configurations(name: str, config: str) -> RefineError:
     return RefineError(f"dataset_config={config!r}: {name} has no configurations; leave it out")
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def _in_folder(folder: Path, config: str | None) -> Found:
@@ -126,14 +106,12 @@ def _in_folder(folder: Path, config: str | None) -> Found:
     hidden: LeftOut = []
     entries = sorted(_walk(folder, folder, hidden, {folder.resolve()}), key=lambda entry: entry[0])
     files, left_out = _readable(entries)
-    found = Found(files, left_out=[*hidden, *left_out])
-    configurations = _configurations(folder)
-    if configurations:
-        return _of_configuration(folder, found, configurations, config)
+    left_out = [*hidden, *left_out]
+    if configurations := _configurations(folder):
+        return _of_configuration(folder, Found(files, left_out=left_out), configurations, config)
     if config is not None:
         raise _no_configurations(str(folder), config)
-    found.splits = splits_of(folder, files)
-    return found
+    return Found(files, splits_of(folder, files), left_out)
 
 
 def _snapshot(folder: Path) -> Path:
@@ -165,14 +143,14 @@ def _walk(folder: Path, top: Path, hidden: LeftOut, seen: set[Path]) -> Iterator
 def _readable(entries: Iterable[tuple[str, Path]]) -> tuple[list[Path], LeftOut]:
     """Part files, given with their names, into those that hold data and those that are not read, with the reason."""
     entries = list(entries)
-    data = [path for _, path in entries if _role(path) == "data"]
+    endings = {ending_of(path) for _, path in entries if _role(path) == "data"}
     # A folder may hold nothing but notes in Markdown. Then they are the text, and a README is one of them.
-    only_notes = bool(data) and all(ending_of(path) in (".md", ".rst") for path in data)
+    notes = (".md", ".rst") if endings and endings <= {".md", ".rst"} else ()
     files: dict[Path, Path] = {}  # by the path that links lead to
     left_out: LeftOut = []
     for name, path in entries:
         role = _role(path)
-        if role == "describes the data" and only_notes and ending_of(path) in (".md", ".rst"):
+        if role == "describes the data" and ending_of(path) in notes:
             role = "data"
         if role == "data" and (same := files.get(path.resolve()) or files.get(unpacked(path).absolute())):
             role = f"the same as {same.name}"
@@ -189,16 +167,11 @@ def _role(path: Path) -> str:
         return "a folder"
     if not path.exists():
         return "a link to nothing"
-    if ABOUT_DATA.fullmatch(path.name) and ending_of(path) not in RECORD_ENDINGS:
-        return "describes the data"
-    if path.name.lower() in STATE_FILES:
+    if path.name.lower() in STATE_FILES or (ABOUT_DATA.fullmatch(path.name) and ending_of(path) not in RECORD_ENDINGS):
         return "describes the data"
     if format_of(path) is None:
         return "not a format that is read"
     return "empty" if is_empty(path) else "data"
-
-
-# --- splits -----------------------------------------------------------------------------------------------------------
 
 
 def splits_of(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -220,37 +193,26 @@ def words_in(*names: str) -> list[str]:
     ]
 
 
-def _grouped(pairs: Iterable[tuple[str, Path]]) -> dict[str, list[Path]]:
-    groups: dict[str, list[Path]] = {}
+def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
     for split, file in pairs:
         groups.setdefault(split, []).append(file)
     return groups
 
 
 def choose(there: Sequence[str], asked: Sequence[str], of_no_split: bool, name: str) -> str | None:
-    """Choose the first split of `asked` that is there, or the only one, which a warning names. None stands for the files of no split.
-
-    Raises:
-        RefineError: there are several splits, and none of them is asked for.
-    """
+    """Choose the first split of `asked` that is there, or the only one, which a warning names. None stands for the files of no split."""
     for wanted in asked:
-        if wanted in there:
-            return wanted
-        for split in words_in(wanted):  # `dev` asks for validation
-            if split in there and wanted in SPLIT_WORDS[split]:
+        for split in (wanted, *(s for s in words_in(wanted) if wanted in SPLIT_WORDS[s])):  # `dev` asks for validation
+            if split in there:
                 return split
     if not there or (of_no_split and "train" in asked):
         return None
     if len(there) == 1 and not of_no_split:
         say(f"{name}: no split {' or '.join(asked)}; the only one, {there[0]}, is read")
         return there[0]
-    raise RefineError(
-        f"{name} has no split {' or '.join(map(repr, asked))}{closest(asked[0], there)}; it has {', '.join(there)}: name one of "
-        "them, or a file"
-    )
-
-
-# --- configurations ---------------------------------------------------------------------------------------------------
+    wanted = f"{' or '.join(map(repr, asked))}{closest(asked[0], there)}"
+    raise RefineError(f"{name} has no split {wanted}; it has {', '.join(there)}: name one of them, or a file")
 
 
 def _configurations(folder: Path) -> list[dict[str, object]]:

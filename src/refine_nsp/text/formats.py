@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -58,21 +59,17 @@ def format_of(file: Path) -> str | None:
 @contextmanager
 def opened(file: Path) -> Iterator[io.BufferedIOBase]:
     """Open a file for its bytes, decompressed by its ending. Raises RefineError with the file's name where it cannot be read."""
-    damaged: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-    stream: io.BufferedIOBase
+    damaged: list[type[Exception]] = [OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException]
+    openers: dict[str, Callable[[Path], io.BufferedIOBase]] = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile, ".bz2": bz2.BZ2File}
     try:
-        suffix = file.suffix.lower()
-        if suffix == ".zst":
+        if (suffix := file.suffix.lower()) == ".zst":
             stream, damaged_zstd = _zstd(file)
-            damaged = (*damaged, damaged_zstd)
+            damaged.append(damaged_zstd)
         else:
-            openers: dict[str, Callable[[Path], io.BufferedIOBase]] = {
-                ".gz": gzip.GzipFile, ".xz": lzma.LZMAFile, ".bz2": bz2.BZ2File
-            }  # fmt: skip
             stream = openers[suffix](file) if suffix in openers else file.open("rb")
         with stream:
             yield stream
-    except damaged as error:
+    except tuple(damaged) as error:
         raise RefineError(f"cannot read {file}: {first_line(error)}; is it whole?") from error
 
 
@@ -86,9 +83,40 @@ def _zstd(file: Path) -> tuple[io.BufferedIOBase, type[Exception]]:
         import zstandard
     except ImportError as error:
         raise RefineError(f"{file} is compressed by zstd, which needs a package: pip install zstandard") from error
-    from refine_nsp.text.zst import WholeFrames
+    frames = _Frames(file, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj)
+    return io.BufferedReader(frames, 2**17), zstandard.ZstdError
 
-    return WholeFrames(file), zstandard.ZstdError
+
+class _Frames(io.RawIOBase):
+    """Read the bytes of all frames of a .zst file. Raises EOFError where the last is cut off, which zstandard alone lets pass."""
+
+    def __init__(self, file: Path, new_frame: Callable[[], Any]) -> None:
+        self.file, self.new_frame = file.open("rb"), new_frame
+        self.frame: Any = None  # between two frames
+        self.waiting = b""  # bytes that were read of the file and belong to the next frame
+        self.text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.text:
+            block = self.waiting or self.file.read(2**17)
+            if not block:
+                if self.frame is not None:
+                    raise EOFError("the compressed text ends within a frame")
+                return 0
+            frame = self.frame or self.new_frame()
+            self.text = memoryview(frame.decompress(block))
+            self.waiting, self.frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        room = memoryview(buffer)
+        count = min(len(room), len(self.text))
+        room[:count], self.text = self.text[:count], self.text[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def is_empty(file: Path) -> bool:
@@ -99,16 +127,10 @@ def is_empty(file: Path) -> bool:
         return not stream.read(1)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
 def read_text(file: Path, most_bytes: int | None = None) -> str:
     """Read a UTF-8 file, at most `most_bytes` of it, without a byte order mark and with `\\n` as its line ends.
 
-    It is decoded in blocks, so that an error can name the place of a wrong byte.
-
-    Raises:
-        RefineError: the file is in another encoding.
+    It is decoded in blocks, so that a RefineError can name the place of a byte that is in another encoding.
     """
     decoder, at, pieces = codecs.getincrementaldecoder("utf-8")(), 0, []
     with opened(file) as stream:
@@ -135,9 +157,8 @@ def refuse_utf16(start: bytes, file: Path) -> None:
 
 def not_utf8(error: UnicodeDecodeError, file: Path, offset: int) -> RefineError:
     """Make the error of a byte that is no UTF-8; `offset` is where the decoded bytes begin in the file."""
-    return RefineError(
-        f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}; convert it first"
-    )
+    byte = f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
+    return RefineError(f"{file} is not UTF-8: {byte}; convert it first")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -155,17 +176,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             at += len(line)
 
 
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
 def rows_of(file: Path, wanted: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a json or csv file.
+    """Yield the rows of a json or csv file; columns `wanted`, which may hold the document, tell a row from a table of rows.
 
-    Args:
-        wanted: the columns that may hold the document; they tell a row from a table of rows.
-
-    Raises:
-        RefineError: a row, named, cannot be read. It is raised when that row is reached.
+    A RefineError names a row that cannot be read, when that row is reached.
     """
     return _csv_rows(file) if format_of(file) == "csv" else _json_rows(file, wanted)
 
@@ -189,10 +203,8 @@ def _json_rows(file: Path, wanted: Sequence[str]) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RefineError(
-                f"cannot read {place(file, i, number)}: not JSON ({first_line(error)}); it begins {line[:60]!r}, expected an object "
-                "in one line"
-            ) from error
+            wrong = f"cannot read {place(file, i, number)}: not JSON ({first_line(error)})"
+            raise RefineError(f"{wrong}; it begins {line[:60]!r}, expected an object in one line") from error
         yield i, number, _object(row, place(file, i, number))
 
 
@@ -204,11 +216,9 @@ def _is_object(line: str) -> bool:
 
 
 def _object(row: object, where: str) -> dict[str, object]:
-    if not isinstance(row, dict):
-        raise RefineError(
-            f"{where}: holds {str(row)[:60]!r}, a {type(row).__name__}; expected an object with a name for each column"
-        )
-    return row
+    if isinstance(row, dict):
+        return row
+    raise RefineError(f"{where}: holds {str(row)[:60]!r}, a {type(row).__name__}; expected an object with a name for each column")
 
 
 def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, object]]:
@@ -223,9 +233,7 @@ def _whole_json(file: Path, wanted: Sequence[str]) -> Iterable[dict[str, object]
         columns = bool(value) and all(isinstance(v, list) for v in value.values()) and len({len(v) for v in value.values()}) == 1
         if not set(wanted) & set(value):
             if len(tables) > 1:
-                raise RefineError(
-                    f"{file} holds several tables ({', '.join(tables)}); write the rows of one to a file of their own"
-                )
+                raise RefineError(f"{file} holds several tables ({', '.join(tables)}); write one to a file of its own")
             value = next(iter(tables.values()), [value])
         elif columns and not tables and all(isinstance(v, str | list) for c in wanted for v in value.get(c, ())):
             value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
@@ -246,18 +254,14 @@ def _csv_rows(file: Path) -> Iterator[Row]:
         return
     delimiter = "\t" if ending_of(file) == ".tsv" else max(",;\t", key=first[1].count)
     reader = csv.reader((line for _, line in chain([first], lines)), delimiter=delimiter, strict=True)
-    header: list[str] = []
     i = 0
     try:
         header = next(reader)
-        for values in reader:
-            if not values:  # the csv module gives an empty list for an empty line
-                continue
+        for values in filter(None, reader):  # the csv module gives an empty list for an empty line
             if len(values) != len(header):
-                raise RefineError(
-                    f"{place(file, i, reader.line_num)}: {len(values)} values, and the header names {len(header)} ({', '.join(header)}); "
-                    "values that hold the separator or line ends belong in quotes"
-                )
+                seen = f"{len(values)} values, and the header names {len(header)} ({', '.join(header)})"
+                fix = "values that hold the separator or line ends belong in quotes"
+                raise RefineError(f"{place(file, i, reader.line_num)}: {seen}; {fix}")
             yield i, reader.line_num, dict(zip(header, values, strict=True))
             i += 1
     except csv.Error as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from datasets import (
     Dataset,
-    DatasetDict,
     IterableDataset,
     ReadInstruction,
     concatenate_datasets,
@@ -73,7 +72,7 @@ def place_of(
     path, wanted = path_of(name), Wanted(tuple(columns), (), READ_AHEAD)
     if _is_saved(path) or (found := find_files(name, config)) is None:
         return None
-    for names, _ in _parts(split):
+    for names, _ in _parts(name, split):
         for file in _files_of(name, found, names):
             column = next((c for c in columns if c in types_of(file, wanted)), columns[0])
             for number, line, row in every_row(file, column, wanted):
@@ -82,16 +81,15 @@ def place_of(
     return None
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
-def _parts(split: str | Sequence[str]) -> list[tuple[list[str], str]]:
+def _parts(name: str, split: str | Sequence[str], streaming: bool = False) -> list[tuple[list[str], str]]:
     """Cut a split such as `train[:10%]+test` into its parts: for each the names asked for, and its slice or an empty text."""
     if not isinstance(split, str):
         return [(list(split), "")]
     parts = [re.fullmatch(r"\s*([^\[\]()+\s]+)\s*((?:\[[^\]]*\](?:\([^)]*\))?)?)\s*", part) for part in split.split("+")]
     if not all(parts):
         raise RefineError(f"split={split!r}: expected a name, with a slice if you like: train, train[:10%], train+test")
+    if streaming and any(match[2] for match in parts if match):
+        raise RefineError(f"{name}: a slice of a split needs its number of rows, which streamed text does not say; leave it out")
     return [([match[1]], match[2]) for match in parts if match]
 
 
@@ -104,23 +102,14 @@ def _sliced(data: Dataset, part: str) -> Dataset:
     return data.select([i for span in spans for i in range(span.from_ or 0, len(data) if span.to is None else span.to)])
 
 
-def _check_slices(name: str, parts: Sequence[tuple[list[str], str]], streaming: bool) -> None:
-    if streaming and any(part for _, part in parts):
-        raise RefineError(
-            f"{name}: a slice of a split needs its number of rows, which streamed text does not say; leave out the slice"
-        )
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def _load_files(name: str, found: Found, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:
-    parts = _parts(split)
-    _check_slices(name, parts, wanted.streaming)
+    parts = _parts(name, split, wanted.streaming)
     of_parts = [_files_of(name, found, names) for names, _ in parts]
     if not any(part for _, part in parts):  # without slices all parts are read as one list of files
         of_parts, parts = [list(dict.fromkeys(file for files in of_parts for file in files))], [([], "")]
-    left_out = [*found.left_out, *_of_other_splits(found, [file for files in of_parts for file in files])]
+    others = {file: f"split {split}" for split, of_split in found.splits.items() for file in of_split}
+    unread = [file for file in found.files if not any(file in files for files in of_parts)]
+    left_out = [*found.left_out, *((file.name, others.get(file, "of no split")) for file in unread)]
     read = []
     for files, (_, part) in zip(of_parts, parts, strict=True):
         data = _read(name, files, wanted, left_out)
@@ -134,11 +123,6 @@ def _files_of(name: str, found: Found, asked: Sequence[str]) -> list[Path]:
         return found.files
     chosen = choose(list(found.splits), asked, bool(found.of_no_split), name)
     return found.of_no_split if chosen is None else found.splits[chosen]
-
-
-def _of_other_splits(found: Found, files: Sequence[Path]) -> LeftOut:
-    others = {file: f"split {split}" for split, of_split in found.splits.items() for file in of_split}
-    return [(file.name, others.get(file, "of no split")) for file in found.files if file not in files]
 
 
 def _read(name: str, files: Sequence[Path], wanted: Wanted, left_out: LeftOut) -> Dataset | IterableDataset:
@@ -167,7 +151,7 @@ def _holding_documents(name: str, types: dict[Path, Types], wanted: Wanted, left
     there = {column for of_file in types.values() for column in of_file}
     document = next((c for c in wanted.columns if c in there), None)
     if document is None:
-        raise no_column(name, wanted, _all_columns(types))
+        raise no_column(name, wanted.columns, _all_columns(next(iter(types))))
     holding = {_kind(file) for file, of_file in types.items() if document in of_file}
     records = holding - {"text"}
     kept: dict[Path, Types] = {}
@@ -177,7 +161,7 @@ def _holding_documents(name: str, types: dict[Path, Types], wanted: Wanted, left
         elif _kind(file) not in holding:
             left_out.append((file.name, f"no column {document!r}"))
         elif document not in of_file:
-            raise no_column(str(file), Wanted((document,)), _all_columns({file: of_file}), others=True)
+            raise no_column(str(file), (document,), _all_columns(file), "The files beside it do: leave it out, or rename it")
         else:
             kept[file] = of_file
     return kept
@@ -188,27 +172,17 @@ def _kind(file: Path) -> str:
     return "text" if format_of(file) == "text" else ending_of(file)
 
 
-def _all_columns(types: dict[Path, Types]) -> list[str]:
-    """List all columns of the first file, also those nobody asked for, for an error message."""
-    for file in types:
-        return list(types_of(file, Wanted((), None, READ_AHEAD)))
-    return []
+def _all_columns(file: Path) -> list[str]:
+    """List all columns of a file, also those nobody asked for, for an error message."""
+    return list(types_of(file, Wanted((), None, READ_AHEAD)))
 
 
-def no_column(name: str, wanted: Wanted, there: Sequence[str], others: bool = False) -> RefineError:
+def no_column(
+    name: str, columns: Sequence[str], there: Sequence[str], remedy: str = "Name one with --text_column, or rename it"
+) -> RefineError:
     """Make the error of a file or dataset without the document's column."""
-    names = " or ".join(repr(c) for c in wanted.columns)
-    return RefineError(
-        f"{name} has no column {names}{closest(wanted.columns[0], there)}; it has {', '.join(there) or 'none'}. "
-        + (
-            "The files beside it do: leave it out, by a glob, or rename it"
-            if others
-            else "Name one with --text_column, or rename it"
-        )
-    )
-
-
-# --- saved folders and the hub ----------------------------------------------------------------------------------------
+    names = " or ".join(map(repr, columns))
+    return RefineError(f"{name} has no column {names}{closest(columns[0], there)}; it has {', '.join(there) or 'none'}. {remedy}")
 
 
 def _is_saved(path: Path) -> bool:
@@ -217,33 +191,28 @@ def _is_saved(path: Path) -> bool:
 
 def _load_saved(path: Path, split: str | Sequence[str], wanted: Wanted) -> Dataset | IterableDataset:
     """Load a folder saved by `datasets`. It is memory-mapped, so streaming it saves nothing."""
-    parts = _parts(split)
-    _check_slices(str(path), parts, wanted.streaming)
+    parts = _parts(str(path), split, wanted.streaming)
     try:
         loaded = load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds for files that are missing or cut off
         raise RefineError(f"cannot read {path}, a folder saved by datasets: {first_line(error)}") from error
+    if isinstance(loaded, Dataset) and not any(part for _, part in parts):
+        parts = parts[:1]
     read = []
     for names, part in parts:
-        if isinstance(loaded, DatasetDict):
-            some = loaded
-            data = (
-                concatenate_datasets(list(some.values()))
-                if names == ["all"]
-                else loaded[str(choose(list(some), names, False, str(path)))]
-            )
-        else:
+        if isinstance(loaded, Dataset):
             data = loaded
+        elif names == ["all"]:
+            data = concatenate_datasets(list(loaded.values()))
+        else:
+            data = loaded[str(choose(list(loaded), names, False, str(path)))]
         read.append(_sliced(data, part) if part else data)
-    if isinstance(loaded, Dataset) and not any(part for _, part in parts):
-        read = read[:1]
     data = _narrowed(str(path), read[0] if len(read) == 1 else concatenate_datasets(read), wanted)
     if not wanted.streaming or not isinstance(data, Dataset):
         return data
     streamed = data.to_iterable_dataset()
-    streamed.info.download_checksums = {
-        f["filename"]: {"num_bytes": Path(f["filename"]).stat().st_size} for f in data.cache_files
-    }
+    files = [f["filename"] for f in data.cache_files]
+    streamed.info.download_checksums = {file: {"num_bytes": Path(file).stat().st_size} for file in files}
     return streamed
 
 
@@ -255,9 +224,9 @@ def _load_hub(name: str, config: str | None, split: str | Sequence[str], wanted:
         try:
             data = loaded(split if isinstance(split, str) else split[0])
         except ValueError as error:
-            if not re.match("(Unknown|Bad) split", first_line(error)) or len(_parts(split)) > 1:
+            if not re.match("(Unknown|Bad) split", first_line(error)) or len(_parts(name, split)) > 1:
                 raise
-            names, part = _parts(split)[0]
+            names, part = _parts(name, split)[0]
             data = loaded(f"{choose(get_dataset_split_names(name, config), names, False, name)}{part}")
     except RefineError:
         raise
@@ -273,6 +242,6 @@ def _narrowed(name: str, data: Dataset | IterableDataset, wanted: Wanted) -> Dat
         there = list(next(iter(data.take(1)), {})) if isinstance(data, IterableDataset) else []
     document = next((c for c in wanted.columns if c in there), None)
     if document is None:
-        raise no_column(name, wanted, there)
+        raise no_column(name, wanted.columns, there)
     needed = there if wanted.also is None else [document, *(c for c in there if c in wanted.also and c != document)]
     return data if list(needed) == list(there) else data.select_columns(list(needed))

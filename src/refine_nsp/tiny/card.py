@@ -31,14 +31,11 @@ START["gated_deltanet"] = START["delta_net"] + "; memories start at 1,000 to 10,
 
 
 def model_card(model: FastWeightForCausalLM, args: PretrainConfig, done: int, records: Sequence[Mapping[str, Any]]) -> str:
-    """Write the card in Markdown, with the hub's header.
-
-    Args:
-        done: steps that were made. records: those of `metrics.jsonl`; the last validation among them is told.
-    """
+    """Write the card in Markdown, with the hub's header, for `done` steps and the records of `metrics.jsonl`."""
     name, millions = NAMES[args.model_type], model.num_parameters() / 1e6
     shared = [family for family in args.families if family in WORDED]
     tokens = args.max_length * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    began = f"started from `{args.start_from}` with new optimizer moments, " if args.start_from is not None else ""
     lines = [
         "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation",
         f"tags: [{args.model_type}, fast-weights, long-context, recall]\n---\n{MARK}\n",
@@ -46,7 +43,7 @@ def model_card(model: FastWeightForCausalLM, args: PretrainConfig, done: int, re
         f"{args.num_hidden_layers} layers of width {args.hidden_size}, {args.num_heads} heads, tied embeddings, byte-level BPE of "
         f"{args.vocab_size:,} pieces with single digits. Small enough to ship and to mid-train in minutes on a laptop: a base for "
         "experiments with recall, not a language model for use.\n",
-        f"**Made by** `refine-nsp pretrain`, {started_from(args)}seed {args.seed}: {done:,} of {args.max_steps:,} steps of {tokens:,} "
+        f"**Made by** `refine-nsp pretrain`, {began}seed {args.seed}: {done:,} of {args.max_steps:,} steps of {tokens:,} "
         f"tokens ({done * tokens / 1e6:.1f} M tokens), AdamW, learning rate {args.learning_rate:g} with warm-up and "
         f"{'linear decay' if args.lr_scheduler_type == 'polynomial' else f'schedule {args.lr_scheduler_type}'}, "
         f"{'bfloat16 products, ' if args.bf16 else ''}weights stored as {args.store_dtype}. The same settings, seed and Python give the "
@@ -66,8 +63,7 @@ def model_card(model: FastWeightForCausalLM, args: PretrainConfig, done: int, re
             "noise; not its essays, none of its keys (drawn from other words) and none of its values (drawn at random). So RULER's needles "
             "measure how far and how well a known format is recalled.\n"
         )
-    measured = next((record for record in reversed(records) if "eval_loss" in record), None)
-    if measured is not None:
+    if measured := next((record for record in reversed(records) if "eval_loss" in record), None):
         lines += [
             f"**Measured** on held-out modules: cross-entropy {measured['eval_loss']:.2f} nats per token. Share of answers right, greedy, "
             "by length of the prompt in tokens (share of their tokens right):\n",
@@ -78,11 +74,6 @@ def model_card(model: FastWeightForCausalLM, args: PretrainConfig, done: int, re
         "documents. Nothing shown with it says how methods compare at full scale."
     )
     return "\n".join(lines) + "\n"
-
-
-def started_from(args: PretrainConfig) -> str:
-    """Say which base the training began with, if any."""
-    return f"started from `{args.start_from}` with new optimizer moments, " if args.start_from is not None else ""
 
 
 def phases_table(args: PretrainConfig) -> Table:

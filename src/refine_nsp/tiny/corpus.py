@@ -23,10 +23,8 @@ def standard_library(held_out: bool) -> list[str]:
     texts = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.intersection(relative.parts) or path.stat().st_size < SMALLEST_FILE_BYTES:
-            continue
-        if path.name.startswith("_sysconfigdata"):
-            continue  # build settings of one machine
-        if (relative.parts[0].removesuffix(".py") in HELD_OUT) == held_out:
+        build_settings = path.name.startswith("_sysconfigdata")  # those of one machine
+        skipped = build_settings or SKIPPED_FOLDERS.intersection(relative.parts) or path.stat().st_size < SMALLEST_FILE_BYTES
+        if not skipped and (relative.parts[0].removesuffix(".py") in HELD_OUT) == held_out:
             texts.append(path.read_text(encoding="utf-8", errors="ignore"))
     return texts

@@ -1,7 +1,9 @@
 """Write generated documents as token ids: a family's statements, hidden in a haystack, then questions on them with their answers.
 
 The parts of a document are encoded one by one. Each begins with a line break or a space, so that together they are what the tokenizer
-would make of the whole text. Documents of `facts` are laid out by `tiny/facts.py` instead: their questions stand among the statements.
+would make of the whole text. Documents of `facts` are laid out by `fact_document` instead: lines `name = value value;` are scattered in
+text, and each is mentioned again later. A fact and its later mention look the same, so whoever predicts the value of the second mention
+recalls the first. A value is two words that are drawn independently, so chance is 1 / len(VALUES)^2.
 """
 
 from __future__ import annotations
@@ -10,19 +12,123 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from refine_nsp.errors import RefineError
+from refine_nsp.prompts.encoding import encode_text
 from refine_nsp.prompts.ruler import NOISE
-from refine_nsp.tiny.facts import FactTokens, fact_document, fact_probe
 from refine_nsp.tiny.families import FACTS, WORDED, Draft
 
+NAMES = (
+    "anchor apple arrow badge basin beach berry blade bloom board bottle branch bridge brush bucket button cabin cable camel "
+    "candle canvas canyon carpet castle cedar chain chair chalk cherry circle cliff clock cloud clover coast cobalt comet copper "
+    "coral corner cotton crane crater creek crown crystal curtain daisy dawn desert diamond dragon drum eagle earth ember engine "
+    "falcon feather fence field finger flame flute forest fossil fountain garden garlic ginger glacier globe grain granite grape "
+    "guitar hammer harbor hazel helmet hill honey horizon island ivory jacket jasmine jewel jungle kettle kitchen ladder lagoon "
+    "lantern lemon leopard lily lion lizard lotus magnet mango marble meadow melon mirror monkey morning mountain needle nest "
+    "ocean olive onion orange orchid otter oyster paddle palace panda paper parrot pearl pebble pencil pepper piano pigeon pillow "
+    "planet plum pocket pond poppy prism pyramid quartz rabbit rain raven reef ribbon ridge river robin rocket rose saddle salmon "
+    "scarf shadow shell shield shore silver smoke spider spoon spring squirrel stone storm summit sunset swan table temple "
+    "thistle thunder tiger timber tower trumpet tulip tunnel turtle valley velvet village violet walnut water whale wheat "
+    "willow window winter zebra"
+).split()
+VALUES = (
+    "amber azure beige black blue bronze brown crimson cyan ebony emerald golden gray green indigo khaki lavender lilac lime "
+    "maroon mauve navy ochre peach pink purple red ruby russet rusty sand scarlet sepia slate tan teal turquoise umber vanilla "
+    "vermilion white yellow bold brave calm clever eager fair gentle happy humble kind lively lucky merry noble proud quick quiet "
+    "rapid sharp silent smooth"
+).split()
 SHORTEST_ROW = 128  # tokens; in less, half of the wordings have no room (`facts` have in any)
 ATTEMPTS = 200
 ONE_ITEM_SHARE = 0.25  # this share of the documents with a haystack states one item only
 SPARE = 8  # a first word may need so many tokens more on a new line than behind a space
 Pieces = list[tuple[list[int], bool]]  # token ids, and whether they are an answer that can be recalled
+
+
+@dataclass(frozen=True)
+class FactTokens:
+    """Hold the token ids of a fact's parts, which follow from the tokenizer: all names and values, and what joins them."""
+
+    names: list[list[int]]
+    values: list[list[int]]
+    equals: list[int]
+    end: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> FactTokens:
+        """Encode all names and values, each with the space before it."""
+        encode = partial(encode_text, tokenizer)
+        return cls([encode(f" {w}") for w in NAMES], [encode(f" {w}") for w in VALUES], encode(" ="), encode(";"))
+
+
+Fact = tuple[list[int], list[int]]  # the tokens of ` name =` and of ` value value`
+
+
+def draw_facts(rng: random.Random, tokens: FactTokens, count: int) -> list[Fact]:
+    """Draw `count` facts with different names."""
+    names = rng.sample(tokens.names, count)
+    return [(name + tokens.equals, rng.choice(tokens.values) + rng.choice(tokens.values)) for name in names]
+
+
+def take_filler(rng: random.Random, filler: Sequence[int], count: int) -> list[int]:
+    """Take `count` consecutive tokens from a random place of the filler."""
+    start = rng.randrange(max(1, len(filler) - count))
+    return list(filler[start : start + count])
+
+
+def scattered(rng: random.Random, parts: Sequence[list[int]], text: Sequence[int]) -> list[int]:
+    """Set `parts` into the text, in their order, at random places."""
+    return set_at(sorted(rng.randrange(len(text) + 1) for _ in parts), parts, text)
+
+
+def set_at(places: Sequence[int], parts: Sequence[list[int]], text: Sequence[int]) -> list[int]:
+    """Set each of at least one part into the text at its place; places ascend."""
+    ids: list[int] = []
+    for part, start, end in zip(parts, [0, *places[:-1]], places, strict=True):
+        ids += [*text[start:end], *part]
+    return [*ids, *text[places[-1] :]]
+
+
+def fact_document(
+    rng: random.Random, tokens: FactTokens, filler: Sequence[int], length: int, dense: float
+) -> tuple[list[int], list[bool]]:
+    """Write a document of `length` tokens, a share `dense` of it facts and questions; say of each token whether it can be recalled."""
+    per_fact = 6
+    budget = max(2, int(length * dense / per_fact))  # statements and questions together
+    facts = draw_facts(rng, tokens, min(max(1, rng.randint(budget // 4, max(1, budget // 2))), len(NAMES) // 2))
+    stated = [rng.random() * 0.7 for _ in facts]
+    events = [(at, False, fact) for at, fact in zip(stated, facts, strict=True)]
+    for _ in range(max(1, budget - len(facts))):
+        i = rng.randrange(len(facts))
+        events.append((stated[i] + (1 - stated[i]) * rng.random(), True, facts[i]))
+    events.sort(key=lambda e: e[:2])
+    gap = max(0, length - per_fact * len(events)) / max(1, len(events))
+    ids: list[int] = []
+    mask: list[bool] = []
+    for _, asked, (question, answer) in events:
+        pause = take_filler(rng, filler, int(rng.random() * 2 * gap))
+        for part, recalled in ((pause, False), (question, False), (answer, asked), (tokens.end, False)):
+            ids += part
+            mask += [recalled] * len(part)
+    if len(ids) < length:
+        rest = take_filler(rng, filler, length - len(ids))
+        ids, mask = ids + rest, mask + [False] * len(rest)
+    return ids[:length], mask[:length]
+
+
+def fact_probe(
+    rng: random.Random, tokens: FactTokens, filler: Sequence[int], length: int, count: int
+) -> tuple[list[int], list[int]]:
+    """Write a prompt of `length` tokens that states `count` facts and asks for one; return it and the answer. ValueError: no room."""
+    facts = draw_facts(rng, tokens, count)
+    question, answer = rng.choice(facts)
+    statements = [[*q, *a, *tokens.end] for q, a in facts]
+    room = length - len(question) - sum(map(len, statements))
+    if room < 0:
+        raise ValueError(f"{count} facts do not fit into {length} tokens")
+    return scattered(rng, statements, take_filler(rng, filler, room)) + question, answer
 
 
 @dataclass(frozen=True)
@@ -37,23 +143,7 @@ class Parts:
     @property
     def length(self) -> int:
         """Count the tokens of all parts."""
-        asked = sum(len(question) + sum(len(ids) for ids, _ in answer) for question, answer in self.asked)
-        return len(self.head) + sum(map(len, self.statements)) + len(self.foot) + asked
-
-    def questions(self) -> Pieces:
-        """List what follows the statements: the foot, then each question with its answer."""
-        pieces: Pieces = [(self.foot, False)]
-        for question, answer in self.asked:
-            pieces += [(question, False), *answer]
-        return pieces
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """A haystack holds text to hide statements in, and the ascending places (`cuts`) where they may stand, from its start to its end."""
-
-    ids: list[int]
-    cuts: list[int]
+        return sum(map(len, (self.head, *self.statements, self.foot))) + sum(map(_size, self.asked))
 
 
 @dataclass(frozen=True)
@@ -96,8 +186,7 @@ class Writer:
             dense: share of the row for statements and questions rather than for what hides them, 0..1.
             held_out: use a wording that is never trained on; `facts` have none.
 
-        Raises:
-            RefineError: the row is too short for any document of the family.
+        A row too short for any document of the family is a RefineError.
         """
         if family == FACTS:
             return fact_document(rng, self.facts, filler, length, dense)
@@ -105,7 +194,10 @@ class Writer:
         haystack, glue, parts = self._draw(rng, family, length - 1, dense, held_out)
         room = length - 1 - parts.length
         body = self._hide(rng, parts, haystack, glue, filler, room)
-        pieces: Pieces = [(parts.head, False), (body, False), *parts.questions(), ([self.end], False)]
+        pieces: Pieces = [(parts.head, False), (body, False), (parts.foot, False)]
+        for question, answer in parts.asked:
+            pieces += [(question, False), *answer]
+        pieces.append(([self.end], False))
         left = length - sum(len(ids) for ids, _ in pieces)
         rest = list(filler[len(filler) - left :]) if left else []
         # Text that stands before the document ends before it; text after the document follows the document's end.
@@ -129,8 +221,7 @@ class Writer:
             haystack, glue, parts = self._draw(rng, family, length, 1.0, held_out, items, questions=1)
             question, answer = parts.asked[0]
             values = [ids for ids, recalled in answer if recalled]
-            hidden = haystack != "none" or depth is None
-            if hidden and values == [ids for ids, _ in answer[: len(values)]]:
+            if (haystack != "none" or depth is None) and values == [ids for ids, _ in answer[: len(values)]]:
                 break
         parts = Parts(parts.head, parts.statements, parts.foot, [(question, [])])
         body = self._hide(rng, parts, haystack, glue, filler, length - parts.length, depth)
@@ -143,21 +234,17 @@ class Writer:
         self, rng: random.Random, family: str, length: int, dense: float, held_out: bool, items: int | None = None,
         questions: int | None = None,
     ) -> tuple[str, str, Parts]:  # fmt: skip
-        """Draw a haystack's kind, the glue between statements, and the parts of a draft that fit into `length` tokens.
-
-        Args:
-            items, questions: the most there may be of each; None: as many as fit.
-        """
+        """Draw a haystack's kind, the glue between statements, and the parts of a draft, at most `items`, that fit into `length` tokens."""
         f = WORDED[family]
         for _ in range(ATTEMPTS if length + 1 >= SHORTEST_ROW else 0):
             haystack = rng.choice(f.haystacks)
             budget = int(length * (1.0 if haystack == "none" else dense))
             draft = f.make(rng, f.choose(rng, held_out), max(2, budget // 24))
             glue = draft.glue if haystack == "none" else " " if haystack == "prose" else "\n"
-            most = items
-            if most is None and haystack != "none" and rng.random() < ONE_ITEM_SHARE:
+            most = items or len(draft.items)
+            if items is None and haystack != "none" and rng.random() < ONE_ITEM_SHARE:
                 most = 1
-            parts = self._select(rng, draft, glue, budget, length, most or len(draft.items), questions)
+            parts = self._select(rng, draft, glue, budget, length, most, questions)
             if parts is not None:
                 return haystack, glue, parts
         raise RefineError(f"no {family} document fits into rows of {length + 1} tokens; they need {SHORTEST_ROW}")
@@ -167,10 +254,8 @@ class Writer:
     ) -> Parts | None:  # fmt: skip
         """Select as many items and questions on them as `budget` allows, at least one of each.
 
-        A random share of the budget goes to the statements, or all of it where the number of questions is given.
-
-        Returns:
-            The parts, or None if one item and one question do not fit into `length` tokens.
+        A random share of the budget goes to the statements, or all of it where the number of questions is given. None is returned where
+        one item and one question do not fit into `length` tokens.
         """
         head, foot, said, asked = self._encode(draft, glue, length)
         share = 1.0 if questions is not None else rng.uniform(0.25, 0.75)
@@ -190,10 +275,9 @@ class Writer:
                 break
             chosen.append(question)
             used += size
-        if used + len(head) + len(foot) > length:
-            head = []
-        if used + len(head) + len(foot) > length:
+        if used + len(foot) > length:
             return None
+        head = head if used + len(head) + len(foot) <= length else []
         return Parts(head, _in_order(rng, said[:kept], draft.mixed), foot, chosen)
 
     def _encode(
@@ -220,31 +304,27 @@ class Writer:
         """Hide the statements in up to `room` tokens of a haystack, at random places, or all at one depth."""
         if haystack == "none":
             return [i for statement in parts.statements for i in statement]
-        hay = self._haystack(rng, haystack, filler, room)
+        hay, cuts = self._haystack(rng, haystack, filler, room)
         if depth is None:
-            places = sorted(rng.choice(hay.cuts) for _ in parts.statements)
+            places = sorted(rng.choice(cuts) for _ in parts.statements)
         else:
-            places = [min(hay.cuts, key=lambda cut: abs(cut - depth * hay.cuts[-1]))] * len(parts.statements)
-        ids: list[int] = []
-        for statement, start, end in zip(parts.statements, [0, *places[:-1]], places, strict=True):
-            ids += [*hay.ids[start:end], *statement]
-        ids += hay.ids[places[-1] :]
+            places = [min(cuts, key=lambda cut: abs(cut - depth * cuts[-1]))] * len(parts.statements)
+        ids = set_at(places, parts.statements, hay)
         if parts.head and haystack == "prose":  # prose alone begins with a space, and a head is a line of its own
-            on_a_new_line = self._on_a_new_line(ids)
+            word = next((i for i in range(1, len(ids)) if self.begins_word[ids[i]]), len(ids))
+            first = str(self.tokenizer.decode(ids[:word])).removeprefix(" ")
+            on_a_new_line = [*encode_text(self.tokenizer, f"\n{first}"), *ids[word:]]
             return on_a_new_line if len(on_a_new_line) <= room + sum(map(len, parts.statements)) else ids
         return ids
 
-    def _on_a_new_line(self, ids: list[int]) -> list[int]:
-        """Replace the space before the first word by a line break."""
-        word = next((i for i in range(1, len(ids)) if self.begins_word[ids[i]]), len(ids))
-        text = str(self.tokenizer.decode(ids[:word]))
-        return [*self.tokenizer("\n" + text.removeprefix(" "), add_special_tokens=False)["input_ids"], *ids[word:]]
+    def _haystack(self, rng: random.Random, kind: str, filler: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+        """Make a haystack of up to `room` tokens: RULER's noise, code (from `filler`) or prose, cut where lines or sentences end.
 
-    def _haystack(self, rng: random.Random, kind: str, filler: Sequence[int], room: int) -> Haystack:
-        """Make a haystack of up to `room` tokens: RULER's noise, code (from `filler`) or prose, cut where lines or sentences end."""
+        Return its ids, and the ascending places where statements may stand, from its start to its end.
+        """
         if kind == "noise":
             ids = self.noise * (room // len(self.noise))
-            return Haystack(ids, list(range(0, len(ids) + 1, len(self.noise))))
+            return ids, list(range(0, len(ids) + 1, len(self.noise)))
         if kind == "prose":
             room = max(0, room - SPARE)
             start = rng.randrange(max(1, len(self.prose) - 2 * room))
@@ -255,7 +335,7 @@ class Writer:
             cuts = [i for i, token in enumerate(source) if self.begins_line[token]]
         first = cuts[0] if cuts else 0
         cuts = [i - first for i in cuts if i - first <= room] or [0]
-        return Haystack(source[first : first + cuts[-1]], cuts)
+        return source[first : first + cuts[-1]], cuts
 
 
 def _size(question: tuple[list[int], Pieces]) -> int:
@@ -265,11 +345,6 @@ def _size(question: tuple[list[int], Pieces]) -> int:
 
 def _in_order(rng: random.Random, said: Sequence[list[list[int]]], mixed: bool) -> list[list[int]]:
     """List the statements of all items, each item's in its own order: one item after another, or with `mixed` in between."""
-    if not mixed:
-        return [statement for statements in said for statement in statements]
-    timed = [
-        (at, statement)
-        for statements in said
-        for at, statement in zip(sorted(rng.random() for _ in statements), statements, strict=True)
-    ]
-    return [statement for _, statement in sorted(timed, key=lambda pair: pair[0])]
+    times = [at for statements in said for at in sorted(rng.random() for _ in statements)] if mixed else []
+    statements = [statement for of_item in said for statement in of_item]
+    return [statements[i] for i in sorted(range(len(times)), key=times.__getitem__)] if mixed else statements

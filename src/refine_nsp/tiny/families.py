@@ -2,26 +2,21 @@
 
 The wordings with an even index are trained on. The odd ones are held out and only measured with, so that a format learned by heart does
 not count as recall. `needles` 0 and `chains` 0 are RULER's own wording (arXiv 2404.06654), and `paragraphs` uses RULER's format for
-questions on documents. The family `facts` has one form, token by token, and lives in `tiny/facts.py`.
-
-| family | states | asks |
-| --- | --- | --- |
-| facts | `name = value value;` scattered in text | the same name again, its values after it |
-| needles | a number, word pair or uuid for a key; several keys, or several values a key | the value of one key, all of one, or of several |
-| listing | lines of keys and values | a key's line again |
-| chains | variables assigned a value, or one another | all variables of a value; the value at a chain's end |
-| paragraphs | who lives where, does what, has what, came when | questions in words, both ways round |
+questions on documents. The family `facts` has one form, token by token, and lives in `tiny/documents.py`.
 """
 
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from refine_nsp.prompts.ruler import NEEDLE, NEEDLE_QUESTION, QA_PROMPT, VARIABLE_HOPS, VARIABLE_PROMPT, variable_text
-from refine_nsp.tiny.words import distinct, draw, made_word
+from refine_nsp.prompts.ruler_words import distinct
+from refine_nsp.tiny.words import draw, made_word
 
 Piece = tuple[str, bool]  # a piece of an answer, and whether it can only be known from what was stated
 
@@ -65,12 +60,7 @@ Make = Callable[[random.Random, int, int], Draft]  # (rng, wording, how many sta
 
 @dataclass(frozen=True)
 class Family:
-    """A family describes documents that are drafted as text.
-
-    Attributes:
-        make: draws a draft in a given wording. wordings: how many wordings there are.
-        haystacks: kinds of text that hide the statements, drawn evenly.
-    """
+    """A family makes drafts in any of its `wordings`, and names the kinds of text that hide their statements, drawn evenly."""
 
     make: Make
     wordings: int
@@ -89,11 +79,10 @@ def listed(values: Sequence[str]) -> str:
 def listed_answer(values: Sequence[str]) -> list[Piece]:
     """Join values as `listed` does, as an answer whose values alone are recalled."""
     pieces: list[Piece] = []
-    for i, value in enumerate(values):
-        if i:
-            pieces.append((", and" if i == len(values) - 1 else ",", False))
-        pieces.append((f" {value}", True))
-    return [*pieces, (".", False)]
+    for value in values[:-1]:
+        pieces += [(f" {value}", True), (",", False)]
+    and_last: list[Piece] = [*pieces[:-1], (", and", False)] if pieces else []
+    return [*and_last, (f" {values[-1]}", True), (".", False)]
 
 
 def with_article(noun: str) -> str:
@@ -126,9 +115,9 @@ def needles(rng: random.Random, wording: int, count: int) -> Draft:
     key_kind, kind = rng.choice(KEY_KINDS), rng.choice(VALUE_KINDS)
     values_each, keys_asked = rng.choice(((1, 1), (1, 1), (1, 1), (2, 1), (4, 1), (1, 2), (1, 4)))
     items = []
-    keys = distinct(rng, key_kind, max(1, count // (values_each * keys_asked)) * keys_asked)
+    keys = distinct(partial(draw, rng, key_kind), max(1, count // (values_each * keys_asked)) * keys_asked)
     for start in range(0, len(keys), keys_asked):
-        facts = [(key, distinct(rng, kind, values_each)) for key in keys[start : start + keys_asked]]
+        facts = [(key, distinct(partial(draw, rng, kind), values_each)) for key in keys[start : start + keys_asked]]
         items.append(needle_item(wording, kind, facts, rng))
     return Draft(items, [needle_head(wording, kind, values_each * keys_asked)])
 
@@ -180,7 +169,7 @@ def listing(rng: random.Random, wording: int, count: int) -> Draft:
     kind, digits = rng.choice(("numbers", "word", "words")), rng.randint(1, 9)
     space = "" if question.endswith('"') else " "
     items = []
-    for key in distinct(rng, "words", count):
+    for key in distinct(partial(draw, rng, "words"), count):
         value = str(rng.randrange(10**digits)) if kind == "numbers" else draw(rng, "words")
         if kind == "word":
             value = value.partition("-")[0]
@@ -202,14 +191,14 @@ CHAIN_WORDINGS = (
     ("", "{name} := {what}", "", "\nNames for {value}:", ""),
     ("", "copy {what} into {name}", "", "\nin the end {name} holds", ""),
 )
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def chains(rng: random.Random, wording: int, count: int) -> Draft:
     """Draw chains of up to five variables with their assignments mixed; questions name a value, or a variable of a chain."""
     longest = VARIABLE_HOPS + 1
     lengths = [longest if rng.random() < 0.5 else rng.randint(2, longest) for _ in range(rng.randint(1, max(1, count // 3)))]
-    names = distinct_names(rng, sum(lengths), longest if wording == 0 else rng.randint(3, 5))
+    letters = longest if wording == 0 else rng.randint(3, 5)
+    names = distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), sum(lengths))
     items = []
     for length in lengths:
         chain, names = names[:length], names[length:]
@@ -231,14 +220,6 @@ def chain_item(wording: int, chain: Sequence[str], value: str, rng: random.Rando
     answer: list[Piece] = [(f" {n}", True) for n in chain] if "{value}" in question else [(f" {value}", True)]
     ending: list[Piece] = [(end, False)] if end else []
     return Item(said, [Question(question.format(name=name, value=value, count=len(chain)), [*answer, *ending])])
-
-
-def distinct_names(rng: random.Random, count: int, letters: int) -> list[str]:
-    """Draw `count` different names of `letters` capitals each."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names["".join(rng.choices(LETTERS, k=letters))] = None
-    return list(names)
 
 
 FIRST_NAMES = (
@@ -286,9 +267,9 @@ def paragraphs(rng: random.Random, wording: int, count: int) -> Draft:
     people = max(1, min(count // len(sayings), len(THINGS)))
     as_documents = rng.random() < 0.5
     question = QA_FORMAT if as_documents else PLAIN_FORMATS[wording % 2]
-    items = []
-    for number, (first, thing) in enumerate(zip(rng.sample(FIRST_NAMES, people), rng.sample(THINGS, people), strict=True), 1):
-        items.append(paragraph(rng, sayings, first, thing, f"Document {number}:\n" if as_documents else "", question))
+    drawn = zip(rng.sample(FIRST_NAMES, people), rng.sample(THINGS, people), strict=True)
+    titles = [f"Document {number}:\n" if as_documents else "" for number in range(1, people + 1)]
+    items = [paragraph(rng, sayings, *names, title, question) for names, title in zip(drawn, titles, strict=True)]
     if as_documents:
         return Draft(items, [QA_HEAD], glue="\n\n", foot=QA_FOOT, mixed=False)
     return Draft(items, mixed=False)

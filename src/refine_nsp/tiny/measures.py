@@ -1,34 +1,113 @@
-"""Pretraining measures, in addition to held-out text, recall in every family that is trained on, in trained and in held-out wordings;
-and it draws a page of the curves.
+"""Score recall probes and held-out text, whose figures judge a training at small scale, and draw a page of a pretraining's curves.
+
+A probe is scored from one forward pass over prompt + answer. The argmax is right at every token of the answer exactly where greedy
+decoding would produce that answer; the same pass gives the answer's log p and the probability of sampling it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from refine_nsp.evaluation.likelihood import continuation_logits
 from refine_nsp.files import write_atomically
+from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
+from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.report import html, plots
 from refine_nsp.report.runs import read_run
-from refine_nsp.tiny.documents import Writer
+from refine_nsp.tiny.documents import Writer, take_filler
 from refine_nsp.tiny.families import FACTS
-from refine_nsp.tiny.pretrain_settings import PretrainConfig
-from refine_nsp.tiny.probes import ProbeSet, score_probes
 
-STATED = {FACTS: 8}  # things that a probe of a family states
-ITEMS_STATED = 4  # other families: as many keys as RULER's multi-key needles have; fewer where a prompt has no room for them
+BATCH_TOKENS = 8192  # as many probes as fit into these go through the model together
+FACTS_STATED, ITEMS_STATED = 8, 4  # by a probe of `facts`, and of other families: as many keys as RULER's multi-key needles have
 HELD_OUT = "_held_out"
 RECALL = "recall_"  # begins the names of the probes' figures
 DRAWN = {"greedy": "greedy exact match", "tokens": "share of tokens right", "log_p": "log p (nats)"}
 
 
-def probes_of(args: PretrainConfig, writer: Writer, filler: Sequence[int]) -> dict[str, ProbeSet]:
-    """Make the probes of a pretraining, by name: for each family that it trains on, by length."""
-    return family_probes(writer, args.families, filler, args.probe_lengths, args.probes_per_kind, seed=1)
+@dataclass(frozen=True)
+class ProbeSet:
+    """A set holds probes of one kind: `prompts` of `length` tokens each, [n][length], and their `answers`, [n][1 or more]."""
+
+    length: int
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+    @classmethod
+    def of(cls, length: int, probes: Sequence[tuple[list[int], list[int]]]) -> ProbeSet:
+        """Make a set of prompts of `length` tokens with their answers."""
+        return cls(length, [prompt for prompt, _ in probes], [answer for _, answer in probes])
+
+
+@dataclass(frozen=True)
+class RecallScore:
+    """Scores are means over probes.
+
+    Attributes:
+        greedy: share of answers that greedy decoding produces. log_p: log-probability of the answer, nats.
+        sampled: probability of sampling the answer. tokens: share of an answer's tokens that are the argmax, given those before.
+    """
+
+    greedy: float
+    log_p: float
+    sampled: float
+    tokens: float
+
+
+def answer_logits(model: CausalModel, probes: ProbeSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each probe the logits [A, V] of its answer, given the prompt and the answer so far, and the answer [A]."""
+    pairs, size = list(zip(probes.prompts, probes.answers, strict=True)), max(1, BATCH_TOKENS // probes.length)
+    for start in range(0, len(pairs), size):
+        yield from continuation_logits(model, pairs[start : start + size])
+
+
+def score_answers(answers: Iterable[tuple[Tensor, Tensor]], temperature: float = 1.0) -> RecallScore:
+    """Score what `answer_logits` yields, under the distribution at `temperature`."""
+    right, log_ps = [], []
+    for logits, truth in answers:
+        log_p = (logits / temperature).log_softmax(-1).gather(-1, truth[:, None])
+        right.append(float((logits.argmax(-1) == truth).double().mean()))
+        log_ps.append(float(log_p.sum()))
+    count, sampled = len(right), float(torch.tensor(log_ps).exp().mean())
+    return RecallScore(sum(share == 1.0 for share in right) / count, sum(log_ps) / count, sampled, sum(right) / count)
+
+
+def score_probes(model: CausalModel, probes: ProbeSet, temperature: float = 1.0) -> RecallScore:
+    """Score one set of probes under the distribution at `temperature`."""
+    return score_answers(answer_logits(model, probes), temperature)
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Scores are means over the targets of a text: nats of cross-entropy and entropy, accuracy of the argmax and of a sampled token."""
+
+    loss: float
+    accuracy: float
+    entropy: float
+    sampled_accuracy: float
+
+
+@torch.no_grad()
+def score_text(model: CausalModel, windows: Tensor, temperature: float = 1.0) -> TextScore:
+    """Score windows [n, T] long, each from a fresh state, under the distribution at `temperature`."""
+    n, T = windows.shape
+    sums = [0.0] * 4
+    for rows in windows.to(model.device).split(max(1, BATCH_TOKENS // T)):
+        hidden = model.model(rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        targets = rows[:, 1:].flatten()
+        weights = torch.ones(len(targets), device=model.device)
+        total, stats = linear_cross_entropy(hidden / temperature, head_weight(model), targets, weights)
+        found = total, (stats.argmax == targets).sum(), stats.entropy.sum(), (-stats.nll).exp().sum()
+        sums = [so_far + float(x) for so_far, x in zip(sums, found, strict=True)]
+    return TextScore(*(x / (n * (T - 1)) for x in sums))
 
 
 def family_probes(
@@ -44,12 +123,9 @@ def family_probes(
         for held_out in (False,) if family == FACTS else (False, True):
             for length in lengths:
                 name = f"{family}{HELD_OUT * held_out}_{length}"
-                rng, made = random.Random(f"{seed}-{name}"), []
-                for _ in range(per_kind):
-                    start = rng.randrange(max(1, len(filler) - length))
-                    items = STATED.get(family, ITEMS_STATED)
-                    made.append(writer.probe(rng, family, filler[start : start + length], length, items, held_out))
-                sets[name] = ProbeSet(length, [p for p, _ in made], [a for _, a in made])
+                rng, items = random.Random(f"{seed}-{name}"), FACTS_STATED if family == FACTS else ITEMS_STATED
+                texts = (take_filler(rng, filler, length) for _ in range(per_kind))
+                sets[name] = ProbeSet.of(length, [writer.probe(rng, family, text, length, items, held_out) for text in texts])
     return sets
 
 
@@ -63,16 +139,9 @@ def recall_in(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Read the probes' figures in a record of metrics.jsonl: by set, then by figure."""
     found: dict[str, dict[str, float]] = {}
     for key, value in record.items():
-        if key.startswith(f"eval_{RECALL}"):
-            figure = next(f for f in ("greedy", "tokens", "log_p", "sampled") if key.endswith(f"_{f}"))
-            name = key.removeprefix(f"eval_{RECALL}").removesuffix(f"_{figure}")
-            found.setdefault(name, {})[figure] = float(value)
+        if match := re.fullmatch(f"eval_{RECALL}(.*)_(greedy|tokens|log_p|sampled)", key):
+            found.setdefault(match[1], {})[match[2]] = float(value)
     return found
-
-
-def family_in(name: str) -> str:
-    """Return the family that a set of probes belongs to."""
-    return name.rpartition("_")[0].removesuffix(HELD_OUT)
 
 
 def write_curves(folder: Path) -> Path:
@@ -80,9 +149,11 @@ def write_curves(folder: Path) -> Path:
     run = read_run(folder)
     losses = {name: run.curve(name) for name in ("loss_ntp", "eval_loss")}
     sections = [html.Section("Loss", html.plots(plots.line_plot(losses, "nats per token: rows trained on, held-out text")))]
-    names = list(dict.fromkeys(name for record in run.metrics for name in recall_in(record)))
-    for family in dict.fromkeys(map(family_in, names)):
-        own = {n: n.removeprefix(f"{family}_").replace("_", " ") for n in names if family_in(n) == family}
+    names: dict[str, dict[str, str]] = {}  # of sets of probes, and how curves are labelled, by family
+    for name in (name for record in run.metrics for name in recall_in(record)):
+        family = name.rpartition("_")[0].removesuffix(HELD_OUT)
+        names.setdefault(family, {})[name] = name.removeprefix(f"{family}_").replace("_", " ")
+    for family, own in names.items():
         drawn = []
         for figure, title in DRAWN.items():
             curves = {label: run.curve(f"eval_{RECALL}{name}_{figure}") for name, label in own.items()}

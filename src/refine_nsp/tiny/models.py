@@ -5,7 +5,6 @@ Without that, recall does not appear within minutes of training.
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +18,7 @@ from refine_nsp.models import (
     LaCTConfig,
     LaCTForCausalLM,
 )
-from refine_nsp.models.delta_net import DeltaNetMixer
-from refine_nsp.models.gated_delta_net import GatedDeltaNetMixer
+from refine_nsp.models.delta_mixer import DeltaRuleMixer
 from refine_nsp.models.lact import LaCTMixer
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
 
@@ -63,35 +61,28 @@ def _sizes(args: PretrainConfig, vocab_size: int) -> dict[str, Any]:
 
 NEW_MODELS = {"delta_net": new_delta_net, "gated_deltanet": new_gated_delta_net, "lact_swiglu": new_lact}
 DeltaRuleModel = TypeVar("DeltaRuleModel", DeltaNetForCausalLM, GatedDeltaNetForCausalLM)
-DeltaRuleMixer = DeltaNetMixer | GatedDeltaNetMixer
 
 
 @torch.no_grad()
 def induction_friendly(model: DeltaRuleModel) -> DeltaRuleModel:
     """Make q and k alike, and k one token late: a key stands for the two tokens before it, a query for the two up to it.
 
-    With three heads or more, recall appears in a tenth of the tokens, because the first two heads get work of their own and a value is
-    read as it was written (`copies`, `look_three_back`, `summarises`).
+    With three heads or more, recall appears in a tenth of the tokens, because the first two heads get work of their own, and o_proj undoes
+    v_proj, so that a value that is read comes out as the vector that it was written from.
     """
     for layer in model.model.layers:
         mixer = layer.attn
         mixer.q_proj.weight.copy_(mixer.k_proj.weight)
-        for conv, taps in ((mixer.q_conv1d, (-2, -1)), (mixer.k_conv1d, (-3, -2)), (mixer.v_conv1d, (-1,))):
+        for conv, taps in ((mixer.q_conv1d, [-2, -1]), (mixer.k_conv1d, [-3, -2]), (mixer.v_conv1d, [-1])):
             conv.weight.mul_(0.1)
-            for tap in taps:
-                conv.weight[:, 0, tap] += 1.0
+            conv.weight[:, 0, taps] += 1.0
     if model.config.num_heads >= 3:
         for layer in model.model.layers:
-            copies(layer.attn)
+            values = layer.attn.v_proj.weight
+            undone(values, layer.attn.o_proj.weight, size=float(values.std()) * len(values) ** 0.5)
             look_three_back(layer.attn, head=1)
         summarises(model.model.layers[0].attn, head=0)
     return model
-
-
-def copies(mixer: DeltaRuleMixer) -> None:
-    """Let o_proj undo v_proj, which is orthogonal: a value that is read comes out as the vector that it was written from."""
-    width = mixer.v_proj.weight.shape[0]
-    undone(mixer.v_proj.weight, mixer.o_proj.weight, size=float(mixer.v_proj.weight.std()) * width**0.5)
 
 
 def undone(values: torch.Tensor, output: torch.Tensor, size: float) -> None:
@@ -104,10 +95,9 @@ def undone(values: torch.Tensor, output: torch.Tensor, size: float) -> None:
 def look_three_back(mixer: DeltaRuleMixer, head: int) -> None:
     """Let a head's key stand for the three tokens before it, and its query for the three up to it, for keys of several pieces."""
     channels = _channels(mixer, head)
-    for conv, taps in ((mixer.q_conv1d, (-3, -2, -1)), (mixer.k_conv1d, (-4, -3, -2))):
+    for conv, taps in ((mixer.q_conv1d, [-3, -2, -1]), (mixer.k_conv1d, [-4, -3, -2])):
         conv.weight[channels] = 0.03 * torch.randn_like(conv.weight[channels])
-        for tap in taps:
-            conv.weight[channels, 0, tap] += (2 / 3) ** 0.5
+        conv.weight[channels, 0, taps] += (2 / 3) ** 0.5
 
 
 def summarises(mixer: DeltaRuleMixer, head: int) -> None:
@@ -123,19 +113,17 @@ def summarises(mixer: DeltaRuleMixer, head: int) -> None:
 
 def _channels(mixer: DeltaRuleMixer, head: int) -> slice:
     """Return the channels of a head in q, k and v, which are equally wide here."""
-    width = mixer.q_proj.weight.shape[0] // mixer.config.num_heads
+    width = mixer.q_proj.weight.shape[0] // mixer.heads
     return slice(head * width, (head + 1) * width)
 
 
 @torch.no_grad()
-def remember_long(
-    model: GatedDeltaNetForCausalLM, shortest_tokens: float = 1e3, longest_tokens: float = 1e4
-) -> GatedDeltaNetForCausalLM:
-    """Let a layer's heads forget by 1/e in that many tokens at first, evenly spaced on a log scale; originally in 1 to 1,000 or more."""
+def remember_long(model: GatedDeltaNetForCausalLM) -> GatedDeltaNetForCausalLM:
+    """Let a layer's heads forget by 1/e in 1,000 to 10,000 tokens at first, evenly on a log scale; originally in 1 to 1,000 or more."""
     for layer in model.model.layers:
         mixer = layer.attn
         mixer.A_log.zero_()
-        rate = torch.logspace(-math.log10(shortest_tokens), -math.log10(longest_tokens), len(mixer.dt_bias))
+        rate = torch.logspace(-3, -4, len(mixer.dt_bias))
         mixer.dt_bias.copy_(rate.expm1().log())  # its softplus is the rate
     return model
 
@@ -176,8 +164,8 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
         mixer.ttt_scale_proj.bias.fill_(1.0)
         for head in range(2):
             first, second, end = head * half, head * half + quarter, (head + 1) * half
-            for weight in (q, k):
-                weight[first:end] *= 0.1
+            q[first:end] *= 0.1
+            k[first:end] *= 0.1
             q[first:second, :half] += features
             q[second:end, half : half + quarter] += torch.eye(quarter)
             k[first:second, half : half + quarter] += torch.eye(quarter)
@@ -185,11 +173,11 @@ def lact_induction_friendly(model: LaCTForCausalLM) -> LaCTForCausalLM:
     return model
 
 
-def look_back(mixer: LaCTMixer, head: int, tokens: int, strength: float = 30.0, pairs: int = 8) -> None:
+def look_back(mixer: LaCTMixer, head: int, tokens: int) -> None:
     """Bias a head's attention to the token `tokens` back, by the fastest rotary pairs; the fast weights do not see the bias."""
+    pairs, size = 8, 30.0**0.5
     D, d = mixer.config.hidden_size, mixer.config.hidden_size // mixer.config.num_attn_heads
     theta = mixer.config.rope_theta ** (-torch.arange(pairs) / (d // 2))
-    size = strength**0.5
     q, k = (i * D + head * d for i in range(2))
     mixer.qkv.bias[k : k + pairs] = size
     mixer.qkv.bias[q : q + pairs] = size * torch.cos(theta * tokens)

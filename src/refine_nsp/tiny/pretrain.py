@@ -1,10 +1,7 @@
 """Pretrain a tiny base model, from nothing, on the text every Python installation has and on generated documents.
 
-Recall does not appear by itself in minutes of training. The model card states what brings it about: documents to recall from are dense
-and short first (rows grow by phases), answers weigh more early, and q and k projections start equal with k's convolution shifted by one
-token, so that a key already stands for "what came before this value".
-
-The run itself is a `ReFINETrainer`'s, as any other: `PreTrainer` learns the tokens by weight, and measures recall with each validation.
+The run is a `ReFINETrainer`'s, as any other: `PreTrainer` learns the tokens by weight, and measures recall with each validation. Recall
+does not appear by itself in minutes of training; the model card (`tiny/card.py`) states what brings it about.
 """
 
 from __future__ import annotations
@@ -35,12 +32,10 @@ from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 from refine_nsp.report.card import is_ours
 from refine_nsp.tiny.card import model_card
 from refine_nsp.tiny.corpus import standard_library
-from refine_nsp.tiny.documents import Writer
-from refine_nsp.tiny.facts import NAMES, VALUES
-from refine_nsp.tiny.measures import RECALL, probes_of, score_all, write_curves
+from refine_nsp.tiny.documents import NAMES, VALUES, Writer
+from refine_nsp.tiny.measures import RECALL, ProbeSet, family_probes, score_all, write_curves
 from refine_nsp.tiny.models import NEW_MODELS
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
-from refine_nsp.tiny.probes import ProbeSet
 from refine_nsp.tiny.rows import PhaseRows, Sources, encode_texts
 from refine_nsp.training.data import Collated
 from refine_nsp.training.phases import Counts, MicroBatch, NextToken
@@ -79,19 +74,15 @@ def trainer_of(args: PretrainConfig, callbacks: Sequence[TrainerCallback]) -> Pr
     make_folder(Path(str(args.output_dir)))  # known before any work whether results can be kept
     texts, held_out = standard_library(held_out=False), standard_library(held_out=True)
     tokenizer = train_tokenizer(texts, args.vocab_size) if args.start_from is None else load_tokenizer(args.start_from)
-    stream = encode_texts(tokenizer, held_out)
-    probes = probes_of(args, Writer.of(tokenizer, held_out), stream.tolist())
+    stream, writer = encode_texts(tokenizer, held_out), Writer.of(tokenizer, held_out)
+    probes = family_probes(writer, args.families, stream.tolist(), args.probe_lengths, args.probes_per_kind, seed=1)
     rows = min(WINDOWS, len(stream) // WINDOW_TOKENS)
     windows = stream[: rows * WINDOW_TOKENS].view(rows, WINDOW_TOKENS).tolist()
     return PreTrainer(
-        model=starting_model(args, len(tokenizer)),
-        args=args,
-        phase=WeightedTokens(args.nsp, probes),
-        train_dataset=PhaseRows(args, Sources.of(tokenizer, texts)),
-        eval_dataset=Dataset.from_list([{"input_ids": window} for window in windows]),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+        model=starting_model(args, len(tokenizer)), args=args, phase=WeightedTokens(args.nsp, probes),
+        train_dataset=PhaseRows(args, Sources.of(tokenizer, texts)), eval_dataset=Dataset.from_dict({"input_ids": windows}),
+        processing_class=tokenizer, callbacks=list(callbacks),
+    )  # fmt: skip
 
 
 class WeightedTokens(NextToken):
@@ -170,11 +161,7 @@ class PreTrainer(ReFINETrainer):
 
 
 def starting_model(args: PretrainConfig, vocab_size: int) -> FastWeightForCausalLM:
-    """Make a new model, or one with the weights of `start_from`.
-
-    Raises:
-        RefineError: `start_from` has other sizes than the settings.
-    """
+    """Make a new model, or one with the weights of `start_from`; a RefineError says that these are of other sizes."""
     model = NEW_MODELS[args.model_type](args, vocab_size)
     if args.start_from is not None:
         base = load_model(args.start_from)
@@ -193,23 +180,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_level.alphabet(), show_progress=False
     )
-    words = " " + " ".join(NAMES + VALUES)
-    bpe.train_from_iterator([*texts, *([words] * WORD_REPEATS)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
-        model_max_length=1_000_000,
-    )  # fmt: skip
+    bpe.train_from_iterator([*texts, *([" " + " ".join(NAMES + VALUES)] * WORD_REPEATS)], trainer)
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1_000_000, **ends)
 
 
 @torch.no_grad()

@@ -34,12 +34,8 @@ class PretrainPhase:
     answer_weight: float
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("steps", 0, math.inf),
-            ("length", 2, math.inf),
-            ("dense", 0, 1),
-            ("answer_weight", 0, math.inf),
-        ):
+        bounds = {"steps": (0, math.inf), "length": (2, math.inf), "dense": (0, 1), "answer_weight": (0, math.inf)}
+        for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if not isinstance(value, int | float) or not least <= value <= most or value == math.inf:
                 raise RefineError(f"phases: {name} is {value!r}; expected a number from {least} to {most}")
@@ -57,11 +53,7 @@ class PretrainPhase:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> PretrainPhase:
-        """Make a phase of a mapping, as a YAML file has it.
-
-        Raises:
-            RefineError: no mapping, a key that is no field, or a field that is missing.
-        """
+        """Make a phase of a mapping, as a YAML file has it. Raises RefineError for a key that is no field, or a missing one."""
         if not isinstance(given, Mapping):
             raise RefineError(f"phases: {given!r} is no mapping of settings to values")
         known = {f.name for f in fields(cls)}
@@ -151,9 +143,7 @@ class PretrainConfig(ReFINEConfig):
             raise RefineError("pretraining needs phases with at least one step")
         super().__post_init__()
         if self.carry_states:
-            raise RefineError(
-                "carry_states is for documents longer than a row, and pretraining makes rows of short ones; leave it out"
-            )
+            raise RefineError("carry_states is for documents longer than a row; pretraining's are not, so leave it out")
         check_ranges(self, ((SIZES, lambda x: x >= 1, "must be at least 1"),))
         if LACT(self) and self.num_heads != 2:
             raise RefineError(f"num_heads={self.num_heads}: this LaCT starts with two heads that look one and two tokens back")

@@ -1,5 +1,4 @@
-"""Run the main job end to end on the shipped base: mid-train it by next-token prediction and by the presets, on the same data in the
-same order, then compare what each did to held-out text and to recall.
+"""Mid-train the shipped base by next-token prediction and by the presets, on the same data in the same order, and compare the results.
 
 Whatever comes out is printed. Differences are paired by seed and come with their t-interval, and the tables mark those that exceed it.
 """
@@ -27,14 +26,13 @@ from refine_nsp.evaluation.statistics import t_interval
 from refine_nsp.files import write_atomically
 from refine_nsp.models.load import LoadedModel, load, load_tokenizer
 from refine_nsp.report import html, plots
-from refine_nsp.report.runs import curve_plots as run_curves
-from refine_nsp.report.runs import read_run
+from refine_nsp.report.runs import curve_plots, read_run
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.text.reading import read_documents
 from refine_nsp.tiny.corpus import standard_library
 from refine_nsp.tiny.documents import Writer
+from refine_nsp.tiny.measures import ProbeSet, score_probes, score_text
 from refine_nsp.tiny.pretrain_settings import PretrainPhase
-from refine_nsp.tiny.probes import ProbeSet, score_probes, score_text
 from refine_nsp.tiny.rows import Sources, encode_texts, step_rows
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
 from refine_nsp.training.data import split_documents
@@ -83,11 +81,7 @@ class Settings:
 
 
 def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> Settings:
-    """Choose the default job (minutes) or the full one, with the given overrides.
-
-    Raises:
-        RefineError: no seed or no step.
-    """
+    """Choose the default job (minutes) or the full one, with the given overrides. Raises RefineError without a seed or a step."""
     chosen = Settings(seeds=6, steps=150, prompts_per_cell=32) if full else Settings()
     if (seeds is not None and seeds < 1) or (steps is not None and steps < 1):
         raise RefineError(f"--seeds and --steps must be at least 1, got {seeds} and {steps}")
@@ -98,9 +92,8 @@ def settings(full: bool, seeds: int | None = None, steps: int | None = None) -> 
 class Material:
     """Hold the data to train on (`sources` of rows) and to measure with.
 
-    Attributes:
-        windows: held-out text, [n, T]. needles, unseen: probes with one needle, in wordings that are trained on and in others; a row for
-            each depth, a column for each length.
+    `windows` [n, T] are held-out text; `needles` and `unseen` probes with one needle, in wordings that are trained on and in others, with a
+    row for each depth and a column for each length.
     """
 
     sources: Sources
@@ -133,18 +126,14 @@ def quickstart(s: Settings, output_dir: str, model_name: str, data: str | None, 
     for table in tables:
         console.print(table.rich())
     console.print(finding(results))
-    record = {"settings": asdict(s), "figures": results, "finding": finding(results), "tables": [t.as_json() for t in tables]}
+    record = {"settings": asdict(s), "figures": results, "finding": finding(results), "tables": [asdict(t) for t in tables]}
     write_atomically(out / "results.json", json.dumps(record, indent=1) + "\n")
     console.print(f"report: {write_report(out, s, results, model_name, data)}")
     return tables[0]
 
 
 def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, text_column: str) -> Material:
-    """Prepare text to train on and to measure with; they share no document.
-
-    Raises:
-        RefineError: too little text.
-    """
+    """Prepare text to train on and to measure with; they share no document. Raises RefineError for too little text."""
     library, other = standard_library(held_out=False), standard_library(held_out=True)
     train, held_out = (library, other) if data is None else split_texts(data, text_column)
     stream, held_out_stream = encode_texts(tokenizer, train), encode_texts(tokenizer, held_out)
@@ -159,12 +148,8 @@ def prepare(s: Settings, tokenizer: PreTrainedTokenizerBase, data: str | None, t
     stride = len(held_out_stream) // count
     windows = torch.stack([held_out_stream[i * stride : i * stride + s.max_length] for i in range(count)])
     writer, filler = Writer.of(tokenizer, other), held_out_stream.tolist()
-    return Material(
-        Sources(stream, Writer.of(tokenizer, library)),
-        windows,
-        needle_probes(writer, filler, s, held_out=False),
-        needle_probes(writer, filler, s, held_out=True),
-    )
+    needles, unseen = (needle_probes(writer, filler, s, held_out) for held_out in (False, True))
+    return Material(Sources(stream, Writer.of(tokenizer, library)), windows, needles, unseen)
 
 
 def split_texts(data: str, text_column: str) -> tuple[list[str], list[str]]:
@@ -183,8 +168,9 @@ def needle_probes(writer: Writer, filler: list[int], s: Settings, held_out: bool
     def made(depth: float, length: int) -> ProbeSet:
         rng = random.Random(f"needles-{held_out}-{depth}-{length}")
         starts = [rng.randrange(len(filler) - length) for _ in range(s.prompts_per_cell)]
-        found = [writer.probe(rng, "needles", filler[i : i + length], length, 1, held_out, depth) for i in starts]
-        return ProbeSet(length, [p for p, _ in found], [a for _, a in found])
+        return ProbeSet.of(
+            length, [writer.probe(rng, "needles", filler[i : i + length], length, 1, held_out, depth) for i in starts]
+        )
 
     return [[made(depth, length) for length in s.lengths] for depth in s.depths]
 
@@ -193,19 +179,21 @@ def training_rows(s: Settings, seed: int, sources: Sources) -> Dataset:
     """Make the rows of one seed, the same for all arms: windows of text, and generated documents in the place of some."""
     phase = PretrainPhase(s.steps, s.max_length, s.shares, dense=0.5, answer_weight=1.0)
     steps = [step_rows(ROWS_SEED + seed, step, s.sequences_per_step, phase, sources)[0] for step in range(s.steps)]
-    return Dataset.from_list([{"input_ids": row} for row in torch.cat(steps).tolist()])
+    return Dataset.from_dict({"input_ids": torch.cat(steps).tolist()})
 
 
 def run_arm(job: Job, arm: str | None, seed: int | None) -> Figures:
     """Train an arm with a seed and measure it, or without an arm measure the base; read figures that an earlier job has measured."""
     folder = job.out / ("base" if arm is None else f"{arm.replace(', ', '-').replace(' ', '_')}-seed{seed}")
     key = {"settings": asdict(job.s), "arm": arm and ARMS[arm], "seed": seed, "model": job.model_name, "data": job.data}
-    if (known := read_result(folder, key)) is not None:
-        return known
+    path = folder / "result.json"
+    known: dict[str, Figures] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("key") == json.loads(json.dumps(key)):
+        return known["figures"]
     model, _ = load(job.model_name)
     seconds = 0.0 if arm is None or seed is None else train(job, model, folder, arm, seed)
     figures = {**measure(model.eval(), job.material), "seconds": seconds}
-    write_atomically(folder / "result.json", json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"key": key, "figures": figures}, indent=1) + "\n")
     return figures
 
 
@@ -223,29 +211,20 @@ def train(job: Job, model: LoadedModel, folder: Path, arm: str, seed: int) -> fl
     return float(trainer.train().metrics["train_runtime"])
 
 
-def read_result(folder: Path, key: dict[str, Any]) -> Figures | None:
-    """Read the figures of an arm that was finished with exactly these settings."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record["figures"] if record["key"] == json.loads(json.dumps(key)) else None
-
-
 def measure(model: LoadedModel, material: Material) -> Figures:
     """Measure a model; `map` is the share of needles found, greedy, with a row for each depth and a column for each length."""
     text = score_text(model, material.windows)
-    known, unseen = ([[score_probes(model, p) for p in row] for row in grid] for grid in (material.needles, material.unseen))
-    every = [score for row in (*known, *unseen) for score in row]
+    grid, others = ([[score_probes(model, p) for p in row] for row in sets] for sets in (material.needles, material.unseen))
+    known, unseen = ([score for row in rows for score in row] for rows in (grid, others))
     return {
         "text_loss": text.loss,
         "text_accuracy": text.accuracy,
         "text_entropy": text.entropy,
-        "recall_greedy": mean(score.greedy for row in known for score in row),
-        "unseen_greedy": mean(score.greedy for row in unseen for score in row),
-        "recall_log_p": mean(score.log_p for score in every),
-        "recall_sampled": mean(score.sampled for score in every),
-        "map": [[score.greedy for score in row] for row in known],
+        "recall_greedy": mean(score.greedy for score in known),
+        "unseen_greedy": mean(score.greedy for score in unseen),
+        "recall_log_p": mean(score.log_p for score in known + unseen),
+        "recall_sampled": mean(score.sampled for score in known + unseen),
+        "map": [[score.greedy for score in row] for row in grid],
     }
 
 
@@ -294,10 +273,10 @@ def differences_table(results: dict[str, list[Figures]]) -> Table:
 
 def lengths_table(results: dict[str, list[Figures]], s: Settings) -> Table:
     """Make a table of the needles found by length, over all depths."""
-    rows: list[list[Cell]] = []
-    for i, length in enumerate(s.lengths):
-        found = ([mean(row[i] for row in f["map"]) for f in seeds] for seeds in results.values())
-        rows.append([f"{length:,} tokens", *(spread(values) for values in found)])
+    rows: list[list[Cell]] = [
+        [f"{length:,} tokens", *(spread([mean(row[i] for row in f["map"]) for f in seeds]) for seeds in results.values())]
+        for i, length in enumerate(s.lengths)
+    ]
     note = f"{s.prompts_per_cell * len(s.depths)} prompts a length; the arms train on rows of {s.max_length:,} tokens"
     return Table("Greedy recall of a needle by length", ["", *results], rows, [note])
 
@@ -310,13 +289,11 @@ def finding(results: dict[str, list[Figures]]) -> str:
 def against_baseline(results: dict[str, list[Figures]], arm: str) -> str:
     """Say how an arm's recall and text loss differ from the baseline's, and whether chance would give as much."""
     (d, half), (loss, loss_half) = (paired(results, arm, key) for key in ("recall_greedy", "text_loss"))
-    seeds = len(results[BASELINE])
+    start, seeds = f"{arm} against {BASELINE}: {100 * d:+.1f}", len(results[BASELINE])
     if seeds == 1:
-        said = f"{100 * d:+.1f} points of greedy recall (one seed, so no more can be said)"
-    else:
-        clear = "more than" if abs(d) > half else "no more than"
-        said = f"{100 * d:+.1f} ± {100 * half:.1f} points of greedy recall over {seeds} seeds, {clear} chance would give"
-    return f"{arm} against {BASELINE}: {said}; text loss {loss:+.4f}" + (f" ± {loss_half:.4f}." if seeds > 1 else ".")
+        return f"{start} points of greedy recall (one seed, so no more can be said); text loss {loss:+.4f}."
+    said = f"{seeds} seeds, {'more than' if abs(d) > half else 'no more than'} chance would give"
+    return f"{start} ± {100 * half:.1f} points of greedy recall over {said}; text loss {loss:+.4f} ± {loss_half:.4f}."
 
 
 def needle_maps(results: dict[str, list[Figures]], s: Settings) -> list[plots.Plot]:
@@ -338,15 +315,14 @@ def write_report(out: Path, s: Settings, results: dict[str, list[Figures]], mode
         groups = {a: [(d, 0.0 if math.isnan(h) else h) for d, h in (paired(results, a, k) for k in keys)] for a in arms}
         drawn.append(plots.forest_plot(groups, [FIGURES[k] for k in keys], f"{title}: difference to {BASELINE}", "difference"))
     runs = [read_run(p.parent) for p in sorted(out.glob("*-seed0/metrics.jsonl"))]
+    made = {"settings": asdict(s), "arms": ARMS, "environment": environment()}
     sections = [
         html.Section("Finding", f"<p>{escape(finding(results))}</p>"),
         html.Section("A needle in a haystack, before and after", html.plots(*needle_maps(results, s))),
         html.Section("Results", results_table(results).html() + differences_table(results).html() + html.plots(*drawn)),
         html.Section("Recall by length", lengths_table(results, s).html()),
-        html.Section("Training curves (seed 0)", run_curves(runs)),
-        html.Section("How it was made", html.preformatted("settings", json.dumps(asdict(s), indent=1))
-                     + html.preformatted("arms", json.dumps(ARMS, indent=1))
-                     + html.preformatted("environment", json.dumps(environment(), indent=1))),
-    ]  # fmt: skip
+        html.Section("Training curves (seed 0)", curve_plots(runs)),
+        html.Section("How it was made", "".join(html.preformatted(name, json.dumps(x, indent=1)) for name, x in made.items())),
+    ]
     lead = f"{model_name}, mid-trained on {data or 'the Python standard library and generated documents'}"
     return write_atomically(out / "report.html", html.page("Mid-training, with and without ReFINE", lead, sections))

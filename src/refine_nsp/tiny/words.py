@@ -1,15 +1,15 @@
 """Keys and values of generated documents are drawn at random: numbers, uuids, and pairs of an adjective and a noun as RULER has them.
 
-RULER draws its pairs from the lists of `wonderwords`. No word here is in those lists (except one in 10,000 of the words that are made of
-parts), so RULER's keys are new to a model that is trained on these. Some words stand in the default text; most are made of parts, so that
-no key can be known by heart.
+No word here (but one in 10,000 of those made of parts) is in the lists of `wonderwords` that RULER draws from, so its keys are new to a
+model that is trained on these. Some words stand in the default text; most are made of parts, so that no key can be known by heart.
 """
 
 from __future__ import annotations
 
 import random
-import uuid
 from collections.abc import Sequence
+
+from refine_nsp.prompts.ruler_words import draw_word
 
 ADJECTIVES = (
     "absolute abstract active additional alternate arbitrary basic binary bounded buffered cached cancelled canonical captured cleared "
@@ -68,22 +68,10 @@ def made_word(rng: random.Random, endings: Sequence[str]) -> str:
 
 
 def draw(rng: random.Random, kind: str) -> str:
-    """Draw a value of RULER's `numbers` or `uuids`, or a pair of words such as RULER's `words`.
-
-    Nouns are nearly always made of parts, since the default text's share a plural ending that RULER's do not have.
-    """
-    if kind == "numbers":
-        return str(rng.randint(10**6, 10**7 - 1))
-    if kind == "uuids":
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    """Draw a value of RULER's `numbers` or `uuids`, or a pair of words such as RULER's `words`."""
+    if kind != "words":
+        return draw_word(rng, kind)
+    # Nouns are nearly always made of parts, since the default text's share a plural ending that RULER's do not have.
     adjective = rng.choice(ADJECTIVES) if rng.random() < 0.5 else made_word(rng, ADJECTIVE_ENDINGS)
     noun = rng.choice(NOUNS) if rng.random() < 0.1 else made_word(rng, NOUN_ENDINGS)
     return f"{adjective}-{noun}"
-
-
-def distinct(rng: random.Random, kind: str, count: int) -> list[str]:
-    """Draw `count` values of a kind, no two alike."""
-    drawn: dict[str, None] = {}
-    while len(drawn) < count:
-        drawn[draw(rng, kind)] = None
-    return list(drawn)

@@ -49,6 +49,10 @@ class Distillation(Phase):
         return self.lambda_context > 0
 
     @property
+    def scoring(self) -> NSPConfig:
+        return scores_beyond(self.window)
+
+    @property
     def rows_apart(self) -> bool:
         return True
 
@@ -74,7 +78,7 @@ class Distillation(Phase):
             return None
         if batch.scores is not None:
             return batch.scores.to(torch.promote_types(taught.dtype, torch.float32))  # they are kept wide
-        return self.teacher.scores(batch, taught, scores_beyond(self.window))
+        return self.teacher.scores(batch, taught, self.scoring)
 
     def _metrics(self, batch: Batch, found: Divergence, scores: Tensor | None, divisor: float | Tensor) -> Metrics:
         """Return the losses, unweighted, and what the teacher's predictions beyond the window look like."""

@@ -4,6 +4,8 @@ The next window is always one of the source that is furthest behind its share of
 by more than a window, however long the documents of each are, and nothing has to be known of their lengths beforehand: the same rule serves
 files and streams. `datasets.interleave_datasets` draws by examples, and would need probabilities corrected by mean
 lengths, which a stream does not say.
+
+Where states are carried, whole documents take the place of windows, since the windows of a document are to follow each other.
 """
 
 from __future__ import annotations
@@ -173,11 +175,32 @@ def tokens_of_windows(windows: Dataset) -> list[int]:
     return counts
 
 
-def mix(sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: Stopping, seed: int) -> tuple[Dataset, str]:
+def mix_documents(
+    lengths: Sequence[Sequence[int]], documents: Sequence[Sequence[range]], weights: Sequence[float], stopping: Stopping, seed: int
+) -> Mixed:  # fmt: skip
+    """Choose the windows of a mixture document by document, by the rule of `mix_order`; those of a document stay next to each other."""
+    sizes = [[sum(own[row] for row in rows) for rows in apart] for own, apart in zip(lengths, documents, strict=True)]
+    chosen = mix_order(sizes, weights, stopping, seed)
+    firsts = np.cumsum([0, *map(len, lengths)]).tolist()
+    places = [(i, firsts[i] + rows.start, firsts[i] + rows.stop) for i, apart in enumerate(documents) for rows in apart]
+    order: list[int] = []
+    given = [0] * len(lengths)
+    for document in chosen.order:
+        i, first, last = places[document]
+        order += range(first, last)
+        given[i] += last - first
+    return Mixed(order, given, list(map(len, lengths)), chosen.tokens, chosen.last)
+
+
+def mix(
+    sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: Stopping, seed: int,
+    documents: Sequence[Sequence[range]] | None = None,
+) -> tuple[Dataset, str]:  # fmt: skip
     """Mix windows that are all there by shares of tokens, with a column `dataset_source`. Return them, and a line that says what was taken.
 
     Args:
         sources: windows by the names that logs give them. weights: None takes every window of every source once.
+        documents: the rows of each document of each source, which are then taken as a whole.
     """
     lengths = [tokens_of_windows(windows) for windows in sources.values()]
     whole = concatenate_datasets([named(windows, label) for label, windows in sources.items()])
@@ -185,7 +208,11 @@ def mix(sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: 
         sizes = [len(own) for own in lengths]
         mixed = Mixed(list(range(sum(sizes))), sizes, sizes, [sum(own) for own in lengths], -1)
         return whole, "mixture: " + _shares(list(sources), mixed) + "; every window once, since dataset_weights are not given"
-    mixed = mix_order(lengths, weights, stopping, seed)
+    mixed = (
+        mix_order(lengths, weights, stopping, seed)
+        if documents is None
+        else mix_documents(lengths, documents, weights, stopping, seed)
+    )
     last = list(sources)[mixed.last]
     ends = f"{last} runs out" if stopping == "first_exhausted" else f"all have been read once, {last} as the last"
     said = f"mixture: {_shares(list(sources), mixed)}; it ends where {ends} (dataset_stopping={stopping})"

@@ -36,7 +36,7 @@ from refine_nsp.nsp.module import take_step
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work
 from refine_nsp.nsp.schedule import schedule_of
-from refine_nsp.nsp.selection import SCORES, count_positions
+from refine_nsp.nsp.selection import count_positions
 from refine_nsp.nsp.step import first_pass
 from refine_nsp.training.data import Collated
 from refine_nsp.training.validation import validate
@@ -142,6 +142,11 @@ class Phase:
         return self.config.context_score is not None
 
     @property
+    def scoring(self) -> NSPConfig:
+        """Return the settings that context scores are computed by."""
+        return self.config
+
+    @property
     def rows_apart(self) -> bool:
         """Tell whether the loss of a sequence depends on that sequence alone, whatever else is in the batch."""
         return False
@@ -222,10 +227,8 @@ class NextSequence(Phase):
 
     @property
     def rows_apart(self) -> bool:
-        c = self.config
-        if not c.samples_rollouts and c.token_weights != "selected":
-            return False
-        return not SCORES[c.score].rows_together and (c.advantage_scale != "global" or not c.samples_rollouts)
+        c = self.config  # local windows, which context scores need, are not the batch's own rows
+        return c.context_score is None and (c.advantage_scale != "global" or not c.samples_rollouts)
 
     @property
     def prepares_steps(self) -> bool:
@@ -238,7 +241,7 @@ class NextSequence(Phase):
         with torch.no_grad():
             made: list[Rollouts] = model(step=lambda m: first_pass([self._work(m, batch) for batch in batches]))
         for batch, rollouts in zip(batches, made, strict=True):
-            batch.rollouts = rollouts.without_hidden()
+            batch.rollouts = replace(rollouts, hidden=None)  # only rewards needed these, and they are large
 
     def _work(self, model: CausalModel, batch: MicroBatch) -> Work:
         """Gather what a step on a micro-batch works with; a first pass comes before `totals` are known, and needs none."""

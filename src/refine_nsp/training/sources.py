@@ -19,6 +19,7 @@ from refine_nsp.text.reading import place_of, read_documents
 from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.data import (
     ANSWER_COLUMN,
+    BEGINS_COLUMN,
     LENGTHS_COLUMN,
     NO_OTHER_VALIDATION,
     TEXT_COLUMN,
@@ -31,6 +32,7 @@ from refine_nsp.training.data import (
     tokenize,
     validation_splits,
 )
+from refine_nsp.training.lanes import documents_of
 from refine_nsp.training.mixture import as_list, labels_of, mix, mix_streams, one_each, tokens_of_windows
 
 SCORE_COLUMN, COUNT_COLUMN = "context_score", "num_tokens"  # of a document, as `refine-nsp score` writes them
@@ -119,10 +121,10 @@ def prepare_data(
         raise RefineError(
             "carry_states reads a document window by window, and packing puts several in one row; leave packing out"
         )
-    if carried and len(a.all_names) > 1:
+    if carried and a.streaming and len(a.all_names) > 1:
         raise RefineError(
-            "carry_states reads documents of one source window by window, and a mixture deals out windows of "
-            f"{', '.join(a.all_names)}; name one, or leave carry_states out"
+            "carry_states reads documents window by window, and a streamed mixture deals out single windows of "
+            f"{', '.join(a.all_names)}; leave streaming out, or name one"
         )
     sources = sources_of(a)
     cut: Callable[..., Windows] = partial(
@@ -142,7 +144,7 @@ def prepare_data(
             kept_back[source.label] = other
     if answers is not None:
         label = labels_of(a.all_names)[-1]
-        windows[label] = answers[0]
+        windows[label] = one_window_each(answers[0]) if carried else answers[0]
         kept_back |= {} if answers[1] is None else {label: answers[1]}
     for source, rows in held.items():
         kept_back[source.label] = first_rows(cut_source(source, rows, cut), a.validation_windows)
@@ -273,6 +275,11 @@ def answer_rows(rows: Dataset, packing: bool) -> Dataset:
     return rows.map(joined, remove_columns=rows.column_names, features=features, desc="prompts with answers")
 
 
+def one_window_each(rows: Windows) -> Windows:
+    """Say of rows that each is a document of one window, for carried states."""
+    return rows.map(lambda row: {BEGINS_COLUMN: True})
+
+
 def weights_of(windows: Mapping[str, Windows], arguments: DataArguments) -> list[float] | None:
     """Return the share of tokens of each source: answers have theirs, and the text shares the rest by its weights, or by what it holds.
     None: all windows of all sources are read once."""
@@ -297,6 +304,8 @@ def mixed_windows(windows: Mapping[str, Windows], arguments: DataArguments) -> W
         mixed, said = mix_streams(streams, weights or [], a.dataset_stopping)
     else:
         rows = {label: rows for label, rows in windows.items() if isinstance(rows, Dataset)}
-        mixed, said = mix(rows, weights, a.dataset_stopping, a.mixture_seed)
+        carried = all(BEGINS_COLUMN in own.column_names for own in rows.values())
+        documents = [documents_of(own[BEGINS_COLUMN][:]) for own in rows.values()] if carried else None
+        mixed, said = mix(rows, weights, a.dataset_stopping, a.mixture_seed, documents)
     say(said)
     return mixed

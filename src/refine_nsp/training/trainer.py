@@ -32,14 +32,12 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import StepResult
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.nsp.seeds import generator_of
-from refine_nsp.nsp.teacher import scores_beyond
 from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
 from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
-from refine_nsp.training.distillation import Distillation
 from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_in_lanes
 from refine_nsp.training.memory_rate import TwoRates, check_memory
 from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
@@ -52,8 +50,7 @@ from refine_nsp.training.run_checks import check_best_figure, check_carrying, ch
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
-from refine_nsp.training.taught import taught
-from refine_nsp.training.teacher import load_teacher
+from refine_nsp.training.teacher import distillation_from, load_teacher, transfer_from
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 P = TypeVar("P", bound=Phase)
@@ -145,8 +142,11 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
         if self.args.context_scores != "online" and self.phase.reads_scores and self.train_dataset is not None:
             quiet = bool(self.args.disable_tqdm) or not self.is_world_process_zero()
             teacher = self.teacher if self.args.context_scores == "teacher" else None
-            scoring = scores_beyond(self.phase.window) if isinstance(self.phase, Distillation) else self.nsp
-            self.train_dataset = scored_by_processes(self.train_dataset, self.model, scoring, self.args, quiet, teacher)
+            self.train_dataset = scored_by_processes(
+                self.train_dataset, self.model, self.phase.scoring, self.args, quiet, teacher
+            )
+        if self.args.objective != "distill":
+            self.teacher = None  # its scores are all that such a run reads
         if isinstance(self.train_dataset, IterableDataset):
             # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
             keep = self.args.steps_per_generation + 3
@@ -164,8 +164,10 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
 
     def make_phase(self) -> Phase:
         """Make the phase that `args.objective` names."""
-        if self.teacher is not None and self.args.objective in ("distill", "transfer"):
-            return taught(self.args, self.accelerator.unwrap_model(self.model), self.teacher)
+        if self.args.objective == "distill":
+            return distillation_from(self.teacher, self.accelerator.unwrap_model(self.model), self.args)
+        if self.args.objective == "transfer":
+            return transfer_from(self.teacher, self.accelerator.unwrap_model(self.model), self.args)
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
     def shared(self, phase: P) -> P:

@@ -51,7 +51,8 @@ def validate(
         sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
         sums["entropy"] += float(stats.entropy[mask].double().sum())
         sums["targets"] += batch.num_targets
-        match, similarity, places = greedy_match(sequence_pass, positions, config.rollout_length)
+        prefixes = sequence_pass.states(positions)
+        match, similarity, places = greedy_match(model, batch.input_ids, sequence_pass.hidden, prefixes, config.rollout_length)
         sums["match"] += match
         sums["cosine"] += similarity
         sums["places"] += places

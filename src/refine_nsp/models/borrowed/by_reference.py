@@ -1,7 +1,7 @@
 """A transformers model gives states by reference: a pass is cut where they are wanted, and continues from what was taken.
 
-No token is run twice, and gradients flow from every snapshot into the whole prefix. Real tokens stand on the left and nobody asks for a
-state behind a row's last, so pads need no masks: causality keeps them from what stands before.
+Gradients flow from every snapshot into the whole prefix. Real tokens stand on the left and nobody asks for a state behind a row's last, so
+pads need no masks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,17 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
 
-from refine_nsp.models.borrowed.layer_cache import (
-    ATTENDING_KINDS,
-    RECURRENT_KINDS,
-    ReferenceCache,
-    kinds_of,
-    nothing_yet,
-    prefix,
-    trimmed,
-)
+from refine_nsp.models.borrowed.layer_cache import ATTENDING_KINDS, RECURRENT_KINDS, ReferenceCache, kinds_of, prefix, trimmed
 from refine_nsp.models.borrowed.trunk import StatefulTrunk
-from refine_nsp.models.state import FastWeightCache, StatesOfPass, consumed_tokens
+from refine_nsp.models.state import FastWeightCache, TakeStates, consumed_tokens
 from refine_nsp.processes import is_sharded
 
 # States that are asked for after a pass are kept every so many tokens, or so many times, whichever is rarer: each piece of a pass repeats
@@ -40,8 +32,7 @@ MOST_KEPT = 16
 class ByReference:
     """Takes states where the pass is cut, differentiable, and continues passes from there.
 
-    Attributes:
-        same_by_single_tokens: whether one token continues from a state as several do; Nemotron-H limits its time steps only for several.
+    x: ids [B, T] or embeddings [B, T, D]; past: states of B rows, or None.
     """
 
     rereads_prefixes = False
@@ -54,13 +45,14 @@ class ByReference:
             kind in ATTENDING_KINDS and window is None for kind, window in zip(kinds, self.windows, strict=True)
         )
         limits = [vars(m)["time_step_limit"] for m in trunk.modules() if vars(m).get("time_step_limit") is not None]
+        # Whether one token continues from a state as several do; Nemotron-H limits its time steps only for several.
         self.same_by_single_tokens = all(tuple(limit) == (0.0, math.inf) for limit in limits)
         parameters = inspect.signature(trunk.forward).parameters
         self.cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
         self.takes_positions = "position_ids" in parameters
 
     def run(self, x: Tensor, past: FastWeightCache | None) -> Tensor:
-        """See `StateMethod.run`."""
+        """Return hidden states [B, T, D]."""
         if past is None:
             return self.trunk.plain(x, use_cache=False)
         T = x.shape[1]
@@ -69,29 +61,30 @@ class ByReference:
         return self.piece(x, past)[0][:, :T]
 
     def run_and_take(self, x: Tensor, past: FastWeightCache | None, wanted: Tensor) -> tuple[Tensor, FastWeightCache]:
-        """See `StateMethod.run_and_take`."""
+        """Return hidden states, and the states after tokens `wanted` [B, P] long on the host (-1: before the first) as B*P rows."""
         T = x.shape[1]
         tokens = wanted.unique().tolist()
-        cuts = self.cuts(tokens, T)
+        # Where layers keep keys and values only, nothing is cut: a prefix' are a slice of the pass'.
+        cuts = [t + 1 for t in tokens if 0 <= t < T - 1] if self.recurs else []
         if self.recurs and is_sharded(self.trunk):
-            cuts = filled(cuts, wanted.numel(), T)
+            cuts = filled(cuts, wanted.numel(), T)  # processes run together, so shapes alone decide how many pieces there are
         hidden, taken = [], Taken(self, past, wanted)
         for start, end, h, after in self.pieces(x, past, [*cuts, T]):
             hidden.append(h)
             taken.take([t for t in tokens if start <= t < end], start, end, after)
         return joined(hidden), taken.all_rows()
 
-    def run_and_keep(self, x: Tensor, past: FastWeightCache | None) -> tuple[Tensor, StatesOfPass]:
-        """See `StateMethod.run_and_keep`."""
+    def run_and_keep(self, x: Tensor, past: FastWeightCache | None) -> tuple[Tensor, TakeStates]:
+        """Return hidden states, and a function that takes the states at any tokens afterwards."""
         T = x.shape[1]
         step = max(KEPT_EVERY_TOKENS, math.ceil(T / MOST_KEPT)) if self.recurs else T
         hidden, kept = [], [] if past is None else [past]
         for _, _, h, after in self.pieces(x, past, [*range(step, T, step), T]):
             hidden.append(h)
-            kept = kept or [before_any(after)]
+            kept = kept or [after.before_any()]
             kept.append(after)
-        states: StatesOfPass = Tails(self, x, kept[:-1], step) if self.recurs else Slices(self, kept[0], kept[-1], T)
-        return joined(hidden), states
+        take = partial(self.tails, x, kept[:-1], step) if self.recurs else partial(self.slices, kept[0], kept[-1], T)
+        return joined(hidden), take
 
     def pieces(
         self, x: Tensor, past: FastWeightCache | None, ends: Sequence[int]
@@ -108,9 +101,31 @@ class ByReference:
             last = [last[-1], (end, after)]
             yield start, end, h[:, start - begin :], after
 
-    def cuts(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
-        """Say where a pass is cut for states after `tokens`: nowhere if a layer keeps keys and values only, for a prefix' are a slice."""
-        return [t + 1 for t in tokens if 0 <= t < n_tokens - 1] if self.recurs else []
+    def slices(self, before: FastWeightCache, after: FastWeightCache, n_tokens: int, positions: Tensor) -> FastWeightCache:
+        """Take the states of a pass whose layers keep keys and values only: a prefix' are the first of those `after` the pass."""
+        taken = Taken(self, before, positions)
+        taken.take([t for t in positions.unique().tolist() if t >= 0], 0, n_tokens, after)
+        return taken.all_rows()
+
+    def tails(self, x: Tensor, kept: Sequence[FastWeightCache], step: int, positions: Tensor) -> FastWeightCache:
+        """Run the tokens up to a position again from states that were kept every `step` tokens, the first before any.
+
+        All B*P rows run together, although some end before others, and in order: rows may have adapters of their own, which go by it.
+        """
+        counts = (positions + 1).flatten()  # [B*P] tokens of each prefix
+        row = torch.arange(len(x)).repeat_interleave(positions.shape[1])
+        nearest = ((counts - 2).clamp(min=0) // step).clamp(max=len(kept) - 1)  # two tokens or more, see `pieces`
+        slots = {i: (nearest == i).nonzero()[:, 0] for i in nearest.unique().tolist()}
+        start = FastWeightCache.in_order([(kept[i].index(row[slot]), slot) for i, slot in slots.items()])
+        first, rest = nearest * step, counts - nearest * step
+        width = int(rest.max()) if len(rest) else 0
+        if is_sharded(self.trunk):
+            width = step + 1  # whatever the positions: processes run together
+        if width == 0:
+            return start
+        columns = (first[:, None] + torch.arange(width)).clamp(max=x.shape[1] - 1).to(x.device, non_blocking=True)
+        tail = x[row.to(x.device, non_blocking=True)[:, None], columns]
+        return self.run_and_take(tail, start, rest[:, None] - 1)[1]
 
     def piece(self, x: Tensor, past: FastWeightCache | None) -> tuple[Tensor, FastWeightCache]:
         """Run a pass from `past`, uncut. The windows of its states are whole, so that slices can be taken of them."""
@@ -120,7 +135,7 @@ class ByReference:
         layers = [] if past is None or columns == 0 else prefix(trimmed(past.layers, columns), self.windows, 0)
         arguments: dict[str, Tensor | bool] = {"use_cache": True}
         if self.takes_positions:
-            consumed = lengths if past is None or past.earlier is None else past.consumed
+            consumed = lengths if past is None else past.consumed
             arguments["position_ids"] = (consumed[:, None] + torch.arange(T)).to(x.device, non_blocking=True)
         if columns > int(lengths.min()):
             real = torch.arange(columns + T) >= columns - lengths[:, None]
@@ -147,10 +162,7 @@ class ByReference:
 
 @contextmanager
 def unwrapped(wrappers: Sequence[CheckpointWrapper]) -> Iterator[None]:
-    """Run layers as they are inside, although FSDP's activation checkpointing wraps them to be run again in the backward pass.
-
-    A layer that is run again alone would meet the states it left itself. The piece of the pass is run again instead.
-    """
+    """Run layers without FSDP's activation checkpointing: run again alone, they would meet the states that they left themselves."""
 
     def run(module: nn.Module, *args: object, **kwargs: object) -> object:
         return module(*args, **kwargs)
@@ -171,20 +183,12 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def filled(cuts: Sequence[int], n: int, n_tokens: int) -> list[int]:
-    """Add cuts in the middle of the longest pieces until a pass over `n_tokens` has `n` of them, or one behind every token.
-
-    How many pieces there are then follows from shapes alone, as it must where processes hold shards of a model.
-    """
+    """Add cuts in the middle of the longest pieces until a pass over `n_tokens` has `n` of them, or one behind every token."""
     ends = [0, *cuts, n_tokens]
     while len(ends) - 2 < min(n, n_tokens - 1):
         longest = max(range(1, len(ends)), key=lambda i: ends[i] - ends[i - 1])
         ends.insert(longest, (ends[longest - 1] + ends[longest]) // 2)
     return ends[1:-1]
-
-
-def before_any(states: FastWeightCache) -> FastWeightCache:
-    """Make the states before any token, of the shapes of `states`."""
-    return FastWeightCache(nothing_yet(states.layers), torch.zeros(states.batch_size, dtype=torch.long))
 
 
 class Taken:
@@ -193,13 +197,12 @@ class Taken:
     def __init__(self, method: ByReference, past: FastWeightCache | None, wanted: Tensor) -> None:
         self.method, self.past, self.wanted = method, past, wanted
         self.last = past  # where the pass is
-        self.parts: list[FastWeightCache] = []
-        self.slots: list[Tensor] = []
+        self.parts: list[tuple[FastWeightCache, Tensor]] = []
 
     def take(self, tokens: Sequence[int], start: int, end: int, after: FastWeightCache) -> None:
         """Take the states after `tokens` of the piece start..end, which left the states `after`."""
         if self.last is None or not self.last.is_initialized:
-            self.last = before_any(after)
+            self.last = after.before_any()
         if start == 0 and bool((self.wanted < 0).any()):
             self._add(-1, self.last)
         for t in tokens:
@@ -211,64 +214,12 @@ class Taken:
     def _add(self, token: int, states: FastWeightCache) -> None:
         slots = (self.wanted == token).flatten().nonzero()[:, 0]
         rows = slots // self.wanted.shape[1]
-        self.parts.append(states if torch.equal(rows, torch.arange(states.batch_size)) else states.index(rows))
-        self.slots.append(slots)
+        self.parts.append((states if torch.equal(rows, torch.arange(states.batch_size)) else states.index(rows), slots))
 
     def all_rows(self) -> FastWeightCache:
         """Return B*P rows, row-major, without the columns of keys that none of them has."""
-        states = FastWeightCache.in_order(self.parts, self.slots)
+        states = FastWeightCache.in_order(self.parts)
         assert states.lengths is not None
         columns = int(states.lengths.max()) if len(states.lengths) else 0
         layers = trimmed(states.layers, columns) if columns else states.layers
         return FastWeightCache(layers, states.lengths, columns, states.earlier)
-
-
-@dataclass(frozen=True)
-class Slices:
-    """Slices the states of a pass whose layers keep keys and values only: a prefix' are the first of the pass'.
-
-    before, after: the states that the pass began and ended with.
-    """
-
-    method: ByReference
-    before: FastWeightCache
-    after: FastWeightCache
-    n_tokens: int
-
-    def at(self, positions: Tensor) -> FastWeightCache:
-        """See `StatesOfPass.at`."""
-        taken = Taken(self.method, self.before, positions)
-        taken.take([t for t in positions.unique().tolist() if t >= 0], 0, self.n_tokens, self.after)
-        return taken.all_rows()
-
-
-@dataclass(frozen=True)
-class Tails:
-    """Runs the tokens up to a position again from states that were kept every `step` tokens, the first before any.
-
-    All B*P rows run together and in order, although some end before others: rows may have adapters of their own, which go by their order.
-    """
-
-    method: ByReference
-    x: Tensor
-    kept: list[FastWeightCache]
-    step: int
-
-    def at(self, positions: Tensor) -> FastWeightCache:
-        """See `StatesOfPass.at`."""
-        counts = (positions + 1).flatten()  # [B*P] tokens of each prefix
-        row = torch.arange(len(self.x)).repeat_interleave(positions.shape[1])
-        kept = ((counts - 2).clamp(min=0) // self.step).clamp(max=len(self.kept) - 1)  # two tokens or more, see `pieces`
-        used = kept.unique().tolist()
-        slots = [(kept == i).nonzero()[:, 0] for i in used]
-        parts = [self.kept[i].index(row[slot]) for i, slot in zip(used, slots, strict=True)]
-        start = FastWeightCache.in_order(parts, slots)
-        first, rest = kept * self.step, counts - kept * self.step
-        width = int(rest.max()) if len(rest) else 0
-        if is_sharded(self.method.trunk):
-            width = self.step + 1  # whatever the positions: processes run together
-        if width == 0:
-            return start
-        columns = (first[:, None] + torch.arange(width)).clamp(max=self.x.shape[1] - 1).to(self.x.device, non_blocking=True)
-        tail = self.x[row.to(self.x.device, non_blocking=True)[:, None], columns]
-        return self.method.run_and_take(tail, start, rest[:, None] - 1)[1]

@@ -49,8 +49,7 @@ def state_method(trunk: StatefulTrunk) -> ByReference | ByTokens:
 def check(model: StatefulCausalModel) -> None:
     """Try states by reference and the head on a few tokens; where states are not exact, warn and let tokens take their place.
 
-    Raises:
-        RefineError: logits that are more than a matrix product of the last hidden state (and a known scale).
+    A RefineError where logits are more than a matrix product of the last hidden state (and a known scale).
     """
     trunk, training = model.model, model.training
     if any(p.is_meta for p in model.parameters()):
@@ -84,10 +83,8 @@ def _check_head(model: StatefulCausalModel) -> None:
     elif error > TOLERANCE[logits.dtype] / 10:
         problem = f"its logits differ from that by {error:.2g} of their spread"
     if problem is not None:
-        raise RefineError(
-            f"{model.model.label} is not supported: the losses here take logits as lm_head.weight times the last hidden state, but "
-            f"{problem}"
-        )
+        expected = "the losses here take logits as lm_head.weight times the last hidden state"
+        raise RefineError(f"{model.model.label} is not supported: {expected}, but {problem}")
 
 
 def state_problem(trunk: StatefulTrunk) -> str | None:

@@ -1,21 +1,17 @@
 """Give states to any causal model of transformers: linear-attention hybrids, Mamba-2 hybrids, and plain attention.
 
 The model stays what it is, parameters, names, `generate`, `save_pretrained`, PEFT and Trainer included; its class is a subclass of its
-own that also answers the calls of this package (`lengths`, `snapshot_positions`, `output_states`, `branch`, `step`). What a layer keeps
-decides how states are given:
-
-- *by reference*: keys and values, recurrent and convolution states are taken between the pieces of a pass that is cut at the chosen
-  positions (`by_reference.py`).
-- *by tokens*: the state of a prefix is the prefix, read again with what follows (`by_tokens.py`). It is taken, with a warning that names
-  the model, where states are of another kind or do not pass the check made at loading (`check.py`).
+own that also answers the calls of this package (`lengths`, `snapshot_positions`, `output_states`, `step`). States are given by reference
+(`by_reference.py`), or, with a warning that names the model, by tokens (`by_tokens.py`) where they are of a kind that cannot be handed over
+or do not pass the check made at loading (`check.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -23,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs
 
 from refine_nsp.errors import RefineError
-from refine_nsp.models.blocks import FastWeightForCausalLM
+from refine_nsp.models.blocks import FastWeightForCausalLM, FastWeightModel
 from refine_nsp.models.borrowed.by_reference import ByReference
 from refine_nsp.models.borrowed.check import check, state_method
 from refine_nsp.models.borrowed.layer_kernels import decide_at_each_call
@@ -37,23 +33,7 @@ HOUSE_ARGUMENTS = ("lengths", "snapshot_positions", "output_states")
 OUTPUT_PARTS = ("out_proj", "o_proj", "norm", "o_norm", "dense", "c_proj")  # of a mixer: they neither write nor read its state
 
 
-C = TypeVar("C")
-
-
-def once_a_class(make: Callable[[type[PreTrainedModel]], C]) -> Callable[[type[PreTrainedModel]], C]:
-    """Make each class once, so that two models of one class stay of one class."""
-    made: dict[type, C] = {}
-
-    @functools.wraps(make)
-    def find(plain: type[PreTrainedModel]) -> C:
-        if plain not in made:
-            made[plain] = make(plain)
-        return made[plain]
-
-    return find
-
-
-@once_a_class
+@functools.cache  # two models of one class stay of one class
 def trunk_class(plain: type[PreTrainedModel]) -> type[StatefulTrunk]:
     """Make the class of a trunk that answers the calls of this package too."""
     names = argument_names(plain)
@@ -64,14 +44,16 @@ def trunk_class(plain: type[PreTrainedModel]) -> type[StatefulTrunk]:
         kwargs |= dict(zip(names, args, strict=False))
         if self.answers_plainly or keeps_its_own(kwargs.get("past_key_values"), kwargs):
             return plain.forward(self, **kwargs)
-        return self.read(**kwargs)
+        if kwargs.get("output_hidden_states"):
+            raise RefineError(f"{self.label} gives its layers' hidden states only when asked without states; leave out lengths")
+        return FastWeightModel.forward(self, **kwargs)
 
     # `PreTrainedModel` would take the class of the configuration from `StatefulTrunk`.
     members = {"forward": forward, "config_class": plain.config_class}
     return type(plain.__name__, (StatefulTrunk, plain), _names(plain) | members)
 
 
-@once_a_class
+@functools.cache  # two models of one class stay of one class
 def causal_class(plain: type[PreTrainedModel]) -> type[StatefulCausalModel]:
     """Make the class of a causal model that answers the calls of this package too; `save_pretrained` writes the plain model."""
     names = argument_names(plain)
@@ -101,9 +83,8 @@ def causal_class(plain: type[PreTrainedModel]) -> type[StatefulCausalModel]:
     def load_state_dict(
         self: StatefulCausalModel, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> object:
-        # `save_pretrained` may write other names than the model's (experts one by one); resuming reads them back by name alone,
-        # and would leave what it does not find as it is. transformers converts names only while it loads (the way back, at saving, is a
-        # function of its own), and its steps are internal and change from release to release: so a second model is loaded for its names.
+        # `save_pretrained` may write other names than the model's (experts one by one), and resuming would leave what it does not find as
+        # it is. transformers converts names only while it loads: so a second model is loaded for its names.
         if not strict and state_dict.keys() - self.state_dict().keys():
             again = type(self).from_pretrained(None, config=self.config, state_dict=state_dict, dtype=self.dtype)
             state_dict = again.state_dict()
@@ -124,9 +105,9 @@ def class_for(config: PreTrainedConfig) -> type[StatefulCausalModel]:
     """Find the class that loads a causal model of `config`, or raise a RefineError when transformers has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RefineError(
-            f"transformers has no causal language model for {config.model_type!r}; expected a model that predicts the next token of a text"
+            f"transformers has no causal language model for {config.model_type!r}; expected one that continues a text"
         )
-    return causal_class(cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
+    return causal_class(cast(Hashable, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]))
 
 
 def with_states(model: PreTrainedModel, check_states: bool = True) -> StatefulCausalModel:
@@ -142,7 +123,7 @@ def with_states(model: PreTrainedModel, check_states: bool = True) -> StatefulCa
     stateful = cast(StatefulCausalModel, model)
     if "_refine_plain" in vars(type(model)):
         return stateful
-    model.__class__ = causal_class(type(model))
+    model.__class__ = causal_class(cast(Hashable, type(model)))
     _install(stateful)
     if check_states:
         check(stateful)
@@ -151,7 +132,7 @@ def with_states(model: PreTrainedModel, check_states: bool = True) -> StatefulCa
 
 def _install(model: StatefulCausalModel) -> None:
     trunk = model.model
-    trunk.__class__ = trunk_class(type(trunk))
+    trunk.__class__ = trunk_class(cast(Hashable, type(trunk)))
     trunk.answers_plainly = False
     trunk.head_factor = head_factor(model.config)
     trunk.kernel_names = decide_at_each_call(trunk)
@@ -171,10 +152,7 @@ def head_factor(config: PreTrainedConfig) -> float:
 
 
 def mark_mixers(trunk: nn.Module) -> list[StateMixer]:
-    """Find the modules that write and read states, and note in each which of its parts do.
-
-    They are the recurrent modules, or attention where there are no others.
-    """
+    """Find the modules that write and read states, recurrent ones or else attention, and note in each which of its parts do."""
     keepers = [
         m for m in trunk.modules() if hasattr(m, "layer_idx") and not any(hasattr(s, "layer_idx") for s in list(m.modules())[1:])
     ]
@@ -188,7 +166,6 @@ def mark_mixers(trunk: nn.Module) -> list[StateMixer]:
     return mixers
 
 
-# --- calls of the plain model: positional arguments by name, and what its own code would get wrong refused -----------------
 def argument_names(plain: type[PreTrainedModel]) -> list[str]:
     """List the names of the plain model's positional arguments, in their order."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -201,7 +178,7 @@ def keeps_its_own(past: object, keywords: Mapping[str, object]) -> bool:
         return False
     if is_packed(keywords):
         raise RefineError(
-            f"packed documents would share the states of a {type(past).__name__}; pass use_cache=False, or a refine_nsp FastWeightCache"
+            f"packed documents would share the states of a {type(past).__name__}; pass use_cache=False or a FastWeightCache"
         )
     return True
 
@@ -213,6 +190,3 @@ def refuse_extra_losses(model: StatefulCausalModel, keywords: Mapping[str, objec
             f"{model.model.label}: output_router_logits=True adds a loss of the experts, which is not computed with states or for packed "
             "documents; set it to False in the config, or train on rows of one document"
         )
-
-
-__all__ = ["class_for", "with_states"]

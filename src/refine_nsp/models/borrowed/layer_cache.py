@@ -1,10 +1,8 @@
 """Take the states of transformers' own layers, and hand them back, by reference.
 
-The stock cache copies states in place, which breaks gradients and changes snapshots under their owners' hands. Here a pass starts from
-plain dictionaries of tensors and ends in others; nothing that was handed over is written to.
-
-Keys and values are held with the newest token last: rows of different lengths have their holes at the start, so that a sliding window
-counts tokens, and a prefix' keys are a slice of the whole pass' keys.
+The stock cache copies states in place, which breaks gradients and changes snapshots under their owners' hands. Keys and values are held
+with the newest token last: rows of different lengths have their holes at the start, so that a sliding window counts tokens, and a prefix'
+keys are a slice of the whole pass' keys.
 """
 
 from __future__ import annotations
@@ -17,15 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    LinearAttentionCacheLayerMixin,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin, get_layer_types_and_kwargs
 
-from refine_nsp.models.state import LayerState
+from refine_nsp.models.state import LayerState, tensors_of
 
 # What a layer can keep so that its state is exact: keys and values of all tokens or of a window, states of one size, both, or nothing.
 EXACT_KINDS = ("full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "dummy")
@@ -78,7 +70,6 @@ class _Replacing:
     has_previous_state: dict[int, bool]
     is_conv_states_initialized: dict[int, bool]
     is_recurrent_states_initialized: dict[int, bool]
-    number_of_states: int
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -122,13 +113,9 @@ def replacing(layer: L) -> L:
 
 
 class ReferenceCache(DynamicCache):
-    """Serves one pass as transformers' cache, continuing from the states of its layers; they are read, never written.
+    """Serves one pass as transformers' cache, continuing from the states of its layers; they are read, never written."""
 
-    Args:
-        config: the model's.
-        layers: a state for each, tensors [B, ...]; empty before the first pass.
-        columns: tokens of the longest row so far; keys and values of all tokens are so wide.
-    """
+    columns: int  # tokens of the longest row so far; keys and values of all tokens are so wide
 
     def __init__(self, config: PreTrainedConfig, layers: Sequence[LayerState] = (), columns: int = 0) -> None:
         super().__init__(config=config)
@@ -154,20 +141,8 @@ class ReferenceCache(DynamicCache):
 
     def states(self) -> list[LayerState]:
         """Return every layer's state: `keys`, `values` [B, Ha, S, Dk], `conv_i` [B, channels, W], `recurrent_i` [B, ...]."""
-        return [self._state(layer) for layer in self.layers]
+        return [{name: returned(x) for name, x in tensors_of(layer).items()} for layer in self.layers]
 
-    @staticmethod
-    def _state(layer: object) -> LayerState:
-        state: LayerState = {}
-        if isinstance(layer, DynamicLayer) and layer.keys is not None:
-            assert layer.values is not None
-            state |= {"keys": layer.keys, "values": layer.values}
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for what, kept in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
-                state |= {f"{what}_{i}": returned(x) for i, x in kept.items() if x is not None}
-        return state
-
-    # --- what models call ---------------------------------------------------------------------------------------------
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self._lend(super().get_conv_state(layer_idx, state_idx), self.layers[layer_idx], "conv", state_idx)
 
@@ -211,13 +186,5 @@ def trimmed(layers: Sequence[LayerState], columns: int) -> list[LayerState]:
     """Cut keys and values to their newest `columns`: the others are a hole in every row."""
     return [
         {name: x[:, :, -columns:] if name in ("keys", "values") and x.shape[2] > columns else x for name, x in layer.items()}
-        for layer in layers
-    ]
-
-
-def nothing_yet(layers: Sequence[LayerState]) -> list[LayerState]:
-    """Make the states before any token, of the shapes of `layers`."""
-    return [
-        {name: x[:, :, :0] if name in ("keys", "values") else torch.zeros_like(x) for name, x in layer.items()}
         for layer in layers
     ]

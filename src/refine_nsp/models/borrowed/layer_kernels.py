@@ -1,8 +1,7 @@
 """Let functions of transformers' layers decide at each call whether they run on a kernel.
 
 Where flash-linear-attention, mamba-ssm or causal-conv1d is installed, transformers puts its kernels in the place of the layers' own PyTorch
-code when a layer's file is imported, whatever device the tensors will be on. But a kernel takes tensors of a CUDA device alone, and a
-model that is loaded starts on the CPU. So here the device of the tensors and `ops/kernels.py` decide, as for this package's own families.
+code when a layer's file is imported. But kernels take tensors of a CUDA device alone, and a model that is loaded starts on the CPU.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from refine_nsp.ops import kernels
 
 
 def decide_at_each_call(trunk: nn.Module) -> list[str]:
-    """Bind the kernels of `trunk`'s layers to tensors they can run on; return their names.
-
-    A layer finds them in the file of transformers that it comes from, so all models of that file are served, with states or without.
-    """
+    """Bind the kernels in the files of transformers that `trunk`'s layers come from to tensors they can run on; return their names."""
     names = []
     for file in sorted({type(module).__module__ for module in trunk.modules()}):
         for name, function in list(vars(sys.modules[file]).items()):
@@ -46,7 +42,11 @@ def substitute_of(function: object) -> Callable[..., object] | None:
 def deciding(function: Callable[..., object], kernel: Callable[..., object]) -> Callable[..., object]:
     """Make a function that calls `function`, which calls `kernel`, where that runs, and elsewhere the layer's own PyTorch code."""
     own, package = vars(function)["__wrapped__"], kernel.__module__.partition(".")[0]
-    runs = functools.partial(_delta_rule_runs, gated="gated" in kernel.__name__) if package == "fla" else _runs
+
+    def runs(x: Tensor) -> bool:
+        if package == "fla":  # kernels of the delta rule, of queries [B, T, H, Dk]
+            return kernels.delta_rule_runs(x, x.dtype, x.shape[-1], "gated" in kernel.__name__)
+        return x.is_cuda and kernels.wanted() != "torch"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> object:
@@ -57,12 +57,3 @@ def deciding(function: Callable[..., object], kernel: Callable[..., object]) -> 
 
     vars(call)["kernel_name"] = f"{kernel.__name__} ({package})"
     return call
-
-
-def _delta_rule_runs(queries: Tensor, gated: bool) -> bool:
-    """Tell whether the delta rule's kernels run on queries [B, T, H, Dk]."""
-    return kernels.delta_rule_runs(queries, queries.dtype, queries.shape[-1], gated)
-
-
-def _runs(x: Tensor) -> bool:
-    return x.is_cuda and kernels.wanted() != "torch"

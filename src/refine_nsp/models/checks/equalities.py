@@ -6,10 +6,11 @@ What is compared is every value that the model returns for real tokens, or gradi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ Tensors = Mapping[str, Tensor]
 # A model that raises one of these refuses a call in words, so it misleads nobody: the line says "refuses" and does not fail.
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError)
 Pair = tuple[Tensors, Tensors]  # what was expected, and what was found
+W = TypeVar("W")
 
 
 class NotApplicable(Exception):
@@ -34,30 +36,25 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """Holds a model to try, and the tokens to try it with.
-
-    Attributes:
-        module: the model, in eval mode. ways: how it is called.
-        ids: [B, T] long, on the module's device; rows differ in every column.
-        cut: tokens of the prefix, with at least four behind it. single: how many tokens behind it are read one by one.
-        same_by_single_tokens: whether one token is expected to leave the state that several do.
-    """
+    """Holds a model to try, in eval mode, and the tokens to try it with."""
 
     module: nn.Module
-    ways: Ways
-    ids: Tensor
-    cut: int
-    single: int
-    same_by_single_tokens: bool = True
+    ways: Ways  # how it is called
+    ids: Tensor  # [B, T] long, on the module's device; rows differ in every column
+    cut: int  # tokens of the prefix, with at least four behind it
+    single: int  # how many tokens behind it are read one by one
+    same_by_single_tokens: bool = True  # whether one token is expected to leave the state that several do
     seen: dict[str, Tensor] = field(default_factory=dict)  # what a pass over `ids` without gradients returned
 
     def of(self, module: nn.Module) -> Probe:
         """Ask the same of another module, such as a copy in another precision."""
         return replace(self, module=module, seen={})
 
-    def need(self, name: str) -> str:
-        """Return the reason why a way of calling is not there."""
-        return self.ways.missing.get(name, f"its Ways have no {name}")
+    def need(self, name: str, way: W | None) -> W:
+        """Return a way of calling, or raise `NotApplicable` with the reason why it is not there."""
+        if way is None:
+            raise NotApplicable(self.ways.missing.get(name, f"its Ways have no {name}"))
+        return way
 
     def run(self, ids: Tensor | None = None) -> Tensor:
         """Read ids in one pass without a cache; by default all rows, which is done once where no gradients are asked for."""
@@ -69,9 +66,7 @@ class Probe:
 
     def follow(self, ids: Tensor, cache: object = None, seen: int = 0, mask: Tensor | None = None) -> tuple[Tensor, object]:
         """Read ids behind what a cache holds of `seen` columns."""
-        if self.ways.follow is None:
-            raise NotApplicable(self.need("follow"))
-        values, cache = self.ways.follow(self.module, ids, cache, seen, mask)
+        values, cache = self.need("follow", self.ways.follow)(self.module, ids, cache, seen, mask)
         if cache is None:
             raise Broken("it returns no cache although it is asked to keep one")
         return values, cache
@@ -89,7 +84,6 @@ def one(values: Tensor) -> Tensors:
     return {"values": values}
 
 
-# --- continuing -----------------------------------------------------------------------------------------------------------
 def continuation(probe: Probe) -> Pair:
     """Compare a prefix, and several tokens that continue from it, with the whole."""
     first, cache = probe.follow(probe.ids[:, : probe.cut])
@@ -99,9 +93,7 @@ def continuation(probe: Probe) -> Pair:
 
 def positions(probe: Probe) -> Pair:
     """Compare a continuation that is not told its positions with the whole."""
-    if probe.ways.unaided is None:
-        raise NotApplicable(probe.need("unaided"))
-    return continuation(replace(probe, ways=replace(probe.ways, follow=probe.ways.unaided)))
+    return continuation(replace(probe, ways=replace(probe.ways, follow=probe.need("unaided", probe.ways.unaided))))
 
 
 def single_tokens(probe: Probe) -> Pair:
@@ -116,15 +108,11 @@ def single_tokens(probe: Probe) -> Pair:
 
 
 def states_after_pieces(probe: Probe) -> Pair:
-    """Compare the states after a text read in pieces, one of them a single token, with those after one pass.
-
-    Each is measured by its own size, however little its layer counts in the output.
-    """
+    """Compare the states after a text read in pieces, one a single token, with those after one pass, each by its own size."""
     _, direct = probe.follow(probe.ids)
-    T, cut = probe.ids.shape[1], probe.cut
+    T, cut, seen = probe.ids.shape[1], probe.cut, 0
     cache: object = None
     pieces = [cut, 1, T - cut - 1] if probe.same_by_single_tokens else [cut, T - cut]
-    seen = 0
     for piece in probe.ids.split(pieces, 1):
         _, cache = probe.follow(piece, cache, seen)
         seen += piece.shape[1]
@@ -137,10 +125,7 @@ def states_after_pieces(probe: Probe) -> Pair:
 
 @torch.enable_grad()
 def recurrence(probe: Probe) -> None:
-    """See that a recurrent state comes from the one before where several tokens follow.
-
-    The graph is asked, since what is left of a state after a few tokens may be below rounding.
-    """
+    """See that a recurrent state comes from the one before, by the graph: what is left after a few tokens may be below rounding."""
     if probe.ways.leaves is None:
         raise NotApplicable("its cache gives no states that a graph could begin with")
     _, cache = probe.follow(probe.ids[:, : probe.cut])
@@ -158,7 +143,6 @@ def recurrence(probe: Probe) -> None:
         raise Broken("its layers do not go on from their recurrent state where several tokens follow")
 
 
-# --- pads and rows --------------------------------------------------------------------------------------------------------
 def _padded(probe: Probe, left: bool, pad: int = 0) -> tuple[Tensor, Tensor, list[int]]:
     """Make rows of different lengths of the first tokens of each: ids and mask [B, T], and the lengths."""
     B, T = probe.ids.shape
@@ -179,32 +163,26 @@ def _real(values: Tensor, lengths: Sequence[int], left: bool) -> Tensors:
 
 def padded(probe: Probe, left: bool) -> Pair:
     """Compare rows of different lengths, padded on one side, with the same tokens without pads."""
-    if probe.ways.masked is None:
-        raise NotApplicable(probe.need("masked"))
     ids, mask, lengths = _padded(probe, left)
-    found = probe.ways.masked(probe.module, ids, mask)
+    found = probe.need("masked", probe.ways.masked)(probe.module, ids, mask)
     return _real(probe.run(), lengths, False), _real(found, lengths, left)
 
 
 def pads_content(probe: Probe) -> Pair:
     """Compare rows whose pads are one token with the same rows whose pads are another."""
-    if probe.ways.masked is None:
-        raise NotApplicable(probe.need("masked"))
+    masked = probe.need("masked", probe.ways.masked)
     expected: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     for left in (False, True):
         for into, pad in ((expected, 0), (found, int(probe.ids[0, 0]))):
             ids, mask, lengths = _padded(probe, left, pad)
-            rows = _real(probe.ways.masked(probe.module, ids, mask), lengths, left)
+            rows = _real(masked(probe.module, ids, mask), lengths, left)
             into |= {f"{name} {left}": x for name, x in rows.items()}
     return expected, found
 
 
 def _prefixes(probe: Probe, count: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Make prefixes of different lengths, padded on the left, and the `count` tokens that follow each.
-
-    Returns ids and mask [B, cut], what follows [B, count], and the lengths.
-    """
+    """Make prefixes of different lengths, padded on the left: ids and mask [B, cut], what follows each [B, count], and the lengths."""
     cut = probe.cut
     lengths = [cut - (2 * b) % (cut - 1) for b in range(len(probe.ids))]
     ids, mask = torch.zeros_like(probe.ids[:, :cut]), torch.zeros_like(probe.ids[:, :cut])
@@ -226,8 +204,7 @@ def decoding_behind_pads(probe: Probe) -> Pair:
             seen += 1
         return torch.cat(found, 1)
 
-    if probe.ways.masked is None:
-        raise NotApplicable(probe.need("masked"))
+    probe.need("masked", probe.ways.masked)
     ids, mask, rest, lengths = _prefixes(probe, probe.single)
     found = decode(ids, rest, mask)
     alone = [decode(probe.ids[b : b + 1, :n], rest[b : b + 1], None) for b, n in enumerate(lengths)]
@@ -257,29 +234,22 @@ def batch_size(probe: Probe) -> Pair:
 
 def packed(probe: Probe, way: str) -> Pair:
     """Compare documents packed in one row with the documents apart."""
-    if way not in probe.ways.packed:
-        raise NotApplicable(probe.need("packed"))
+    run = probe.need("packed", probe.ways.packed.get(way))
     T = probe.ids.shape[1]
     lengths = [T // 2, T // 3, T - T // 2 - T // 3]
     documents = [row[:n] for row, n in zip(probe.ids.repeat(3, 1), lengths, strict=False)]
     try:
-        found = probe.ways.packed[way](probe.module, torch.cat(documents)[None], lengths)
+        found = run(probe.module, torch.cat(documents)[None], lengths)
     except REFUSALS as error:
         raise NotApplicable(f"refused: {first_line(error)}") from error
     return one(torch.cat([probe.run(document[None]) for document in documents], 1)), one(found)
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------------
-def earliest(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Find the parameters before and in the first layer: what reaches them has gone through all others."""
-    named = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
-    first = {n: p for n, p in named.items() if ".0." in n}
-    return first or named
-
-
 def _gradients(module: nn.Module, values: Tensor, targets: Tensor) -> Tensors:
     """Return the gradients of the cross-entropy of values [B, T, V] and targets [B, T]."""
-    parameters = earliest(module)
+    named = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
+    # What reaches the first layer has gone through all others.
+    parameters = {n: p for n, p in named.items() if ".0." in n} or named
     wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
     loss = nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten() % values.shape[-1])
     if not loss.requires_grad:
@@ -298,65 +268,59 @@ def gradient(probe: Probe) -> Pair:
     return expected, _gradients(probe.module, values, targets)
 
 
-@torch.enable_grad()
-def checkpointing(probe: Probe) -> Pair:
-    """Compare outputs and gradients of a training pass with gradient checkpointing with those without."""
-    if probe.ways.checkpoint is None:
-        raise NotApplicable(probe.need("checkpoint"))
-    targets = probe.ids.flip(1)
+def _with_checkpointing_and_without(probe: Probe, result: Callable[[bool], Tensors]) -> Pair:
+    """Return the result of training passes without gradient checkpointing and with it."""
+    switch = probe.need("checkpoint", probe.ways.checkpoint)
     found = []
     probe.module.train()
     try:
         for whether in (False, True):
-            probe.ways.checkpoint(probe.module, whether)
+            switch(probe.module, whether)
             torch.manual_seed(0)
-            values = probe.run()
-            found.append({"values": values.detach()} | dict(_gradients(probe.module, values, targets)))
+            found.append(result(whether))
     finally:
-        probe.ways.checkpoint(probe.module, False)
+        switch(probe.module, False)
         probe.module.eval()
     return found[0], found[1]
+
+
+@torch.enable_grad()
+def checkpointing(probe: Probe) -> Pair:
+    """Compare outputs and gradients of a training pass with gradient checkpointing with those without."""
+
+    def result(whether: bool) -> Tensors:
+        values = probe.run()
+        return {"values": values.detach()} | dict(_gradients(probe.module, values, probe.ids.flip(1)))
+
+    return _with_checkpointing_and_without(probe, result)
 
 
 @torch.enable_grad()
 def checkpointing_with_cache(probe: Probe) -> Pair:
     """Compare a continuation from a cached state in training, with gradient checkpointing, with the same without."""
-    if probe.ways.checkpoint is None:
-        raise NotApplicable(probe.need("checkpoint"))
-    if probe.ways.follow is None:
-        raise NotApplicable(probe.need("follow"))
-    found = []
-    probe.module.train()
-    try:
-        for whether in (False, True):
-            probe.ways.checkpoint(probe.module, whether)
-            torch.manual_seed(0)
-            try:
-                _, cache = probe.ways.follow(probe.module, probe.ids[:, : probe.cut], None, 0, None)
-                if cache is None and not whether:
-                    raise NotApplicable("it returns no cache in training, with gradient checkpointing or without")
-                if cache is None:
-                    raise Broken("it returns no cache then, and a line in the log is all that says so")
-                values = probe.ways.follow(probe.module, probe.ids[:, probe.cut :], cache, probe.cut, None)[0]
-            except REFUSALS as error:
-                if whether:
-                    raise NotApplicable(f"refused: {first_line(error)}") from error
-                raise
-            found.append(one(values.detach()))
-    finally:
-        probe.ways.checkpoint(probe.module, False)
-        probe.module.eval()
-    return found[0], found[1]
+    follow = probe.need("follow", probe.ways.follow)
+
+    def result(whether: bool) -> Tensors:
+        try:
+            _, cache = follow(probe.module, probe.ids[:, : probe.cut], None, 0, None)
+            if cache is None and not whether:
+                raise NotApplicable("it returns no cache in training, with gradient checkpointing or without")
+            if cache is None:
+                raise Broken("it returns no cache then, and a line in the log is all that says so")
+            return one(follow(probe.module, probe.ids[:, probe.cut :], cache, probe.cut, None)[0].detach())
+        except REFUSALS as error:
+            if whether:
+                raise NotApplicable(f"refused: {first_line(error)}") from error
+            raise
+
+    return _with_checkpointing_and_without(probe, result)
 
 
-# --- the rest -------------------------------------------------------------------------------------------------------------
 def generation(probe: Probe) -> Pair:
     """Compare greedy answers with and without a cache: logits up to the first token that differs, which only a tie explains."""
-    if probe.ways.generate is None:
-        raise NotApplicable(probe.need("generate"))
-    prompts = probe.ids[:, : probe.cut]
-    tokens, expected = probe.ways.generate(probe.module, prompts, probe.single, False)
-    others, found = probe.ways.generate(probe.module, prompts, probe.single, True)
+    generate, prompts = probe.need("generate", probe.ways.generate), probe.ids[:, : probe.cut]
+    tokens, expected = generate(probe.module, prompts, probe.single, False)
+    others, found = generate(probe.module, prompts, probe.single, True)
     same = (tokens == others).long().cumprod(1).sum(1)  # [B] tokens that agree
     keep = torch.arange(probe.single, device=same.device) <= same[:, None]
     return one(expected[keep]), one(found[keep])
@@ -364,11 +328,10 @@ def generation(probe: Probe) -> Pair:
 
 def save_and_load(probe: Probe) -> Pair:
     """Compare a model with what is loaded from what it saves."""
-    if probe.ways.save is None or probe.ways.load is None:
-        raise NotApplicable(probe.need("save"))
+    save, load = probe.need("save", probe.ways.save), probe.need("save", probe.ways.load)
     with tempfile.TemporaryDirectory() as folder:
-        probe.ways.save(probe.module, Path(folder))
-        again = probe.ways.load(probe.module, Path(folder)).to(probe.ids.device)
+        save(probe.module, Path(folder))
+        again = load(probe.module, Path(folder)).to(probe.ids.device)
         return one(probe.run()), one(probe.ways.run(again, probe.ids))
 
 

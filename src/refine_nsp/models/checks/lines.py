@@ -16,27 +16,19 @@ LENGTHS = "put rows of one length together, or load the model by refine_nsp.load
 
 @dataclass(frozen=True)
 class Line:
-    """Describes a check.
+    """Describes a check."""
 
-    Attributes:
-        name: for JSON. title: what holds, as the table says it.
-        means: what it means for training where it does not hold. mend: what to do then.
-        compare: reads a text in two ways; None is a check that raises where it does not hold.
-        quick: whether it belongs to the quick ones. in_float64: whether a copy in float64 takes it too.
-        in_bfloat16: whether a copy in bfloat16 takes it instead. follows: lines that it cannot hold without.
-        answers: whether what is compared depends on the model's own answers, which another precision may give otherwise.
-    """
-
-    name: str
-    title: str
-    means: str
-    mend: str
-    compare: Callable[[Probe], Pair | None]
-    quick: bool = True
-    in_float64: bool = True
-    in_bfloat16: bool = False
-    follows: tuple[str, ...] = ()
-    answers: bool = False
+    name: str  # for JSON
+    title: str  # what holds, as the table says it
+    means: str  # what it means for training where it does not hold
+    mend: str  # what to do then
+    compare: Callable[[Probe], Pair | None]  # reads a text in two ways; None is a check that raises where it does not hold
+    quick: bool = True  # whether it belongs to the quick ones
+    in_float64: bool = True  # whether a copy in float64 takes it too
+    in_bfloat16: bool = False  # whether a copy in bfloat16 takes it instead
+    follows: tuple[str, ...] = ()  # lines that it cannot hold without
+    answers: bool = False  # whether the model's own answers are compared, which another precision may give otherwise
+    gradients: bool = False  # whether gradients are compared
 
 
 LINES = (
@@ -116,7 +108,7 @@ LINES = (
     Line(
         "gradient", "gradients through a cached state = through the whole",
         "losses behind a cached state do not train what wrote that state (or fail in the backward pass)",
-        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",),
+        "train on whole sequences, or " + WITH_STATES, equalities.gradient, follows=("continuation",), gradients=True,
     ),
     Line(
         "generation", "generate with a cache = without",
@@ -126,13 +118,13 @@ LINES = (
     Line(
         "checkpointing", "gradient checkpointing changes nothing",
         "with gradient_checkpointing the model learns something else than without",
-        "leave gradient_checkpointing out, or set segment_tokens instead", equalities.checkpointing, quick=False,
+        "leave gradient_checkpointing out, or set segment_tokens instead", equalities.checkpointing, quick=False, gradients=True,
     ),
     Line(
         "checkpointing_cache", "gradient checkpointing keeps the cache",
         "with gradient_checkpointing, whatever continues from a cache in training begins from nothing; at most a log line says so",
         "leave gradient_checkpointing out where states are carried, or load the model by refine_nsp.load, which runs whole pieces again",
-        equalities.checkpointing_with_cache, quick=False,
+        equalities.checkpointing_with_cache, quick=False, gradients=True,
     ),
     Line(
         "kernels", "kernels = PyTorch's operations",

@@ -1,13 +1,10 @@
-"""Copy a model in float64, and measure how far two sets of tensors are apart.
-
-The copy is the yardstick: what its arithmetic gives is taken for exact, so that a model's own precision can be told from a fault.
-"""
+"""Copy a model in float64, whose arithmetic is taken for exact, and measure how far two sets of tensors are apart."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -21,11 +18,7 @@ SMALL = 1e-3  # a tensor counts as at least so large, as a share of the largest 
 
 
 class Float64Stays(TorchFunctionMode):
-    """Let casts of float64 to float32 do nothing.
-
-    transformers computes norms, decays and the delta rule in float32 whatever the weights are, which would hide an error of a state behind
-    rounding; here the same code runs in float64 throughout.
-    """
+    """Let casts of float64 to float32 do nothing: those of norms and decays would hide an error of a state behind rounding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -76,22 +69,22 @@ def float64_problem(module: nn.Module) -> str | None:
 
 def largest(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
     """Measure how far `found` is from `expected`: the largest difference of a number, over the size (RMS) of its tensor."""
-    return _distance(expected, found, "largest")
+    return _distance(expected, found, lambda x: x.square().mean().sqrt(), torch.max)
 
 
 def average(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
     """Measure how far `found` is from `expected`: the worst tensor's mean difference, over the mean size of its numbers."""
-    return _distance(expected, found, "average")
+    return _distance(expected, found, lambda x: x.abs().mean(), torch.mean)
 
 
-def _distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], how: str) -> float:
-    wide = {name: (x.detach().double(), found[name].detach().double()) for name, x in expected.items() if x.numel()}
-    if how == "largest":
-        sizes = {name: float(x.square().mean().sqrt()) for name, (x, _) in wide.items()}
-        errors = {name: float((x - y).abs().max()) for name, (x, y) in wide.items()}
-    else:
-        sizes = {name: float(x.abs().mean()) for name, (x, _) in wide.items()}
-        errors = {name: float((x - y).abs().mean()) for name, (x, y) in wide.items()}
-    least = max(SMALL * max(sizes.values(), default=0.0), 1e-30)
-    worst = [errors[name] / max(size, least) for name, size in sizes.items()]
+def _distance(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    size: Callable[[Tensor], Tensor],
+    over: Callable[[Tensor], Tensor],
+) -> float:
+    wide = [(x.detach().double(), found[name].detach().double()) for name, x in expected.items() if x.numel()]
+    sizes = [float(size(x)) for x, _ in wide]
+    least = max(SMALL * max(sizes, default=0.0), 1e-30)
+    worst = [float(over((x - y).abs())) / max(n, least) for (x, y), n in zip(wide, sizes, strict=True)]
     return float("inf") if any(e != e for e in worst) else max(worst, default=0.0)

@@ -1,7 +1,6 @@
 """Say how a model is called, by a record of callables; those of transformers' models, ours among them, are made here.
 
-Each callable takes the module first, so that the same record serves a copy in another precision. What a model cannot do is left out, with
-the reason, and the checks that need it say so.
+Each callable takes the module first, so that the same record serves a copy in another precision.
 """
 
 from __future__ import annotations
@@ -16,49 +15,43 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from refine_nsp.models.blocks import FastWeightForCausalLM
-from refine_nsp.models.state import FastWeightCache
+from refine_nsp.models.state import FastWeightCache, tensors_of
 
-Masked = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Follow = Callable[[nn.Module, Tensor, object, int, "Tensor | None"], tuple[Tensor, object]]
-Packed = Callable[[nn.Module, Tensor, Sequence[int]], Tensor]
-Generate = Callable[[nn.Module, Tensor, int, bool], tuple[Tensor, Tensor]]
 States = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """Lists the ways of calling a model; what it returns for every token may be logits or hidden states.
+    """Lists the ways of calling a model; what it returns for every token may be logits or hidden states."""
 
-    Attributes:
-        run: (module, ids [B, T]) -> values [B, T, V].
-        masked: (module, ids, mask [B, T] of 0 and 1) -> values [B, T, V]; pads may stand at either end.
-        packed: by name of the way, (module, ids [1, T], lengths of the documents in them) -> values [1, T, V].
-        follow: (module, ids, cache, columns that the cache has seen, mask) -> (values, cache); the cache is None at first, and the
-            mask, None without pads, covers what the cache has seen too. Pads stand on the left.
-        unaided: the same without a word of positions or masks, where `follow` gives them.
-        generate: (module, ids, N, whether with a cache) -> (the N greedy tokens [B, N], their logits [B, N, V]).
-        states: cache -> its tensors by name; names that begin with `recurrent` are states that are written again and again.
-        leaves: cache -> the same cache with its states as leaves of a new graph.
-        checkpoint: (module, whether) -> None, gradient checkpointing on or off.
-        save, load: (module, folder) -> None, and (module, folder) -> what was saved there.
-        missing: the reason why a way is not there, by its name.
-    """
-
+    # (module, ids [B, T]) -> values [B, T, V]
     run: Callable[[nn.Module, Tensor], Tensor]
-    masked: Masked | None = None
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    # (module, ids, mask [B, T] of 0 and 1) -> values [B, T, V]; pads may stand at either end
+    masked: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    # By name of the way, (module, ids [1, T], lengths of the documents in them) -> values [1, T, V]
+    packed: Mapping[str, Callable[[nn.Module, Tensor, Sequence[int]], Tensor]] = field(default_factory=dict)
+    # (module, ids, cache, columns that the cache has seen, mask) -> (values, cache); the cache is None at first, and the mask, None without
+    # pads, covers what the cache has seen too. Pads stand on the left.
     follow: Follow | None = None
+    # The same without a word of positions or masks, where `follow` gives them
     unaided: Follow | None = None
-    generate: Generate | None = None
+    # (module, ids, N, whether with a cache) -> (the N greedy tokens [B, N], their logits [B, N, V])
+    generate: Callable[[nn.Module, Tensor, int, bool], tuple[Tensor, Tensor]] | None = None
+    # cache -> its tensors by name; names that begin with `recurrent` are states that are written again and again
     states: Callable[[object], States] | None = None
+    # cache -> the same cache with its states as leaves of a new graph
     leaves: Callable[[object], object] | None = None
+    # (module, whether) -> None, gradient checkpointing on or off
     checkpoint: Callable[[nn.Module, bool], None] | None = None
+    # (module, folder) -> None, and (module, folder) -> what was saved there
     save: Callable[[nn.Module, Path], None] | None = None
     load: Callable[[nn.Module, Path], nn.Module] | None = None
+    # The reason why a way is not there, by its name
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,7 +84,7 @@ def ways_of(model: PreTrainedModel) -> Ways:
         states=states_of if cache else None,
         leaves=leaves_of if own else None,
         checkpoint=checkpoint if model.supports_gradient_checkpointing else None,
-        save=save,
+        save=lambda module, folder: cast(PreTrainedModel, module).save_pretrained(folder),
         load=load_again,
         missing=missing,
     )
@@ -104,20 +97,17 @@ def has_states(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Calls:
-    """Calls a model of transformers.
+    """Calls a model of transformers."""
 
-    cache: the name that it takes its cache by. places: whether it takes `position_ids`. new: makes its first cache, unless it does itself.
-    """
-
-    cache: str | None
-    places: bool
-    new: Callable[[], object] | None = None
+    cache: str | None  # the name that it takes its cache by
+    places: bool  # whether it takes `position_ids`
+    new: Callable[[], object] | None = None  # makes its first cache, unless it does itself
 
     def run(self, module: nn.Module, ids: Tensor) -> Tensor:
-        return logits_of(module(input_ids=ids, use_cache=False))
+        return module(input_ids=ids, use_cache=False).logits
 
     def masked(self, module: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        return logits_of(module(input_ids=ids, use_cache=False, **self._marks(mask, ids.shape[1])))
+        return module(input_ids=ids, use_cache=False, **self._marks(mask, ids.shape[1])).logits
 
     def follow(self, module: nn.Module, ids: Tensor, cache: object, seen: int, mask: Tensor | None) -> tuple[Tensor, object]:
         B, T = ids.shape
@@ -142,7 +132,7 @@ class _Calls:
         if after is None and cache is None and not module.training:  # it may fill one that it is given, although it returns none
             after = DynamicCache(config=cast(Any, module).config)
             out = module(input_ids=ids, use_cache=True, **{self.cache: after}, **given)
-        return logits_of(out), cache if after is None else after
+        return out.logits, cache if after is None else after
 
     def _marks(self, mask: Tensor, n_tokens: int) -> dict[str, Tensor]:
         """Give the mask, and positions as `generate` counts them where pads stand on the left."""
@@ -152,15 +142,10 @@ class _Calls:
         return given
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return what a causal model's output says of the next tokens [B, T, V]."""
-    return cast(Tensor, output.logits)
-
-
 def packed_by_places(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """Run documents in one row, told apart by `position_ids` that begin again."""
     places = torch.cat([torch.arange(n) for n in lengths])[None].to(ids.device)
-    return logits_of(module(input_ids=ids, position_ids=places, use_cache=False))
+    return module(input_ids=ids, position_ids=places, use_cache=False).logits
 
 
 def packed_by_boundaries(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -168,7 +153,7 @@ def packed_by_boundaries(module: nn.Module, ids: Tensor, lengths: Sequence[int])
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(ids.device)
     longest = max(lengths)
     marks = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return logits_of(module(input_ids=ids, use_cache=False, **marks))
+    return module(input_ids=ids, use_cache=False, **marks).logits
 
 
 def packed_by_collator(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -177,7 +162,7 @@ def packed_by_collator(module: nn.Module, ids: Tensor, lengths: Sequence[int]) -
     batch = collator([{"input_ids": document.tolist()} for document in ids[0].split(list(lengths))])
     batch.pop("labels")
     given = {name: x.to(ids.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-    return logits_of(module(**given, use_cache=False))
+    return module(**given, use_cache=False).logits
 
 
 def generate(module: nn.Module, ids: Tensor, count: int, use_cache: bool) -> tuple[Tensor, Tensor]:
@@ -193,24 +178,10 @@ def generate(module: nn.Module, ids: Tensor, count: int, use_cache: bool) -> tup
 
 def states_of(cache: object) -> States:
     """Read the tensors of a cache of ours or of transformers; nothing where it is of another kind."""
-    found: dict[str, Tensor] = {}
-    if isinstance(cache, FastWeightCache):
-        for i, state in enumerate(cache.layers):
-            found |= {f"{_kind(name)} {i} {name}": x for name, x in state.items()}
-    elif isinstance(cache, Cache):
-        for i, layer in enumerate(cache.layers):
-            found |= _states_of_layer(i, layer)
-    return found
-
-
-def _states_of_layer(i: int, layer: object) -> States:
-    found: dict[str, Tensor] = {}
-    if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
-        found |= {f"keys {i}": layer.keys, f"values {i}": layer.values}
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for kind, kept in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
-            found |= {f"{kind} {i} {j}": x for j, x in kept.items() if x is not None}
-    return found
+    states = cache.layers if isinstance(cache, FastWeightCache) else []
+    if isinstance(cache, Cache) and not isinstance(cache, FastWeightCache):
+        states = [tensors_of(layer) for layer in cache.layers]
+    return {f"{_kind(name)} {i} {name}": x for i, state in enumerate(states) for name, x in state.items()}
 
 
 def _kind(name: str) -> str:
@@ -234,32 +205,25 @@ def checkpoint(module: nn.Module, whether: bool) -> None:
         model.gradient_checkpointing_disable()
 
 
-def save(module: nn.Module, folder: Path) -> None:
-    """Write a model's folder."""
-    cast(PreTrainedModel, module).save_pretrained(folder)
-
-
 def load_again(module: nn.Module, folder: Path) -> nn.Module:
-    """Load what `save` wrote, as a model of the same class and with the same attention."""
+    """Load what was saved, as a model of the same class and with the same attention."""
     model: Any = module
-    return cast(
-        nn.Module,
-        type(model).from_pretrained(
-            folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation, use_safetensors=True,
-            trust_remote_code=False,
-        ),
+    attention = model.config._attn_implementation
+    return type(model).from_pretrained(
+        folder, dtype=model.dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
     ).eval()  # fmt: skip
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what transformers says, and its bars, while a model is tried in ways that it warns of."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Silence what transformers says, and its progress bars unless `bars`."""
+    level, hides = logging.get_verbosity(), logging.is_progress_bar_enabled() and not bars
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if hides:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if hides:
             logging.enable_progress_bar()

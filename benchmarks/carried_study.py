@@ -191,6 +191,12 @@ def train(study: Study, family: str, arm: str, seed: int) -> carried.Figures:
     return {"seconds": clock.seconds / study.steps, "one_pass": text_losses(study, model), "growth": growth(study, model)}
 
 
+def read_in_windows(study: Study, family: str, arm: str, seed: int) -> list[list[float]]:
+    """Measure a trained arm on held-out novels in windows, to compare with the one pass in which it was measured."""
+    model = load_model(study.out / "models" / plain(f"{family} {arm} {seed}")).eval()
+    return text_losses(study, model, WINDOW)
+
+
 def ask(study: Study, family: str, arm: str, seed: int) -> carried.Figures:
     """Ask a trained arm, or the untouched base, for RULER's needles; products are in bfloat16, as in training."""
     kept = study.out / "models" / plain(f"{family} {arm} {seed}")
@@ -199,13 +205,16 @@ def ask(study: Study, family: str, arm: str, seed: int) -> carried.Figures:
         return ruler_figures(model, tokenizer(), needles(study, seed))
 
 
-KINDS: dict[str, Callable[..., carried.Figures]] = {"base": base, "train": train, "needles": ask}
+KINDS: dict[str, Callable[..., object]] = {"base": base, "train": train, "windowed": read_in_windows, "needles": ask}
 
 
 def jobs(study: Study) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """List the jobs in the order in which they are worth most: the untouched bases, the test seed by seed, then needles."""
+    """List the jobs in the order in which they are worth most: the untouched bases, the test seed by seed, then what is described."""
     yield from (("base", (family,)) for family in BASES)
     yield from (("train", (family, arm, seed)) for seed in range(study.seeds) for family in BASES for arm in ARMS)
+    yield from (
+        ("windowed", (family, arm, seed)) for seed in range(study.seeds) for family in BASES for arm in carried.IN_BOTH_WAYS
+    )
     asked = (carried.BASE, *ARMS)
     yield from (("needles", (family, arm, seed)) for seed in range(study.seeds) for family in BASES for arm in asked)
 

@@ -20,6 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from refine_nsp.evaluation.run import claim_folder
+from study import carried
 from study.jobs import Study, settings_of
 from study.material import Files
 from study.records import pack, unpack
@@ -81,7 +82,10 @@ def main() -> None:
         if not complete:
             sys.exit(f"this shard is done as far as it goes; gather the other shards' figures in {out / 'jobs'} and run it again")
     default = out / "results.md" if args.scale == "smoke" else Path(__file__).resolve().parents[1] / "docs" / "results.md"
-    print(write_results(study, args.scale, args.document or default))
+    document = args.document or default
+    print(write_results(study, args.scale, document))
+    if args.scale == "medium" and carried.RECORD.exists():
+        carried.write(carried.RECORD, document)
 
 
 if __name__ == "__main__":

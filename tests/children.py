@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch.distributed.run as launcher
 from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +61,44 @@ def run_script(script: Path, flags: Sequence[str], log: Path) -> tuple[int, str]
             del sys.modules[name]
         runpy.run_path(str(script), run_name="__main__")
 
-    status = os.waitpid(fork(work, log, {}), 0)[1]
-    return os.waitstatus_to_exitcode(status), log.read_text()
+    return exit_code(fork(work, log, {})), log.read_text()
+
+
+def launch_in_forks() -> None:
+    """Let torch's launcher fork the processes that it starts from this one, where it would start interpreters that load everything anew."""
+    launch = launcher.elastic_launch
+
+    def forking(config: launcher.LaunchConfig, entrypoint: object) -> launcher.elastic_launch:
+        config.start_method = "fork"
+        return launch(config, as_python)
+
+    launcher.elastic_launch = forking  # type: ignore[assignment,misc]
+
+
+def as_python(*argv: str) -> None:
+    """Do what `python -u SCRIPT` or `python -u -m MODULE` does with the words that follow."""
+    words = list(argv[argv[0] == "-u" :])
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def exit_code(child: int, seconds: float = SECONDS) -> int:
+    """Wait for a child to end; its exit code.
+
+    Raises:
+        TimeoutError: where it is still running after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    raise TimeoutError(f"process {child} has not ended after {seconds} s")
 
 
 def fork(work: Callable[[], object], log: Path, environment: dict[str, str]) -> int:

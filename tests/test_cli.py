@@ -1,5 +1,6 @@
 """The command as a user meets it: help, configuration, each command end to end on tiny jobs, and one clear line for what is wrong."""
 
+import gc
 import json
 import re
 import subprocess
@@ -129,7 +130,7 @@ def test_help_is_ours_where_transformers_says_little(capsys):
     assert line_of(everything, "dataloader_in_order").endswith("[True]")
 
 
-AS_COMMAND = "import sys; sys.argv[0] = '/somewhere/refine-nsp'; from refine_nsp.cli import main; "
+AS_COMMAND = "import gc, sys; gc.disable(); sys.argv[0] = '/somewhere/refine-nsp'; from refine_nsp.cli import main; "
 
 
 def as_command(code: str) -> subprocess.CompletedProcess[str]:
@@ -140,6 +141,12 @@ def as_command(code: str) -> subprocess.CompletedProcess[str]:
 def test_the_packages_names_are_there_in_the_command_too():
     done = as_command("import refine_nsp; print([getattr(refine_nsp, n).__name__ for n in refine_nsp.__all__])")
     assert done.returncode == 0 and "ReFINETrainer" in done.stdout and "DeltaNetForCausalLM" in done.stdout, done.stderr
+
+
+def test_no_garbage_is_searched_for_while_libraries_are_loaded():
+    with environment.without_garbage_searches():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > 0
 
 
 def test_sigterm_while_libraries_are_loaded_ends_quietly():

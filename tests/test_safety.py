@@ -19,7 +19,8 @@ REWARD = "refine_nsp.nsp.rewards.edit_similarity"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 # Every way out, from the first import on.
 GUARD = """
-import socket
+import gc, socket
+gc.disable()  # loading takes less time
 def refuse(*args, **kwargs):
     raise AssertionError(f"network: {args[1:]}")
 socket.socket.connect = socket.socket.connect_ex = refuse
@@ -108,6 +109,8 @@ def test_a_model_card_shows_markup_as_text():
 @pytest.mark.parametrize("offline", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_nothing_reaches_for_the_network(tmp_path, text, offline):
     """Importing, loading a shipped model, and the commands on it."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(text.read_text()[:1000])
     code = GUARD + (
         "from refine_nsp.cli import main\n"
         "import refine_nsp\n"
@@ -118,7 +121,7 @@ def test_nothing_reaches_for_the_network(tmp_path, text, offline):
         f"assert main(['midtrain', '--dataset_name', {str(text)!r}, '--max_length', '128', '--max_steps', '1', '--use_cpu',"
         f" '--positions_per_sequence', '2', '--output_dir', {str(tmp_path / 'run')!r}]) == 0\n"
         f"assert main(['report', {str(tmp_path / 'run')!r}, '--output', {str(tmp_path / 'page.html')!r}]) == 0\n"
-        f"assert main(['ttt', '--prompt_file', {str(text)!r}, '--max_new_tokens', '1']) == 0\n"
+        f"assert main(['ttt', '--prompt_file', {str(prompt)!r}, '--max_new_tokens', '1']) == 0\n"
         f"assert main(['evaluate', '--tasks', 'niah_single_1', '--lengths', '512', '--samples', '1', '--output_dir',"
         f" {str(tmp_path / 'evaluation')!r}]) == 0\n"
     )

@@ -2,6 +2,8 @@
 and resumed in the slow test."""
 
 import dataclasses
+import gzip
+import itertools
 import json
 import re
 import shutil
@@ -12,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.study import carried, measuring, schedule, tables, twice
 from benchmarks.study import material as m
-from benchmarks.study import measuring, schedule, tables, twice
 from benchmarks.study.controls import LongCE
 from benchmarks.study.jobs import Job, Study, chosen, settings_of
 from benchmarks.study.records import pack, unpack
@@ -42,7 +44,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def material():
-    return m.prepare(SCALE, refine_nsp.load("refine-nsp/tiny-delta-net")[1], m.Files())
+    """All that is measured on, and of what is trained on every eighth module, since encoding the whole library takes long."""
+    library = m.standard_library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "standard_library", lambda held_out: library(held_out)[:: 1 if held_out else 8])
+        return m.prepare(SCALE, refine_nsp.load("refine-nsp/tiny-delta-net")[1], m.Files())
 
 
 def test_questions_hold_their_answer_once_and_fit(material):
@@ -276,8 +282,37 @@ def test_the_document_of_the_study_is_what_its_kept_figures_give(tmp_path):
     files = m.Files(**{f.name: names[f.name] for f in dataclasses.fields(m.Files)})
     study = Study(str(tmp_path), scale, files)
     tables.write_results(study, "medium", tmp_path / "results.md")
+    carried.write(carried.RECORD, tmp_path / "results.md")
     written, kept = ((p.read_text().split("\n## ", 1)[1]) for p in (tmp_path / "results.md", ROOT / "docs" / "results.md"))
     assert written == kept
+
+
+def test_the_section_of_carried_states_pairs_whole_seeds_and_is_written_once(tmp_path):
+    """A seed counts when all of its arms are there: here the second, in which `carried` is .2 below `windows` beyond W, as in the first."""
+    record, document, jobs = tmp_path / "record.gz", tmp_path / "results.md", {}
+    for base in carried.BASES:
+        jobs[carried.name_of("base", base)] = {"one_pass": [[3.0] * 8], "windows": [[2.5] * 8], "growth": 2.0}
+        for seed, arm in itertools.product((0, 1), carried.ARMS):
+            losses = [2.0 + seed, *[2.0 + seed - 0.2 * (arm == carried.CARRIED)] * 7]
+            jobs[carried.name_of("train", base, arm, seed)] = {"one_pass": [losses] * 2, "growth": 1.0, "seconds": 1.0}
+    jobs[carried.name_of("train", "LaCT", carried.CARRIED, 2)] = jobs[carried.name_of("train", "LaCT", carried.CARRIED, 0)]
+    settings = {"steps": 48, "lanes": 8, "window": 1024, "span": 8, "needles": 4, "made": {"python": "3"}}
+    document.write_text("# Results\n\n\n## The test\n\nx\n\n\n## Reading twice\n\ny\n")
+    for _ in range(2):
+        record.write_bytes(gzip.compress(json.dumps({"settings": settings, "jobs": jobs}).encode()))
+        carried.write(record, document)
+    written = document.read_text()
+    assert re.findall("^## (.*)", written, re.M) == ["The test", "Carried states", "Reading twice"] and written.endswith(
+        "\n\ny\n"
+    )
+    assert (
+        "| W to 8W | carried - windows | -0.200 ± 0.000 *" in written
+        and "| within W | carried - windows | +0.000 ± 0.000 |" in written
+    )
+    assert "nats, 2 seeds" in written and "RULER" not in written and (tmp_path / "results" / carried.PICTURE).exists()
+    record.write_bytes(gzip.compress(json.dumps({"settings": settings, "jobs": {}}).encode()))
+    with pytest.raises(RefineError, match="no seed has all of its arms"):
+        carried.write(record, document)
 
 
 def test_the_section_of_reading_twice_pairs_prompts_and_is_written_once(tmp_path):

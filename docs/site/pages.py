@@ -23,6 +23,7 @@ JOINED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/study/plan.md": "plan.md",
+    "benchmarks/study/carried_plan.md": "carried_plan.md",
     "examples/README.md": "examples/index.md",
     "examples/refine.ipynb": "examples/refine.md",
     **{f"examples/{p.name}": f"examples/{p.stem}.md" for p in (ROOT / "examples").glob("*.py")},

@@ -12,16 +12,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from logging import getLogger as logger
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from refine_nsp import __version__
 from refine_nsp.commands.command_line import commands, refuse
-from refine_nsp.commands.help import HELP, overview
-from refine_nsp.commands.parser import parse
-from refine_nsp.environment import keep_freed_memory, wait_without_spinning
+from refine_nsp.commands.parser import HELP, overview, parse
+from refine_nsp.environment import installed, keep_freed_memory, wait_without_spinning, without_garbage_searches
 from refine_nsp.errors import RefineError, closest
 from refine_nsp.stopping import TERMINATED_CODE, TERMINATIONS, Terminated, terminate
 
@@ -94,7 +93,7 @@ def dispatch(words: list[str]) -> int:
         sys.stdout.write(overview())
         return 0
     if name == "--version":
-        sys.stdout.write(f"refine-nsp {__version__}\n")
+        sys.stdout.write(f"refine-nsp {installed('refine-nsp') or '0+unknown'}\n")
         return 0
     if name not in (known := commands()):
         if name.startswith("-"):
@@ -102,7 +101,9 @@ def dispatch(words: list[str]) -> int:
         raise RefineError(f"no command {name!r}{closest(name, known)}; there are {', '.join(known)}")
     call = parse(known[name], rest)
     wait_without_spinning()
-    module = importlib.import_module(f"refine_nsp.commands.{name}")
+    where = f"refine_nsp.commands.{name}"
+    with nullcontext() if where in sys.modules else without_garbage_searches():
+        module = importlib.import_module(where)
     if "transformers" in sys.modules:
         quiet_libraries()
     keep_freed_memory()
@@ -113,7 +114,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM at the start, when there is nothing to clean up and libraries are halfway loaded."""
+    """Handle SIGTERM at the start, when libraries are halfway loaded and there is nothing to clean up."""
     os._exit(TERMINATED_CODE)
 
 

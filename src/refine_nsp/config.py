@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import NoneType
@@ -64,7 +65,7 @@ def choices_of(cls: type) -> dict[str, tuple[object, ...]]:
 
 
 def check_choices(settings: object) -> None:
-    """Refuse the first value of a dataclass that its field's `Literal` does not hold; the RefineError names the nearest one."""
+    """Refuse the first value of a dataclass that its field's `Literal` does not hold."""
     kind: Any = type(settings)
     for name, options in choices_of(kind).items():
         check_choice(name, getattr(settings, name), options)
@@ -72,8 +73,7 @@ def check_choices(settings: object) -> None:
 
 def check_choice(name: str, value: object, options: Iterable[object]) -> None:
     """Refuse a value that is none of the options. The RefineError names the nearest one."""
-    options = list(options)
-    if value not in options:
+    if value not in (options := list(options)):
         names = [str(o) for o in options if o is not None]
         raise RefineError(f"{name}={value!r} is not one of {', '.join(names)}{closest(value, names)}")
 
@@ -184,10 +184,8 @@ class NSPConfig:
     lambda_ntp: float = setting(1.0, resume=True)
 
     def __post_init__(self) -> None:
-        if self.order == "inf":  # as files have it
-            object.__setattr__(self, "order", math.inf)
-        elif isinstance(self.order, float) and self.order.is_integer():  # as flags have it
-            object.__setattr__(self, "order", int(self.order))
+        if self.order == "inf" or (isinstance(self.order, float) and self.order.is_integer()):  # as files and flags have it
+            object.__setattr__(self, "order", math.inf if self.order == "inf" else int(self.order))
         check_choices(self)
         if self.draw not in (None, self.drawn):
             raise RefineError(
@@ -213,8 +211,7 @@ class NSPConfig:
 
     def _check_closed_form(self) -> None:
         """Refuse an order that there is not, and rewards that have no closed form."""
-        known = isinstance(self.order, int | float)
-        if not known or not (self.order == math.inf or (1 <= self.order <= MAX_ORDER and self.order == int(self.order))):
+        if self.order != math.inf and (not isinstance(self.order, int) or not 1 <= self.order <= MAX_ORDER):
             raise RefineError(
                 f"order={self.order}: expected a whole number from 1 (the expected reward) to {MAX_ORDER}, or inf (the log-probability)"
             )
@@ -302,32 +299,25 @@ class NSPConfig:
     @property
     def window(self) -> int:
         """The odd width of the window that entropies are averaged over."""
-        K = self.rollout_length
-        return self.smoothing_window if self.smoothing_window is not None else K + 1 - K % 2
+        return self.smoothing_window or self.rollout_length + 1 - self.rollout_length % 2
 
     @property
     def group(self) -> str:
         """The group that advantages are formed in, `sequence` or `position`; `auto` is resolved."""
-        if self.advantage_group != "auto":
-            return self.advantage_group
-        return "sequence" if self.num_generations == 1 else "position"
+        usual = "sequence" if self.num_generations == 1 else "position"
+        return usual if self.advantage_group == "auto" else self.advantage_group
 
     @property
     def shortest(self) -> int:
-        """The tokens that a sequence needs for one position: a prefix, the position itself, and its continuation. With `published`: the
-        position and `min_prefix` tokens at the end, and at least a token for each chunk."""
-        if self.published:
+        """The tokens that a sequence needs for one position: a prefix, the position itself, and its continuation."""
+        if self.published:  # the position and `min_prefix` tokens at the end, and at least a token for each chunk
             return max(self.min_prefix + 1, self.positions_per_sequence)
         return self.min_prefix + 1 + self.rollout_length
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> NSPConfig:
         """Return a published preset (`mid_training`, `post_training`, `test_time`; paper, Table 2) or ours (`context`, `expected`,
-        `likelihood`), with other values for single fields.
-
-        Raises:
-            RefineError: an unknown name, or a value that does not go with what the preset sets, and what would mend that.
-        """
+        `likelihood`), with other values for single fields. A RefineError says what would mend a value that does not go with the preset."""
         check_known(overrides, (f.name for f in fields(cls)))
         try:
             return cls(**{**preset_settings(name), **overrides})
@@ -354,18 +344,14 @@ def _way_out(name: str, given: Mapping[str, Any], refused: Sequence[str]) -> str
         return ""
     usual = {f.name: default_of(f) for f in fields(NSPConfig)}
     chosen = {n: value for n, value in given.items() if n not in refused and value != sets.get(n, usual[n])}
-    fitting = [other for other in PRESETS if other != name and _goes(PRESETS[other] | chosen)]
+    fitting = []
+    for other, settings in PRESETS.items():
+        with suppress(RefineError):
+            NSPConfig(**settings | chosen)
+            fitting += [other] if other != name else []
     another = f", or take another preset ({', '.join(fitting)})" if fitting else ""
     back = ", ".join(f"{n}={usual[n]!r}" for n in unwanted)
     return f". The preset {name} sets {', '.join(unwanted)}: give {back} as well{another}"
-
-
-def _goes(settings: Mapping[str, Any]) -> bool:
-    try:
-        NSPConfig(**settings)
-    except RefineError:
-        return False
-    return True
 
 
 def preset_settings(name: str) -> dict[str, Any]:

@@ -26,17 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reader:
-    """The condition under which a setting is read, on the object that holds it. `a & b` holds where both do.
+    """The condition under which a setting is read, on the object that holds it. `a & b` holds where both do."""
 
-    Attributes:
-        words: the condition as an error message names it, such as "estimator='sampled'".
-        holds: takes the settings object.
-        others: the single conditions that must hold as well.
-    """
-
-    words: str
-    holds: Callable[[Any], bool]
-    others: tuple[Reader, ...] = ()
+    words: str  # as an error message names it, such as "estimator='sampled'"
+    holds: Callable[[Any], bool]  # takes the settings object
+    others: tuple[Reader, ...] = ()  # the single conditions that must hold as well
 
     def __and__(self, other: Reader) -> Reader:
         return Reader(self.words, self.holds, (*self.others, other, *other.others))
@@ -126,26 +120,17 @@ def live(settings: DataclassInstance) -> frozenset[str]:
     return frozenset(f.name for f in fields(settings) if not is_known(f) or f.metadata["read_by"](settings))
 
 
-def unread(settings: DataclassInstance) -> dict[str, tuple[str, ...]]:
-    """Find the fields that differ from their default although nothing reads them: for each, the conditions that do not hold."""
-    found = {}
-    for f in fields(settings):
-        if is_known(f) and not f.metadata["also"] and getattr(settings, f.name) != default_of(f):
-            found[f.name] = tuple(f.metadata["read_by"].missing(settings))
-    return {name: missing for name, missing in found.items() if missing}
-
-
 def check_read(settings: DataclassInstance) -> None:
-    """Refuse settings that nothing reads; their default is accepted everywhere.
-
-    Raises:
-        SettingError: names each of them, what would read it, and the way out.
-    """
-    if not (found := unread(settings)):
-        return
-    by_reader: dict[str, list[str]] = {}
-    for name, missing in found.items():
-        by_reader.setdefault(" and ".join(missing), []).append(f"{name}={getattr(settings, name)!r}")
-    said = [f"{', '.join(them)} ({'it needs' if len(them) == 1 else 'they need'} {needs})" for needs, them in by_reader.items()]
-    them = "it" if len(found) == 1 else "them"
-    raise SettingError(f"nothing reads {', '.join(said)}; leave {them} out, or set what reads {them}", tuple(found))
+    """Refuse settings that nothing reads, by a SettingError with the way out; their default is accepted everywhere."""
+    by_reader: dict[str, dict[str, str]] = {}  # the conditions that do not hold, and what only they would read
+    for f in fields(settings):
+        given = is_known(f) and not f.metadata["also"] and getattr(settings, f.name) != default_of(f)
+        if given and (missing := f.metadata["read_by"].missing(settings)):
+            by_reader.setdefault(" and ".join(missing), {})[f.name] = f"{f.name}={getattr(settings, f.name)!r}"
+    names = [f.name for f in fields(settings) if any(f.name in unread for unread in by_reader.values())]
+    if names:
+        said = [
+            f"{', '.join(u.values())} ({'it needs' if len(u) == 1 else 'they need'} {needs})" for needs, u in by_reader.items()
+        ]
+        them = "it" if len(names) == 1 else "them"
+        raise SettingError(f"nothing reads {', '.join(said)}; leave {them} out, or set what reads {them}", names)

@@ -16,7 +16,7 @@ from refine_nsp.errors import RefineError, first_line
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all: under a temporary name, then rename it. Raises RefineError where the path is a folder."""
+    """Write a text file in UTF-8 as `write_bytes_atomically` does."""
     return write_bytes_atomically(path, text.encode("utf-8"))
 
 
@@ -52,9 +52,8 @@ def expecting(what: str, where: object) -> Iterator[None]:
     except RefineError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise RefineError(
-            f"{where} is damaged or something else; expected {what} ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise RefineError(f"{where} is damaged or something else; expected {what} ({said})") from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -68,9 +67,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 @contextmanager
 def made_whole(temporary: Path, final: Path) -> Iterator[Path]:
-    """Give a temporary name for a file or folder and rename it at the end.
+    """Give a temporary name for a file or folder and rename it at the end; where something fails, nothing is left of it.
 
-    Where something fails, nothing is left of it. Raises RefineError where it cannot be written, as on a full disk.
+    Raises RefineError where it cannot be written, as on a full disk.
     """
     try:
         yield temporary
@@ -87,17 +86,13 @@ def made_whole(temporary: Path, final: Path) -> Iterator[Path]:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read the records of a jsonl file, none if there is no file. A last line that an interruption cut off is left out.
 
-    Raises:
-        RefineError: any other line is not a record.
+    Raises RefineError where any other line is not a record.
     """
-    records = []
     with expecting("a JSON object on every line", path):
         # Lines are split by "\n" alone: text in a record may hold Unicode's other line separators, at which splitlines() would split too.
-        for line in _whole_lines(path).decode("utf-8").split("\n"):
-            if line:
-                records.append(json.loads(line))
-                if not isinstance(records[-1], dict):
-                    raise TypeError(f"a {type(records[-1]).__name__}")
+        records = [json.loads(line) for line in _whole_lines(path).decode("utf-8").split("\n") if line]
+        if (other := next((r for r in records if not isinstance(r, dict)), None)) is not None:
+            raise TypeError(f"a {type(other).__name__}")
     return records
 
 

@@ -28,18 +28,12 @@ def process_state() -> PartialState:
 
 
 def is_sharded(model: HasParameters) -> bool:
-    """Tell whether several processes hold a model's weights in parts (FSDP2, DeepSpeed ZeRO-3).
-
-    They must then make the same passes, since every pass gathers the weights from all of them.
-    """
+    """Tell whether processes hold a model's weights in parts (FSDP2, ZeRO-3), so that they must make the same passes to gather them."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def to_device(model: M, device: torch.device | str | None = None) -> M:
-    """Move a model to `device`, by default this process' own.
-
-    `PreTrainedModel.to` is wrapped in a way that hides its arguments from type checkers; called on an `nn.Module` they see them.
-    """
-    with part("loading"):
+    """Move a model to `device`, by default this process' own."""
+    with part("loading"):  # `PreTrainedModel.to` hides its arguments from type checkers
         cast(nn.Module, model).to(process_state().device if device is None else device)
     return model

@@ -18,14 +18,10 @@ class Terminated(SystemExit):
 
 
 class StopRequest:
-    """Note the first SIGINT or SIGTERM instead of breaking off; a second one breaks off at once.
-
-    Attributes:
-        asked: the signal's number; None as long as there was none.
-    """
+    """Note the first SIGINT or SIGTERM instead of breaking off; a second one breaks off at once."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.asked: int | None = None  # the signal's number
         self.previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> StopRequest:

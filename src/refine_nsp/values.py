@@ -24,14 +24,11 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Accepted:
-    """Hold what values a setting accepts.
+    """Hold what values a setting accepts."""
 
-    Attributes:
-        kinds: words of `KINDS`, and `choice` (one of `choices`), `code` (a callable, which text names) and `list of KIND`.
-        choices: the words to choose from; empty where the kind is none.
-    """
-
-    kinds: tuple[str, ...]
+    kinds: tuple[
+        str, ...
+    ]  # of `KINDS`, and `choice` (one of `choices`), `code` (a callable, which text names) and `list of KIND`
     choices: tuple[str, ...] = ()
 
     @property
@@ -57,11 +54,7 @@ class Accepted:
         return any(kind in self.kinds for kind in wanted)
 
     def meant(self, name: str, value: object) -> Any:
-        """Return a value as its setting wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML.
-
-        Raises:
-            RefineError: text that is no number or truth value, where one is expected.
-        """
+        """Return a value as its setting wants it, where text or a number says it plainly: "1e-4", "10", 10.0, "true", a `no` of YAML."""
         if value is False and name.endswith("report_to"):
             return "none"
         if value is False and "bool" not in self.kinds and "no" in self.choices:
@@ -103,11 +96,6 @@ def accepted(hint: object) -> Accepted:
     if "choice" in kinds:  # `SomeEnum | str` takes the members' values, not any text
         kinds = [kind for kind in kinds if kind != "text"]
     return Accepted(tuple(dict.fromkeys(kinds)), tuple(dict.fromkeys(choices)))
-
-
-def as_meant(name: str, value: object, hint: object) -> Any:
-    """Return a value as a field of this annotation wants it (see `Accepted.meant`)."""
-    return accepted(hint).meant(name, value)
 
 
 def _from_text(name: str, text: str, kinds: tuple[str, ...]) -> Value:

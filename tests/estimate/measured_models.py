@@ -31,7 +31,7 @@ def model_of(name: str, sizes: dict[str, int]) -> Any:
 
 
 def arguments(name: str, folder: str = "x") -> ReFINEConfig:
-    return ReFINEConfig(
-        output_dir=folder, max_steps=3, max_length=1024, per_device_train_batch_size=1, objective="ntp", use_cpu=True, report_to="none",
+    return ReFINEConfig(  # the second step is the first that has all: the optimizer's state, gradients and activations
+        output_dir=folder, max_steps=2, max_length=1024, per_device_train_batch_size=1, objective="ntp", use_cpu=True, report_to="none",
         save_strategy="no", logging_steps=1, disable_tqdm=True,
     )  # fmt: skip

@@ -8,8 +8,8 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.evaluation import documents
 from refine_nsp.nsp.forward import run
-from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
+from refine_nsp.nsp.rollouts import greedy_match
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import float64_throughout, stateful

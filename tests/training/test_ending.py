@@ -2,20 +2,20 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
+import torch.distributed.run as launcher
 
 from refine_nsp.cli import main
 from refine_nsp.stopping import TERMINATED_CODE
 from refine_nsp.training.run_folder import RunFolder
+from tests.children import exit_code, fork, launch_in_forks
 from tests.test_cli import TEXT, tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 # Says which process it is before it begins.
 PROGRAM = """
 import os, pathlib, sys
@@ -26,16 +26,20 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(folder: Path, argv: list[str]) -> tuple[subprocess.Popen, list[int]]:
-    """Two processes of a command without end, and their ids once they have saved a checkpoint."""
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=0"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    with (folder / "log.txt").open("w") as log:
-        launched = subprocess.Popen([*command, str(folder / "program.py"), str(folder), *argv], env=env, stdout=log, stderr=log)
+def start(folder: Path, argv: list[str]) -> tuple[int, list[int]]:
+    """The launcher of two processes of a command without end, and their ids once they have saved a checkpoint."""
+    program, log = folder / "program.py", folder / "log.txt"
+    program.write_text(PROGRAM)
+
+    def launch() -> None:
+        sys.argv = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=0", str(program), str(folder), *argv]
+        launch_in_forks()
+        launcher.main()
+
+    launched = fork(launch, log, {})
     deadline = time.monotonic() + 120
     while not list((folder / "run").glob("checkpoint-*/sealed.json")):
-        assert launched.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()[-3000:]
+        assert not os.waitpid(launched, os.WNOHANG)[0] and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.1)
     return launched, [int((folder / rank).read_text()) for rank in "01"]
 
@@ -55,8 +59,8 @@ def gone(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def check_the_end(folder: Path, launched: subprocess.Popen, processes: list[int]) -> str:
-    assert launched.wait(timeout=120) != 0
+def check_the_end(folder: Path, launched: int, processes: list[int]) -> str:
+    assert exit_code(launched, 120) != 0
     assert all(gone(process) for process in processes)
     said = (folder / "log.txt").read_text()
     with warnings.catch_warnings():
@@ -75,7 +79,7 @@ def check_the_end(folder: Path, launched: subprocess.Popen, processes: list[int]
 def test_asked_to_stop(tmp_path, whom):
     """A scheduler's signal reaches one process, or the launcher, which passes it on: all save after the same step."""
     launched, processes = start(tmp_path, argv_of(tmp_path))
-    os.kill(processes[1] if whom == "one process" else launched.pid, signal.SIGTERM)
+    os.kill(processes[1] if whom == "one process" else launched, signal.SIGTERM)
     said = check_the_end(tmp_path, launched, processes)
     assert "terminated; run the same command again" in said
     if whom == "one process":

@@ -18,7 +18,7 @@ from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
 from refine_nsp.training import ReFINEConfig, scores
 from refine_nsp.training.lane_states import LANES_FILE
-from refine_nsp.training.lanes import LaneOrder, documents_of, in_windows
+from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_of, in_windows
 from refine_nsp.training.phases import NextToken
 from tests.models.families import build
 from tests.models.transformers_models import float64_throughout
@@ -179,6 +179,39 @@ def test_streamed_text_is_read_as_a_dataset_in_order(tmp_path):
     whole.train()
     streamed.train()
     assert_close(weights(whole), weights(streamed), 0.0)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_stream_goes_on_in_its_lanes_at_every_place(tmp_path, shuffled):
+    """Also in later epochs; only the documents that lanes were in the middle of are read again."""
+    path, read, many = tmp_path / "books.jsonl", [], books(LENGTHS * 20)
+    path.write_text("\n".join(map(json.dumps, many)))
+
+    def stream(keep: int) -> LaneStream:
+        data = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True, cache_dir=str(tmp_path))
+        data = data.map(lambda row: (read.append(1), row)[1])
+        return LaneStream(
+            in_windows(data.shuffle(seed=3, buffer_size=3) if shuffled else data, 25, 9), 8, keep, 5
+        )  # a step may end within a turn
+
+    def take(rows: LaneStream, count: int) -> list:
+        return [(row["input_ids"], row["begins"]) for row in islice(iter(rows), count)]
+
+    whole = stream(1000)
+    rows = take(whole, 840)  # an epoch has 620
+    for row in (8, 320, 616, 744):
+        whole.save(tmp_path, row)
+        again = stream(2)
+        read.clear()
+        assert again.load(tmp_path)
+        assert take(again, 48) == rows[row : row + 48]
+        assert (
+            shuffled or len(read) <= 6 * 2 * 16
+        )  # a lane reads the batches of 16 that its document and the next one's beginning are in
+        again.save(tmp_path, row + 40)
+        last = stream(2)
+        last.load(tmp_path)
+        assert take(last, 40) == rows[row + 40 : row + 80]
 
 
 def test_validation_sees_documents(tmp_path):

@@ -1,13 +1,13 @@
 """The configs of recipes/accelerate are what accelerate understands, and say what their names say."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
+from accelerate.commands import accelerate_cli
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, is_deepspeed_available
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -15,6 +15,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from refine_nsp.commands import midtrain
+from tests.children import exit_code, fork, launch_in_forks
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -110,20 +111,19 @@ def test_a_run_starts_by_accelerate_launch(tmp_path):
     """Two processes on this machine's CPU from the config of eight GPUs."""
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"document {i}: " + "alpha beta gamma delta " * 30}) for i in range(12)))
-    command = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config("eight_gpus")),
+    words = [
+        "accelerate", "launch", "--config_file", str(config("eight_gpus")),
         "--num_processes", "2", "-m", "refine_nsp.cli", "midtrain", "--model_name_or_path", "refine-nsp/tiny-delta-net",
         "--dataset_name", str(text), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_length", "64",
         "--per_device_train_batch_size", "1", "--logging_steps", "1", "--preset", "expected", "--use_cpu", "true",
     ]  # fmt: skip
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-    }
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def launch() -> None:
+        sys.argv, datasets.config.HF_DATASETS_CACHE = words, tmp_path / "cache"
+        launch_in_forks()
+        accelerate_cli.main()
+
+    log = tmp_path / "log.txt"
+    assert exit_code(fork(launch, log, {"CUDA_VISIBLE_DEVICES": ""})) == 0, log.read_text()[-3000:]
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "checkpoint-1" / "dealing.json").read_text())["processes"] == 2

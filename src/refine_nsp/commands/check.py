@@ -78,28 +78,24 @@ def run(call: Call, arguments: CheckArguments) -> None:
 
 def show(found: Diagnosis, name: str) -> None:
     """Print the table, then what each failure means and what to do."""
-    console = Console()
+    console = Console(markup=False, highlight=False)
     console.print(table(found, name).rich())
     whys: dict[str, list[str]] = {}
     for finding in found.findings:
         if finding.status == "skipped":
             whys.setdefault(finding.why, []).append(finding.title)
     for why, titles in whys.items():
-        console.print(f"not asked ({why}): {'; '.join(titles)}", markup=False, highlight=False)
+        console.print(f"not asked ({why}): {'; '.join(titles)}")
     for finding in found.failed:
-        console.print()
-        console.print(f"fails: {finding.title}{f' ({finding.why})' if finding.why else ''}", markup=False, highlight=False)
-        console.print(f"  for training: {finding.means}", markup=False, highlight=False)
-        console.print(f"  what to do: {finding.mend}", markup=False, highlight=False)
+        console.print(f"\nfails: {finding.title}{f' ({finding.why})' if finding.why else ''}")
+        console.print(f"  for training: {finding.means}\n  what to do: {finding.mend}")
 
 
 def table(found: Diagnosis, name: str) -> Table:
     """Lay the findings out. Errors are shares of what was expected."""
     rows = [row(finding) for finding in found.findings]
-    asked = [f for f in found.findings if f.status != "skipped"]
-    counts = (
-        f"{len(asked) - len(found.failed)} of {len(asked)} hold, {len(found.findings) - len(asked)} do not apply or were left out"
-    )
+    asked = sum(f.status != "skipped" for f in found.findings)
+    counts = f"{asked - len(found.failed)} of {asked} hold, {len(rows) - asked} do not apply or were left out"
     notes = [f"{counts}; {found.seconds:.1f} s", *found.notes]
     return Table(f"{name}: {found.model}, {found.dtype}", ["what", "", "error", "rounding", "float64"], rows, notes)
 

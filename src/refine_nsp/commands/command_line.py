@@ -25,36 +25,26 @@ NEW_RUN = "resume_from_checkpoint"  # a configuration that is kept describes a r
 
 @dataclass(frozen=True)
 class Flag:
-    """A setting as the command line shows it.
-
-    Attributes:
-        kinds, choices: the values it accepts, as `Accepted` has them.
-        default: its value where neither a flag, a file nor a preset gives one. required: there is no default.
-        help: its description. read_by: what reads it, where that depends on other settings.
-        group: the heading it stands under. common: shown by `--help`; others only by `--help_all`.
-        positional: it is given by a word without a flag. bare: the flag alone means true. file: it names a file or folder.
-        code: text that names code to import. in_files: files of settings alone hold it. foreign: it belongs to transformers' Trainer.
-    """
+    """A setting as the command line shows it."""
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # of the values it accepts, as `Accepted` has them
     choices: tuple[str, ...] = ()
-    default: Value = None
-    required: bool = False
+    default: Value = None  # its value where neither a flag, a file nor a preset gives one
+    required: bool = False  # there is no default
     help: str = ""
-    read_by: str = ""
-    group: str = ""
-    common: bool = False
-    positional: bool = False
-    bare: bool = False
-    file: bool = False
-    code: bool = False
-    in_files: bool = False
-    foreign: bool = False
+    read_by: str = ""  # what reads it, where that depends on other settings
+    group: str = ""  # the heading it stands under
+    common: bool = False  # shown by `--help`; others only by `--help_all`
+    positional: bool = False  # it is given by a word without a flag
+    bare: bool = False  # the flag alone means true
+    file: bool = False  # it names a file or folder
+    code: bool = False  # text that names code to import
+    in_files: bool = False  # files of settings alone hold it
+    foreign: bool = False  # it belongs to transformers' Trainer
 
     @property
     def accepts(self) -> Accepted:
-        """Return the values it accepts."""
         return Accepted(tuple(self.kinds), tuple(self.choices))
 
     @property
@@ -81,24 +71,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Declare what can be given to a command, as the table holds it.
-
-    Attributes:
-        name: the command's. summary: one sentence. description: a paragraph for its help.
-        flags: by name. groups of the help are in their order.
-        methods: prefix and first preset of every `NSPConfig` among the settings.
-        exclusive: flags of which one may be given, and whether one must be.
-        fixed: values that the command sets where others would take a default. dry_run: it can show what it would do.
-    """
+    """Declare what can be given to a command, as the table holds it."""
 
     name: str
-    summary: str
-    description: str
-    flags: dict[str, Flag]
-    methods: tuple[tuple[str, str | None], ...] = ()
-    exclusive: tuple[tuple[tuple[str, ...], bool], ...] = ()
-    fixed: Mapping[str, Value] = field(default_factory=dict)
-    dry_run: bool = False
+    summary: str  # one sentence
+    description: str  # a paragraph for its help
+    flags: dict[str, Flag]  # by name; groups of the help are in their order
+    methods: tuple[tuple[str, str | None], ...] = ()  # prefix and first preset of every `NSPConfig` among the settings
+    exclusive: tuple[tuple[tuple[str, ...], bool], ...] = ()  # flags of which one may be given, and whether one must be
+    fixed: Mapping[str, Value] = field(default_factory=dict)  # values that the command sets where others would take a default
+    dry_run: bool = False  # it can show what it would do
 
     @property
     def program(self) -> str:
@@ -147,14 +129,10 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Call:
-    """A command line that was read: plain values by the names of flags.
-
-    Attributes:
-        given: what a preset, a file or a flag sets. values: the same over the defaults. from_presets: what the presets set.
-    """
+    """A command line that was read: plain values by the names of flags."""
 
     line: CommandLine
-    given: dict[str, Value]
+    given: dict[str, Value]  # what a preset, a file or a flag sets
     from_presets: dict[str, Value]
     dry_run: bool = False
 
@@ -198,8 +176,7 @@ def spellings(name: str) -> list[str]:
 @lru_cache
 def commands() -> dict[str, CommandLine]:
     """Read the table: every command by its name."""
-    rows = json.loads(TABLE.read_text(encoding="utf-8"))["commands"]
-    return {name: command_line(name, row) for name, row in rows.items()}
+    return {name: command_line(name, row) for name, row in json.loads(TABLE.read_text(encoding="utf-8"))["commands"].items()}
 
 
 def command_line(name: str, row: Mapping[str, Any]) -> CommandLine:

@@ -73,14 +73,13 @@ def run(
     out = Path(run_args.output_dir)
     adapter, together = test_time_trainer(model, ttt, test_time)
     context = Context(model, tokenizer, arguments.batch_tokens, adapter, together)
-    config = call.resolved()
-    settings: dict[str, object] = {k: v for k, v in config.items() if k not in FREE}
+    settings: dict[str, object] = {k: v for k, v in call.resolved().items() if k not in FREE}
     settings["weights"] = float(sum(p.detach().double().sum() for p in model.parameters()))
     results = evaluate(tasks, context, out, settings)
     if not process_state().is_main_process:
         return
     results += [r for name in harness_names(arguments) for r in harness_results(name, model, tokenizer, arguments, out)]
-    shown = yaml.safe_dump(config, sort_keys=True)
+    shown = yaml.safe_dump(call.resolved(), sort_keys=True)
     write_atomically(out / "config.yaml", shown)
     console = Console()
     console.print(results_table(results).rich())

@@ -4,8 +4,7 @@
 
     def run(call: Call, arguments: CountArguments) -> None: ...
 
-Every setting is declared once, in its dataclass: type, default and (by `refine_nsp.fields.setting`) whether `--help` shows it. After a
-change run `python -m refine_nsp.commands.table`.
+Every setting is declared once, in its dataclass. After a change run `python -m refine_nsp.commands.table`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
@@ -39,31 +39,19 @@ PRESET_HELP = "settings to start from: the paper's by phase, or ours (start with
 
 @dataclass(frozen=True)
 class Settings:
-    """Say how a command shows a dataclass.
-
-    Attributes:
-        cls: the dataclass. group: the heading of its flags in help.
-        prefix: stands before the names of its flags. skip: fields that are not flags.
-        preset: the preset that an `NSPConfig` starts from, or None; a flag `preset` names another.
-        nsp: how the field `nsp` of the dataclass is shown, where it has one.
-    """
+    """Say how a command shows a dataclass."""
 
     cls: type[DataclassInstance]
-    group: str = "flags"
-    prefix: str = ""
-    skip: tuple[str, ...] = ()
-    preset: str | None = None
-    nsp: Settings | None = None
+    group: str = "flags"  # the heading in help
+    prefix: str = ""  # stands before the names of its flags
+    skip: tuple[str, ...] = ()  # fields that are not flags
+    preset: str | None = None  # what an `NSPConfig` starts from; a flag `preset` names another
+    nsp: Settings | None = None  # how the field `nsp` of the dataclass is shown
 
     @property
     def is_method(self) -> bool:
         """Tell whether these are the method's own settings, which have presets."""
         return self.cls is NSPConfig
-
-    @property
-    def parts(self) -> list[Settings]:
-        """These settings, and those of their field `nsp`."""
-        return [self, self.nsp] if self.nsp is not None else [self]
 
     def flags(self) -> dict[str, Field[object]]:
         """Return the fields by the names of their flags."""
@@ -108,38 +96,25 @@ class Settings:
         if self.nsp is not None:
             values["nsp"] = self.nsp.fill(given)
         make: Callable[..., object] = self.cls
-        try:
+        with in_one_line("these settings do not go together", Exception):  # transformers refuses its Trainer's in its own words
             return make(**values)
-        except RefineError:
-            raise
-        except Exception as error:  # transformers refuses its Trainer's settings in its own words
-            raise RefineError(f"these settings do not go together: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)
 class Command:
-    """Declare what can be given to a command.
+    """Declare what can be given to a command."""
 
-    Attributes:
-        summary: one sentence, for the list of commands.
-        settings: dataclasses; `run` gets each, filled, after the call itself.
-        description: what its help adds to the summary.
-        positional: fields that words without a flag fill, in this order.
-        exclusive: names of flags of which one may be given, and whether one must be.
-        fixed: values that take the place of defaults. dry_run: `run` looks at `call.dry_run`.
-    """
-
-    summary: str
-    settings: tuple[Settings, ...] = ()
-    description: str = ""
-    positional: tuple[str, ...] = ()
-    exclusive: tuple[tuple[tuple[str, ...], bool], ...] = ()
-    fixed: dict[str, Value] = field(default_factory=dict)
-    dry_run: bool = False
+    summary: str  # one sentence, for the list of commands
+    settings: tuple[Settings, ...] = ()  # dataclasses; `run` gets each, filled, after the call itself
+    description: str = ""  # what its help adds to the summary
+    positional: tuple[str, ...] = ()  # fields that words without a flag fill, in this order
+    exclusive: tuple[tuple[tuple[str, ...], bool], ...] = ()  # names of flags of which one may be given, and whether one must be
+    fixed: dict[str, Value] = field(default_factory=dict)  # values that take the place of defaults
+    dry_run: bool = False  # `run` looks at `call.dry_run`
 
     def row(self) -> dict[str, object]:
         """Return the command's row of the table (`parser.CommandLine`)."""
-        parts = [part for settings in self.settings for part in settings.parts]
+        parts = [part for settings in self.settings for part in (settings, settings.nsp) if part is not None]
         rows = {flag: row for part in parts for flag, row in part.rows(self.positional).items()}
         for flag, value in self.fixed.items():
             rows[flag]["default"] = value
@@ -162,6 +137,17 @@ class Command:
         """Read a command line by the declaration itself, without the table; returns the call and the filled dataclasses."""
         call = parse(command_line(name, self.row()), argv)
         return call, self.fill(call)
+
+
+@contextmanager
+def in_one_line(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise another library's errors of these kinds in its words, but as our error, which says `what` is wrong."""
+    try:
+        yield
+    except RefineError:
+        raise
+    except kinds as error:
+        raise RefineError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def described(cls: type) -> dict[str, str]:
@@ -197,16 +183,14 @@ def _row(**told: object) -> dict[str, object]:
 
 def _plain(value: object) -> object:
     """Return a default as JSON has it."""
-    if isinstance(value, enum.Enum):
-        return value.value
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return value.value if isinstance(value, enum.Enum) else str(value) if isinstance(value, Path) else value
 
 
 def _typed(value: Value, hint: object) -> object:
     """Return a plain value as its field has it: paths are text until here."""
     kinds = accepted(hint).kinds
-    if "path" in kinds and value is not None:
-        return Path(str(value))
-    return [Path(str(item)) for item in value] if isinstance(value, list) and "list of path" in kinds else value
+    if isinstance(value, list) and "list of path" in kinds:
+        return [Path(str(item)) for item in value]
+    return Path(str(value)) if "path" in kinds and value is not None else value

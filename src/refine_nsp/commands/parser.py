@@ -1,4 +1,4 @@
-"""Read a command line by the table of all commands: without torch, transformers or any command's own module.
+"""Read a command line by the table of all commands, and print help: without torch, transformers or any command's own module.
 
 Flags win over the file of `--config`, the file over a preset.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from refine_nsp.commands.command_line import TABLE, Call, CommandLine, spellings
-from refine_nsp.commands.help import HELP, help_text
+from refine_nsp.commands.command_line import TABLE, Call, CommandLine, Flag, commands, spellings
 from refine_nsp.config import NSPConfig, check_choice
 from refine_nsp.environment import installed
 from refine_nsp.errors import RefineError, closest
@@ -22,14 +22,16 @@ from refine_nsp.values import FALSE, TRUE, Value
 
 # The first place is a wheel's, the second a checkout's.
 RECIPES = (Path(__file__).resolve().parents[1] / "recipes", Path(__file__).resolve().parents[3] / "recipes")
+HELP = ("--help", "-h", "--help_all", "--help-all")
+KINDS = {"text": "TEXT", "path": "FILE", "int": "INT", "number": "NUMBER", "bool": "BOOL"}
+MARGIN, WIDTH = 38, 130  # columns of help before the descriptions, and in all
 
 
 def parse(line: CommandLine, argv: Sequence[str]) -> Call:
     """Read a command's words. Prints help and ends where it is asked for.
 
     Raises:
-        RefineError: an unknown flag or key, a value that is none of the choices, two settings of which one may be given, or settings of
-            the method that it refuses.
+        RefineError: an unknown flag or key, a value that is none of the choices, or settings that do not go together.
         SystemExit: a value of another type, or one that is missing.
     """
     asked = {*HELP} & {*argv}
@@ -59,12 +61,13 @@ def parse(line: CommandLine, argv: Sequence[str]) -> Call:
 
 def _spelled_out(line: CommandLine, argv: Sequence[str]) -> list[str]:
     """Return the words with `--flag` as `--flag=true` where no truth value follows, so that a flag never takes a MODEL behind it."""
+    if not any(flag.positional for flag in line.flags.values()):
+        return list(argv)
     bare = {s for flag in line.flags.values() if flag.kinds[0] == "bool" and flag.bare for s in spellings(flag.name)}
     truths = {*TRUE, *FALSE, "none", "null"}
-    takes_words = any(flag.positional for flag in line.flags.values())
     return [
-        f"{word}=true" if takes_words and word in bare and [*argv, ""][i + 1].lower() not in truths else word
-        for i, word in enumerate(argv)
+        f"{word}=true" if word in bare and after.lower() not in truths else word
+        for word, after in zip(argv, [*argv[1:], ""], strict=False)
     ]
 
 
@@ -136,18 +139,16 @@ def _refuse_code(line: CommandLine, path: Path, data: Mapping[str, Value]) -> No
 
 def found_config(path: Path) -> Path:
     """Return the file itself, or the shipped one where its name begins with `recipes/`. RefineError when there is neither."""
-    shipped = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     if path.is_file():
         return path
     if path.parts[:1] != ("recipes",):
         raise RefineError(f"no configuration file {path}; those of the package are named recipes/NAME.yaml, wherever you are")
+    shipped = next((folder for folder in RECIPES if folder.is_dir()), RECIPES[0])
     inside = shipped.joinpath(*path.parts[1:])
-    if ".." in path.parts or not inside.is_file():
-        names = sorted(f"recipes/{p.name}" for p in shipped.glob("*.yaml"))
-        raise RefineError(
-            f"no configuration file {path}, here or in the package{closest(path, names)}; it has {', '.join(names)}"
-        )
-    return inside
+    if ".." not in path.parts and inside.is_file():
+        return inside
+    names = sorted(f"recipes/{p.name}" for p in shipped.glob("*.yaml"))
+    raise RefineError(f"no configuration file {path}, here or in the package{closest(path, names)}; it has {', '.join(names)}")
 
 
 def read_yaml(path: Path) -> dict[str, Value]:
@@ -166,3 +167,63 @@ def read_yaml(path: Path) -> dict[str, Value]:
     if not isinstance(data, dict):
         raise RefineError(f"{path} must hold `key: value` lines, got a {type(data).__name__}")
     return data
+
+
+def overview() -> str:
+    """Return what `refine-nsp --help` prints: every command with its summary."""
+    lines = [
+        "usage: refine-nsp COMMAND [words] [flags]", "", "Train fast-weight language models on next-sequence prediction (ReFINE).", "",
+    ]  # fmt: skip
+    for name, line in commands().items():
+        lines += _paragraph(f"  {name}", line.summary, 14)
+    ending = (
+        "`refine-nsp COMMAND --help` explains a command, and `refine-nsp --version` names the release. --debug shows tracebacks."
+    )
+    return "\n".join([*lines, "", ending]) + "\n"
+
+
+def help_text(line: CommandLine, everything: bool, values: Mapping[str, Value]) -> str:
+    """Return usage, then a flag a line with its default, under the headings of its settings."""
+    words = [_usage(flag) for flag in line.flags.values() if flag.positional]
+    lines = [" ".join(["usage:", line.program, *words, "[--config FILE.yaml]", "[flags]"]), ""]
+    lines += textwrap.wrap(line.description, WIDTH)
+    shown = [flag for flag in line.flags.values() if everything or flag.common or flag.positional]
+    for group in dict.fromkeys(flag.group for flag in shown):
+        lines += ["", f"{group}:"]
+        flags = [flag for flag in shown if flag.group == group]
+        for flag in sorted(flags, key=lambda f: f.name) if everything else flags:
+            lines += _explain(flag, values.get(flag.name, flag.default))
+    lines += ["", "command line:"]
+    for head, text in line.own.items():
+        lines += _paragraph(f"  --{head}", text)
+    if len(shown) < len(line.flags):
+        others = ", with those of transformers' Trainer" if any(flag.foreign for flag in line.flags.values()) else ""
+        lines += ["", f"`{line.program} --help_all` lists all {len(line.flags)} flags{others}."]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(flag: Flag) -> str:
+    name = "MODEL" if flag.name.startswith("model") else flag.name.upper()
+    name = f"{name} ..." if flag.repeated else name
+    return name if flag.required else f"[{name}]"
+
+
+def _explain(flag: Flag, value: Value) -> list[str]:
+    """Return lines of help for a flag: what it takes, what it does, what reads it, and its default with the preset."""
+    text = " ".join(flag.help.split())
+    text += f" (read by {flag.read_by})" if flag.read_by else ""
+    if value not in (None, "", []):
+        text += f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
+    kind = "|".join(flag.choices)
+    if not kind:
+        known = [kind.removeprefix("list of ") for kind in flag.kinds]
+        kind = next((KINDS[k] for k in known if k in KINDS), "VALUE")
+    head = f"  {_usage(flag)}" if flag.required else f"  --{flag.name} {kind}{' ...' if flag.repeated else ''}"
+    return _paragraph(f"  {flag.name} (in a file)" if flag.in_files else head, text.strip())
+
+
+def _paragraph(head: str, text: str, margin: int = MARGIN) -> list[str]:
+    """Return a head in the margin, or above the text where it is too long for that."""
+    lines = textwrap.wrap(text, WIDTH - margin) or [""]
+    first = [(head.ljust(margin) + lines.pop(0)).rstrip()] if len(head) < margin - 1 else [head]
+    return first + [" " * margin + line for line in lines]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from refine_nsp.commands.grammar import Call, Command, Settings
-from refine_nsp.commands.training_run import SettingsWriter, check_reporting, in_one_line, resume_from
+from refine_nsp.commands.grammar import Call, Command, Settings, in_one_line
+from refine_nsp.commands.training_run import REFUSED, SettingsWriter, check_reporting, resume_from
 from refine_nsp.report.tables import Cell, Table
 from refine_nsp.tiny.pretrain import pretrain
 from refine_nsp.tiny.pretrain_settings import PretrainConfig
@@ -31,7 +31,7 @@ def run(call: Call, args: PretrainConfig) -> None:
     if call.dry_run:
         Console().print(plan(args).rich())
         return
-    with in_one_line():
+    with in_one_line(REFUSED, ValueError, ImportError):
         out = pretrain(args, resume_from(args) or False, [SettingsWriter(call.resolved())])
     Console(stderr=True).print(f"model: {out}   curves: {out / 'curves.html'}")
 

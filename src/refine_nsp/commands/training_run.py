@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from refine_nsp.commands.command_line import Call
+from refine_nsp.commands.grammar import Call, in_one_line
 from refine_nsp.commands.shared import ModelArguments
 from refine_nsp.config import check_choice
 from refine_nsp.environment import environment
@@ -32,6 +31,7 @@ from refine_nsp.training.sources import Held
 from refine_nsp.values import Value
 
 Rows: TypeAlias = Dataset | IterableDataset
+REFUSED = "these settings cannot be trained with"  # what transformers says of settings stands behind it
 
 
 def train_and_save(
@@ -48,7 +48,7 @@ def train_and_save(
         raise RefineError(f"{asks} asks for validation, but there is none; set validation_dataset")
     dtype = args.weights_dtype(source.dtype)
     reference = load_model(source.model_name_or_path, dtype=dtype) if args.nsp.kl_coef > 0 else None
-    with in_one_line():
+    with in_one_line(REFUSED, ValueError, ImportError):
         trainer = kind(
             model=model,
             args=args,
@@ -60,7 +60,7 @@ def train_and_save(
     out = Path(str(args.output_dir))
     trainer.add_callback(SettingsWriter(call.resolved()))
     trainer.describe(source.model_name_or_path, data, call.values)
-    with in_one_line((ImportError,)):  # the package of an optimizer may not be installed
+    with in_one_line(REFUSED, ImportError):  # the package of an optimizer may not be installed
         trainer.train(resume_from_checkpoint=resume_from(trainer.args) or False)
     save(trainer, out)  # before anything else can go wrong
     page = write_report(trainer, out)
@@ -92,28 +92,16 @@ def write_report(trainer: ReFINETrainer, out: Path) -> Path | None:
 
 
 class SettingsWriter(TrainerCallback):
-    """Write settings and environment into the run's folder, once it is known to be this run's."""
+    """Write settings and environment into the run's folder, once it is known to be this run's, in the main process."""
 
     def __init__(self, config: Mapping[str, Value]) -> None:
         self.config = config
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Do so in the main process."""
         if state.is_world_process_zero:
             out = Path(str(args.output_dir))
             write_atomically(out / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=True))
             write_atomically(out / "environment.json", json.dumps(environment(args.seed), indent=1) + "\n")
-
-
-@contextmanager
-def in_one_line(kinds: tuple[type[Exception], ...] = (ValueError, ImportError)) -> Iterator[None]:
-    """Raise transformers' objections to settings in its words, but as our error."""
-    try:
-        yield
-    except RefineError:
-        raise
-    except kinds as error:
-        raise RefineError(f"these settings cannot be trained with: {' '.join(str(error).split())}") from error
 
 
 def check_reporting(args: ReFINEConfig) -> None:
@@ -126,15 +114,15 @@ def check_reporting(args: ReFINEConfig) -> None:
 
 
 def resume_from(args: ReFINEConfig) -> str | None:
-    """Return the checkpoint that --resume_from_checkpoint means: a folder, or the last one. A run that was stopped before its first
-    checkpoint has none, and the same command line, as schedulers repeat it, begins it anew."""
+    """Return the checkpoint that --resume_from_checkpoint means: a folder, or the last one; None where there is none."""
     given = args.resume_from_checkpoint
     if given not in ("True", "true", "last"):
         return given
-    last = RunFolder(Path(str(args.output_dir))).last_complete()
-    if last is None:
-        warnings.warn(f"{args.output_dir} has no checkpoint to resume from: the run begins anew", stacklevel=2)
-    return None if last is None else str(last)
+    if last := RunFolder(Path(str(args.output_dir))).last_complete():
+        return str(last)
+    # Schedulers repeat the same command line, also of a run that was stopped before its first checkpoint.
+    warnings.warn(f"{args.output_dir} has no checkpoint to resume from: the run begins anew", stacklevel=2)
+    return None
 
 
 def save(trainer: ReFINETrainer, out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from refine_nsp.config import NSPConfig
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.estimate.few_layers import Blueprint
 from refine_nsp.estimate.shapes import ShapesOnly, allocate
 from refine_nsp.models import attends_only
@@ -59,7 +59,7 @@ class Taught:
         """Measure the passes of a teacher of these layers: the peak of bytes by part of the step, and flops."""
         teacher = self.teacher(layers)
         batch = Batch.of(torch.randint(0, teacher.model.config.vocab_size, (rows, tokens or segment * segments)))
-        with shapes, counted() as counter, torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext():
+        with shapes, Counter() as counter, torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext():
             hidden = teacher.read(batch)
             if self.scored:
                 teacher.scores(batch, hidden, scores_beyond(self.window))

@@ -17,8 +17,8 @@ from refine_nsp.config import NSPConfig
 from refine_nsp.models.adapters import head_weight
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.records import Batch, Prefixes, uniforms
+from refine_nsp.nsp.rollouts import greedy_match
 from refine_nsp.nsp.selection import select_positions, smooth_entropy
 from refine_nsp.ops.linear_cross_entropy import linear_cross_entropy
 

@@ -34,12 +34,11 @@ def compute_advantages(
     advantage 0; as published it has baseline 0 and std 1, so that its advantage is its reward.
 
     Args:
-        sum_over: adds a tensor up over all processes, where several learn from one step; the one std is then over the rewards of all.
-            They must all come here equally often. It is called for `advantage_scale="global"` alone, with [sum of squares, count].
+        sum_over: adds [sum of squares, count] up over all processes that learn from one step, for `advantage_scale="global"`; they must
+            all come here equally often.
 
     Returns:
-        advantages [B, P, N], and two metrics: the mean over groups of the rewards' standard deviation, and the share of groups without
-        spread, whose advantages are 0 because all rewards are equal, or there is only one.
+        advantages [B, P, N], and as metrics the groups' mean standard deviation, and the share of them whose advantages are all 0.
     """
     B, P, N = rewards.shape
     shape = (B, P * N) if config.group == "sequence" else (B * P, N)

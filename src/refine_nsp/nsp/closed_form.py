@@ -1,9 +1,8 @@
 """Take the step without rollouts: learn what infinitely many of them would teach, in closed form (derived in docs/method.md).
 
 With p_j = p(x_{t+j} | x_{<t+j}), which the pass over the sequence has, a rollout of K tokens matches its first j tokens with probability
-P_j = p_1...p_j. J_t = (1/K) sum_j f_M(P_j), where f_M cuts the series of the logarithm after M terms: the expected `prefix_match` less 1
-for M = 1, the mean log-probability of the matches for M = inf. At M = 1 this is the policy gradient with infinitely many rollouts from
-every token: no sampling, no state, no baseline, no variance.
+P_j = p_1...p_j. J_t = (1/K) sum_j f_M(P_j), where f_M cuts the series of the logarithm after M terms: at M = 1 the gradient is the policy
+gradient with infinitely many rollouts from every token, without sampling, state, baseline or variance.
 """
 
 from __future__ import annotations

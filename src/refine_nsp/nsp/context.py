@@ -1,8 +1,7 @@
 """Score tokens without labels: how much the whole prefix, against the last W tokens only, changes the prediction of a token.
 
-These scores find the tokens whose prediction depends on far context; entropy finds mostly hard filler. Local predictions are made in
-windows of `local_span` * W tokens that start from a fresh state. Those of the first W tokens of a window are not used, so that a token has
-at least W and less than `local_span` * W tokens of context.
+Local predictions are made in windows of `local_span` * W tokens that start from a fresh state. Those of the first W tokens of a window are
+not used, so that a token has at least W and less than `local_span` * W tokens of context.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ def context_divergence(model: CausalModel, batch: Batch, hidden: Tensor, config:
     d[t] = KL(p(.|whole prefix) || p(.|last W tokens only)), or with `gain` max(0, log p(x_{t+1}|whole prefix) - log p(x_{t+1}|last W
     only)); 0 where t < 2W. Where states are carried, t counts from the first token that was read.
 
-    Args:
-        hidden: [B, T, D], final-norm output of the pass over the whole sequence.
-        config: `local_window` (W), `local_span`.
+    hidden: [B, T, D], final-norm output of the pass over the whole sequence.
     """
     d = hidden.new_zeros(batch.input_ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     if batch.scores is not None:

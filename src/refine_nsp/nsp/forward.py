@@ -27,18 +27,12 @@ from refine_nsp.ops.memory import part
 
 @dataclass(frozen=True)
 class Predictions:
-    """Hold what a pass says of every token of the sequences, which is all that selection and rewards read.
+    """Hold what a pass says of every token of the sequences, which is all that selection and rewards read."""
 
-    Attributes:
-        work: what the pass was made for.
-        hidden: [B, T, D] after the final norm.
-        loss_ntp: L_ntp, scalar. stats: of every prediction, [B*T], without gradient.
-    """
-
-    work: Work
-    hidden: Tensor
-    loss_ntp: Tensor
-    stats: TokenStats
+    work: Work  # what the pass was made for
+    hidden: Tensor  # [B, T, D] after the final norm
+    loss_ntp: Tensor  # L_ntp, scalar
+    stats: TokenStats  # of every prediction, [B*T], without gradient
 
     @property
     def entropy(self) -> Tensor:
@@ -48,17 +42,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Forward(Predictions):
-    """Continue the prefixes of a pass by the states at their last tokens, which are all that rollouts need.
+    """Continue the prefixes of a pass by the states at their last tokens, which are all that rollouts need."""
 
-    Attributes:
-        take: gives the states at positions [B, P], differentiable where the pass is.
-        left: the states that go on to the rows' next windows, detached; None where none do.
-        finished: when the pass ended, in seconds, for timings.
-    """
-
-    take: Callable[[Tensor], FastWeightCache]
-    left: FastWeightCache | None = None
-    finished: float = field(default_factory=time.perf_counter)
+    take: Callable[[Tensor], FastWeightCache]  # gives the states at positions [B, P], differentiable where the pass is
+    left: FastWeightCache | None = None  # the states that go on to the rows' next windows, detached; None where none do
+    finished: float = field(default_factory=time.perf_counter)  # when the pass ended, in seconds, for timings
 
     @part("rollouts")
     def states(self, positions: Tensor) -> Prefixes:

@@ -42,10 +42,7 @@ class ReFINEStep(nn.Module):
 
     Args:
         model: a causal model of this package, wrapped or not.
-        reference_model: frozen model for the KL term; needed when `config.kl_coef` > 0.
-
-    Raises:
-        RefineError: an unknown reward, or a KL term without a reference model.
+        reference_model: frozen model for the KL term; a RefineError where `config.kl_coef` > 0 has none.
     """
 
     def __init__(self, model: nn.Module, config: NSPConfig | None = None, reference_model: CausalModel | None = None) -> None:

@@ -17,9 +17,7 @@ from refine_nsp.ops.memory import part
 def next_token_loss(model: CausalModel, hidden: Tensor, batch: Batch, normalizer: Normalizer = None) -> tuple[Tensor, TokenStats]:
     """Sum the cross-entropies of real targets, divided by `normalizer`; return the loss and statistics of every prediction, [B*T].
 
-    Args:
-        hidden: [B, T, D], final-norm output.
-        normalizer: a number, or [B] for each sequence's sum; None: the number of targets.
+    hidden: [B, T, D], final-norm output. normalizer: a number, or [B] for each sequence's sum; None: the number of targets.
     """
     weights = target_weights(batch, normalizer, hidden.dtype)
     return linear_cross_entropy(hidden.flatten(0, 1), head_weight(model), next_tokens(batch), weights)

@@ -30,35 +30,27 @@ class Starts:
 
     Consecutive windows of a document share a token, the last of one and the first of the next, so that every token is predicted once. The
     states that go on are therefore those before a window's last token.
-
-    Attributes:
-        cache: states of B rows, detached; rows that have consumed no token start from nothing. None: all rows do.
-        recent: [B, H] long, the tokens consumed before each row, newest last and 0 where there are fewer; context scores read them.
     """
 
-    cache: FastWeightCache | None
-    recent: Tensor
+    cache: FastWeightCache | None  # states of B rows, detached; rows that have consumed no token start from nothing. None: all do
+    recent: (
+        Tensor  # [B, H] long, the tokens consumed before each row, newest last, 0 where there are fewer; context scores read them
+    )
 
 
 @dataclass(frozen=True)
 class Batch:
     """Hold B sequences, the real tokens of each on the left.
 
-    Attributes:
-        input_ids: [B, T] long.
-        lengths: [B] long, on the host, so that what follows from lengths alone is known without asking a device.
-        columns: other columns of the dataset, for rewards that ask for them.
-        scores: [B, T] context scores known beforehand (`context_scores: cached`), or None.
-        starts: what the rows continue from where states are carried; None: every row is a document of its own.
-        answer_starts: [B] long, on the host: the first token of a row's answer, whose cross-entropy is all that is learned of the row; 0 in
-            a row of text. None: all rows are text.
+    `answer_starts` [B] long, on the host, are the first tokens of rows' answers, whose cross-entropy is all that is learned of these rows;
+    0 in a row of text. None: all rows are text.
     """
 
-    input_ids: Tensor
-    lengths: Tensor
+    input_ids: Tensor  # [B, T] long
+    lengths: Tensor  # [B] long, on the host, so that what follows from lengths alone is known without asking a device
     columns: Columns = field(default_factory=dict)
-    scores: Tensor | None = None
-    starts: Starts | None = None
+    scores: Tensor | None = None  # [B, T] context scores known beforehand (`context_scores: cached`)
+    starts: Starts | None = None  # what rows continue from where states are carried; None: every row is a document of its own
     answer_starts: Tensor | None = None
 
     @classmethod
@@ -87,7 +79,6 @@ class Batch:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Give the lengths as Python numbers."""
         return tuple(self.lengths.tolist())
 
     @cached_property
@@ -159,18 +150,12 @@ NO_DRAWS = Draws(torch.empty(0), torch.empty(0))  # where positions and rollouts
 
 @dataclass(frozen=True)
 class Learning:
-    """Say what the losses need beyond the sequences.
+    """Say what the losses need beyond the sequences."""
 
-    Attributes:
-        ntp_normalizer, policy_normalizer: divisors of the sums over targets and over rollout tokens; None: the counts in this batch.
-        reference: the frozen model of the KL term, or None.
-        sum_over: adds a tensor up over all processes, which a global advantage scale needs; None: this process is alone.
-    """
-
-    ntp_normalizer: Normalizer = None
-    policy_normalizer: Normalizer = None
-    reference: CausalModel | None = None
-    sum_over: Callable[[Tensor], Tensor] | None = None
+    ntp_normalizer: Normalizer = None  # divides the sum over targets
+    policy_normalizer: Normalizer = None  # divides the sum over rollout tokens
+    reference: CausalModel | None = None  # the frozen model of the KL term
+    sum_over: Callable[[Tensor], Tensor] | None = None  # adds a tensor up over all processes; None: this process is alone
 
 
 @dataclass(frozen=True)
@@ -186,49 +171,33 @@ class Work:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Hold B*P prefixes, row-major, with the states that rollouts start from.
+    """Hold B*P prefixes, row-major, with the states that rollouts start from."""
 
-    Attributes:
-        positions: [B, P] long, the last token of each prefix; -1: none.
-        hidden: [B*P, D], the final-norm output at that token. cache: states of B*P rows.
-    """
-
-    positions: Tensor
-    hidden: Tensor
-    cache: FastWeightCache
+    positions: Tensor  # [B, P] long, the last token of each prefix; -1: none
+    hidden: Tensor  # [B*P, D], the final-norm output at that token
+    cache: FastWeightCache  # of B*P rows
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Hold what the current policy says of given rollouts, which were run again for it.
+    """Hold what the current policy says of given rollouts, which were run again for it."""
 
-    Attributes:
-        log_probs, entropy: [B, P, N, K], nats, with gradient.
-        hidden: [R, K, D], the final-norm output after consuming each token, without gradient; None unless it was asked for.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    hidden: Tensor | None
+    log_probs: Tensor  # [B, P, N, K], nats, with gradient
+    entropy: Tensor  # likewise
+    hidden: (
+        Tensor | None
+    )  # [R, K, D], the final-norm output after consuming each token, no gradient; None unless it was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Hold sampled rollouts, R = B*P*N of them, row-major; no gradients.
+    """Hold sampled rollouts, R = B*P*N of them, row-major; no gradients."""
 
-    Attributes:
-        positions: [B, P] long, the last token of each prefix; -1: none (the sequence was too short).
-        tokens: [B, P, N, K] long.
-        log_probs: [B, P, N, K], nats, of the distribution they were sampled from.
-        hidden: [B, P, N, K, D], the final-norm output after consuming token j of the rollout, or None when not kept.
-        num_positions: how many of the B*P positions there are.
-    """
-
-    positions: Tensor
-    tokens: Tensor
-    log_probs: Tensor
-    hidden: Tensor | None
-    num_positions: int
+    positions: Tensor  # [B, P] long, the last token of each prefix; -1: none (the sequence was too short)
+    tokens: Tensor  # [B, P, N, K] long
+    log_probs: Tensor  # [B, P, N, K], nats, of the distribution they were sampled from
+    hidden: Tensor | None  # [B, P, N, K, D], the final-norm output after consuming token j of the rollout; None when not kept
+    num_positions: int  # how many of the B*P positions there are
     metrics: Metrics = field(default_factory=dict)
 
     @property
@@ -239,15 +208,10 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Sampled):
-    """Add rewards to sampled rollouts.
+    """Add rewards to sampled rollouts."""
 
-    Attributes:
-        rewards: [B, P, N], the mean over the K tokens, the weighted sum over rewards.
-        entropy: [B, T], nats, of every next-token distribution.
-    """
-
-    rewards: Tensor
-    entropy: Tensor
+    rewards: Tensor  # [B, P, N], the mean over the K tokens, the weighted sum over rewards
+    entropy: Tensor  # [B, T], nats, of every next-token distribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,36 +223,24 @@ class Rollouts(Judged):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Hold the losses of a step, with gradient, and a record of what was chosen, sampled and judged, without.
+    """Hold the losses of a step, with gradient, and a record of what was chosen, sampled and judged, without."""
 
-    Attributes:
-        loss: lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar.
-        loss_ntp: cross-entropy per real target, nats.
-        loss_policy: policy loss per rollout token (with KL and entropy terms where asked for), or in closed form -sum_t w_t J_t.
-        entropy: [B, T], nats.
-        num_targets, num_rollout_tokens: how many terms the two losses are means over; without rollouts the second counts positions,
-            or targets.
-        positions: [B, P] long, -1 for none; None where all tokens are weighed.
-        rollouts: [B, P, N, K] long; None without rollouts, as are the next three.
-        log_probs: [B, P, N, K] under the current policy. rewards, advantages: [B, P, N].
-        token_weights: [B, T], w_t of the closed form, 0 where none; None with rollouts.
-        left: the states that go on to the next windows, detached; None where the batch has no `starts`.
-    """
-
-    loss: Tensor
-    loss_ntp: Tensor
-    loss_policy: Tensor
-    entropy: Tensor
+    loss: Tensor  # lambda_rl * loss_policy + lambda_ntp * loss_ntp, scalar
+    loss_ntp: Tensor  # cross-entropy per real target, nats
+    loss_policy: Tensor  # per rollout token, with KL and entropy terms where asked for; in closed form -sum_t w_t J_t
+    entropy: Tensor  # [B, T], nats
     metrics: Metrics
-    num_targets: int
-    num_rollout_tokens: int
-    positions: Tensor | None = None
-    rollouts: Tensor | None = None
-    log_probs: Tensor | None = None
-    rewards: Tensor | None = None
-    advantages: Tensor | None = None
-    token_weights: Tensor | None = None
-    left: FastWeightCache | None = None
+    num_targets: int  # how many terms L_ntp is a mean over
+    num_rollout_tokens: int  # how many the policy loss is; without rollouts these are positions, or targets
+    positions: Tensor | None = None  # [B, P] long, -1 for none; None where all tokens are weighed
+    rollouts: Tensor | None = None  # [B, P, N, K] long; None without rollouts, as are the next three
+    log_probs: Tensor | None = None  # [B, P, N, K] under the current policy
+    rewards: Tensor | None = None  # [B, P, N]
+    advantages: Tensor | None = None  # [B, P, N]
+    token_weights: Tensor | None = None  # [B, T], w_t of the closed form, 0 where none; None with rollouts
+    left: FastWeightCache | None = (
+        None  # the states that go on to the next windows, detached; None where the batch has no `starts`
+    )
 
 
 def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Tensor, Tensor]:

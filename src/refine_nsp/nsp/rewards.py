@@ -165,8 +165,7 @@ def compute_rewards(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted sum of rewards [R], and each by name [R] (averaged over tokens, before its weight).
 
-    Raises:
-        RefineError: a reward that asks for a column that is not there, or returns another shape.
+    Raises RefineError where a reward asks for a column that is not there, or returns another shape.
     """
     R, K = inputs["completion_ids"].shape
     by_name: dict[str, Tensor] = {}

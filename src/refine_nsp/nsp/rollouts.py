@@ -1,4 +1,7 @@
-"""Sample rollouts (paper, section 3.2): K tokens from each chosen prefix, decoded from its state as one batch of R rows."""
+"""Sample rollouts (paper, section 3.2): K tokens from each chosen prefix, decoded from its state as one batch of R rows.
+
+Greedy ones measure how well the text is continued.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from refine_nsp.models.generation import end_tokens
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.forward import Forward
-from refine_nsp.nsp.records import Metrics, Prefixes, Sampled, inverse_cdf
+from refine_nsp.nsp.records import Metrics, Prefixes, Sampled, gather_positions, inverse_cdf
+from refine_nsp.nsp.rewards import cosine
 from refine_nsp.nsp.selection import count_positions
 from refine_nsp.ops.memory import part
 
@@ -80,3 +84,27 @@ def sample_tokens(
         log_probs.append(log_p.gather(-1, token[:, None])[:, 0])
         states.append(hidden)
     return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(states, 1)
+
+
+def greedy_match(
+    model: CausalModel, input_ids: Tensor, true_states: Tensor, prefixes: Prefixes, K: int
+) -> tuple[float, float, int]:
+    """Compare K greedy tokens from each of the prefixes with the text.
+
+    Args:
+        input_ids: [B, T] long. true_states: [B, T, D], the final-norm output after consuming each token of the text.
+
+    Returns:
+        The sum over positions of the share of equal tokens, the sum of mean cosines, and how many positions there are.
+    """
+    positions = prefixes.positions
+    rows, hidden, valid = Branches(model.model, prefixes.cache, 1), prefixes.hidden, positions.flatten() >= 0
+    match = similarity = 0.0
+    for j in range(1, K + 1):
+        token = model.lm_head(hidden).argmax(-1)
+        hidden = rows.advance(token)
+        ahead = (positions.clamp(min=0) + j).clamp(max=input_ids.shape[1] - 1)
+        truth, true_hidden = input_ids.gather(1, ahead).flatten(), gather_positions(true_states, ahead).flatten(0, 1)
+        match += float((token == truth)[valid].sum())
+        similarity += float(cosine(hidden=hidden, truth_hidden=true_hidden)[valid].sum())
+    return match / K, similarity / K, int(valid.sum())

@@ -12,22 +12,14 @@ from refine_nsp.errors import RefineError
 from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.protocols import CausalModel
 
-ScheduleName = Literal["auto", "fused", "snapshot", "reprefill"]
-
 
 @dataclass(frozen=True)
 class Schedule:
-    """Say how the rollouts of a step are sampled and continued.
+    """Say how the rollouts of a step are sampled and continued."""
 
-    Attributes:
-        name: the word for it that `NSPConfig.schedule` knows.
-        two_passes: rollouts are sampled in a pass of their own, without gradients, before the pass that learns from them.
-        recomputes: every prefix is run again, for its state and with each of its rollouts; otherwise its state is handed over.
-    """
-
-    name: ScheduleName
-    two_passes: bool
-    recomputes: bool
+    name: Literal["auto", "fused", "snapshot", "reprefill"]  # as `NSPConfig.schedule` has it
+    two_passes: bool  # rollouts are sampled in a pass of their own, without gradients, before the pass that learns from them
+    recomputes: bool  # every prefix is run again, for its state and with each of its rollouts; otherwise its state is handed over
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -40,19 +32,12 @@ WITHOUT_ROLLOUTS = Schedule("auto", two_passes=False, recomputes=False)
 
 @dataclass(frozen=True)
 class Needs:
-    """Say what a run asks of its schedule, beyond the settings of the method.
+    """Say what a run asks of its schedule, beyond the settings of the method."""
 
-    Attributes:
-        steps_per_generation: optimizer steps that learn from one batch of rollouts.
-        micro_batches: parts of an optimizer step that go through the model one after another.
-        beforehand: all rollouts of several steps are sampled before the first of these, as the published code does.
-        shards: a model whose weights lie in parts with several processes, which must then make the same passes; None: whole weights.
-    """
-
-    steps_per_generation: int = 1
-    micro_batches: int = 1
-    beforehand: bool = False
-    shards: nn.Module | None = None
+    steps_per_generation: int = 1  # optimizer steps that learn from one batch of rollouts
+    micro_batches: int = 1  # parts of an optimizer step that go through the model one after another
+    beforehand: bool = False  # all rollouts of several steps are sampled before the first of these, as the published code does
+    shards: nn.Module | None = None  # a model whose weights lie in parts with several processes, which must make the same passes
 
 
 def schedule_of(config: NSPConfig, needs: Needs = Needs()) -> Schedule:

@@ -24,14 +24,10 @@ from refine_nsp.ops.memory import part
 
 @dataclass(frozen=True)
 class Teacher:
-    """Hold a frozen model that predictions are learned from.
+    """Hold a frozen model that predictions are learned from."""
 
-    Attributes:
-        model: in eval mode. masked: whether masks put the window on its layers; else it is read in local windows.
-    """
-
-    model: CausalModel
-    masked: bool
+    model: CausalModel  # in eval mode
+    masked: bool  # masks put the window on its layers; else it is read in local windows
 
     @property
     def head(self) -> Tensor:

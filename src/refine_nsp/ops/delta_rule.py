@@ -11,8 +11,7 @@ D[i,j] = exp(b[i] - b[j]) for i >= j (at most 1, so nothing overflows),
 So everything but one D x D update per chunk is batched over chunks, and a snapshot is one masked product. The backward is written
 by hand: with dXv = X' dU (the gradient of beta V), that of A is -tril(dXv U', -1) and that of (beta exp(b) K) is -dXv S0'.
 
-n counts chunks; D without indices is either width of a head. In the code P is tril(Q K' * D) and w is X (beta exp(b) K); only
-`DeltaStates.at` has P positions.
+n counts chunks; in the code P is tril(Q K' * D) and w is X (beta exp(b) K); only `DeltaStates.at` has P positions.
 """
 
 from __future__ import annotations
@@ -61,10 +60,7 @@ class DeltaStates:
 
     @without_autocast
     def at(self, positions: Tensor) -> Tensor:
-        """Rebuild the state after the tokens at `positions` [B, P] long, best on the host (-1: before the first).
-
-        Returns [B, P, HV, Dk, Dv], differentiable.
-        """
+        """Rebuild the state [B, P, HV, Dk, Dv] after the tokens at `positions` [B, P] long, best on the host (-1: before the first)."""
         C, (B, P), T, device = self.chunk, positions.shape, self.k.shape[1], self.k.device
         consumed = positions.cpu() + 1
         if bool((consumed >= (T if self.lengths is None else self.lengths[:, None])).all()):
@@ -74,10 +70,7 @@ class DeltaStates:
         r = (consumed - chunk * C).to(device, non_blocking=True)
         chunk = chunk.to(device, non_blocking=True)
         rows, dtype = torch.arange(B, device=device)[:, None], self.final.dtype
-        start, u = (
-            self.starts[chunk, rows].to(dtype),
-            self.written()[chunk, rows].to(dtype),
-        )  # [B, P, HV, Dk, Dv], [B, P, HV, C, Dv]
+        start, u = (x[chunk, rows].to(dtype) for x in (self.starts, self.written()))  # [B, P, HV, Dk, Dv], [B, P, HV, C, Dv]
         inside = torch.arange(C, device=device) < r[..., None]  # [B, P, C]
         # Past the end there is nothing `inside`, but something must be there to index.
         tokens = (chunk[..., None] * C + torch.arange(C, device=device)).clamp(max=T - 1)
@@ -119,9 +112,7 @@ def delta_rule(
     chunk_size: int | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, DeltaStates | OneToken]:
-    """Run the (gated) delta rule over a sequence.
-
-    It runs in chunks, on the kernels chosen (`ops/kernels.py`) or on PyTorch's operations with a hand-written backward.
+    """Run the (gated) delta rule over a sequence in chunks, on the kernels chosen (`ops/kernels.py`) or on PyTorch's operations.
 
     Args:
         q, k: [B, T, H, Dk], already normalised; q is scaled by Dk**-0.5 inside.
@@ -188,10 +179,7 @@ def _in_chunks(
 
 
 def _to_chunks(x: Tensor, C: int, HV: int, dtype: torch.dtype) -> Tensor:
-    """Cut [B, T, H, D] into chunks [n, B, HV, C, D], contiguous, with zeros behind the last token.
-
-    Chunks come first so that the loop over them works on contiguous batches of matrices.
-    """
+    """Cut [B, T, H, D] into contiguous chunks [n, B, HV, C, D], which a loop goes through, with zeros behind the last token."""
     B, T, H, D = x.shape
     if T % C:
         # Zero keys and beta write nothing, zero g decays nothing: the state behind the last chunk is that after the last token.

@@ -1,14 +1,13 @@
 """Run the (gated) delta rule on flash-linear-attention's Triton kernels (0.6), with the state at any position chosen afterwards.
 
-Their forward computes the state before each chunk and what each token wrote, and frees both. Here the same kernels are called one
-by one, so both can be kept as long as someone holds them: `DeltaStates` is all a snapshot needs, and a pass whose states nobody wants
-costs what theirs costs, forward and backward. Where a snapshot has a gradient, it enters the reverse recurrence of the states at its
-chunk's boundary: that one loop (`_reverse_states`) is ours, since theirs takes a gradient at the end alone.
+Their forward frees the state before each chunk and what each token wrote. Here the same kernels are called one by one, so that both can
+be kept for `DeltaStates`; a pass whose states nobody wants costs what theirs costs. Where a snapshot has a gradient, it enters the
+reverse recurrence of the states at its chunk's boundary: that one loop (`_reverse_states`) is ours, since theirs takes a gradient at the
+end alone.
 
 The running state is float32 throughout, and so are the final state and every state that a pass continues from. The states *before chunks*
 are stored in the inputs' dtype: a snapshot inside a sequence is that state, rounded once to bfloat16 (a relative error of at most 2^-9
-per entry, which does not accumulate), plus what the tokens of its chunk wrote (bfloat16, summed in float32). States after a row's last
-token are never rounded. Decays are running sums in units of log 2, as these kernels take them.
+per entry, which does not accumulate), plus what the tokens of its chunk wrote. Decays are running sums in units of log 2.
 
 b [B, T, HV] is the running sum of g inside chunks of C = 64 tokens, n their number; the layout of states is [Dk, Dv].
 """
@@ -97,9 +96,7 @@ def reverse_states(
     q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, h0: Tensor | None, dht: Tensor | None, do: Tensor, dv: Tensor, scale: float,
     dstarts: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Compute the gradients that flow back through the states.
-
-    This is `chunk_gated_delta_rule_bwd_dhu` with a gradient at every chunk's start as well.
+    """Compute the gradients that flow back through the states, as `chunk_gated_delta_rule_bwd_dhu` with one at every chunk's start too.
 
     Args:
         q, k: [B, T, H, Dk]. w: [B, T, HV, Dk], X (beta exp(b) K). g: b [B, T, HV] in units of log 2, or None. do: [B, T, HV, Dv].

@@ -1,10 +1,8 @@
 """Choose the kernels of the operations: PyTorch's own, or flash-linear-attention's (Triton) on a CUDA device.
 
 It is chosen once a process, by `REFINE_NSP_KERNELS`: `auto` (the default) takes flash-linear-attention 0.6 where it and a CUDA device are
-there, `torch` never does, `fla` demands it. Nothing needs it: without it PyTorch computes the same. Where a kernel cannot serve an input
-(a head size, a dtype), PyTorch does, and one warning names the reason.
-
-FlashAttention within a window comes with torch and runs on CUDA devices unless the choice is `torch`.
+there, `torch` never does, `fla` demands it. Where a kernel cannot serve an input (a head size, a dtype), PyTorch does, and one warning
+names the reason. FlashAttention within a window comes with torch and runs on CUDA devices unless the choice is `torch`.
 
 Under Triton's interpreter (`TRITON_INTERPRET=1`) kernels run on the CPU, on tiny inputs; so they are tested without a device.
 """
@@ -36,19 +34,12 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # elementwise ker
 
 @dataclass(frozen=True)
 class Kernels:
-    """Describes the kernels of a process.
+    """Describes the kernels of a process."""
 
-    Attributes:
-        name: "torch" or "fla".
-        why: the reason, in one line for people.
-        device: the kind of device that its kernels run on.
-        gated: why they do not run the gated delta rule, or None.
-    """
-
-    name: str
-    why: str
-    device: str = "cuda"
-    gated: str | None = None
+    name: str  # "torch" or "fla"
+    why: str  # in one line for people
+    device: str = "cuda"  # the kind that its kernels run on
+    gated: str | None = None  # why they do not run the gated delta rule
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})"
@@ -61,7 +52,10 @@ def chosen() -> Kernels:
         return Kernels("torch", f"{VARIABLE}=torch")
     problem = _problem()
     if problem is None:
-        return Kernels("fla", _versions(), "cpu" if interpreted() else "cuda", _gated_problem())
+        where = "under Triton's interpreter" if interpreted() else torch.cuda.get_device_name()
+        found = installed("flash-linear-attention") or installed("fla-core") or "0.6"
+        why = f"flash-linear-attention {found}, Triton {installed('triton')}, {where}"
+        return Kernels("fla", why, "cpu" if interpreted() else "cuda", _gated_problem())
     if wanted() == "fla":
         raise RefineError(f"{VARIABLE}=fla, but {problem}; unset it to run on PyTorch's operations")
     return Kernels("torch", problem)
@@ -82,10 +76,9 @@ def interpreted() -> bool:
 
 def fused(x: Tensor) -> bool:
     """Tell whether an elementwise kernel (norms, convolution, SwiGLU) runs on x."""
-    # The device is asked first: on a CPU nothing else needs asking, so nothing is imported.
-    return (
-        (x.is_cuda or interpreted()) and x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
-    )
+    if not (x.is_cuda or interpreted()):  # on a CPU nothing else needs asking, so nothing is imported
+        return False
+    return x.dtype in FUSED_DTYPES and chosen().name == "fla" and x.device.type == chosen().device
 
 
 def norm_runs(x: Tensor) -> bool:
@@ -119,10 +112,7 @@ def window_attention_runs(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def window_attention_problem(dtype: torch.dtype | None, width: int | None) -> str | None:
-    """Say why torch's FlashAttention does not serve heads of this dtype and width on this CUDA device; None if it does.
-
-    Where dtype or width is None, it is not known yet and not asked.
-    """
+    """Say why torch's FlashAttention does not serve heads of this dtype and width (None: not known yet) on this device; None if it does."""
     if not _varlen_takes_windows():
         return f"torch {torch.__version__} has no varlen_attn with a window (2.13 has)"
     if torch.version.hip is not None:
@@ -146,10 +136,7 @@ def _varlen_takes_windows() -> bool:
 
 
 def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -> str | None:
-    """Say why flash-linear-attention's kernels do not serve this delta rule; None if they do.
-
-    A dtype of None is not known yet and not asked.
-    """
+    """Say why flash-linear-attention's kernels do not serve this delta rule; None if they do. A dtype of None is not known yet."""
     if key_width > WIDEST_KEY:
         return f"query/key heads of {key_width} are wider than the {WIDEST_KEY} its kernels support"
     if dtype == torch.float32 and not interpreted():
@@ -159,10 +146,13 @@ def delta_rule_problem(dtype: torch.dtype | None, key_width: int, gated: bool) -
 
 def by_operation() -> dict[str, tuple[str, str]]:
     """List what computes each operation, "fla" or "torch", and why."""
-    kernels = chosen()
+    kernels, attention = chosen(), "block by block, on what scaled_dot_product_attention chooses for the device"
+    if torch.cuda.is_available() and wanted() != "torch":
+        problem = window_attention_problem(None, None)
+        attention = f"{attention}: {problem}" if problem else f"FlashAttention in bfloat16 or float16, else {attention}"
     ours = {
         "fast weights of LaCT": ("torch", "large matrix products in the dtype of the activations, states in float32"),
-        "window attention": ("torch", _window_attention_by()),
+        "window attention": ("torch", attention),
         "head and losses": ("torch", "logits of one block of tokens at a time"),
     }
     if kernels.name == "torch":
@@ -170,14 +160,6 @@ def by_operation() -> dict[str, tuple[str, str]]:
     limits = f"bfloat16 or float16, query/key heads of up to {WIDEST_KEY}; others on PyTorch's operations"
     gated = ("torch", kernels.gated) if kernels.gated is not None else ("fla", limits)
     return {"delta rule": ("fla", limits), "gated delta rule": gated} | dict.fromkeys(ELEMENTWISE, ("fla", kernels.why)) | ours
-
-
-def _window_attention_by() -> str:
-    by_blocks = "block by block, on what scaled_dot_product_attention chooses for the device"
-    if not torch.cuda.is_available() or wanted() == "torch":
-        return by_blocks
-    problem = window_attention_problem(None, None)
-    return f"FlashAttention in bfloat16 or float16, else {by_blocks}" if problem is None else f"{by_blocks}: {problem}"
 
 
 @functools.cache
@@ -205,16 +187,9 @@ def _gated_problem() -> str | None:
         return None
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 
-    broken = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1 and find_spec("tilelang") is None
-    if not broken:
+    if not IS_NVIDIA_HOPPER or not TRITON_ABOVE_3_4_0 or TRITON_ABOVE_3_7_1 or find_spec("tilelang") is not None:
         return None
     return (
         f"Triton {installed('triton')} computes the gated rule's gradient wrongly on Hopper, and flash-linear-attention refuses it; "
         "Triton 3.7.1 or newer, or tilelang, mends it"
     )
-
-
-def _versions() -> str:
-    where = "under Triton's interpreter" if interpreted() else torch.cuda.get_device_name()
-    found = installed("flash-linear-attention") or installed("fla-core") or "0.6"
-    return f"flash-linear-attention {found}, Triton {installed('triton')}, {where}"

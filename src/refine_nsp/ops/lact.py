@@ -2,13 +2,11 @@
 
 Queries read the weights of their chunk; a chunk of C tokens is learned from when it is complete *and another token arrives*. So after n
 tokens the weights have had (n - 1) // C updates, and the 1..C tokens since the last one are *open*: the state keeps them, because
-the next tokens may complete their chunk. That makes every hand-over exact, which the original cannot do: it learns from whole
-sequences only.
+the next tokens may complete their chunk. That makes every hand-over exact; the original learns from whole sequences only.
 
 A state is a dictionary of tensors, row first: `w02` (w0 above w2) and `w1`, what queries read; `main_*` (pre-norm) and `momentum_*`
 where the rule has them; `open_k`, `open_v`, `open_lr`, `open_momentum`, zeros behind a row's open tokens. How many are open follows from
-how many tokens a row has seen. These counts, and positions, are tensors on the host: they decide shapes, and the host would have to wait
-for a device.
+how many tokens a row has seen. These counts, and positions, are on the host: they decide shapes, for which it would wait for a device.
 """
 
 from __future__ import annotations
@@ -77,10 +75,7 @@ class LaCTStates:
     chunk: int  # C
 
     def at(self, positions: Tensor) -> State:
-        """Rebuild the state after the tokens at `positions` [B, P] long (-1: the state before the pass).
-
-        Returns tensors [B, P, ...], differentiable.
-        """
+        """Rebuild the state [B, P, ...] after the tokens at `positions` [B, P] long (-1: before the pass); differentiable."""
         C, device = self.chunk, self.tokens.k.device
         seen = self.opened[:, None] + positions.cpu() + 1  # tokens since the start of the first chunk
         chunk = torch.div(seen - 1, C, rounding_mode="floor").clamp(min=0)
@@ -131,7 +126,7 @@ def lact(
     beginning = Pair.of(initial)
     if state is None:
         # Copied: states are read after the pass, and where a model is in shards a block's own parameters are gone by then.
-        fast = initial_state(_for_rows(Pair(beginning.w02, beginning.w1.clone()), B), rule)
+        fast = initial_state(Pair(beginning.w02, beginning.w1.clone()).of_rows(B), rule)
     else:
         fast = _fast_state_of_rows(state, seen, beginning, rule)
     total = opened + (T if lengths is None else lengths.cpu())
@@ -168,7 +163,7 @@ def naive_lact(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, list[State]]:
     """Compute `lact` token by token, by its definition; return o with zeros at pads, and each row's last state."""
-    rows = _for_rows(Pair.of(initial), len(q))
+    rows = Pair.of(initial).of_rows(len(q))
     fresh = _named(initial_state(rows, rule))
     norms = row_norms(rows)
     outputs, states = [], []
@@ -191,10 +186,10 @@ def naive_lact(
 
 
 def lact_branches(q: Tensor, tokens: Tokens, initial: Triple, rule: UpdateRule, chunk: int, state: State, seen: Tensor) -> Tensor:
-    """Compute the outputs of `lact` for rows that share states: queries [S*n, H, T, Dk], T at most a chunk, n neighbours a state.
+    """Compute the outputs of `lact` for queries [S*n, H, T, Dk], T at most a chunk, of which n neighbours share each of S states.
 
-    Fast weights are as large as many tokens, so neighbours read the same ones in one product. Only rows that continue beyond their chunk
-    learn from it, and so need weights of their own. state: S rows; seen: [S] long on the host.
+    Neighbours read the same fast weights in one product. Only rows that continue beyond their chunk learn from it, and need weights of
+    their own. seen: [S] long on the host.
     """
     S, (R, H, T, D) = len(seen), q.shape
     n = R // S
@@ -236,9 +231,8 @@ def _behind_open(before: Tokens, tokens: Tokens, opened: Tensor) -> Tokens:
 def _with_a_part_in(o: Tensor, tokens: Tokens, initial: Pair | None = None) -> Tensor:
     """Make o depend on learning rates and momentum, and on the `initial` weights, with a weight of zero.
 
-    Where no chunk was completed nothing was learned, and their projections would get no gradient, nor would the initial weights where all
-    rows continue from a state: distributed training, which waits for the gradient of every parameter, would stop at the first batch of
-    short rows.
+    Where nothing was learned their projections would get no gradient, nor the initial weights where all rows continue from a state, and
+    distributed training, which waits for the gradient of every parameter, would stop at the first batch of short rows.
     """
     for x in (tokens.lr, tokens.momentum, *(initial if initial is not None else ())):
         if x is not None and x.requires_grad:
@@ -246,18 +240,12 @@ def _with_a_part_in(o: Tensor, tokens: Tokens, initial: Pair | None = None) -> T
     return o
 
 
-def _for_rows(weights: Pair, B: int) -> Pair:
-    return Pair(*(w.expand(B, -1, -1, -1) for w in weights))
-
-
 def _read_span(weights: Pair, q: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Read queries start[b] .. end[b] - 1 of q [B, H, T, Dk] into the same shape, with zeros elsewhere, so that spans can be summed."""
     width = int((end - start).max())
-    index = start[:, None] + torch.arange(width)  # [B, width]
-    outside = (index >= end[:, None])[:, None, :, None].to(q.device, non_blocking=True)
-    where = (
-        index.clamp(max=q.shape[2] - 1).to(q.device, non_blocking=True)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    )
+    index = (start[:, None] + torch.arange(width))[:, None, :, None]  # [B, 1, width, 1]
+    outside = (index >= end[:, None, None, None]).to(q.device, non_blocking=True)
+    where = index.clamp(max=q.shape[2] - 1).to(q.device, non_blocking=True).expand(-1, q.shape[1], -1, q.shape[3])
     read_there = read(weights, q.gather(2, where)).masked_fill(outside, 0.0)
     return read_there.new_zeros(q.shape).scatter_add(2, where, read_there)
 
@@ -268,12 +256,8 @@ def _named(fast: FastState) -> State:
 
 
 def _fast_state(state: State) -> FastState:
-    def pair(prefix: str) -> Pair | None:
-        return Pair(*(state[prefix + name] for name in Pair._fields)) if prefix + "w1" in state else None
-
-    weights = pair("")
-    assert weights is not None
-    return FastState(weights, pair("main_"), pair("momentum_"))
+    main, momentum = (Pair(state[p + "w02"], state[p + "w1"]) if p + "w1" in state else None for p in ("main_", "momentum_"))
+    return FastState(Pair(state["w02"], state["w1"]), main, momentum)
 
 
 def _fast_state_of_rows(state: State, seen: Tensor | None, initial: Pair, rule: UpdateRule) -> FastState:
@@ -282,17 +266,10 @@ def _fast_state_of_rows(state: State, seen: Tensor | None, initial: Pair, rule: 
     if seen is None or bool((seen > 0).all()):
         return fast
     continues = (seen > 0).to(fast.weights.w1.device, non_blocking=True)
-    return _where(continues, fast, initial_state(_for_rows(initial, len(seen)), rule))
+    return _where(continues, fast, initial_state(initial.of_rows(len(seen)), rule))
 
 
 def _where(rows: Tensor, learned: FastState, before: FastState) -> FastState:
     """Choose `learned` for the rows [B] bool that continue, and `before` for the others."""
-
-    def choose(a: Pair | None, b: Pair | None) -> Pair | None:
-        if a is None or b is None:
-            return None
-        return Pair(*(torch.where(rows[:, None, None, None], x, y) for x, y in zip(a, b, strict=True)))
-
-    weights = choose(learned.weights, before.weights)
-    assert weights is not None
-    return FastState(weights, choose(learned.main, before.main), choose(learned.momentum, before.momentum))
+    old = _named(before)
+    return _fast_state({name: torch.where(rows[:, None, None, None], x, old[name]) for name, x in _named(learned).items()})

@@ -1,9 +1,8 @@
 """Update LaCT's fast weights once (Zhang et al. 2025, arXiv 2505.23884).
 
 They are a SwiGLU network per head, f(x) = w1 (silu(w0 x) * (w2 x)), which queries read and which is trained on keys and values, a large
-chunk at a time. `ops/lact.py` runs it over a sequence.
-
-One update, with gradient terms of the dot-product loss, per-token learning rates lr and the chunk's mean momentum m:
+chunk at a time (`ops/lact.py`). One update, with gradient terms of the dot-product loss, per-token learning rates lr and the chunk's mean
+momentum m:
 d = gradient + m d_prev; [Newton-Schulz of d, not fed back into the momentum]; w <- w + d, every row rescaled to its initial norm.
 With pre-norm the sum runs on unnormalised main weights. Fast weights are kept in float32 or better; matrix products run in the
 dtype of keys and values, as in the original.
@@ -38,10 +37,7 @@ class Triple(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Holds a `Triple` with w0 above w2, [.., 2 Dh, D], so that one product multiplies queries or keys by both.
-
-    Fewer, larger operations are faster where chunks are small or a device waits for its launches.
-    """
+    """Holds a `Triple` with w0 above w2, [.., 2 Dh, D], so that one product, faster than two, multiplies queries or keys by both."""
 
     w02: Tensor
     w1: Tensor
@@ -50,6 +46,10 @@ class Pair(NamedTuple):
     def of(cls, weights: Triple) -> Pair:
         """Put w0 and w2 together."""
         return cls(torch.cat([weights.w0, weights.w2], -2), weights.w1)
+
+    def of_rows(self, B: int) -> Pair:
+        """Expand weights of one row to B rows, without copying."""
+        return Pair(*(w.expand(B, -1, -1, -1) for w in self))
 
     def parts(self) -> Triple:
         """Take w0, w1 and w2 apart."""
@@ -199,10 +199,7 @@ def naive_with_row_norms(w: Tensor, norms: Tensor) -> Tensor:
 
 
 def gated(x: Tensor) -> Tensor:
-    """Compute silu(gate) up, for gate above up in x [.., 2 Dh, C].
-
-    Tokens come last, so that gate and up are whole stretches of memory.
-    """
+    """Compute silu(gate) up, for gate above up in x [.., 2 Dh, C]: with tokens last, both are whole stretches of memory."""
     return _Gated.apply(x)
 
 

@@ -1,8 +1,8 @@
 """Compute the losses of a language-model head without ever holding [T, V] logits.
 
-The head is applied to one block of tokens at a time. Since the weight of every token in the loss is known beforehand (1 / number of
-targets, or 0), the gradient is formed in the forward pass while the block's logits are there: logits are computed once, and the
-backward only multiplies by the incoming scalar. n counts tokens, m the tokens of a block.
+The head is applied to one block of tokens at a time. Since every token's weight in the loss is known beforehand, the gradient is formed in
+the forward pass while the block's logits are there; the backward only multiplies by the incoming scalar. n counts tokens, m the tokens of
+a block.
 
 `linear_next_sequence` adds next-sequence prediction in closed form (docs/method.md). With log-probabilities l_i of the true tokens, a
 rollout from t matches its first j tokens with probability P_j = exp(l_t + ... + l_{t+j-1}), and J_t = (1/K) sum_{j=1..K} f_M(P_j) with
@@ -42,10 +42,7 @@ class TokenStats:
 
 
 def block_tokens(vocabulary: int, device: torch.device) -> int:
-    """Choose the tokens of a block so that its logits stay in a processor's cache, or as many as a CUDA device has memory for.
-
-    On a device every block reads the head's weights and adds to their gradient, so few large products are fast.
-    """
+    """Choose the tokens of a block so that its logits stay in a processor's cache, or as many as a CUDA device has memory for."""
     if device.type == "cuda":
         tokens = _device_logits(device) // vocabulary
         return max(16, tokens - tokens % 128 if tokens > 128 else tokens)  # whole tiles
@@ -76,9 +73,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
     Returns:
         The scalar loss (float32 or better) and detached per-token NLL, entropy and argmax.
     """
-    # Inputs are cast outside the function, so that autograd casts the gradients back; inside, autocast is off, since the code chooses
-    # itself what is wide.
-    hidden, weight = _inputs(hidden, weight)
+    # Cast outside the function, so that autograd casts the gradients back.
+    hidden, weight = cast_inputs(hidden, weight)
     loss, *stats = without_autocast(_LinearCrossEntropy.apply)(hidden, weight, targets, token_weights)
     return loss, TokenStats(*stats)
 
@@ -91,11 +87,8 @@ def _device_logits(device: torch.device) -> int:
     return 1 << max(logits, BLOCK_LOGITS).bit_length() - 1
 
 
-def _inputs(*tensors: Tensor) -> list[Tensor]:
-    """Cast tensors to the dtype the products run in, and detach them where gradients are off.
-
-    Autograd asks a function whether its inputs *could* have a gradient, and half the products would be for nothing.
-    """
+def cast_inputs(*tensors: Tensor) -> list[Tensor]:
+    """Cast tensors to the dtype of the products, and detach them where gradients are off, which a function's autograd does not tell it."""
     dtype = autocast_dtype(tensors[0])
     return [(x if torch.is_grad_enabled() else x.detach()).to(dtype) for x in tensors]
 
@@ -204,40 +197,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SequenceTerm:
-    """Describes the second term of `linear_next_sequence`.
+    """Describes the second term of `linear_next_sequence`."""
 
-    token_weights: [n], w_t; 0 wherever t + K passes the end of t's own sequence. K: tokens of a continuation. order: M of f_M, from 1
-    to `inf`. local: None, or [n, D]: w_t is then token_weights[t] times the divergence of the head's distribution on `hidden` from that
-    on `local`: their KL, or with `gain` what it gains in log p of the target.
-    """
-
-    token_weights: Tensor
-    K: int
-    order: float = 1
-    local: Tensor | None = None
-    gain: bool = False
+    token_weights: Tensor  # [n], w_t; 0 wherever t + K passes the end of t's own sequence
+    K: int  # tokens of a continuation
+    order: float = 1  # M of f_M, from 1 to `inf`
+    local: Tensor | None = None  # [n, D]: w_t is token_weights[t] times the head's divergence on `hidden` from that on `local`
+    gain: bool = False  # the divergence is not their KL, but what is gained in log p of the target
 
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """Holds the losses of `linear_next_sequence`, scalars with gradient: loss = ntp_scale * ntp + policy_scale * policy.
+    """Holds the losses of `linear_next_sequence`, scalars with gradient, and detached figures of each token."""
 
-    Detached are token_weights [n], the w_t used; values [n], J_t; and matches [n], (1/K) sum_j P_j, the share of K tokens that a rollout is
-    expected to match before its first miss.
-    """
-
-    loss: Tensor
+    loss: Tensor  # ntp_scale * ntp + policy_scale * policy
     ntp: Tensor
     policy: Tensor
-    token_weights: Tensor
-    values: Tensor
-    matches: Tensor
+    token_weights: Tensor  # [n], the w_t used
+    values: Tensor  # [n], J_t
+    matches: Tensor  # [n], (1/K) sum_j P_j, the share of K tokens that a rollout is expected to match before its first miss
 
 
 def log_matches(log_p: Tensor, K: int) -> Tensor:
     """Compute log P_j [n, K], the log-probability that a rollout from each token matches its first j = 1..K tokens, from log_p [n].
 
-    Tokens beyond the last count as certain (log p = 0): windows that reach them have weight 0.
+    Tokens beyond the last count as certain: windows that reach them have weight 0.
     """
     return F.pad(log_p, (0, K - 1)).unfold(0, K, 1).cumsum(-1)
 
@@ -319,7 +303,7 @@ def linear_next_sequence(
         The losses, and detached per-token statistics. The gradient of `loss` is formed with the blocks; that of `ntp` or `policy`
         alone, when asked for, by running the blocks again.
     """
-    hidden, weight = _inputs(hidden, weight)
+    hidden, weight = cast_inputs(hidden, weight)
     local = None if term.local is None else term.local.detach().to(hidden.dtype)
     settings = (term.K, term.order, term.gain, ntp_scale, policy_scale)
     run = without_autocast(_LinearNextSequence.apply)

@@ -14,38 +14,31 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from refine_nsp.ops.autograd import Context, Gradients
-from refine_nsp.ops.linear_cross_entropy import block_tokens, naive_linear_cross_entropy
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
+from refine_nsp.ops.linear_cross_entropy import block_tokens, cast_inputs, naive_linear_cross_entropy
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Holds what a student is to learn about n tokens; nothing of it is differentiated.
+    """Holds what a student is to learn about n tokens; nothing of it is differentiated."""
 
-    hidden: [n, Dt], the teacher's, after its final norm. weight: [Vt, Dt], its head's. targets: [n] long, the true next tokens.
-    kl_weights, target_weights: [n], what each token counts in the divergence and in the cross-entropy; `target_weights` of None leaves the
-    cross-entropy out.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    kl_weights: Tensor
-    target_weights: Tensor | None = None
+    hidden: Tensor  # [n, Dt], the teacher's, after its final norm
+    weight: Tensor  # [Vt, Dt], its head's
+    targets: Tensor  # [n] long, the true next tokens
+    kl_weights: Tensor  # [n], what each token counts in the divergence
+    target_weights: Tensor | None = None  # [n], and in the cross-entropy; None leaves that out
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Holds the loss, a scalar with gradient, and what it is the sum of: kl and nll [n], nats, detached; nll is None where it was left
-    out."""
+    """Holds the loss, a scalar with gradient, and what it is the sum of, detached."""
 
     loss: Tensor
-    kl: Tensor
-    nll: Tensor | None
+    kl: Tensor  # [n], nats
+    nll: Tensor | None  # [n], nats; None where it was left out
 
 
 def naive_linear_distillation(hidden: Tensor, weight: Tensor, lesson: Lesson) -> Divergence:
@@ -73,16 +66,11 @@ def linear_distillation(hidden: Tensor, weight: Tensor, lesson: Lesson) -> Diver
         The scalar loss (float32 or better), and the detached divergence and NLL of every token.
     """
     # As in `linear_cross_entropy`: casts are outside the function, so that autograd casts gradients back.
-    grad = torch.is_grad_enabled()
-    student = [(x if grad else x.detach()).to(autocast_dtype(hidden)) for x in (hidden, weight)]
+    student = cast_inputs(hidden, weight)
     teacher = [x.detach().to(autocast_dtype(lesson.weight)) for x in (lesson.hidden, lesson.weight)]
-    loss, kl, nll = _run(*student, *teacher, lesson.targets, lesson.kl_weights, lesson.target_weights)
+    run = without_autocast(_LinearDistillation.apply)
+    loss, kl, nll = run(*student, *teacher, lesson.targets, lesson.kl_weights, lesson.target_weights)
     return Divergence(loss, kl, nll if lesson.target_weights is not None else None)
-
-
-@without_autocast
-def _run(*args: Tensor | None) -> tuple[Tensor, ...]:
-    return _LinearDistillation.apply(*args)
 
 
 class _Block:
@@ -144,8 +132,7 @@ class _LinearDistillation(torch.autograd.Function):
         return loss if target_weights is None else loss + (nll * target_weights).sum(), kl, nll
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
+    @by_hand
     def backward(ctx: Context, dloss: Tensor, *_: Tensor | None) -> Gradients:
         scaled = [None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)

@@ -1,7 +1,6 @@
 """Say in one line that memory ran out: which part of a step asked for too much, and which settings make it ask for less.
 
-Parts are named where they run. What helps is known to whoever runs the whole and gives it settings, so callers further up may add
-remedies of their own; here, only the method's settings are named (`config.py`).
+Parts are named where they run; callers further up, who know more settings than the method's, may add remedies of their own.
 """
 
 from __future__ import annotations
@@ -35,32 +34,20 @@ class OutOfMemory(RefineError, torch.OutOfMemoryError):
     """Memory ran out in one part of a step.
 
     It is a `torch.OutOfMemoryError` too, whose first sentence callers who try smaller batches look for (accelerate does).
-
-    Attributes:
-        part: one of `PARTS`. reported: the allocator's own message.
     """
 
-    part: str
-    reported: str
-
-    @classmethod
-    def of(cls, part: str, reported: str, remedy: str) -> OutOfMemory:
-        """Make the error whose message is one line: the first sentence, the part, how much it asked for, the remedy."""
-        error = cls(f"{_first_sentence(reported)}. In {PARTS[part][0]}{_asked_for(reported)}: {remedy}")
-        error.part, error.reported = part, reported
-        return error
+    def __init__(self, part: str, reported: str, remedy: str) -> None:
+        super().__init__(f"{_first_sentence(reported)}. In {PARTS[part][0]}{_asked_for(reported)}: {remedy}")
+        self.part, self.reported = part, reported
 
 
 @contextmanager
 def part(name: str, remedies: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Name the part of a step that runs inside: memory that runs out there becomes an `OutOfMemory` that names it.
+    """Name the part of a step, one of `PARTS`, that runs inside: memory that runs out there becomes an `OutOfMemory` that names it.
 
-    Parts nest, and the innermost is named. The outermost `remedies` decide what is advised: a caller who gives some is also named in the
-    place of an inner part that these leave out, since the usual advice for that part would not help there (a validation keeps nothing for
-    a backward pass).
-
-    Args:
-        name: one of `PARTS`. remedies: what makes a part smaller, by its name; with one for `name` itself.
+    Parts nest, and the innermost is named. The outermost `remedies`, by part and with one for `name` itself, decide what is advised: a
+    caller who gives some is named in the place of an inner part that these leave out, whose usual advice would not help there (a
+    validation keeps nothing for a backward pass).
     """
     inside.append(name)
     try:
@@ -69,11 +56,11 @@ def part(name: str, remedies: Mapping[str, str] | None = None) -> Iterator[None]
         if remedies is None:
             raise
         named = inner.part if inner.part in remedies else name
-        raise OutOfMemory.of(named, inner.reported, remedies[named]) from inner.__cause__
+        raise OutOfMemory(named, inner.reported, remedies[named]) from inner.__cause__
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(known in str(error) for known in MESSAGES):
             raise
-        raise OutOfMemory.of(name, str(error), (remedies or {}).get(name, PARTS[name][1])) from error
+        raise OutOfMemory(name, str(error), (remedies or {}).get(name, PARTS[name][1])) from error
     finally:
         inside.pop()
 

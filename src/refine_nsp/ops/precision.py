@@ -1,7 +1,4 @@
-"""Guard precision: in code that automatic mixed precision must not change, and for steps that a dtype is too coarse for.
-
-States and cumulative products are kept in float32 or better.
-"""
+"""Guard precision: in code that automatic mixed precision must not change, and for steps that a dtype is too coarse for."""
 
 from __future__ import annotations
 
@@ -16,10 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_autocast(function: F) -> F:
-    """Run `function` with autocast off on the device of its first tensor argument.
-
-    Its arguments stay as autocast left them, perhaps in bfloat16; `function` itself widens what must be wider.
-    """
+    """Run `function` with autocast off on the device of its first tensor argument; it widens itself what must be wider."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> object:

@@ -1,6 +1,6 @@
-"""Compute the short causal convolution of each channel in front of q, k and v: W shifted multiply-adds, in the [B, T, D] layout.
+"""Compute the short causal convolution of each channel in front of q, k and v: W (mostly 4) shifted multiply-adds, on [B, T, D].
 
-PyTorch's own convolution takes [B, D, T], which costs two transposes. W is the width of the kernel in tokens, mostly 4.
+PyTorch's own convolution takes [B, D, T], which costs two transposes.
 """
 
 from __future__ import annotations

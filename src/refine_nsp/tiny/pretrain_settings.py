@@ -13,7 +13,7 @@ from refine_nsp.fields import Reader, setting
 from refine_nsp.tiny.documents import SHORTEST_ROW
 from refine_nsp.tiny.families import FACTS, FAMILIES
 from refine_nsp.training.arguments import ReFINEConfig, with_notes
-from refine_nsp.values import as_meant
+from refine_nsp.values import accepted
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PretrainPhase:
         if missing := sorted(known - set(given)):
             raise RefineError(f"phases: {', '.join(missing)} missing in {dict(given)}")
         hints = get_type_hints(cls)
-        return cls(**{name: as_meant(f"phases: {name}", value, hints[name]) for name, value in given.items()})
+        return cls(**{name: accepted(hints[name]).meant(f"phases: {name}", value) for name, value in given.items()})
 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "intermediate_size", "window", "probes_per_kind")

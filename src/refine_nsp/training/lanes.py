@@ -8,8 +8,9 @@ follows from the data, the seed and the number of lanes, and from nothing else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,8 @@ from refine_nsp.training.data import BEGINS_COLUMN, LENGTHS_COLUMN, TOKENS_COLUM
 from refine_nsp.training.stream import State, Stream
 
 T = TypeVar("T")
+Row = dict[str, object]
+FIRST: State = {"epoch": 0, "state": None}  # where the text begins
 
 
 class LaneOrder(Sampler[int]):
@@ -43,7 +46,8 @@ class LaneOrder(Sampler[int]):
         return self.turns * self.lanes
 
     def __iter__(self) -> Iterator[int]:
-        rows = in_lanes(self._documents(), self.lanes)
+        reading: list[Iterator[int]] = [iter(()) for _ in range(self.lanes)]
+        rows = in_lanes(self._documents(), reading)
         for _ in range(self.epoch * len(self)):
             next(rows)
         for _ in range(len(self)):
@@ -65,23 +69,47 @@ class LaneOrder(Sampler[int]):
             time += 1
 
 
-class LaneStream(Stream):
-    """Iterate over streamed windows by lanes. A lane holds the rest of its document in memory.
+@dataclass
+class Document(Iterator[Row]):
+    """Give out the windows of a streamed document.
 
-    What lanes hold follows from all that was read before, so a resumed run reads the text again from its beginning, and leaves out what
-    was given out.
+    Attributes:
+        begin: where in the text it begins, None for a lane that has read nothing yet. rows: its windows. given: how many were given out.
+    """
+
+    begin: State | None
+    rows: list[Row]
+    given: int = 0
+
+    def __next__(self) -> Row:
+        if self.given == len(self.rows):
+            raise StopIteration
+        self.given += 1
+        return self.rows[self.given - 1]
+
+
+class LaneStream(Stream):
+    """Iterate over streamed windows by lanes. A lane holds its document in memory.
+
+    A checkpoint notes where in the text the document of each lane begins, and how many of its windows were given out: a resumed run reads
+    these documents again and no others. Where a buffer shuffles, it reads the text from the beginning, and leaves out what was given out.
     """
 
     def __init__(self, data: IterableDataset, every: int, keep: int, lanes: int) -> None:
         super().__init__(data, every, keep)
         self.lanes = lanes
+        self.reading: list[Iterator[Row]] = []  # the document of each lane
+        self.ahead: State = FIRST  # where the first document begins that no lane has read
 
-    def __iter__(self) -> Iterator[dict[str, object]]:
+    def __iter__(self) -> Iterator[Row]:
         start, self.start = self.start, None
-        given_out = 0 if start is None else int(start["row"])
+        place: State = {"ahead": FIRST, "lanes": [(None, 0)] * self.lanes} | ({} if start is None else start["state"])
+        given_out = place.get("given_out", 0)
         self.places.clear()
-        self.row = 0
-        for example in in_lanes(grouped(self._rows()), self.lanes):
+        self.row = 0 if start is None or given_out else int(start["row"])
+        self.reading = [self._document(begin, given) for begin, given in place["lanes"]]
+        self.ahead = place["ahead"]
+        for example in in_lanes(self._documents(place["ahead"]), self.reading, self.row):
             self.row += 1
             if self.row % self.every == 0:
                 self.places.append((self.row, self.place()))
@@ -89,47 +117,56 @@ class LaneStream(Stream):
                 yield example
 
     def place(self) -> State:
-        """Return how many rows were given out, from which it follows where the next stands."""
-        return {"epoch": 0, "given_out": self.row}
+        """Return where each lane reads and where the next document begins, or how many rows were given out."""
+        if self.refills:
+            return {"given_out": self.row}
+        lanes = [(d.begin, d.given) for d in self.reading if isinstance(d, Document)]
+        return {"ahead": self.ahead, "lanes": lanes}
 
-    def _rows(self) -> Iterator[dict[str, object]]:
-        """Yield the windows of one epoch after another, as they stand in the text."""
-        self.data.load_state_dict(None)
-        self.epoch = 0
+    def _document(self, begin: State | None, given: int) -> Document:
+        """Read the document again that begins at a place, without the windows that were given out."""
+        return Document(begin, [] if begin is None else next(self._documents(begin)).rows, given)
+
+    def _documents(self, begin: State) -> Iterator[Document]:
+        """Yield one document after another from a place on, which must begin one, and note where the next begins."""
+        rows: list[Row] = []
+        for place, row in self._rows(begin):
+            if row[BEGINS_COLUMN] and rows:
+                self.ahead = place
+                yield Document(begin, rows)
+                begin, rows = place, []
+            rows.append(row)
+
+    def _rows(self, place: State) -> Iterator[tuple[State, Row]]:
+        """Yield each window from a place on, epoch after epoch, and the place before it."""
+        self.epoch = place["epoch"]
+        self.data.load_state_dict(place["state"])  # it is of one epoch; `datasets` begins the following ones at their beginning
         while True:
             self.data.set_epoch(self.epoch)
-            empty = True
-            for example in self.data:
+            empty = place["state"] is None
+            for row in self.data:
                 empty = False
-                yield example
+                yield place, row
+                place = {"epoch": self.epoch, "state": None if self.refills else self.data.state_dict()}
             if empty:
                 raise RefineError(
                     "the streamed text has no document that is long enough, which min_prefix, one position and K need"
                 )
             self.check_files()
             self.epoch += 1
+            place = {"epoch": self.epoch, "state": None}
 
 
-def in_lanes(documents: Iterator[Iterator[T]], lanes: int) -> Iterator[T]:
-    """Yield windows in turns of one for each lane; a lane whose document has ended takes the next of `documents`, which must not end."""
-    reading: list[Iterator[T]] = [iter(()) for _ in range(lanes)]
-    while True:
-        for lane in range(lanes):
-            while not (window := list(islice(reading[lane], 1))):
-                reading[lane] = next(documents)
-            yield window[0]
+def in_lanes(documents: Iterator[Iterator[T]], reading: list[Iterator[T]], row: int = 0) -> Iterator[T]:
+    """Yield windows in turns of one for each lane from `row` on, from what each is `reading`, a list that is kept up to date.
 
-
-def grouped(rows: Iterable[dict[str, object]]) -> Iterator[Iterator[dict[str, object]]]:
-    """Yield the windows of each document, read from the stream as a whole."""
-    document: list[dict[str, object]] = []
-    for row in rows:
-        if row[BEGINS_COLUMN] and document:
-            yield iter(document)
-            document = []
-        document.append(row)
-    if document:
-        yield iter(document)
+    A lane whose document has ended takes the next of `documents`, which must not end.
+    """
+    for turn in count(row):
+        lane = turn % len(reading)
+        while not (window := list(islice(reading[lane], 1))):
+            reading[lane] = next(documents)
+        yield window[0]
 
 
 def documents_of(begins: Sequence[bool]) -> list[range]:
@@ -144,7 +181,7 @@ def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int
     Raises:
         RefineError: packed rows, or no document that is long enough.
     """
-    names = data.column_names or []
+    names = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not say its columns
     if BEGINS_COLUMN in names or TOKENS_COLUMN not in names:
         return data
     if LENGTHS_COLUMN in names:

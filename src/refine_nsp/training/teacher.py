@@ -21,9 +21,6 @@ from refine_nsp.models.load import Configured, check_vocabulary, load_config, lo
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.teacher import Teacher
 from refine_nsp.processes import to_device
-from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.distillation import Distillation
-from refine_nsp.training.transfer import Transfer, check_transfer
 
 PARTIAL_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's: only the first process of a machine reads weights
 
@@ -109,32 +106,6 @@ class _Holder:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
-
-
-def distillation_from(teacher: Teacher | None, student: nn.Module, args: ReFINEConfig) -> Distillation:
-    """Make the phase in which a student learns from a loaded teacher.
-
-    Raises:
-        RefineError: there is no teacher (the trainer was given no model to compare it with), or nothing beyond the student's window.
-    """
-    if teacher is None or args.teacher is None:
-        raise RefineError("objective='distill' needs the student's model when the trainer is made; give model, not model_init")
-    window = window_of_student(student, args.teacher_window)
-    check_window(window, args.max_length, teacher, args.teacher)
-    return Distillation(args.nsp, teacher, args.lambda_context, window)
-
-
-def transfer_from(teacher: Teacher | None, student: nn.Module, args: ReFINEConfig) -> Transfer:
-    """Make the phase in which the student's layers learn from a loaded teacher's.
-
-    Raises:
-        RefineError: there is no teacher, layers that cannot teach the student's, or nothing beyond the student's window.
-    """
-    if teacher is None or args.teacher is None:
-        raise RefineError("objective='transfer' needs the student's model when the trainer is made; give model, not model_init")
-    check_transfer(args.teacher, teacher, cast(CausalModel, without_adapters(student)))
-    check_window(window_of_student(student, None), args.max_length, teacher, args.teacher)
-    return Transfer(args.nsp, teacher)
 
 
 def window_of_student(student: nn.Module, given: int | None) -> int:

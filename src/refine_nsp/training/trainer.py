@@ -50,7 +50,8 @@ from refine_nsp.training.run_checks import check_best_figure, check_carrying, ch
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
 from refine_nsp.training.stream import Stream, check_streaming
-from refine_nsp.training.teacher import distillation_from, load_teacher, transfer_from
+from refine_nsp.training.taught import taught
+from refine_nsp.training.teacher import load_teacher
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
 P = TypeVar("P", bound=Phase)
@@ -164,10 +165,8 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
 
     def make_phase(self) -> Phase:
         """Make the phase that `args.objective` names."""
-        if self.args.objective == "distill":
-            return distillation_from(self.teacher, self.accelerator.unwrap_model(self.model), self.args)
-        if self.args.objective == "transfer":
-            return transfer_from(self.teacher, self.accelerator.unwrap_model(self.model), self.args)
+        if self.args.objective in ("distill", "transfer"):
+            return taught(self.args, self.accelerator.unwrap_model(self.model), self.teacher)
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
     def shared(self, phase: P) -> P:

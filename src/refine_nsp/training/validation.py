@@ -9,9 +9,9 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.forward import run
-from refine_nsp.nsp.greedy import greedy_match
 from refine_nsp.nsp.next_token import next_tokens
 from refine_nsp.nsp.records import Batch, Learning, Work, uniforms
+from refine_nsp.nsp.rollouts import greedy_match
 from refine_nsp.nsp.seeds import generator_of
 from refine_nsp.nsp.selection import select_positions
 from refine_nsp.training.data import ANSWER_COLUMN, BEGINS_COLUMN, Collated

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from refine_nsp.errors import RefineError
-from refine_nsp.estimate.counter import counted
+from refine_nsp.estimate.counter import Counter
 from refine_nsp.models import with_states
 from refine_nsp.models.convert import convert
 from refine_nsp.models.load import load_model
@@ -135,7 +135,7 @@ def test_activations_of_one_layer_at_a_time_are_held(tmp_path):
         teacher = teacher_of(load_model(tmp_path / f"t{layers}", dtype="float32"))
         phase, batch = Transfer(None, teacher), MicroBatch(Batch.of(ids_of(4, 400)))
         batch.totals = phase.count(batch)
-        with counted() as counter:
+        with Counter() as counter:
             phase.loss(student, batch)[0].backward()
         peaks.append(max(counter.peaks.values()))
     held = 4 * 2 * 4 * 400 * config.hidden_size * 4

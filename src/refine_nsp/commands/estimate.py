@@ -62,9 +62,7 @@ COMMAND = Command(
 def run(call: Call, model_args: ModelArguments, where: EstimateArguments, args: ReFINEConfig) -> None:
     """Count, and print the table, with a warning where the training does not fit."""
     if args.objective == "transfer":
-        raise RefineError(
-            "transfer is not counted; --objective distill is, and takes more than a step of transfer, one layer's at a time"
-        )
+        raise RefineError("objective='transfer' cannot be estimated: its steps are not counted; refine, ntp and distill are")
     device = device_named(where.device)
     if call.dry_run:
         Console().print(str(call.resolved()))

@@ -40,6 +40,8 @@ DEVICES = {
 }
 # Bytes a parameter of optimizers whose state is not AdamW's two moments.
 MOMENTS = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
+# Code of other libraries fails in these ways where a model cannot be counted.
+FOREIGN_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def device_named(name: str) -> Device:
@@ -97,15 +99,7 @@ def estimate(
         uncounted = str(error)
     except RefineError:
         raise
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # foreign code's
+    except FOREIGN_ERRORS as error:
         uncounted = f"{type(error).__name__}: {first_line(error)}"
     share = processes if sharded else 1
     # With gradients to add up to, they are there all through the next micro-batch; else they come as activations go.

@@ -1,5 +1,6 @@
 """Post-training: the inner update and the SFT step are what they say, and everything of the trainer goes on working."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ def tokenizer():
     return load_tokenizer("refine-nsp/tiny-delta-net")
 
 
+@functools.cache
 def data(n=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda k: torch.randint(0, 64, (k,), generator=g).tolist()  # noqa: E731

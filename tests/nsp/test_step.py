@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from refine_nsp.config import NSPConfig
+from refine_nsp.nsp.forward import run
 from refine_nsp.nsp.module import ReFINEStep
+from refine_nsp.nsp.records import Batch, Work
+from refine_nsp.nsp.rollouts import sample_tokens
 from tests.models.families import FAMILY_NAMES, build
 from tests.nsp.schedules import assert_same_gradients, assert_schedules_agree, gradients
 
@@ -44,6 +47,36 @@ def test_recorded_log_probs_and_hidden_states_equal_a_full_forward(family):
             torch.testing.assert_close(record.log_probs[b, p, n], log_p, rtol=1e-9, atol=1e-10)
             hidden = out.last_hidden_state[0, t + 1 : t + 1 + K]
             torch.testing.assert_close(record.hidden[b, p, n], hidden, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_rollouts_of_a_prefix_share_their_first_prediction(family, dtype):
+    """They draw the same tokens as rows that each have a prefix of their own, with fewer rows for the head."""
+    model, N = build(family, dtype=dtype), 4
+    out = model(ids(), lengths=LENGTHS, snapshot_positions=torch.tensor([[30, 60], [40, 80], [20, 50]]))
+    hidden = out.last_hidden_state[torch.arange(3)[:, None], torch.tensor([[30, 60], [40, 80], [20, 50]])].flatten(0, 1)
+    u, rows = torch.rand(6 * N, 5, dtype=torch.float64, generator=generator()), []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    shared = sample_tokens(model, out.snapshots, hidden, u, 0.7)
+    assert rows == [6, *[6 * N] * 4]
+    hook.remove()
+    apart = sample_tokens(model, out.snapshots.expand(N), hidden.repeat_interleave(N, 0), u, 0.7)
+    assert torch.equal(shared[0], apart[0])
+    torch.testing.assert_close(shared[1:], apart[1:])
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_the_head_learns_from_each_prediction_once_and_entropy_only_where_it_counts(entropy_coef):
+    model, rows = build("delta_net"), []
+    step = ReFINEStep(model, NSPConfig(positions_per_sequence=2, num_generations=3, min_prefix=5, entropy_coef=entropy_coef))
+    forward = run(Work(model, Batch.of(ids(), LENGTHS), step.config))
+    prefixes = forward.states(torch.tensor([[30, 60], [40, 80], [20, 50]]))
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1].numel()))
+    found = forward.replay(prefixes, torch.zeros(3, 2, 3, 5, dtype=torch.long))
+    hook.remove()
+    assert rows == [6 + 18 * 4] and (found.entropy is None) == (entropy_coef == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

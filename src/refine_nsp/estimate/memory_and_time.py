@@ -86,8 +86,7 @@ def estimate(
     """
     blueprint = Blueprint(config, dtype_of(config, args) if dtype is None else dtype, adapters)
     whole = blueprint.on_meta()
-    kinds = kinds_of_layers(whole)
-    weights, trained = parameter_bytes(whole), parameter_bytes(whole, trainable=True)
+    kinds, weights, trained = kinds_of_layers(whole), parameter_bytes(whole), parameter_bytes(whole, trainable=True)
     taught = None
     if args.objective == "distill" and args.teacher is not None:
         theirs = load_config(args.teacher)

@@ -21,7 +21,7 @@ from refine_nsp.models.state import FastWeightCache
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch, Prefixes, Replayed, Work, gather_positions
 from refine_nsp.nsp.schedule import schedule_of
-from refine_nsp.ops.linear_cross_entropy import TokenStats, token_log_probs
+from refine_nsp.ops.linear_cross_entropy import TokenStats, entropy_of, log_softmax
 from refine_nsp.ops.memory import part
 
 
@@ -60,15 +60,24 @@ class Forward(Predictions):
         rows = tokens.reshape(-1, K)
         # The last token predicts nothing; only its hidden state can be asked for.
         consumed = rows if need_hidden else rows[:, : K - 1]
-        first = prefixes.hidden.repeat_interleave(N, 0)[:, None]  # it predicts the first rollout token
+        # A prefix's own hidden state predicts the first token of its N rollouts, so the head sees it once.
+        predicting, after = [prefixes.hidden], None
+        where = torch.arange(len(rows), device=rows.device)[:, None] // N  # [R, K], which prediction is of a token
         if consumed.shape[1]:
             after = model.model(consumed, past_key_values=prefixes.cache, use_cache=False).last_hidden_state
-            predicting = torch.cat([first, after[:, : K - 1]], 1)
-        else:
-            after, predicting = None, first
-        log_probs, entropy = token_log_probs(model.lm_head(predicting), rows, self.work.config.temperature)
+            predicting.append(after[:, : K - 1].flatten(0, 1))
+            later = torch.arange(len(rows) * (K - 1), device=rows.device).view(-1, K - 1)
+            where = torch.cat([where, len(prefixes.hidden) + later], 1)
+        log_probs, entropy = self.log_probs(torch.cat(predicting), rows, where)
         hidden = after.detach() if need_hidden and after is not None else None
-        return Replayed(log_probs.view(B, P, N, K), entropy.view(B, P, N, K), hidden)
+        return Replayed(log_probs.view(B, P, N, K), None if entropy is None else entropy.view(B, P, N, K), hidden)
+
+    def log_probs(self, hidden: Tensor, tokens: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Predict by hidden states [S, D]; return the log-probability of every token [R, K] by the prediction `where` [R, K] says, and the
+        entropy of that, None where the loss has no entropy bonus."""
+        config = self.work.config
+        log_p = log_softmax(self.work.model.lm_head(hidden), config.temperature)
+        return log_p[where, tokens], entropy_of(log_p)[where] if config.entropy_coef else None
 
 
 class Recomputed(Forward):
@@ -87,12 +96,13 @@ class Recomputed(Forward):
             past = self.work.batch.past  # B states, from each of which N neighbours continue
             h = model.model(ids, lengths=at[:, -1] + 1, past_key_values=past, use_cache=False).last_hidden_state
             index = torch.arange(len(ids), device=ids.device)[:, None]
-            log_p, entropy = token_log_probs(model.lm_head(h[index, at - 1]), rows, self.work.config.temperature)
+            before = h[index, at - 1].flatten(0, 1)
+            log_p, entropy = self.log_probs(before, rows, torch.arange(len(before), device=rows.device).view(-1, K))
             log_probs.append(log_p.view(-1, N, K))
-            entropies.append(entropy.view(-1, N, K))
+            entropies += [] if entropy is None else [entropy.view(-1, N, K)]
             hidden.append(h[index, at].view(-1, N, K, h.shape[-1]))
         states = torch.stack(hidden, 1).flatten(0, 2).detach()
-        return Replayed(torch.stack(log_probs, 1), torch.stack(entropies, 1), states)
+        return Replayed(torch.stack(log_probs, 1), torch.stack(entropies, 1) if entropies else None, states)
 
 
 def states_again(work: Work, positions: Tensor) -> FastWeightCache:

@@ -183,7 +183,7 @@ class Replayed:
     """Hold what the current policy says of given rollouts, which were run again for it."""
 
     log_probs: Tensor  # [B, P, N, K], nats, with gradient
-    entropy: Tensor  # likewise
+    entropy: Tensor | None  # likewise; None where the loss has no entropy bonus
     hidden: (
         Tensor | None
     )  # [R, K, D], the final-norm output after consuming each token, no gradient; None unless it was asked for
@@ -257,12 +257,11 @@ def uniforms(B: int, P: int, N: int, K: int, generator: Generators) -> tuple[Ten
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Draw an index with probability weights / sum(weights) by the uniform u: weights [..., n] >= 0, u [...] -> long [...]."""
+    """Draw m indices with probability weights / sum(weights) by uniforms: weights [..., n] >= 0, u [..., m] -> long [..., m]."""
     cdf = weights.double().cumsum(-1)
-    target = u.to(cdf)[..., None] * cdf[..., -1:]
-    drawn = torch.searchsorted(cdf, target, right=True)[..., 0]
+    drawn = torch.searchsorted(cdf, u.to(cdf) * cdf[..., -1:], right=True)
     # Rounding can put the target at the very end; the index that reaches the sum, the last with any weight, is where that belongs.
-    last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())[..., 0]
+    last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())
     return torch.minimum(drawn, last).clamp(max=weights.shape[-1] - 1)  # weights that are NaN have no place in order
 
 

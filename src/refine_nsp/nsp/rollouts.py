@@ -19,6 +19,7 @@ from refine_nsp.nsp.forward import Forward
 from refine_nsp.nsp.records import Metrics, Prefixes, Sampled, gather_positions, inverse_cdf
 from refine_nsp.nsp.rewards import cosine
 from refine_nsp.nsp.selection import count_positions
+from refine_nsp.ops.linear_cross_entropy import log_softmax
 from refine_nsp.ops.memory import part
 
 
@@ -68,20 +69,19 @@ def sample_tokens(
         tokens [R, K] long; log_probs [R, K] under the (tempered) distribution of all tokens, nats; hidden states [R, K, D], the final-norm
         output after consuming token j.
     """
-    N = u.shape[0] // hidden.shape[0]
-    rows, hidden = Branches(model.model, snapshots, N), hidden.repeat_interleave(N, 0)
+    rows = Branches(model.model, snapshots, u.shape[0] // hidden.shape[0])
     u = u.to(hidden.device, non_blocking=True)
     tokens, log_probs, states = [], [], []
     for j in range(u.shape[1]):
-        logits = model.lm_head(hidden)
-        log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        # Of B*P rows for the first token, whose distribution the rollouts of a prefix share; then of R.
+        log_p = log_softmax(model.lm_head(hidden), temperature)
         chances = log_p.exp()
         for unwanted in never:
             chances[:, unwanted] = 0
-        token = inverse_cdf(chances, u[:, j])
-        hidden = rows.advance(token)
-        tokens.append(token)
-        log_probs.append(log_p.gather(-1, token[:, None])[:, 0])
+        token = inverse_cdf(chances, u[:, j].view(len(hidden), -1))
+        tokens.append(token.flatten())
+        log_probs.append(log_p.gather(-1, token).flatten())
+        hidden = rows.advance(tokens[-1])
         states.append(hidden)
     return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(states, 1)
 

@@ -66,7 +66,7 @@ def draw_sample(scores: Tensor, allowed: Tensor, u: Tensor, tau: float) -> Tenso
     """Draw from softmax(score / tau) over the allowed tokens of each chunk."""
     logits = (scores / tau).masked_fill(~allowed, -torch.inf)
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    return inverse_cdf((logits - top).exp(), u.to(scores.device, non_blocking=True))
+    return inverse_cdf((logits - top).exp(), u.to(scores.device, non_blocking=True)[..., None])[..., 0]
 
 
 DRAWS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {

@@ -356,7 +356,11 @@ class _LinearNextSequence(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of `tokens` [...] under softmax(logits [..., V] / temperature), and its entropy; both differentiable."""
-    log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
-    return log_p.gather(-1, tokens[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute the logarithm of softmax(logits [..., V] / temperature), in float32 or better; differentiable."""
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Compute the entropy [...] of distributions whose log-probabilities are given [..., V], nats; differentiable."""
+    return -(log_p.exp() * log_p).sum(-1)

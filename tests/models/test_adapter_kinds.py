@@ -1,6 +1,7 @@
 """What a run with adapters ends with is what its folder loads as, and what merging makes of it: for every module that can be adapted and
 every option of PEFT's LoRA that is accepted. What cannot be so is refused when it is asked for."""
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def bases(tmp_path_factory):
     return folder
 
 
+@functools.cache
 def rows(count: int = 8) -> Dataset:
     g = torch.Generator().manual_seed(0)
     return Dataset.from_list([{"input_ids": torch.randint(0, 64, (40,), generator=g).tolist()} for _ in range(count)])

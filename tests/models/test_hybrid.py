@@ -84,7 +84,14 @@ def test_snapshots_go_on_as_the_prefix_read_again_and_so_do_their_gradients(name
     before = model.model(ids, snapshot_positions=positions).snapshots
     after = model.model(ids, output_states=True).states.at(positions)
     weight = torch.randn(8, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found = []
+    again = []
+    for r in range(8):
+        b, p = divmod(r, 4)
+        prefix = ids[b, : int(positions[b, p]) + 1]
+        again.append(original(torch.cat([prefix, rollouts[r]])[None], use_cache=False).logits[0, -3:])
+    again = torch.stack(again)
+    (again * weight).sum().backward()
+    expected = gradients(original)
     for snapshots in (before, after):
         kept = [{k: x.detach().clone() for k, x in layer.items()} for layer in snapshots.layers]
         together = model(rollouts, past_key_values=snapshots, use_cache=False).logits
@@ -94,18 +101,11 @@ def test_snapshots_go_on_as_the_prefix_read_again_and_so_do_their_gradients(name
         if model.model.state_method.same_by_single_tokens:
             torch.testing.assert_close(torch.cat(one_by_one, 1), together, **TIGHT)
             together = (together + torch.cat(one_by_one, 1)) / 2
+        torch.testing.assert_close(together, again, **TIGHT)
         (together * weight).sum().backward()
-        found.append(gradients(model))
+        assert_same_gradients(gradients(model), expected)
         for layer, copy in zip(snapshots.layers, kept, strict=True):
             assert all(torch.equal(layer[k], copy[k]) for k in copy)  # nothing wrote to what was handed over
-        for r in range(8):
-            b, p = divmod(r, 4)
-            again = original(torch.cat([ids[b, : int(positions[b, p]) + 1], rollouts[r]])[None], use_cache=False).logits
-            torch.testing.assert_close(together[r], again[0, -3:], **TIGHT)
-            (again[0, -3:] * weight[r]).sum().backward()
-        found.append(gradients(original))
-    for g in found[1:]:
-        assert_same_gradients(g, found[0])
 
 
 @torch.no_grad()

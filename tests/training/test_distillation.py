@@ -310,7 +310,7 @@ def test_a_step_waits_for_the_device_twice(folder, tmp_path):
         assert not rules.mixed
         return len(rules.waits)
 
-    assert waits(4) - waits(2) <= 2 * 2
+    assert waits(3) - waits(1) <= 2 * 2
 
 
 def test_validation_says_how_far_the_student_is_from_its_teacher(folder, tmp_path):

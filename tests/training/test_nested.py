@@ -1,5 +1,6 @@
 """Post-training: the inner update and the SFT step are what they say, and everything of the trainer goes on working."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ def tokenizer():
     return load_tokenizer("refine-nsp/tiny-delta-net")
 
 
+@functools.cache
 def data(n=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda k: torch.randint(0, 64, (k,), generator=g).tolist()  # noqa: E731
@@ -308,7 +310,7 @@ def test_the_command_learns_to_answer(tmp_path, capsys):
     name = write(tmp_path / "a.jsonl", [question(i % 8) for i in range(64)])
     flags = ["--dataset_name", name, "--output_dir", str(tmp_path / "run"), "--max_length", "256", "--max_steps", "12",
              "--learning_rate", "3e-3", "--per_device_train_batch_size", "4", "--logging_steps", "2", "--max_new_tokens", "4",
-             "--objective", "refine", "--positions_per_sequence", "2", "--disable_tqdm", "true"]  # fmt: skip
+             "--objective", "refine", "--positions_per_sequence", "2", "--disable_tqdm", "true", "--do_eval", "true"]  # fmt: skip
     assert main(["posttrain", *flags, "--dry_run"]) == 0
     assert "training prompts" in capsys.readouterr().out and not (tmp_path / "run").exists()
     assert main(["posttrain", *flags]) == 0

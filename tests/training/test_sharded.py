@@ -65,8 +65,8 @@ FIRST = {
     "rollouts", "lact, checkpointing", "closed form by segments, fewer on one process", "several steps from one batch of rollouts",
     "hybrid, checkpointing", "hybrid, rollouts", "carried, lact, checkpointing", "distilled", "nested closed form",
 }  # fmt: skip
-FOUR_STEPS = {**ROLLOUTS, "max_steps": 4, "steps_per_generation": 2}
-LANES = {**CARRIED, **CLOSED_FORM, "max_steps": 4, "fsdp": True, "fsdp_config": SHARDED}
+THREE_STEPS = {**ROLLOUTS, "max_steps": 3, "steps_per_generation": 2}
+LANES = {**CARRIED, **CLOSED_FORM, "max_steps": 3, "fsdp": True, "fsdp_config": SHARDED}
 
 
 def plain(settings: dict) -> dict:
@@ -78,15 +78,15 @@ def plain(settings: dict) -> dict:
 def two(tmp_path_factory) -> Path:
     """What two processes made of jobs: a folder each."""
     folder = tmp_path_factory.mktemp("sharded")
-    four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True}
+    three = {**THREE_STEPS, **batches(2, 2), "fsdp": True}
     jobs = [
-        ("midtrain", "straight", {**four, **SAVED, "fsdp_config": SHARDED}),
+        ("midtrain", "straight", {**three, **SAVED, "fsdp_config": SHARDED}),
         ("copy", "stopped", {"source": str(folder / "straight")}),
-        ("forget", "stopped", {"checkpoints": [2, 3, 4]}),
-        ("midtrain", "stopped", {**four, "fsdp_config": CHECKPOINTING, "resume": True}),
+        ("forget", "stopped", {"checkpoints": [2, 3]}),
+        ("midtrain", "stopped", {**three, "fsdp_config": CHECKPOINTING, "resume": True}),
         ("midtrain", "lanes", {**LANES, **batches(2, 2), **SAVED}),
         ("copy", "lanes stopped", {"source": str(folder / "lanes")}),
-        ("forget", "lanes stopped", {"checkpoints": [3, 4]}),
+        ("forget", "lanes stopped", {"checkpoints": [3]}),
         ("copy", "lanes alone", {"source": str(folder / "lanes stopped")}),
         ("midtrain", "lanes stopped", {**LANES, **batches(2, 2), "resume": True}),
     ]
@@ -98,18 +98,18 @@ def two(tmp_path_factory) -> Path:
 def more(tmp_path_factory, two) -> Path:
     """The others, and runs that went from one process to two, and from two to one."""
     folder = tmp_path_factory.mktemp("more")
-    alone = {**FOUR_STEPS, **batches(4, 1), "fsdp": True, "fsdp_config": SHARDED}
-    jobs = [("copy", "alone", {"source": str(two / "straight")}), ("forget", "alone", {"checkpoints": [2, 3, 4]})]
-    jobs += [("midtrain", "one", {**alone, **SAVED}), ("forget", "one", {"checkpoints": [2, 3, 4]})]
+    alone = {**THREE_STEPS, **batches(4, 1), "fsdp": True, "fsdp_config": SHARDED}
+    jobs = [("copy", "alone", {"source": str(two / "straight")}), ("forget", "alone", {"checkpoints": [2, 3]})]
+    jobs += [("midtrain", "one", {**alone, **SAVED}), ("forget", "one", {"checkpoints": [2, 3]})]
     jobs += [
         ("copy", "lanes alone", {"source": str(two / "lanes alone")}),
         ("midtrain", "lanes one", {**LANES, **batches(8, 1), **SAVED, "max_steps": 2}),
     ]
     jobs += [("midtrain", "lanes alone", {**LANES, **batches(4, 1), "resume": True})]
     run(folder, [*jobs, ("midtrain", "alone", {**alone, "resume": True})], 1)
-    four = {**FOUR_STEPS, **batches(2, 2), "fsdp": True, "fsdp_config": SHARDED}
+    three = {**THREE_STEPS, **batches(2, 2), "fsdp": True, "fsdp_config": SHARDED}
     resumed = [
-        ("midtrain", "one", {**four, "resume": True}),
+        ("midtrain", "one", {**three, "resume": True}),
         ("midtrain", "lanes one", {**LANES, **batches(2, 2), "resume": True}),
     ]
     run(folder, [*resumed, *alike(ALIKE.keys() - FIRST)], 2)
@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_weights_as_they_were_saved(tmp_path, two):
     """In shards or whole."""
     shards = two / "straight" / "checkpoint-1"
     with pytest.raises(RefineError, match=r"holds weights in shards, and this run holds them whole; .*refine-nsp export"):
-        JOBS["midtrain"](tmp_path, **FOUR_STEPS, **batches(4, 1), resume=str(shards))
+        JOBS["midtrain"](tmp_path, **THREE_STEPS, **batches(4, 1), resume=str(shards))
     Checkpoint(shards).check_shards(True)
     (tmp_path / "model.safetensors").touch()
     Checkpoint(tmp_path).check_shards(False)
@@ -174,14 +174,14 @@ def test_a_run_goes_on_with_weights_as_they_were_saved(tmp_path, two):
 
 
 def test_checkpoints_in_shards_become_plain_folders(tmp_path, two):
-    assert main(["export", str(two / "straight" / "checkpoint-4"), str(tmp_path / "model")]) == 0
+    assert main(["export", str(two / "straight" / "checkpoint-3"), str(tmp_path / "model")]) == 0
     exported, saved = load_file(tmp_path / "model" / "model.safetensors"), weights_of(two / "straight")
     assert exported.keys() == saved.keys() == build("delta_net").state_dict().keys()
     assert_close(exported, saved, 0.0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert_close(dict(model.named_parameters()), saved, 0.0)
     with pytest.raises(RefineError, match="is not empty"):
-        export_checkpoint(two / "straight" / "checkpoint-4", tmp_path / "model")
+        export_checkpoint(two / "straight" / "checkpoint-3", tmp_path / "model")
     with pytest.raises(RefineError, match="is a plain folder already"):
         export_checkpoint(tmp_path / "model", tmp_path / "again")
     with pytest.raises(RefineError, match="holds no sharded weights"):

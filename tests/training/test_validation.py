@@ -69,15 +69,16 @@ def test_the_estimate_counts_it(family):
         (("--eval_strategy", "steps", "--eval_steps", "2"), [2]),  # the last step has validated already
         (("--eval_strategy", "epoch", "--max_steps", "1"), [1]),
         (("--do_eval", "true"), [2]),
-        (("--validation_dataset", "TEXT"), [2]),
+        (("--validation_dataset", "FEW"), [2]),
         (("--validation_fraction", "0.1"), [2]),
         (("--validation_fraction", "0"), []),
     ],
 )
 def test_a_run_is_validated_at_its_end_where_that_is_asked_for(tmp_path, flags, steps):
-    text = tmp_path / "text.txt"
+    text, few = tmp_path / "text.txt", tmp_path / "few.txt"
     text.write_text(TEXT)
-    assert main(tiny(tmp_path, text, *NTP, *(str(text) if flag == "TEXT" else flag for flag in flags))) == 0
+    few.write_text(TEXT[:3000])
+    assert main(tiny(tmp_path, text, *NTP, *(str(few) if flag == "FEW" else flag for flag in flags))) == 0
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records if "eval_loss" in record] == steps
     assert (tmp_path / "run" / "report.html").exists()

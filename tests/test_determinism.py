@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from refine_nsp.cli import main
 from refine_nsp.tiny import quickstart as q
 from tests.test_cli import TEXT, tiny
-from tests.tiny.test_pretrain import library, small_tokenizer, texts  # noqa: F401, fixtures
+from tests.tiny.test_pretrain import library, small_tokenizer, texts, undrawn  # noqa: F401, fixtures
 from tests.tiny.test_pretrain import tiny as tiny_base
 
 BASE = "refine-nsp/tiny-delta-net"
@@ -65,7 +65,7 @@ def evaluate(folder: Path, capsys) -> object:
     """Answers sampled (those of the file, by the published protocol), from weights adapted with sampled rollouts."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"import os\nx = {i}\n" * 12, "answer": "y"}) + "\n" for i in range(2)))
-    argv = ["evaluate", BASE, "--tasks", "niah_multikey_1", "prompts", "--lengths", "512", "--samples", "2", "--prompts", str(prompts),
+    argv = ["evaluate", BASE, "--tasks", "niah_multikey_1", "prompts", "--lengths", "512", "--samples", "1", "--prompts", str(prompts),
             "--protocol", "published", "--ttt", "refine", *ADAPTED, "--output_dir", str(folder / "run")]  # fmt: skip
     assert main(argv) == 0
     seconds = re.compile(r'"[a-z_]*seconds": [\d.e-]+')
@@ -91,7 +91,7 @@ def inspect(folder: Path, capsys) -> object:
 
 
 @pytest.mark.parametrize("command", [midtrain, posttrain, pretrain, evaluate, ttt, generate, inspect], ids=lambda f: f.__name__)
-def test_twice(command, tmp_path, capsys, library):  # noqa: F811
+def test_twice(command, tmp_path, capsys, library, undrawn):  # noqa: F811
     found = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -12,7 +12,7 @@ from torch import nn
 from refine_nsp.errors import RefineError
 from refine_nsp.models.load import load_adapter, load_model
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
-from refine_nsp.training.export import export_checkpoint
+from refine_nsp.training.checkpoints import export_checkpoint
 from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import plain
 

@@ -133,6 +133,7 @@ def test_it_equals_its_source_in_the_window_and_window_attention_beyond(kind, tm
         dict(use_muon=True, muon_dtype="float32"),
         dict(use_momentum=False, ttt_prenorm=True),
         dict(inter_multi=1.5),
+        dict(qkv_silu=False),
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -147,6 +148,19 @@ def test_every_kind_of_memory_begins_unread(fields, tmp_path):
     with float64_throughout():
         torch.testing.assert_close(silent, with_window(source)(ids).logits, **TIGHT)
     assert not torch.allclose(awake(model)(ids, use_cache=False).logits[:, 32:], silent[:, 32:], atol=1e-3)
+
+
+def test_w1_is_taught_at_the_rate_asked_for_and_the_others_at_lacts(tmp_path):
+    settings = MemorySettings(window_size=WINDOW, lact_chunk_size=16, num_lact_heads=2, w1_learning_rate=10.0)
+    convert(saved(tmp_path / "source"), tmp_path / "new", settings)
+    mixer = load_model(tmp_path / "new").model.layers[0].attn
+    rates = mixer._fast_inputs(*inputs_of(mixer))[1].lr.flatten(0, 2)
+    torch.testing.assert_close(rates.mean(0), torch.tensor([1e-3, 10.0, 1e-3], dtype=rates.dtype), rtol=0.1, atol=0)
+
+
+def inputs_of(mixer):
+    x = torch.randn(1, 8, mixer.config.hidden_size, dtype=mixer.w1.dtype, generator=torch.Generator().manual_seed(0)) / 8
+    return x, *mixer._project(x, torch.zeros(1, dtype=torch.long))
 
 
 def test_new_weights_begin_as_a_lact_models(tmp_path):

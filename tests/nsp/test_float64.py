@@ -22,10 +22,12 @@ from refine_nsp.training.nested import answer_loss
 from refine_nsp.training.scores import wants_gain, with_context_scores
 from tests.models.families import FAMILY_NAMES, LACT_VARIANTS, build
 from tests.models.transformers_models import float64_throughout, stateful
-from tests.nsp.test_step import LENGTHS, generator, ids
+from tests.nsp import test_step
+from tests.nsp.test_step import generator
 from tests.settings import fitting
 from tests.training.test_trainer import data
 
+LENGTHS = torch.tensor([70, 55, 43])  # more than a chunk of the delta rule, four of LaCT and a segment
 STEPS = {
     "fused": {"schedule": "fused"},
     "snapshot, rewards together": {
@@ -39,6 +41,10 @@ STEPS = {
     "closed form at positions": {"estimator": "closed_form", "token_weights": "selected"},
     "likelihood": {"estimator": "closed_form", "order": math.inf},
 }  # fmt: skip
+
+
+def ids() -> torch.Tensor:
+    return test_step.ids(length=70)
 
 
 class Narrow(TorchDispatchMode):

@@ -93,3 +93,10 @@ def test_a_drawing_of_its_own_is_well_formed_and_has_no_variables():
     text = plots.line_plot(curves, "<t> & u").svg()
     ElementTree.fromstring(text)
     assert "var(" not in text and "a&lt;b&gt;" in text and "c&amp;d" in text and "&lt;t&gt; &amp; u" in text
+
+
+def test_the_legend_of_a_drawing_of_its_own_ends_inside_it():
+    text = plots.line_plot({name: ([1, 2], [1.0, 2.0]) for name in "abcdef"}, "title").svg()
+    tall = float(re.findall(r'viewBox="0 0 \S+ ([^"]+)"', text)[0])
+    lowest = max(float(y) for y in re.findall(r"translate\(10,([^)]+)\)", text)) + 8  # where the last name stands
+    assert lowest + 3 <= tall  # letters of 9 reach below their line by less than 3

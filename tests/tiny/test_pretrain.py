@@ -48,10 +48,14 @@ def library(monkeypatch, texts, small_tokenizer):
     monkeypatch.setattr(module, "train_tokenizer", lambda texts, vocab_size: small_tokenizer)
 
 
+def leave_curves_undrawn(monkeypatch):
+    """Draw no page of curves at every validation: of all families it has dozens, and takes longer than the training."""
+    monkeypatch.setattr(module, "write_curves", lambda folder: None)
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
-    """No page of curves at every validation: of all families it has dozens, and takes longer than the training."""
-    monkeypatch.setattr(module, "write_curves", lambda folder: None)
+    leave_curves_undrawn(monkeypatch)
 
 
 TINY = dict(

@@ -204,7 +204,8 @@ def test_one_batch_of_8_equals_8_batches_of_1(folder, tmp_path, more):
     """However it is computed: by segments, with blocks that are computed again, with scores beforehand, from packed documents."""
     packed = {"train_dataset": packed_data()} if more.get("packed") else {}
     more = {k: v for k, v in more.items() if k != "packed"}
-    same = {k: v for k, v in more.items() if k.startswith("lambda")}
+    more["max_steps"] = 2
+    same = {k: v for k, v in more.items() if k.startswith("lambda") or k == "max_steps"}
     big = trainer(folder, tmp_path / "a", per_device_train_batch_size=8, **same, **packed)
     small = trainer(folder, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **more, **packed)
     before = weights(big)
@@ -334,7 +335,10 @@ def test_settings_that_do_not_go_together_are_named(folder, tmp_path):
     teacher = str(folder / "teacher")
     for settings, words in (
         ({"objective": "distill"}, "objective='distill' needs a teacher"),
-        ({"objective": "refine", "teacher": teacher}, "nothing reads teacher=.*objective='distill' or context_scores='teacher'"),
+        (
+            {"objective": "refine", "teacher": teacher},
+            "nothing reads teacher=.*objective='distill' or 'transfer', or context_scores='teacher'",
+        ),
         ({"objective": "ntp", "teacher": teacher}, "nothing reads teacher="),
         ({"objective": "ntp", "lambda_context": 1.0}, "nothing reads lambda_context"),
         (

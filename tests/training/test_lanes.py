@@ -17,9 +17,11 @@ from refine_nsp.nsp.forward import run_hidden
 from refine_nsp.nsp.next_token import next_token_loss
 from refine_nsp.nsp.records import Batch
 from refine_nsp.training import ReFINEConfig, scores
+from refine_nsp.training.data import in_windows
 from refine_nsp.training.lane_states import LANES_FILE
-from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_of, in_windows
 from refine_nsp.training.phases import NextToken
+from refine_nsp.training.row_order import LaneOrder, documents_of
+from refine_nsp.training.stream import LaneStream
 from tests.models.families import build
 from tests.models.transformers_models import float64_throughout
 from tests.training.test_trainer import assert_close, trainer, weights

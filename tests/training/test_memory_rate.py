@@ -114,8 +114,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_compares_the_rate(tmp_pa
 
 
 def test_one_batch_of_8_equals_8_batches_of_1(tmp_path):
-    one = trainer(tmp_path / "1", **BOTH, per_device_train_batch_size=8)
-    many = trainer(tmp_path / "8", **BOTH, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    one = trainer(tmp_path / "1", **BOTH, max_steps=2, per_device_train_batch_size=8)
+    many = trainer(tmp_path / "8", **BOTH, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     one.train(), many.train()
     assert_close(weights(one), weights(many))
 

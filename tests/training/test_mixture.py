@@ -14,8 +14,8 @@ from refine_nsp.errors import RefineError
 from refine_nsp.report.card import curves, figures
 from refine_nsp.report.runs import read_run, summary_table
 from refine_nsp.training import DataArguments, prepare_data
-from refine_nsp.training.lanes import documents_of
 from refine_nsp.training.mixture import labels_of, mix_order
+from refine_nsp.training.row_order import documents_of
 from refine_nsp.training.sources import sources_of
 from refine_nsp.training.stream import Stream
 from tests.training.test_stream import take

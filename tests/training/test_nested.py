@@ -86,7 +86,7 @@ def test_one_step_is_an_inner_update_then_sft(tmp_path, inner):
     if inner != "none":
         prompts = [torch.tensor(r["prompt_ids"]) for r in rows]
         ids, lengths = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), torch.tensor([len(p) for p in prompts])
-        result = ReFINEStep(model, t.nsp)(ids, lengths, t.generators(0, 0, [(0, 0), (1, 0)]))
+        result = ReFINEStep(model, t.nsp)(ids, lengths, t.dealing.generators(t.args.seed, 0, 0, 0, [(0, 0), (1, 0)]))
         update(result.loss if inner == "refine" else result.loss_ntp)
     ids, lengths = batch_of(rows)
     update(answer_loss(model, Batch.of(ids, lengths), torch.full((2,), 4), 8.0, NSPConfig()))

@@ -16,8 +16,7 @@ from refine_nsp.cli import main
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.schedule import Needs, with_schedule
-from refine_nsp.training.checkpoints import Checkpoint
-from refine_nsp.training.export import export_checkpoint
+from refine_nsp.training.checkpoints import Checkpoint, export_checkpoint
 from refine_nsp.training.lane_states import LANES_FILE
 from tests.children import run_side_by_side
 from tests.models.families import build

@@ -6,8 +6,7 @@ import torch
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.module import ReFINEStep
-from refine_nsp.training.prompt_adapters import BatchLoRA
-from refine_nsp.training.test_time import TestTimeConfig, TestTimeTrainer, chosen_parameters, linear_layers
+from refine_nsp.training.test_time import BatchLoRA, TestTimeConfig, TestTimeTrainer, chosen_parameters, linear_layers
 from tests.models.families import build
 
 FAMILIES = ["delta_net", "gated_deltanet", "lact_swiglu"]

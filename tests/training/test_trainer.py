@@ -1,5 +1,6 @@
 """The trainer: accumulation, resuming, several steps per rollout batch, validation, and every way a run can go wrong."""
 
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from tests.models.families import FAMILY_NAMES, build
 from tests.models.transformers_models import stateful
 
 
+@functools.cache
 def data(rows: int = 16, length: int = 60, mixed: bool = True) -> Dataset:
     g = torch.Generator().manual_seed(0)
     sizes = [length - 7 * (i % 3) if mixed else length for i in range(rows)]
@@ -70,6 +72,7 @@ def assert_close(a: dict, b: dict, atol: float = 1e-9) -> None:
     {"preset": "expected", "reward_funcs": "prefix_match", "local_window": 8},
 ])  # fmt: skip
 def test_one_batch_of_8_equals_8_batches_of_1(tmp_path, settings):
+    settings = {**settings, "max_steps": 2}
     big = trainer(tmp_path / "a", per_device_train_batch_size=8, **settings)
     small = trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings)
     big.train()
@@ -87,6 +90,7 @@ def test_one_batch_of_8_equals_8_batches_of_1(tmp_path, settings):
 ])  # fmt: skip
 def test_a_run_by_segments_is_the_run_in_one_piece(tmp_path, settings):
     """Also micro-batch by micro-batch, and with blocks that are computed again inside the segments."""
+    settings = {**settings, "max_steps": 2}
     whole = trainer(tmp_path / "a", per_device_train_batch_size=8, **{**settings, "gradient_checkpointing": False})
     parts = trainer(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, segment_tokens=17, **settings)
     whole.train()

@@ -101,8 +101,8 @@ def test_the_memory_alone_is_trained_and_comes_nearer(folder, tmp_path):
 
 
 def test_one_batch_of_8_equals_8_batches_of_1(folder, tmp_path):
-    one = transfers(folder, tmp_path / "1", per_device_train_batch_size=8)
-    many = transfers(folder, tmp_path / "8", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    one = transfers(folder, tmp_path / "1", max_steps=2, per_device_train_batch_size=8)
+    many = transfers(folder, tmp_path / "8", max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     one.train(), many.train()
     assert_close(weights(one), weights(many))
 

@@ -13,8 +13,7 @@ from refine_nsp.estimate.small_steps import FLOPS, VALIDATION, measure_step
 from refine_nsp.files import read_json_lines
 from refine_nsp.nsp.records import Batch
 from refine_nsp.training import ReFINEConfig, ReFINETrainer
-from refine_nsp.training.phases import MicroBatch, NextToken
-from refine_nsp.training.validation import validate
+from refine_nsp.training.phases import MicroBatch, NextToken, validate
 from tests.models.families import build
 from tests.test_cli import TEXT, tiny
 from tests.training.test_trainer import data, trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from refine_nsp.commands.grammar import Call, Command, Settings
-from refine_nsp.training.export import export_checkpoint
+from refine_nsp.training.checkpoints import export_checkpoint
 
 
 @dataclass

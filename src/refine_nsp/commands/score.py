@@ -18,8 +18,7 @@ from refine_nsp.fields import check_read, setting
 from refine_nsp.processes import process_state
 from refine_nsp.text.reading import read_documents
 from refine_nsp.training.data import TEXT_COLUMN, TOKENS_COLUMN
-from refine_nsp.training.document_scores import check_length, check_output, score_documents, write_rows
-from refine_nsp.training.scores import AUTOCAST
+from refine_nsp.training.scores import AUTOCAST, check_length, check_output, score_documents, write_rows
 from refine_nsp.training.sources import COUNT_COLUMN, SCORE_COLUMN
 
 

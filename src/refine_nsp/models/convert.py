@@ -27,7 +27,7 @@ from refine_nsp.fields import Reader, check_read, live, setting
 from refine_nsp.files import made_whole, write_atomically
 from refine_nsp.models.attention_source import DTYPES, AttentionSource, window_of
 from refine_nsp.models.gguf_source import open_gguf
-from refine_nsp.models.lact import LaCTConfig, LaCTForCausalLM, LaCTMixer
+from refine_nsp.models.lact import BASE_LEARNING_RATE, RATE_SHIFT, LaCTConfig, LaCTForCausalLM, LaCTMixer
 from refine_nsp.models.room import WEIGHTS
 from refine_nsp.models.safetensors_source import GENERATION, open_model
 from refine_nsp.models.weight_names import some
@@ -68,6 +68,9 @@ class MemorySettings:
         use_momentum: momentum in the fast weights' updates.
         use_muon: orthogonalise the updates. muon_dtype: of that (bfloat16, as published, or float32).
         ttt_prenorm: normalise fast weights when they are read, not when they are updated.
+        qkv_silu: SiLU on the memory's queries, keys and values, as published. Without it values keep their signs, as attention's do.
+        w1_learning_rate: of the updates of w1, which write values, before anything is trained; at the published 0.001 they write next to
+            nothing, and the rate itself has to be learned first.
         dtype: of the weights (float32, bfloat16, float16, float64); default: the source's, and float32 for GGUF.
         seed: of the new weights.
     """
@@ -82,6 +85,8 @@ class MemorySettings:
     use_muon: bool = setting(False)
     muon_dtype: str = setting("bfloat16", read_by=MUON)
     ttt_prenorm: bool = setting(False)
+    qkv_silu: bool = setting(True)
+    w1_learning_rate: float = setting(BASE_LEARNING_RATE)
     dtype: str | None = setting(None, common=True)
     seed: int = setting(0)
 
@@ -92,7 +97,7 @@ class MemorySettings:
                 raise RefineError(f"{name} must be at least 1, got {value}")
         if self.w0_w2_low_rank != -1 and self.w0_w2_low_rank < 1:
             raise RefineError(f"w0_w2_low_rank must be at least 1, or -1 for full matrices; got {self.w0_w2_low_rank}")
-        for name in ("inter_multi", "fw_init_gain"):
+        for name in ("inter_multi", "fw_init_gain", "w1_learning_rate"):
             if not 0 < (number := getattr(self, name)) < math.inf:
                 raise RefineError(f"{name} must be above 0, got {number}")
         if self.dtype is not None:
@@ -139,7 +144,7 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
     with made_whole(temporary, folder), step_progress(len(shapes), title="convert") as progress:
         temporary.mkdir(parents=True)
         opened.carry(temporary)
-        weights = _weights(opened, model, list(shapes), settings.seed, progress)
+        weights = _weights(opened, model, list(shapes), settings, progress)
         write_weights(temporary / WEIGHTS, shapes, dtype, ((name, weight.to(dtype)) for name, weight in weights))
         config.save_pretrained(temporary)
         if not (temporary / GENERATION).exists():
@@ -167,7 +172,7 @@ def lact_config(source: AttentionSource, settings: MemorySettings) -> LaCTConfig
     )  # fmt: skip
     config = LaCTConfig(
         **{name: c[name] for name in kept},
-        **{name: getattr(settings, name) for name in (*fast, "use_muon", "muon_dtype", "ttt_prenorm")},
+        **{name: getattr(settings, name) for name in (*fast, "use_muon", "muon_dtype", "ttt_prenorm", "qkv_silu")},
         num_attn_heads=c["num_attention_heads"],
         norm_eps=c["rms_norm_eps"],
         rope_theta=c["rope_parameters"]["rope_theta"],
@@ -212,7 +217,7 @@ def check_weights(source: AttentionSource, shapes: Mapping[str, tuple[int, ...]]
 
 
 def _weights(
-    source: AttentionSource, model: LaCTForCausalLM, names: Sequence[str], seed: int, progress: StepProgress
+    source: AttentionSource, model: LaCTForCausalLM, names: Sequence[str], settings: MemorySettings, progress: StepProgress
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the new model's weights in order, each made when it is its turn."""
     config, layer, new = cast(LaCTConfig, model.config), "", {}
@@ -224,7 +229,7 @@ def _weights(
         else:
             layer_of_name, inside = name.removeprefix("model.layers.").split(".", 1)
             if layer_of_name != layer:
-                layer, new = layer_of_name, new_weights(model, seed, int(layer_of_name))
+                layer, new = layer_of_name, new_weights(model, settings, int(layer_of_name))
             weight = new[inside.removeprefix("attn.")]
         yield name, weight
         progress.advance(0)
@@ -238,17 +243,20 @@ def _repeated(weight: Tensor, config: LaCTConfig, repeats: int) -> Tensor:
 
 
 @torch.no_grad()
-def new_weights(model: LaCTForCausalLM, seed: int, layer: int) -> dict[str, Tensor]:
+def new_weights(model: LaCTForCausalLM, settings: MemorySettings, layer: int) -> dict[str, Tensor]:
     """Draw what a layer's mixer has and attention has not, as LaCT begins, but for a read-out that is zero."""
     with torch.device("meta"):
         mixer = LaCTMixer(cast(LaCTConfig, model.config))
     del mixer.qkv, mixer.o_proj  # these are the source's
     mixer = mixer.to(torch.float32).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 1_000_003 + layer)
+        torch.manual_seed(settings.seed * 1_000_003 + layer)
         mixer.apply(model._init_weights)
     mixer.ttt_scale_proj.weight.zero_()
     mixer.ttt_scale_proj.bias.zero_()
+    rate = settings.w1_learning_rate
+    rates = mixer.lr_proj.bias.unflatten(0, (mixer.config.num_lact_heads, 3, -1))
+    rates[:, 1] = rate + math.log(-math.expm1(-rate)) - RATE_SHIFT  # softplus gives it back
     return {name: weight.detach() for name, weight in mixer.named_parameters()}
 
 
@@ -298,6 +306,7 @@ def card(source: AttentionSource, name: str, settings: MemorySettings, made: Con
         f"`refine-nsp convert`. {made.new_parameters:,} of its {made.parameters:,} parameters are new.\n",
         "| setting | value |\n| --- | --- |",
         *(f"| `{name}` | {getattr(c, name)} |" for name in sorted(live(settings) & set(c.to_dict()) - {"dtype"})),
+        f"| `w1_learning_rate` | {settings.w1_learning_rate:g}, at the start |",
         f"| weights | {str(c.dtype).removeprefix('torch.')}, the new ones from seed {settings.seed} |\n",
         f"**It has not been trained.** Within {c.window_size} tokens it computes what its source computes. What lies farther back is",
         "forgotten, because nothing is read from the memory yet: the scale of the read-out is zero, and training moves it from there.\n",

@@ -24,6 +24,7 @@ from refine_nsp.ops.rotary import apply_rotary, rotary_tables
 from refine_nsp.ops.window_attention import branched_window_attention, window_attention
 
 BASE_LEARNING_RATE = 0.001
+RATE_SHIFT = BASE_LEARNING_RATE + math.log(-math.expm1(-BASE_LEARNING_RATE))  # softplus of it is the base rate
 NORM_EPS = 1e-5  # of the q/k norms and of the read-out norm: the original does not pass norm_eps to them
 
 
@@ -259,8 +260,7 @@ class LaCTMixer(nn.Module):
                 for z in (q, k)
             )
         wide = torch.promote_types(x.dtype, torch.float32)
-        shift = BASE_LEARNING_RATE + math.log(-math.expm1(-BASE_LEARNING_RATE))
-        lr = F.softplus(self.lr_proj(x).to(wide) + shift).unflatten(-1, (c.num_lact_heads, -1))
+        lr = F.softplus(self.lr_proj(x).to(wide) + RATE_SHIFT).unflatten(-1, (c.num_lact_heads, -1))
         momentum = self.momentum_proj(x).to(wide)[..., None].transpose(1, 2) if c.use_momentum else None
         v = v.unflatten(-1, (c.num_lact_heads, -1))
         return q.transpose(1, 2), Tokens(k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2), momentum)

@@ -262,7 +262,7 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     drawn = torch.searchsorted(cdf, u.to(cdf) * cdf[..., -1:], right=True)
     # Rounding can put the target at the very end; the index that reaches the sum, the last with any weight, is where that belongs.
     last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())
-    return torch.minimum(drawn, last)
+    return torch.minimum(drawn, last).clamp(max=weights.shape[-1] - 1)  # weights that are NaN have no place in order
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:

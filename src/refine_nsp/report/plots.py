@@ -74,7 +74,7 @@ class Plot:
             f'<g transform="translate(10,{32 + height + 14 * i})">{style.sample()}<text x="40" y="8">{escape(name)}</text></g>'
             for i, (name, style) in enumerate(self.legend)
         ]
-        tall = 24 + height + 14 * len(lines)
+        tall = (32 if lines else 24) + height + 14 * len(lines)
         text = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {tall}" '
             f'width="{width * POINTS_TO_PIXELS:.0f}" height="{tall * POINTS_TO_PIXELS:.0f}" font-family="sans-serif" font-size="9">'

@@ -83,11 +83,6 @@ class AnswerArguments:
     def __post_init__(self) -> None:
         check_read(self)
 
-    @property
-    def source(self) -> str:
-        """Name the data as errors call it."""
-        return self.dataset_name or " and ".join(x for x in (self.squad, self.hotpotqa) if x is not None)
-
 
 def prepare_answers(
     arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -100,22 +95,20 @@ def prepare_answers(
     """
     check_arguments(arguments, tokenizer, max_length)
     a = arguments
-    rows = (
-        ruler_prompts(a, tokenizer, max_length)
-        if a.dataset_name is None
-        else read_rows(a.dataset_name, a.dataset_split, a.question_column)
-    )
-    train: Dataset = encode_rows(rows, a.source, a, tokenizer, max_length)
-    validation: Dataset | None
+    if a.dataset_name is None:
+        rows = ruler_prompts(a, tokenizer, max_length)
+    else:
+        rows = read_rows(a.dataset_name, a.dataset_split, a.question_column)
+    name = a.dataset_name or " and ".join(x for x in (a.squad, a.hotpotqa) if x is not None)
+    train = encode_rows(rows, name, a, tokenizer, max_length)
     if a.validation_dataset is not None:
         held = read_rows(a.validation_dataset, validation_splits(a.dataset_split), a.question_column)
-        asked = first_rows(held, a.validation_examples)
-        return train, encode_rows(asked, a.validation_dataset, a, tokenizer, max_length)
+        return train, encode_rows(first_rows(held, a.validation_examples), a.validation_dataset, a, tokenizer, max_length)
     train, validation = split_documents(train, a.validation_fraction, a.split_seed)
     return train, None if validation is None else first_rows(validation, a.validation_examples)
 
 
-def read_rows(name: str, split: str | Sequence[str], question_column: str | None = None) -> Dataset:
+def read_rows(name: str, split: str | Sequence[str], question_column: str | None) -> Dataset:
     """Read rows of prompts and answers. RefineError for columns that cannot hold them."""
     also = (*PROMPT_COLUMNS, *FURTHER, *([question_column] if question_column is not None else []))
     rows = read_documents(name, PROMPT_COLUMNS, split=split, also=also, as_found=True)
@@ -125,26 +118,17 @@ def read_rows(name: str, split: str | Sequence[str], question_column: str | None
 
 
 def check_arguments(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Refuse settings that do not fit together, before anything is read.
-
-    Raises:
-        RefineError: the setting, what it was, and what would fit.
-    """
+    """Refuse settings that do not fit together, before anything is read (RefineError)."""
     if (arguments.dataset_name is None) == (arguments.squad is None and arguments.hotpotqa is None):
         raise RefineError(
-            "name the prompts and answers to train on with --dataset_name, or questions to build them from with --squad and --hotpotqa"
+            "name prompts and answers with --dataset_name, or questions to build them from with --squad and --hotpotqa"
         )
     check_fraction(arguments.validation_fraction)
-    if tokenizer.eos_token_id is None:
-        raise RefineError(
-            "the tokenizer has no EOS token, so a model could not learn where an answer ends; set tokenizer.eos_token"
-        )
     if arguments.apply_chat_template and not tokenizer.chat_template:
         raise RefineError("apply_chat_template: the tokenizer has no chat template")
     if arguments.max_answer_tokens < 1 or max_length <= arguments.max_answer_tokens:
-        raise RefineError(
-            f"max_length={max_length} must leave room for a prompt next to max_answer_tokens={arguments.max_answer_tokens}"
-        )
+        most = arguments.max_answer_tokens
+        raise RefineError(f"max_length={max_length} must leave room for a prompt next to max_answer_tokens={most}")
 
 
 def ruler_prompts(arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -166,15 +150,12 @@ def encode_rows(
     rows: Dataset, name: str, arguments: AnswerArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
     """Make rows of tokens, cached by content where the given rows are files; errors call them `name`. See `prepare_answers`."""
-
-    def tokens_of(row: Mapping[str, object], i: int) -> dict[str, object]:
-        return encode_row(row, arguments, tokenizer, max_length, f"{name}, row {i}")
-
     a = arguments
     key = rows._fingerprint, content_key(tokenizer), max_length, a.question_column, a.max_answer_tokens, a.apply_chat_template
     return rows.map(
-        tokens_of, with_indices=True, remove_columns=rows.column_names, new_fingerprint=Hasher.hash(key), desc="tokenize"
-    )
+        lambda row, i: encode_row(row, a, tokenizer, max_length, f"{name}, row {i}"),
+        with_indices=True, remove_columns=rows.column_names, new_fingerprint=Hasher.hash(key), desc="tokenize",
+    )  # fmt: skip
 
 
 def encode_row(
@@ -193,12 +174,9 @@ def encode_row(
         kept = truncate_middle(prompt_ids, max_length - arguments.max_answer_tokens, tail)
     except RefineError as error:
         raise RefineError(f"{where}: {error}; raise --max_length") from error
+    answers_ids = [ids[: arguments.max_answer_tokens] for ids in answers_ids]
     references = [text.removesuffix(str(tokenizer.eos_token)) for text in asked.references]
-    return {
-        "prompt_ids": kept,
-        "answers_ids": [ids[: arguments.max_answer_tokens] for ids in answers_ids],
-        "references": references,
-    }
+    return {"prompt_ids": kept, "answers_ids": answers_ids, "references": references}
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: PromptRow) -> tuple[list[int], list[list[int]]]:
@@ -233,14 +211,8 @@ def tail_tokens(
 
 def collate_answers(examples: Iterable[Mapping[str, Any]], unlearned: int | None = None) -> Collated:
     """Make a batch of rows: prompts, a list of [T] long; answers, for each a list of [A] long; references, strings; and columns, all else
-    by name, for rewards. They are padded when a reference is chosen.
-
-    Args:
-        unlearned: a token that is left out where an answer ends with it, since the published code learns answers without EOS.
-
-    Raises:
-        RefineError: the rows were not tokenized.
-    """
+    by name, for rewards. They are padded when a reference is chosen. A token `unlearned` is left out at an answer's end, as the published
+    code learns answers without EOS. RefineError for rows that were not tokenized."""
     rows = list(examples)
     if rows and (missing := [name for name in TOKENIZED if name not in rows[0]]):
         raise RefineError(

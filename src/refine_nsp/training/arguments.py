@@ -66,17 +66,11 @@ INHERITED = {
     notes(resume=True),
 )  # fmt: skip
 
+COUNTS = ("steps_per_generation", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AMOUNTS = ("num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers")
 RANGES: Ranges = (
-    (
-        ("steps_per_generation", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        lambda x: x >= 1,
-        "must be at least 1",
-    ),
-    (
-        ("num_train_epochs", "learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "dataloader_num_workers"),
-        lambda x: 0 <= x < math.inf,
-        "must be a finite number of at least 0",
-    ),
+    (COUNTS, lambda x: x >= 1, "must be at least 1"),
+    (AMOUNTS, lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
     (("fast_weight_learning_rate",), lambda x: x is None or 0 < x < math.inf, "must be a finite number above 0"),
     (("adam_beta1", "adam_beta2"), lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     (("lambda_context",), lambda x: 0 <= x < math.inf, "must be a finite number of at least 0"),
@@ -113,10 +107,8 @@ def with_notes(cls: T) -> T:
 
 
 def with_nsp(cls: T) -> T:
-    """Let a dataclass with a field `nsp` take `nsp=NSPConfig(...)`, `preset=` and `NSPConfig`'s fields as keywords of its own.
-
-    So `ReFINEConfig(nsp=NSPConfig.preset("context", rollout_length=3))` and `ReFINEConfig(preset="context", rollout_length=3)` are the
-    same, and every setting is declared, described and checked in `NSPConfig` alone.
+    """Let a dataclass with a field `nsp` take `preset=` and `NSPConfig`'s fields as keywords of its own, so that every setting is declared,
+    described and checked in `NSPConfig` alone: `preset="context", rollout_length=3` is `nsp=NSPConfig.preset("context", rollout_length=3)`.
     """
     made: Any = cls
     generated = made.__init__
@@ -250,11 +242,7 @@ class ReFINEConfig(TrainingArguments):
         return Needs(self.steps_per_generation, self.gradient_accumulation_steps)
 
     def _check_noise(self) -> None:
-        """Refuse noise on embeddings where a step reads a sequence more than once, and must read the same each time.
-
-        Raises:
-            RefineError: the setting, and which of the others reads a sequence again.
-        """
+        """Refuse noise on embeddings where a step reads a sequence more than once, and must read the same each time (RefineError)."""
         if self.neftune_noise_alpha is None or (self.phase.reads_once and self.nsp.segment_tokens is None):
             return
         if self.objective == "transfer":
@@ -270,35 +258,25 @@ class ReFINEConfig(TrainingArguments):
         )
 
     def _check_carrying(self) -> None:
-        """Refuse settings that do not go with windows which continue from each other.
-
-        Raises:
-            RefineError: the setting, why it does not go with `carry_states`, and what to change.
-        """
+        """Refuse settings that do not go with windows which continue from each other (RefineError)."""
         if not self.carry_states:
             return
-        if self.train_sampling_strategy == "group_by_length":
-            raise RefineError(
-                "train_sampling_strategy='group_by_length' would put rows together by length, and carry_states puts each window behind the "
-                "one before; leave it out"
-            )
-        for name in ("ignore_data_skip", "auto_find_batch_size"):
-            if getattr(self, name):
+        for name, wrong in (
+            ("train_sampling_strategy", "group_by_length"),
+            ("ignore_data_skip", True),
+            ("auto_find_batch_size", True),
+        ):
+            if getattr(self, name) == wrong:
                 raise RefineError(
-                    f"{name}=True would put windows behind states of other documents than their own, and carry_states is set; leave it out"
+                    f"{name}={wrong!r} would put windows behind other documents' states; leave it out, or carry_states"
                 )
         if self.nsp.kl_coef > 0 and "kl_coef" in self.phase.reads:
             raise RefineError(
-                f"kl_coef={self.nsp.kl_coef} compares with a reference model, whose states of a document are not carried; leave kl_coef "
-                "out, or carry_states"
+                f"kl_coef={self.nsp.kl_coef} needs a reference model, whose states are not carried; leave kl_coef out"
             )
 
     def _check_teacher(self) -> None:
-        """Refuse a teacher's work without a teacher, and scores of another model in distillation.
-
-        Raises:
-            RefineError: the setting, and what to change.
-        """
+        """Refuse a teacher's work without a teacher, and scores of another model in distillation (RefineError)."""
         if TAUGHT(self) and self.teacher is None:
             asks = f"objective={self.objective!r}" if self.context_scores != "teacher" else "context_scores='teacher'"
             raise RefineError(f"{asks} needs a teacher: a folder or a hub name of a model with the student's tokenizer")
@@ -318,20 +296,13 @@ class ReFINEConfig(TrainingArguments):
             )
 
     def _check_method(self) -> None:
-        """Refuse settings of the run and of the method that do not fit together.
-
-        Raises:
-            RefineError: both settings, why they do not fit, and what to change.
-        """
+        """Refuse settings of the run and of the method that do not fit together (RefineError)."""
         nsp = self.nsp
-        if self.log_completions and not nsp.samples_rollouts:
-            raise RefineError(f"log_completions shows rollouts, and estimator={nsp.estimator!r} makes none; leave it off")
         if self.max_length < nsp.rollout_length + 1:
             raise RefineError(f"max_length={self.max_length} cannot hold a rollout of K={nsp.rollout_length} and a prefix")
         if nsp.positions_per_sequence * 2 > self.max_length:
             raise RefineError(
-                f"positions_per_sequence={nsp.positions_per_sequence} is too many for max_length={self.max_length}: each of the "
-                "P chunks needs room for a position"
+                f"positions_per_sequence={nsp.positions_per_sequence} is too many for max_length={self.max_length}: each needs 2 tokens"
             )
 
     def weights_dtype(self, dtype: str | None) -> str | None:

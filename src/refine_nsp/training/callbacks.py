@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from refine_nsp.errors import RefineError
+from refine_nsp.files import append_json_lines
 from refine_nsp.progress import StepProgress, step_progress
 from refine_nsp.stopping import StopRequest
-from refine_nsp.training.run_folder import RunFolder
+from refine_nsp.training.run_folder import METRICS_FILE
 
 
 class ProgressCallback(TrainerCallback):
@@ -23,14 +24,13 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.tokens_this_step = 0
-        self.context: AbstractContextManager[StepProgress] | None = None
+        self.open = ExitStack()
         self.progress: StepProgress | None = None
         self.latest: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self.context = step_progress(state.max_steps, state.global_step, args.run_name or "train")
-            self.progress = self.context.__enter__()
+            self.progress = self.open.enter_context(step_progress(state.max_steps, state.global_step, args.run_name or "train"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress is not None:
@@ -43,12 +43,11 @@ class ProgressCallback(TrainerCallback):
         if logs is None or not state.is_world_process_zero:
             return
         self.latest = {k: float(logs[k]) for k in ("loss", "loss_ntp", "eval_loss") if k in logs} or self.latest
-        RunFolder(Path(str(args.output_dir))).log({"step": state.global_step, **logs})
+        append_json_lines(Path(str(args.output_dir)) / METRICS_FILE, [{"step": state.global_step, **logs}])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.context is not None:
-            self.context.__exit__(None, None, None)
-            self.context = self.progress = None
+        self.open.close()
+        self.progress = None
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -56,16 +55,12 @@ class NonFiniteGuard(TrainerCallback):
 
     A step of nested post-training has several updates. Counted one by one, an inner update that fails every time would hide behind the
     outer one's success, and a run where both fail would stop sooner than `max_skipped_steps` says.
-
-    Attributes:
-        skipped: updates skipped so far. in_a_row: steps up to the latest that each had one.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.skipped = 0
-        self.in_a_row = 0
-        self.latest_step = 0  # the latest with a skipped update
+        self.skipped = 0  # updates so far
+        self.in_a_row = self.latest_step = 0  # steps up to the latest that each had a skipped update
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.in_a_row = self.latest_step = 0
@@ -94,13 +89,10 @@ class NonFiniteGuard(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Finish the step on Ctrl-C or SIGTERM, save a checkpoint to resume from, and stop; a second signal stops at once.
+    """Finish the step on Ctrl-C or SIGTERM, save a checkpoint to resume from, and stop; a second signal stops at once. All processes stop
+    after the same step: `sum_over` adds a number up over them; None where there is one process."""
 
-    Args:
-        sum_over: adds a number up over all processes, which must stop after the same step; None where there is one process.
-    """
-
-    def __init__(self, sum_over: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, sum_over: Callable[[Tensor], Tensor] | None) -> None:
         self.request, self.sum_over = StopRequest(), sum_over
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -115,8 +107,4 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Leave signals to whoever handled them before."""
-        self.request.__exit__()
+        self.request.__exit__()  # signals are handled as before

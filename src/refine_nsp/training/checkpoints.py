@@ -1,11 +1,14 @@
-"""A checkpoint is resumed from only where it is whole: its files are compared with a seal that is written last."""
+"""A checkpoint is resumed from only where it is whole: its files are compared with a seal that is written last.
+
+It also records how the examples of a step were dealt out to processes and micro-batches; what a step learns does not depend on that.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +16,69 @@ from pickle import UnpicklingError
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from accelerate.utils import merge_fsdp_weights
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.files import write_atomically
-from refine_nsp.training.dealing import DEALING_FILE
+from refine_nsp.files import made_whole, write_atomically
+from refine_nsp.models.adapters import CONFIG as ADAPTER_CONFIG
+from refine_nsp.models.load import load
+from refine_nsp.nsp.seeds import generator_of
 
-SEAL_FILE = "sealed.json"
+SEAL_FILE, DEALING_FILE = "sealed.json", "dealing.json"
+# A model's files that are not its weights.
+PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """Record how the examples of an optimizer step are dealt out: `batch` for each of `micro_batches` on each of `processes`."""
+
+    processes: int
+    micro_batches: int
+    batch: int
+
+    @property
+    def examples(self) -> int:
+        """Count the examples of an optimizer step."""
+        return self.processes * self.micro_batches * self.batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.processes} processes x {self.micro_batches} gradient_accumulation_steps x {self.batch} a batch = {self.examples} "
+            "examples a step"
+        )
+
+    def generators(
+        self, seed: int, step: int, process: int, drawn: int, places: Sequence[tuple[int, int]]
+    ) -> list[torch.Generator]:
+        """Make a generator for every row of a micro-batch, which all of the row's randomness comes from.
+
+        It is seeded by the run's seed, the step, the index of the row's example among all that are drawn as this step begins, and the
+        row's document in that example. Batches are dealt to processes in turn, so this index is the same however examples are shared out.
+
+        Args:
+            drawn: micro-batches that this process has drawn before in this step. places: (example, document) of each row.
+        """
+        first = (drawn * self.processes + process) * self.batch
+        return [generator_of(seed, step, first + example, document) for example, document in places]
+
+    @classmethod
+    def of(cls, folder: Path) -> Dealing | None:
+        """Read the dealing of a checkpoint's folder; None where another program made it."""
+        path = folder / DEALING_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def check(self, folder: Path) -> None:
+        """Refuse a checkpoint whose steps have another number of examples (RefineError): only with the same is it known which come next."""
+        made = Dealing.of(folder)
+        if made is not None and made.examples != self.examples:
+            raise RefineError(
+                f"{folder} was made with {made}, and this run has {self}: it would continue at another example. Keep the product, for "
+                f"example by gradient_accumulation_steps; or begin a new run from the weights (model_name_or_path={folder})"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,11 +98,7 @@ class Checkpoint:
 
     @contextmanager
     def whole_or_not_at_all(self) -> Iterator[None]:
-        """Make the folder, and remove it where writing into it fails.
-
-        Raises:
-            RefineError: the disk is full, or cannot be written to.
-        """
+        """Make the folder, and remove it where writing into it fails (RefineError for a full disk)."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             yield
@@ -69,32 +122,23 @@ class Checkpoint:
         """
         if not self.path.is_dir():
             return "there is no such folder"
-        if (problem := self._broken_seal()) is not None:
+        sealed = (self.path / SEAL_FILE).exists()
+        if not sealed and (self.path / DEALING_FILE).exists():
+            return f"no {SEAL_FILE}, which is written last"
+        if (problem := self._broken_seal() if sealed else self._unreadable()) is not None:
             return problem
-        if not (self.path / SEAL_FILE).exists():
-            if (self.path / DEALING_FILE).exists():
-                return f"no {SEAL_FILE}, which is written last"
-            if (problem := self._unreadable()) is not None:
-                return problem
-        state = self.path / "trainer_state.json"
-        if not state.exists():
-            return "no trainer_state.json"
         try:
-            known = json.loads(state.read_text(encoding="utf-8"))
-        except ValueError:
-            return "trainer_state.json is empty or cut off"
-        if not isinstance(known, dict) or "global_step" not in known:
-            return "trainer_state.json holds no global_step"
+            _ = self.step
+        except FileNotFoundError:
+            return "no trainer_state.json"
+        except (ValueError, KeyError, TypeError):
+            return "trainer_state.json is cut off, or holds no global_step"
         if not any(any(self.path.glob(f"{name}*")) for name in ("optimizer", "global_step", "pytorch_model_fsdp")):
             return "no optimizer state, so it was saved with save_only_model; a new run can begin from its weights (model_name_or_path)"
         return None
 
     def check_shards(self, sharded: bool) -> None:
-        """Refuse weights that do not lie as this run reads them: in shards, or whole.
-
-        Raises:
-            RefineError: how they lie, and how to launch the run or begin a new one.
-        """
+        """Refuse weights that do not lie as this run reads them: in shards, or whole (RefineError)."""
         made = any(self.path.glob(f"{FSDP_MODEL_NAME}*"))
         if made and not sharded:
             raise RefineError(
@@ -108,12 +152,9 @@ class Checkpoint:
             )
 
     def _broken_seal(self) -> str | None:
-        """Name the file that is not what was sealed; None where all are, or where there is no seal."""
-        path = self.path / SEAL_FILE
-        if not path.exists():
-            return None
+        """Name the file that is not what was sealed; None where all are."""
         try:
-            sums = json.loads(path.read_text(encoding="utf-8"))["crc32"]
+            sums = json.loads((self.path / SEAL_FILE).read_text(encoding="utf-8"))["crc32"]
             known = {name: (int(size), int(crc)) for name, (size, crc) in sums.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{SEAL_FILE} is empty or cut off"
@@ -152,3 +193,31 @@ def checksum(path: Path) -> int:
         while block := file.read(2**20):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Make a plain folder of a checkpoint whose weights are in shards, or of LoRA adapters by merging them into their base. The folder is
+    complete, or it is not there. RefineError where the checkpoint has neither, or the folder has something in it."""
+    shards = checkpoint / f"{FSDP_MODEL_NAME}_0"
+    sharded = (shards / ".metadata").exists()
+    if not sharded and not (checkpoint / ADAPTER_CONFIG).exists():
+        plain = (checkpoint / "model.safetensors").exists() or (checkpoint / "model.safetensors.index.json").exists()
+        neither = f"holds no sharded weights ({shards.name}) and no adapters ({ADAPTER_CONFIG})"
+        raise RefineError(f"{checkpoint} {'is a plain folder already' if plain else neither}")
+    if folder.exists() and any(folder.iterdir()):
+        raise RefineError(f"{folder} is not empty; name a new folder")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with made_whole(temporary, folder):
+        temporary.mkdir(parents=True)
+        if sharded:
+            merge_fsdp_weights(str(shards), str(temporary))
+            for pattern in PLAIN_FILES:
+                for file in checkpoint.glob(pattern):
+                    shutil.copy(file, temporary)
+        else:
+            for part in load(checkpoint):
+                part.save_pretrained(temporary)
+        if (card := checkpoint / "README.md").exists():  # of adapters too, what is written is a whole model
+            text = card.read_text(encoding="utf-8").replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+            write_atomically(temporary / "README.md", text)

@@ -18,12 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.prompts.encoding import content_key
-from refine_nsp.training.mixture import (
-    Stopping,
-    as_list,
-    check_weights,
-    one_each,
-)
+from refine_nsp.training.mixture import Stopping, as_list, check_weights, one_each
 
 TEXT_COLUMN, TOKENS_COLUMN, LENGTHS_COLUMN = "text", "input_ids", "lengths"
 ANSWER_COLUMN = "answer_start"  # the first token of the answer in a row of a prompt and its answer; 0 or none: a row of text
@@ -105,10 +100,12 @@ class DataArguments:
         check_shares(self)
         if len(self.names) > 1 and self.streaming and self.dataset_weights is None:
             raise RefineError("streamed sources do not say how much they hold: give the share of each with dataset_weights")
-        for name in ("dataset_split", "text_column", "dataset_config"):
-            if (given := getattr(self, name)) is not None and self.names:
-                one_each(name, given, len(self.names))
-        check_different(self)
+        given = {name: getattr(self, name) for name in ("text_column", "dataset_config", "dataset_split")}
+        each = {name: one_each(name, x, len(self.names)) for name, x in given.items() if x is not None and self.names}
+        told = (each[name] for name in ("dataset_config", "dataset_split") if name in each)
+        sources = list(zip(self.names, *told, strict=True))
+        if twice := next((source[0] for source in sources if sources.count(source) > 1), None):
+            raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
 
     @property
     def names(self) -> list[str]:
@@ -121,25 +118,8 @@ class DataArguments:
         return [*self.names, *as_list(self.answer_dataset)]
 
 
-def check_different(arguments: DataArguments) -> None:
-    """Refuse a source that is named twice, with one split and configuration.
-
-    Raises:
-        RefineError: its name.
-    """
-    a, count = arguments, len(arguments.names)
-    told = [one_each(name, given, count) for name in ("dataset_config", "dataset_split") if count and (given := getattr(a, name))]
-    sources = list(zip(a.names, *told, strict=True))
-    if twice := next((source[0] for source in sources if sources.count(source) > 1), None):
-        raise RefineError(f"dataset_name has {twice} twice; name it once, and give it the sum of its weights")
-
-
 def check_shares(arguments: DataArguments) -> None:
-    """Refuse shares that leave nothing on one side.
-
-    Raises:
-        RefineError: the share, and what is expected.
-    """
+    """Refuse shares that leave nothing on one side (RefineError)."""
     a = arguments
     if a.answer_dataset is not None and a.answer_share is None:
         raise RefineError(f"answer_dataset={a.answer_dataset} needs answer_share, its share of all tokens, for example 0.1")
@@ -149,16 +129,40 @@ def check_shares(arguments: DataArguments) -> None:
         raise RefineError(f"context_score_share={a.context_score_share:g}: expected a share of tokens above 0, at most 1")
 
 
-# --- tokens and windows -----------------------------------------------------------------------------------------------
-
-
 def cut_windows(ids: Sequence[int], max_length: int, min_length: int, shared: int = 0) -> list[list[int]]:
-    """Cut tokens into consecutive windows of `max_length`; a shorter last one is kept if it has at least `min_length`.
-
-    Each begins with the last `shared` tokens of the one before.
-    """
+    """Cut tokens into consecutive windows of `max_length`, each beginning with the last `shared` tokens of the one before; a shorter last
+    one is kept if it has at least `min_length`."""
     windows = [list(ids[s : s + max_length]) for s in range(0, len(ids), max_length - shared)]
     return [w for w in windows if len(w) >= min_length]
+
+
+def cut_rows(
+    rows: Mapping[str, list],
+    documents: Sequence[Sequence[int]],
+    max_length: int,
+    min_length: int,
+    others: Sequence[str],
+    carried: bool,
+) -> dict[str, list]:
+    """Cut the tokens of each row's document into windows, which keep the row's values of the columns `others`. With `carried` they share a
+    token, and the column `begins` says which are the first of a document."""
+    cut = [cut_windows(ids, max_length, min_length, shared=int(carried)) for ids in documents]
+    from_row = [i for i, own in enumerate(cut) for _ in own]
+    begins = {BEGINS_COLUMN: [at == 0 for own in cut for at in range(len(own))]} if carried else {}
+    return {
+        TOKENS_COLUMN: [w for own in cut for w in own],
+        **{name: [rows[name][i] for i in from_row] for name in others},
+        **begins,
+    }
+
+
+def not_empty(windows: Dataset, documents: Dataset, min_length: int) -> Dataset:
+    """Return the windows of documents. RefineError where there are none."""
+    if len(windows) == 0:
+        raise RefineError(
+            f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; all {len(documents)} are shorter"
+        )
+    return windows
 
 
 def tokenize(
@@ -178,7 +182,7 @@ def tokenize(
     Args:
         column: holds texts, or the tokens of each document. keep_columns: every window keeps its document's other columns (packed: a
             list with a value per document). num_proc: processes for text that is not streamed. place_of: finds the file and row of a
-            value, for errors. carried: windows are to follow each other; they share a token, and `begins` says which are the first.
+            value, for errors. carried: windows are to follow each other; see `cut_rows`.
 
     Raises:
         RefineError: no document is long enough, or a row holds neither text nor tokens of the vocabulary.
@@ -198,15 +202,15 @@ def tokenize(
         except RefineError as error:
             where = place_of(is_wrong=lambda value: not has_tokens(value, column, tokenizer)) if place_of else None
             raise RefineError(f"{where}: {error}") if where else error from None
-        cut = [cut_windows(ids, max_length, min_length, shared=int(carried)) for ids in documents]
-        windows = [(i, window) for i, own in enumerate(cut) for window in own]
-        rows = {"input_ids": [window for _, window in windows]} | {name: [batch[name][i] for i, _ in windows] for name in others}
-        if carried:
-            rows[BEGINS_COLUMN] = [at == 0 for own in cut for at in range(len(own))]
+        rows = cut_rows(batch, documents, max_length, min_length, others, carried)
         return packed(rows, max_length) if packing else rows
 
-    # A first batch without values would not tell the types.
-    features = features_of_windows(data.features, others, packing, carried) if others and data.features is not None else None
+    features = None
+    if others and data.features is not None:  # a first batch without values would not tell the types
+        kept = {name: [data.features[name]] if packing else data.features[name] for name in others}
+        lengths = {LENGTHS_COLUMN: [Value("int64")]} if packing else {}
+        begins = {BEGINS_COLUMN: Value("bool")} if carried else {}
+        features = Features({TOKENS_COLUMN: [Value("int32")], **lengths, **kept, **begins})
     cut = partial(data.map, windows_of, batched=True, batch_size=1000 if packing else 16)
     cut = partial(cut, remove_columns=data.column_names, features=features)
     if isinstance(data, IterableDataset):
@@ -214,29 +218,31 @@ def tokenize(
     # The rows are named by content, since a pickled tokenizer has another fingerprint once it has been used.
     key = (data._fingerprint, content_key(tokenizer), column, max_length, min_length, packing, tuple(others))
     processes = num_proc and min(num_proc, len(data))
-    result: Dataset = cut(desc="tokenize", new_fingerprint=Hasher.hash((*key, "carried") if carried else key), num_proc=processes)
-    if len(result) == 0:
-        raise RefineError(
-            f"no document has {min_length} tokens, which min_prefix, one position and rollout_length need; got {len(data)} "
-            "documents, all shorter"
-        )
-    return result
+    fingerprint = Hasher.hash((*key, "carried") if carried else key)
+    return not_empty(cut(desc="tokenize", new_fingerprint=fingerprint, num_proc=processes), data, min_length)
 
 
-def features_of_windows(features: Features, others: Sequence[str], packing: bool, carried: bool = False) -> Features:
-    """Return the types of windows that keep their documents' other columns."""
-    lengths = {LENGTHS_COLUMN: [Value("int64")]} if packing else {}
-    kept = {name: [features[name]] if packing else features[name] for name in others}
-    begins = {BEGINS_COLUMN: Value("bool")} if carried else {}
-    return Features({"input_ids": [Value("int32")], **lengths, **kept, **begins})
+def in_windows(data: Dataset | IterableDataset, max_length: int, min_length: int) -> Dataset | IterableDataset:
+    """Cut rows of `input_ids`, each a document, into windows for carried states; rows that are windows already stay as they are.
+    RefineError for packed rows, or where no document is long enough."""
+    names = data.column_names or list(next(iter(data), {}))  # a stream that was mapped does not say its columns
+    if BEGINS_COLUMN in names or TOKENS_COLUMN not in names:
+        return data
+    if LENGTHS_COLUMN in names:
+        raise RefineError("carry_states reads documents window by window, and packed rows hold several; give each a row")
+
+    def windows_of(batch: Mapping[str, list]) -> dict[str, list]:
+        others = [name for name in names if name != TOKENS_COLUMN]
+        return cut_rows(batch, batch[TOKENS_COLUMN], max_length, min_length, others, carried=True)
+
+    if isinstance(data, IterableDataset):
+        return data.map(windows_of, batched=True, batch_size=16, remove_columns=names)
+    return not_empty(data.map(windows_of, batched=True, remove_columns=names, desc="windows"), data, min_length)
 
 
 def tokens_of(values: Sequence[object], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the tokens of each document of a column: the tokenizer's for texts, rows of token ids as they are; missing ones are empty.
-
-    Raises:
-        RefineError: a value is neither text nor tokens, or has tokens that the tokenizer does not have.
-    """
+    RefineError for a value that is neither text nor tokens, or tokens that the tokenizer does not have."""
     texts = [value or "" for value in values if value is None or isinstance(value, str)]
     if len(texts) == len(values):
         return tokenizer(texts, add_special_tokens=True)["input_ids"]
@@ -264,8 +270,7 @@ def checked_ids(value: object, column: str, vocabulary: int) -> list[int]:
         )
     if ids.size and not 0 <= (wrong := int(ids.min() if ids.min() < 0 else ids.max())) < vocabulary:
         raise RefineError(
-            f"column {column!r} holds the token {wrong}, and the tokenizer has the tokens 0 to {vocabulary - 1}; were these rows "
-            "tokenized with another one?"
+            f"column {column!r} holds the token {wrong}, and the tokenizer has the tokens 0 to {vocabulary - 1}; was another one used?"
         )
     return ids.tolist()
 
@@ -297,10 +302,7 @@ def pack(windows: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
 def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
     """Make a batch of rows: input_ids [B, T] right-padded with 0 and lengths [B]; context_scores [B, T] and answer_start [B] where rows
     have them; other columns as lists of B values; and in _places the (example, document) of each row in the batch, by which its
-    randomness is seeded.
-
-    A packed example becomes a row per document, so that no state is shared. Its other columns are lists with a value per document.
-    """
+    randomness is seeded. A packed example, whose other columns are lists, becomes a row per document, so that no state is shared."""
     rows: list[Tensor] = []
     places: list[tuple[int, int]] = []
     scores: list[Tensor] = []
@@ -332,11 +334,7 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> Collated:
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuse a share for validation that leaves nothing to train on.
-
-    Raises:
-        RefineError: the share, and what is expected.
-    """
+    """Refuse a share for validation that leaves nothing to train on (RefineError)."""
     if not 0 <= fraction < 1:
         raise RefineError(f"validation_fraction={fraction}: expected a share of the data, 0 or more and below 1")
 

@@ -1,7 +1,6 @@
 """The states of lanes are kept between optimizer steps: what a window left is what the next window in its lane starts from.
 
-A process keeps those of its own rows. They are part of a checkpoint, each process' in a file of its own, and are dealt out anew where a run
-is resumed on another number of processes.
+A process keeps those of its own rows. They are part of a checkpoint, a file a process, and are dealt out anew on another number of them.
 """
 
 from __future__ import annotations
@@ -19,35 +18,26 @@ from torch.nn import functional as F
 from refine_nsp.errors import RefineError
 from refine_nsp.models.state import FastWeightCache, LayerState
 from refine_nsp.nsp.records import Batch, Starts
-from refine_nsp.training.dealing import Dealing
+from refine_nsp.training.checkpoints import Dealing
 
 LANES_FILE = "lanes.process{}.safetensors"  # every process has its own
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Hold what one lane continues from.
+    """Hold what one lane continues from."""
 
-    Attributes:
-        cache: the states of one row. recent: [n] long, the last tokens it consumed. finite: whether all of the states are finite, bool.
-    """
-
-    cache: FastWeightCache
-    recent: Tensor
-    finite: Tensor
+    cache: FastWeightCache  # the states of one row
+    recent: Tensor  # [n] long, the last tokens it consumed
+    finite: Tensor  # bool: all of the states are finite
 
 
 @dataclass
 class LaneStates:
-    """Keep the states of lanes by number; a lane that is not there starts from nothing.
+    """Keep the states of lanes by number; a lane that is not there starts from nothing."""
 
-    Attributes:
-        recent: H, how many of the last tokens are kept with them, for context scores.
-        keys: of so many of the newest tokens attention's keys and values are kept; None: of all there are.
-    """
-
-    recent: int
-    keys: int | None = None
+    recent: int  # H, how many of the last tokens are kept with them, for context scores
+    keys: int | None = None  # of so many of the newest tokens attention's keys and values are kept; None: of all there are
     lanes: dict[int, Lane] = field(default_factory=dict)
 
     def forget(self, lanes: Iterable[int]) -> None:
@@ -90,28 +80,22 @@ class LaneStates:
         layers = max((len(lane.cache.layers) for lane in self.lanes.values()), default=0)
         save_file(tensors, folder / LANES_FILE.format(process), metadata={"layers": str(layers)})
 
-    def load(self, folder: Path, own: Sequence[int], made: Dealing | None, device: torch.device) -> None:
-        """Read the lanes numbered `own` from a checkpoint's folder, whichever process wrote them.
-
-        Raises:
-            RefineError: files of other processes are missing.
-        """
+    def load(self, folder: Path, own: Sequence[int], device: torch.device) -> None:
+        """Read the lanes numbered `own` from a checkpoint's folder, whichever process wrote them. RefineError where a file is missing."""
+        made = Dealing.of(folder)
         paths = [folder / LANES_FILE.format(p) for p in range(1 if made is None else made.processes)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise RefineError(
-                f"{folder} has no {', '.join(missing)}, where states of lanes are; copy the files of all processes into it, or begin a new "
-                "run from its weights (model_name_or_path)"
+                f"{folder} has no {', '.join(missing)}, where states of lanes are; copy the files of all processes into it, or begin anew"
             )
         self.lanes = {}
         for path in paths:
             with safe_open(path, "pt") as file:
-                names = sorted(file.keys())
-                n_layers = int(file.metadata()["layers"])
-                for number in sorted({int(name.split(".")[0]) for name in names} & set(own)):
-                    layers: list[LayerState] = [{} for _ in range(n_layers)]
-                    for name in (n for n in names if n.startswith(f"{number}.") and n.count(".") == 2):
-                        _, layer, what = name.split(".")
-                        layers[int(layer)][what] = file.get_tensor(name).to(device)
+                split = [name.split(".") for name in sorted(file.keys())]
+                for number in sorted({int(parts[0]) for parts in split} & set(own)):
+                    layers: list[LayerState] = [{} for _ in range(int(file.metadata()["layers"]))]
+                    for _, layer, what in (parts for parts in split if parts[0] == str(number) and len(parts) == 3):
+                        layers[int(layer)][what] = file.get_tensor(f"{number}.{layer}.{what}").to(device)
                     lengths = file.get_tensor(f"{number}.lengths")
                     earlier = file.get_tensor(f"{number}.consumed") - lengths
                     cache = FastWeightCache(layers, lengths, int(lengths[0]), earlier if bool(earlier) else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 from refine_nsp.nsp.records import Batch
 from refine_nsp.training.data import ANSWER_COLUMN, BEGINS_COLUMN, Collated
 from refine_nsp.training.phases import MicroBatch, Phase
+from refine_nsp.training.row_order import documents_of
 
 Places = Sequence[tuple[int, int]]  # (example, document) of each row of a collated batch
 
 
 def to_batch(inputs: Collated, device: torch.device) -> Batch:
     """Send a collated batch to the device without waiting for it. Lengths are read where they are: on the host, if nobody moved them."""
-    scores = inputs.get("context_scores")
     no_columns = ("input_ids", "lengths", "context_scores", "_places", ANSWER_COLUMN, BEGINS_COLUMN)
     columns = {k: v for k, v in inputs.items() if k not in no_columns}
-    ids = inputs["input_ids"].to(device, non_blocking=True)
+    ids, scores = inputs["input_ids"].to(device, non_blocking=True), inputs.get("context_scores")
     scores = None if scores is None else scores.to(device, non_blocking=True)
     return Batch.of(ids, inputs["lengths"], columns, scores, answer_starts=inputs.get(ANSWER_COLUMN))
 
@@ -42,6 +42,27 @@ def share_of_batches(
         chosen = indices[at : at + rows]
         batch = collator([data[i] for i in chosen])
         yield {**batch, "_places": [(chosen[example], document) for example, document in places_of(batch)]}
+
+
+def documents_in_lanes(
+    data: Dataset, collator: Callable[[list[dict[str, object]]], Collated], lanes: int, process: int, processes: int
+) -> Iterator[Collated]:
+    """Collate a process' share of the documents as `share_of_batches` does of rows, so many side by side, window by window; `_lanes` says
+    which lane each row is in."""
+    begins: Sequence[bool] = data[BEGINS_COLUMN] if BEGINS_COLUMN in data.column_names else [True] * len(data)
+    waiting = deque(documents_of(begins)[process::processes])
+    reading: dict[int, Iterator[int]] = {}
+    while True:
+        chosen: dict[int, int] = {}
+        for lane in range(lanes):
+            while (row := next(reading.get(lane, iter(())), None)) is None and waiting:
+                reading[lane] = iter(waiting.popleft())
+            if row is not None:
+                chosen[lane] = row
+        if not chosen:
+            return
+        rows = [{**data[i], BEGINS_COLUMN: begins[i] or i == 0} for i in chosen.values()]
+        yield {**collator(rows), "_lanes": list(chosen), "_places": [(i, 0) for i in chosen.values()]}
 
 
 def set_totals(

@@ -1,16 +1,15 @@
 """Windows of several sources are mixed by shares of tokens, in an order that the seed alone decides.
 
 The next window is always one of the source that is furthest behind its share of the tokens so far. So no source is ever ahead of its share
-by more than a window, however long the documents of each are, and nothing has to be known of their lengths beforehand: the same rule serves
-files and streams. `datasets.interleave_datasets` draws by examples, and would need probabilities corrected by mean
-lengths, which a stream does not say.
+by more than a window, and nothing has to be known of lengths beforehand: the same rule serves files and streams.
+`datasets.interleave_datasets` draws by examples, and would need probabilities corrected by mean lengths, which a stream does not say.
 
 Where states are carried, whole documents take the place of windows, since the windows of a document are to follow each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -31,22 +30,12 @@ SUM_ERROR = 1e-4  # by so much the sum of weights may differ from 1: .333 three 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Hold a mixture of windows that are all in memory or in files, and how it came about.
+    """Hold a mixture of windows that are all in memory or in files, and how it came about."""
 
-    Attributes:
-        order: the windows in their order, by index in all sources one after the other.
-        given: for each source, how many windows were taken, repeats included. windows: how many it has.
-        tokens: for each source, the tokens that were taken. last: the index of the source that ended the mixture; -1: none did.
-    """
-
-    order: list[int]
-    given: list[int]
-    windows: list[int]
-    tokens: list[int]
-    last: int
-
-
-# --- names and weights ------------------------------------------------------------------------------------------------
+    order: list[int]  # the windows in their order, by index in all sources one after the other
+    given: list[int]  # for each source, how many windows were taken, repeats included
+    tokens: list[int]  # for each source, how many tokens were taken
+    last: int  # the index of the source that ended the mixture
 
 
 def as_list(given: str | Sequence[str] | None) -> list[str]:
@@ -55,11 +44,7 @@ def as_list(given: str | Sequence[str] | None) -> list[str]:
 
 
 def one_each(setting: str, given: str | Sequence[str], count: int) -> list[str]:
-    """Return a value for each of `count` sources: one for all, or one each.
-
-    Raises:
-        RefineError: another number of values.
-    """
+    """Return a value for each of `count` sources: one for all, or one each. RefineError for another number of values."""
     values = as_list(given)
     if len(values) == 1:
         return values * count
@@ -69,11 +54,7 @@ def one_each(setting: str, given: str | Sequence[str], count: int) -> list[str]:
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Refuse weights that are no shares of the names.
-
-    Raises:
-        RefineError: the weights, what was expected, and how to mend them.
-    """
+    """Refuse weights that are no shares of the names (RefineError)."""
     if weights is None:
         return
     shown = " ".join(f"{w:g}" for w in weights)
@@ -83,7 +64,7 @@ def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None
         )
     if not all(0 < w <= 1 for w in weights):
         raise RefineError(
-            f"dataset_weights {shown}: expected shares above 0 that sum to 1; leave out a source that is to give nothing"
+            f"dataset_weights {shown}: expected shares above 0 that sum to 1; leave out a source that gives nothing"
         )
     if abs(sum(weights) - 1) > SUM_ERROR:
         scaled = " ".join(f"{w / sum(weights):.4g}" for w in weights)
@@ -107,9 +88,6 @@ def labels_of(names: Sequence[str]) -> list[str]:
     return [f"{label(name, 1)}_{i + 1}" for i, name in enumerate(names)]
 
 
-# --- the rule ---------------------------------------------------------------------------------------------------------
-
-
 def behind(tokens: Sequence[int], weights: Sequence[float]) -> int:
     """Find the source that is furthest behind its share of the tokens given so far; the first of several."""
     whole = sum(tokens)
@@ -117,7 +95,7 @@ def behind(tokens: Sequence[int], weights: Sequence[float]) -> int:
 
 
 def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stopping: Stopping, seed: int) -> Mixed:
-    """Choose the windows of a mixture, given the tokens of each source's windows. Each source's are shuffled by the seed.
+    """Choose the windows of a mixture, given the tokens of each source's windows, which the seed shuffles.
 
     The mixture ends where a window is due of a source that has none left (`first_exhausted`), or has begun again every source that ran
     out until each has been read once (`all_exhausted`).
@@ -133,38 +111,29 @@ def mix_order(lengths: Sequence[Sequence[int]], weights: Sequence[float], stoppi
         if given[i] >= size and given[i] % size == 0:
             read[i] = True
             if stopping == "first_exhausted" or all(read):
-                return Mixed(order, given, [len(own) for own in lengths], tokens, i)
+                return Mixed(order, given, tokens, i)
         window = int(shuffled[i][given[i] % size])
         order.append(int(starts[i]) + window)
         given[i] += 1
         tokens[i] += lengths[i][window]
 
 
-# --- windows in files -------------------------------------------------------------------------------------------------
-
-
 def named(windows: Dataset | IterableDataset, label: str) -> Dataset | IterableDataset:
-    """Add the column `dataset_source` to windows; a packed row has a list with a value for each of its documents.
-
-    Raises:
-        RefineError: the windows keep a column of this name already.
-    """
+    """Add the column `dataset_source` to windows; a packed row has a list with a value for each of its documents. RefineError where the
+    windows keep a column of this name already."""
     columns = windows.column_names or []
     if SOURCE_COLUMN in columns:
         raise RefineError(f"{label} has a column {SOURCE_COLUMN!r} already, which a mixture needs for itself; rename it")
     packing = "lengths" in columns
     if isinstance(windows, IterableDataset):
-        features = windows.features and Features({**windows.features, SOURCE_COLUMN: _source_type(packing)})
+        kind = [Value("string")] if packing else Value("string")
+        features = windows.features and Features({**windows.features, SOURCE_COLUMN: kind})
         return windows.map(
             lambda row: {SOURCE_COLUMN: [label] * len(row["lengths"]) if "lengths" in row else label}, features=features
         )
     values = [[label] * len(n) for n in windows["lengths"]] if packing else [label] * len(windows)
     column: Any = pa.array(values, type=pa.list_(pa.string()) if packing else pa.string())
     return windows.add_column(SOURCE_COLUMN, column, new_fingerprint=Hasher.hash((windows._fingerprint, label)))
-
-
-def _source_type(packing: bool) -> object:
-    return [Value("string")] if packing else Value("string")
 
 
 def tokens_of_windows(windows: Dataset) -> list[int]:
@@ -189,74 +158,63 @@ def mix_documents(
         i, first, last = places[document]
         order += range(first, last)
         given[i] += last - first
-    return Mixed(order, given, list(map(len, lengths)), chosen.tokens, chosen.last)
+    return Mixed(order, given, chosen.tokens, chosen.last)
 
 
 def mix(
     sources: dict[str, Dataset], weights: Sequence[float] | None, stopping: Stopping, seed: int,
     documents: Sequence[Sequence[range]] | None = None,
 ) -> tuple[Dataset, str]:  # fmt: skip
-    """Mix windows that are all there by shares of tokens, with a column `dataset_source`. Return them, and a line that says what was taken.
-
-    Args:
-        sources: windows by the names that logs give them. weights: None takes every window of every source once.
-        documents: the rows of each document of each source, which are then taken as a whole.
-    """
+    """Mix windows that are all there, by the names of their sources, by shares of tokens, with a column `dataset_source`; without `weights`
+    every window is taken once; `documents`, the rows of each document of each source, are taken as a whole. Return the windows, and a line
+    that says what was taken."""
     lengths = [tokens_of_windows(windows) for windows in sources.values()]
     whole = concatenate_datasets([named(windows, label) for label, windows in sources.items()])
+    sizes = {label: len(own) for label, own in zip(sources, lengths, strict=True)}
     if weights is None:
-        sizes = [len(own) for own in lengths]
-        mixed = Mixed(list(range(sum(sizes))), sizes, sizes, [sum(own) for own in lengths], -1)
-        return whole, "mixture: " + _shares(list(sources), mixed) + "; every window once, since dataset_weights are not given"
-    mixed = (
-        mix_order(lengths, weights, stopping, seed)
-        if documents is None
-        else mix_documents(lengths, documents, weights, stopping, seed)
-    )
+        shares = _shares(sizes, list(sizes.values()), [sum(own) for own in lengths])
+        return whole, f"mixture: {shares}; every window once, since dataset_weights are not given"
+    if documents is None:
+        mixed = mix_order(lengths, weights, stopping, seed)
+    else:
+        mixed = mix_documents(lengths, documents, weights, stopping, seed)
     last = list(sources)[mixed.last]
     ends = f"{last} runs out" if stopping == "first_exhausted" else f"all have been read once, {last} as the last"
-    said = f"mixture: {_shares(list(sources), mixed)}; it ends where {ends} (dataset_stopping={stopping})"
+    said = f"mixture: {_shares(sizes, mixed.given, mixed.tokens)}; it ends where {ends} (dataset_stopping={stopping})"
     key = Hasher.hash((whole._fingerprint, list(weights), stopping, seed))
     return whole.select(mixed.order, new_fingerprint=key), said
 
 
-def _shares(labels: Sequence[str], mixed: Mixed) -> str:
+def _shares(sizes: Mapping[str, int], given: Sequence[int], tokens: Sequence[int]) -> str:
     """Say each source's share of tokens, and how many times its windows are read."""
-    whole = max(1, sum(mixed.tokens))
-    parts = [
-        f"{label} {100 * mixed.tokens[i] / whole:.2f} % of tokens ({mixed.given[i]} windows of {mixed.windows[i]}, "
-        f"{mixed.given[i] / max(1, mixed.windows[i]):.2f} times)"
-        for i, label in enumerate(labels)
-    ]
-    return ", ".join(parts)
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
+    whole = max(1, sum(tokens))
+    return ", ".join(
+        f"{label} {100 * tokens[i] / whole:.2f} % of tokens ({given[i]} windows of {size}, {given[i] / max(1, size):.2f} times)"
+        for i, (label, size) in enumerate(sizes.items())
+    )
 
 
 class ByTokens(_BaseExamplesIterable):
     """Yield rows of several streams by the rule of the mixture; `datasets` saves and loads its place as that of any of its own parts.
+    RefineError where a source has no window, or a place is of a mixture with other weights.
 
     Args:
-        ex_iterables: the parts of the streams. labels: their names. weights: their shares of tokens.
+        parts: the streams' iterables. labels: their names. weights: their shares of tokens.
         columns: all columns of all sources; a row is None where it has none of them.
-
-    Raises:
-        RefineError: a source has no window, or a place is of a mixture with other weights.
     """
 
     def __init__(
-        self, ex_iterables: list[_BaseExamplesIterable], labels: Sequence[str], weights: Sequence[float], stopping: Stopping,
-        columns: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+        self,
+        parts: list[_BaseExamplesIterable],
+        labels: list[str],
+        weights: Sequence[float],
+        stopping: Stopping,
+        columns: list[str],
+    ) -> None:
         super().__init__()
-        self.columns = tuple(columns)
-        self.ex_iterables, self.labels, self.weights, self.stopping = ex_iterables, list(labels), list(weights), stopping
-
-    @property
-    def made_with(self) -> str:
-        """Say the sources, their weights and where the mixture ends, which a place in it means nothing without."""
-        return ", ".join([*(f"{label} {w:g}" for label, w in zip(self.labels, self.weights, strict=True)), self.stopping])
+        self.ex_iterables, self.labels, self.weights, self.stopping, self.columns = parts, labels, weights, stopping, columns
+        # A place in the mixture means nothing without these.
+        self.made_with = ", ".join([*(f"{label} {w:g}" for label, w in zip(labels, weights, strict=True)), stopping])
 
     def _init_state_dict(self) -> dict[str, Any]:
         self._state_dict = {
@@ -294,15 +252,12 @@ class ByTokens(_BaseExamplesIterable):
             yield f"{i}_{key}", {**dict.fromkeys(self.columns), **row}
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> ByTokens:
-        """Shuffle the files of each source, as `datasets` asks for in later epochs."""
         return self._of([part.shuffle_data_sources(generator) for part in self.ex_iterables])
 
     def shard_data_sources(self, num_shards: int, index: int, contiguous: bool = True) -> ByTokens:
-        """Take a share of each source's files."""
         return self._of([part.shard_data_sources(num_shards, index, contiguous) for part in self.ex_iterables])
 
     def reshard_data_sources(self) -> ByTokens:
-        """Split each source's files further where that can be done."""
         return self._of([part.reshard_data_sources() for part in self.ex_iterables])
 
     @property
@@ -319,10 +274,9 @@ def mix_streams(sources: dict[str, IterableDataset], weights: Sequence[float], s
     streams = [named(windows, label) for label, windows in sources.items()]
     sizes = {name: size for stream in streams for name, size in (stream.info.download_checksums or {}).items()}
     parts = [stream._ex_iterable for stream in streams]
-    columns = dict.fromkeys(name for stream in streams for name in stream.column_names or [])
-    mixed = IterableDataset(
-        ByTokens(parts, list(sources), weights, stopping, list(columns)), DatasetInfo(download_checksums=sizes or None)
-    )
+    columns = [*dict.fromkeys(name for stream in streams for name in stream.column_names or [])]
+    rows = ByTokens(parts, list(sources), weights, stopping, columns)
+    mixed = IterableDataset(rows, DatasetInfo(download_checksums=sizes or None))
     shares = ", ".join(f"{label} {100 * w:g} %" for label, w in zip(sources, weights, strict=True))
     ends = "an epoch ends with the first source that runs out"
     if stopping == "all_exhausted":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -69,9 +69,9 @@ class PostTrainingConfig(ReFINEConfig):
         super().__post_init__()
         check_choice("answer_metric", self.answer_metric, MATCHES)
         if self.inner_steps < 1 or self.inner_steps > self.gradient_accumulation_steps:
+            most = self.gradient_accumulation_steps
             raise RefineError(
-                f"inner_steps={self.inner_steps} deals {self.gradient_accumulation_steps} micro-batches out; it must be between 1 and "
-                "gradient_accumulation_steps"
+                f"inner_steps={self.inner_steps} deals {most} micro-batches out; expected 1 to gradient_accumulation_steps"
             )
         if self.steps_per_generation > 1:
             raise RefineError("steps_per_generation belongs to mid-training; several inner steps on a batch are inner_steps")
@@ -91,22 +91,17 @@ class PostTrainingConfig(ReFINEConfig):
 
 @dataclass
 class AnswerBatch(MicroBatch):
-    """Hold prompts with their answers behind them.
+    """Hold prompts with their answers behind them."""
 
-    Attributes:
-        answer_lengths: tokens of each answer. prompts: the prompts alone.
-    """
-
-    answer_lengths: tuple[int, ...] = ()
-    prompts: MicroBatch | None = None
+    answer_lengths: tuple[int, ...] = ()  # tokens of each answer
+    prompts: MicroBatch = field(kw_only=True)  # the prompts alone
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return (*super().widths, *(self.prompts.widths if self.prompts is not None else ()))
+        return (*super().widths, *self.prompts.widths)
 
     def widened(self, widths: Sequence[int]) -> AnswerBatch:
-        prompts = None if self.prompts is None else self.prompts.widened(widths[1:])
-        return replace(self, sequences=self.sequences.widened(widths[0]), prompts=prompts)
+        return replace(self, sequences=self.sequences.widened(widths[0]), prompts=self.prompts.widened(widths[1:]))
 
 
 class Answers(Phase):
@@ -121,10 +116,6 @@ class Answers(Phase):
     @property
     def shortest(self) -> int:
         return 1  # what a prompt needs, with an answer behind it
-
-    @property
-    def reads_scores(self) -> bool:
-        return False
 
     def __init__(self, args: PostTrainingConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__(args.nsp)
@@ -168,10 +159,8 @@ class Answers(Phase):
         return total
 
     def summarise(self, sums: Counts) -> dict[str, float]:
-        return {
-            "loss": sums["nll"] / max(sums["targets"], 1.0),
-            self.args.answer_metric: sums["matched"] / max(sums["examples"], 1.0),
-        }
+        matched = sums["matched"] / max(sums["examples"], 1.0)
+        return {"loss": sums["nll"] / max(sums["targets"], 1.0), self.args.answer_metric: matched}
 
 
 class InnerUpdate(TrainerCallback):
@@ -185,11 +174,7 @@ class InnerUpdate(TrainerCallback):
 
 
 class PostTrainer(ReFINETrainer):
-    """Train on prompts and their answers, nested. Datasets are rows as `prepare_answers` makes them.
-
-    Raises:
-        RefineError: settings do not fit together, or the vocabulary is larger than the model's.
-    """
+    """Train on prompts and their answers, nested. Datasets are rows as `prepare_answers` makes them; all else is as in `ReFINETrainer`."""
 
     args: PostTrainingConfig
 
@@ -200,18 +185,13 @@ class PostTrainer(ReFINETrainer):
         args = args if args is not None else PostTrainingConfig(output_dir="runs/posttrain")
         super().__init__(model=model, args=args, **kwargs)
         if self.nsp.published and not own_collator:
-            self.data_collator = partial(collate_answers, unlearned=self._end_of_answers())
+            if self.processing_class is None:
+                raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
+            self.data_collator = partial(collate_answers, unlearned=self.processing_class.eos_token_id)
         objective = self.args.objective
         self.inner = self.shared(PHASES[objective](self.nsp, self.reference_model)) if objective != "none" else None
         self.add_callback(InnerUpdate(self))
         self._current: list[AnswerBatch] = []
-
-    def _end_of_answers(self) -> int | None:
-        """Return the EOS that `prepare_answers` puts behind answers."""
-        if self.processing_class is None:
-            raise RefineError("published=True learns answers without EOS: give the trainer its tokenizer as processing_class")
-        end: int | None = self.processing_class.eos_token_id
-        return end
 
     def make_phase(self) -> Phase:
         return Answers(self.args, self.processing_class)
@@ -229,21 +209,20 @@ class PostTrainer(ReFINETrainer):
 
     def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> AnswerBatch:
         """Make sequences of prompt and answer [B, T], and of the prompts alone."""
-        answers = [self.choose(options, g) for options, g in zip(inputs["answers"], generators, strict=True)]
+        answers = [options[0] for options in inputs["answers"]]
+        if self.args.reference == "random":  # by the seeds of the positions, whose draws stay as they are
+            pairs = zip(inputs["answers"], generators, strict=True)
+            answers = [random.Random(g.initial_seed()).choice(options) for options, g in pairs]
         prompts = MicroBatch(Batch.of(*pad(inputs["prompts"], device), inputs.get("columns")), generators)
         joined = join(inputs["prompts"], answers, device)
         return AnswerBatch(joined, generators, answer_lengths=tuple(map(len, answers)), prompts=prompts)
-
-    def choose(self, options: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-        """Choose the answer to be learned, by the seed of the sequence's positions, whose draws stay as they are."""
-        return options[0] if self.args.reference == "first" else random.Random(generator.initial_seed()).choice(options)
 
     def inner_update(self) -> None:
         """Make the optimizer steps on this batch's prompts, the answers unseen."""
         if self.inner is None or not self._current:
             return
         start = time.perf_counter()
-        hands = deal([b.prompts for b in self._current if b.prompts is not None], self.args.inner_steps)
+        hands = deal([b.prompts for b in self._current], self.args.inner_steps)
         # The published code makes all rollouts of the batch before the first of these steps.
         for together in [hands] if self.nsp.published else [[hand] for hand in hands]:
             self.prepare(self.inner, [prompts for hand in together for prompts in hand])

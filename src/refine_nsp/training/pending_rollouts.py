@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from refine_nsp.errors import RefineError
 from refine_nsp.nsp.records import Batch, Rollouts
+from refine_nsp.training.checkpoints import Dealing
 from refine_nsp.training.data import ANSWER_COLUMN
-from refine_nsp.training.dealing import Dealing
 from refine_nsp.training.phases import MicroBatch
 
 ROLLOUTS_FILE = "rollouts.process{}.safetensors"  # every process has its own
@@ -34,10 +35,8 @@ def save_pending(folder: Path, process: int, batches: Sequence[MicroBatch]) -> N
 
 
 def load_pending(folder: Path, process: int, own: Dealing, device: torch.device) -> list[MicroBatch] | None:
-    """Read this process' micro-batches that wait in a checkpoint; None when there are none.
-
-    Where the checkpoint's steps were dealt out otherwise, its rows are dealt out anew, so that every step learns from those it would
-    have learned from.
+    """Read this process' micro-batches that wait in a checkpoint; None when there are none. Where the checkpoint's steps were dealt out
+    otherwise, its rows are dealt out anew, so that every step learns from those it would have learned from.
 
     Raises:
         RefineError: files of other processes are missing, or a micro-batch is not whole (packed documents, the end of an epoch).
@@ -85,10 +84,7 @@ def stack_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def micro_batch_of(tensors: Mapping[str, Tensor], device: torch.device) -> MicroBatch:
     """Make a micro-batch that has its rollouts, on the device."""
-    positions, tokens, log_probs, rewards, advantages, entropy = (tensors[name].to(device) for name in TENSORS)
-    rollouts = Rollouts(
-        positions=positions, tokens=tokens, log_probs=log_probs, rewards=rewards, advantages=advantages, entropy=entropy,
-        hidden=None, num_positions=int((tensors["positions"] >= 0).sum()),
-    )  # fmt: skip
+    made: dict[str, Any] = {name: tensors[name].to(device) for name in TENSORS}
+    rollouts = Rollouts(**made, hidden=None, num_positions=int((tensors["positions"] >= 0).sum()))
     batch = Batch.of(tensors["input_ids"].to(device), tensors["lengths"], answer_starts=tensors.get(ANSWER_COLUMN))
     return MicroBatch(batch, rollouts=rollouts)

@@ -31,17 +31,20 @@ from torch import Tensor, nn
 from refine_nsp.config import NSPConfig
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.models.state import FastWeightCache
-from refine_nsp.nsp.forward import run_and_leave
+from refine_nsp.nsp.forward import run, run_and_leave
 from refine_nsp.nsp.module import take_step
-from refine_nsp.nsp.next_token import next_token_loss
-from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work
+from refine_nsp.nsp.next_token import next_token_loss, next_tokens
+from refine_nsp.nsp.records import NO_DRAWS, Batch, Draws, Generators, Learning, Metrics, Rollouts, StepResult, Work, uniforms
+from refine_nsp.nsp.rollouts import greedy_match
 from refine_nsp.nsp.schedule import schedule_of
-from refine_nsp.nsp.selection import count_positions
+from refine_nsp.nsp.seeds import generator_of
+from refine_nsp.nsp.selection import count_positions, select_positions
 from refine_nsp.nsp.step import first_pass
-from refine_nsp.training.data import Collated
-from refine_nsp.training.validation import validate
+from refine_nsp.training.data import ANSWER_COLUMN, BEGINS_COLUMN, Collated
+from refine_nsp.training.lane_states import LaneStates
 
 Counts = dict[str, float]
+VALIDATION_SEED = 0
 
 
 @dataclass
@@ -50,24 +53,19 @@ class MicroBatch:
 
     Attributes:
         sequences: ids, lengths, columns.
-        generator: the source of all randomness: one for each sequence, seeded by what it is and not by what else is in the batch; or
-            one for all.
+        generator: the source of all randomness: one for each sequence, whatever else is in the batch; or one for all.
         totals: what sums are divided by, so that 1 x 8 equals 8 x 1: `Phase.count` summed over the optimizer step and all processes,
             divided by the number of processes (as gradients are); 1 where nothing was counted. A tensor [B] divides each sequence's
             sum by its own.
-        rollouts: rollouts that were sampled beforehand, or None.
-        result: the record of the latest step, for a table of completions.
-        lanes: the lane of each row, where states are carried from window to window; else empty.
-        left: the states that the latest step left for the next windows of these lanes.
     """
 
     sequences: Batch
     generator: Generators = None
     totals: Mapping[str, float | Tensor] = field(default_factory=dict)
-    rollouts: Rollouts | None = None
-    result: StepResult | None = None
-    lanes: tuple[int, ...] = ()
-    left: FastWeightCache | None = None
+    rollouts: Rollouts | None = None  # sampled beforehand
+    result: StepResult | None = None  # of the latest step, for a table of completions
+    lanes: tuple[int, ...] = ()  # of each row, where states are carried from window to window
+    left: FastWeightCache | None = None  # the states that the latest step left for the next windows of these lanes
 
     @property
     def input_ids(self) -> Tensor:  # [B, T] long
@@ -102,8 +100,7 @@ class Phase:
     Attributes:
         config: settings of the method. reference: frozen model of a KL term, or None.
         sum_over: adds a tensor up over all processes that learn from a step, which must all call it; None where there is one process.
-            The trainer sets it.
-        carried_keys: the bound on keys that go from window to window in validation, or None. The trainer sets it too.
+        carried_keys: the bound on keys that go from window to window in validation, or None. The trainer sets both.
         reads_once: whether a step reads every sequence in one pass; in several, noise on embeddings would differ from one to the next.
     """
 
@@ -114,7 +111,7 @@ class Phase:
     def __init__(self, config: NSPConfig, reference: CausalModel | None = None) -> None:
         self.config, self.reference = config, reference
 
-    # --- what it uses; whoever has settings and no run yet asks `PHASES[objective](config)` ---
+    # The properties say what it uses; whoever has settings and no run yet asks `PHASES[objective](config)`.
     @property
     def reads(self) -> frozenset[str]:
         """Name the fields of `NSPConfig` that the weights after a step depend on, by which a resumed run is compared and which model
@@ -139,7 +136,7 @@ class Phase:
     @property
     def reads_scores(self) -> bool:
         """Tell whether context scores are read, which `context_scores: cached` can compute beforehand."""
-        return self.config.context_score is not None
+        return self.config.context_score is not None and not self.reads.isdisjoint(("selection", "token_weights"))
 
     @property
     def scoring(self) -> NSPConfig:
@@ -201,10 +198,6 @@ class NextToken(Phase):
         return own if type(self) is NextToken else super().reads  # a subclass may read anything
 
     @property
-    def reads_scores(self) -> bool:
-        return type(self) is not NextToken and super().reads_scores
-
-    @property
     def rows_apart(self) -> bool:
         return True
 
@@ -259,7 +252,7 @@ class NextSequence(Phase):
     def _policy_counts(self, batch: MicroBatch) -> Tensor:
         """Count the rollout tokens, selected positions, or weighed targets of each sequence, [B]."""
         c, lengths, before = self.config, batch.sequences.text_lengths, batch.sequences.consumed
-        if not c.samples_rollouts and c.token_weights != "selected":
+        if not c.selects:
             return (lengths - 1).clamp(min=0)
         return count_positions(lengths, c, before) * (c.num_generations * c.rollout_length if c.samples_rollouts else 1)
 
@@ -268,6 +261,48 @@ class NextSequence(Phase):
         batch.result, batch.left = result, result.left
         losses = {"loss_ntp": result.loss_ntp.detach(), "loss_policy": result.loss_policy.detach()}
         return result.loss, {**losses, **result.metrics}
+
+
+@torch.no_grad()
+def validate(
+    model: CausalModel, batches: Iterable[Collated], config: NSPConfig, device: torch.device, carried_keys: int | None = None
+) -> dict[str, float]:
+    """Measure the prediction of the next token, and how well K greedy tokens match the text, at fixed positions.
+
+    Returns:
+        Sums over all batches: nll, correct, sampled (expected) and entropy over `targets`; match and cosine of greedy tokens over
+        `places`. Batches of documents in lanes (`documents_in_lanes`) continue from the states of their windows before.
+    """
+    sums = dict.fromkeys(("nll", "correct", "sampled", "entropy", "targets", "match", "cosine", "places"), 0.0)
+    at_random = config.at_random()
+    carried, rows = LaneStates(recent=0, keys=carried_keys), 0
+    for inputs in batches:
+        ids = inputs["input_ids"].to(device)
+        lanes: list[int] = inputs.get("_lanes", [])
+        carried.forget(lane for lane, begins in zip(lanes, inputs.get(BEGINS_COLUMN, []), strict=False) if begins)
+        starts = carried.starts(lanes, device) if lanes else None
+        batch = Batch.of(ids, inputs["lengths"], starts=starts, answer_starts=inputs.get(ANSWER_COLUMN))
+        # Positions are the same at every validation, whatever else is in a batch; known beforehand, only their states are kept.
+        where = inputs.get("_places", [(rows + i, 0) for i in range(len(batch.sizes))])
+        rows += len(batch.sizes)
+        generators = [generator_of(VALIDATION_SEED, *place) for place in where]
+        u, _ = uniforms(len(batch.sizes), config.positions_per_sequence, 1, config.rollout_length, generators)
+        positions = select_positions(torch.zeros(batch.input_ids.shape, device=device), batch, u, at_random)
+        sequence_pass = run(Work(model, batch, at_random, learning=Learning(ntp_normalizer=1.0)), positions)
+        if sequence_pass.left is not None:
+            carried.keep(lanes, batch, sequence_pass.left)
+        stats, mask, targets = sequence_pass.stats, batch.target_mask.flatten(), next_tokens(batch)
+        sums["nll"] += float(stats.nll[mask].double().sum())
+        sums["correct"] += float((stats.argmax == targets)[mask].sum())
+        sums["sampled"] += float((-stats.nll[mask].double()).exp().sum())
+        sums["entropy"] += float(stats.entropy[mask].double().sum())
+        sums["targets"] += batch.num_targets
+        prefixes = sequence_pass.states(positions)
+        match, similarity, places = greedy_match(model, batch.input_ids, sequence_pass.hidden, prefixes, config.rollout_length)
+        sums["match"] += match
+        sums["cosine"] += similarity
+        sums["places"] += places
+    return sums
 
 
 PHASES: dict[str, type[Phase]] = {"refine": NextSequence, "ntp": NextToken}

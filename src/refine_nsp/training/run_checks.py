@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -31,31 +31,20 @@ def weights_problems(model: nn.Module, args: ReFINEConfig, sharded: bool) -> lis
             "FSDP was asked for, but accelerate shards models only over several processes that have an accelerator each: every process "
             "holds the whole model"
         )
-    # FSDP widens weights where products are narrower.
-    widened = sharded and args.mixed_precision != "no"
-    rates = [] if widened else by_rate(model, args)
-    return problems + [problem for rate, trained in rates if (problem := rounding_problem(trained, rate)) is not None]
-
-
-def rounding_problem(trained: Sequence[nn.Parameter], learning_rate: float) -> str | None:
-    """Say which trained weights are too coarse for their learning rate; None where a step moves them."""
-    coarse = [p for p in trained if not p.is_meta and p.dtype in HALF]
-    share = share_unmoved(coarse, learning_rate)
-    if share <= UNMOVED:
-        return None
-    return (
-        f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
-        f"of learning_rate={learning_rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
-        "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
-    )
+    widened = sharded and args.mixed_precision != "no"  # FSDP widens weights where products are narrower
+    for rate, trained in [] if widened else by_rate(model, args):
+        coarse = [p for p in trained if not p.is_meta and p.dtype in HALF]
+        if (share := share_unmoved(coarse, rate)) > UNMOVED:
+            problems.append(
+                f"{sum(p.numel() for p in coarse):,} trained weights are in {str(coarse[0].dtype).removeprefix('torch.')}, in which a step "
+                f"of learning_rate={rate:g} rounds away for {100 * share:.0f} % of them: they would stay as they are. Load "
+                "them in float32 (dtype), which bf16 (autocast) still multiplies in bfloat16, or raise learning_rate"
+            )
+    return problems
 
 
 def check_carrying(model: nn.Module, carried_keys: int | None) -> None:
-    """Refuse to carry states that grow with the document.
-
-    Raises:
-        RefineError: the model, why its states cannot be carried, and what to do.
-    """
+    """Refuse to carry states that cannot be continued, or grow with the document (RefineError)."""
     trunk = cast(CausalModel, without_adapters(model)).model
     if trunk.rereads_prefixes:
         raise RefineError(f"carry_states: {trunk.label} cannot go on from a state, which windows do; leave carry_states out")
@@ -73,11 +62,7 @@ def check_reference(args: ReFINEConfig, reference_model: object) -> None:
 
 
 def check_best_figure(wanted: str | None, phase: Phase, eval_dataset: Dataset | Mapping[str, Dataset] | None) -> None:
-    """Refuse a figure that is to decide which checkpoint is best (`metric_for_best_model`) and that validation does not compute.
-
-    Raises:
-        RefineError: the figure, the nearest one that there is, and all others.
-    """
+    """Refuse a figure that is to decide which checkpoint is best and that validation does not compute (RefineError)."""
     if not wanted:
         return
     try:

@@ -1,29 +1,34 @@
-"""A run's folder holds one run: its checkpoints, records and model cards, and set aside in it what an earlier run had left there."""
+"""A run's folder holds one run: its checkpoints and records, rollouts among these, and set aside in it what an earlier run left there."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-from refine_nsp.environment import environment
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from refine_nsp.errors import RefineError
 from refine_nsp.files import append_json_lines, read_json_lines, write_atomically
-from refine_nsp.training.cards import Origin
-from refine_nsp.training.checkpoints import Checkpoint
+from refine_nsp.nsp.records import StepResult
+from refine_nsp.training.checkpoints import PLAIN_FILES, Checkpoint
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 EARLIER = "earlier-{}"
+PREFIX_TOKENS = 16  # of the text before a rollout, so many are shown
 # A run writes these in addition to its checkpoints; a model's plain files belong to it only where its weights are there too.
 WRITTEN = (
     METRICS_FILE, COMPLETIONS_FILE, "config.yaml", "environment.json", "trainer_state.json", "training_args.bin", "README.md",
     "curves.svg", "report.html", "model*.safetensors*", "adapter_*",
 )  # fmt: skip
-PLAIN_FILES = ("*config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,6 @@ class RunFolder:
 
     path: Path
 
-    def __str__(self) -> str:
-        return str(self.path)
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------------
     def checkpoint(self, step: int) -> Checkpoint:
         """Name the checkpoint after so many steps, whether it is there or not."""
         return Checkpoint(self.path / f"checkpoint-{step}")
@@ -54,77 +55,42 @@ class RunFolder:
         return None
 
     def to_resume(self, given: str | bool | Path | None) -> Checkpoint | None:
-        """Return the checkpoint that `resume_from_checkpoint` means: a folder, or the last complete one; None for a new run.
-
-        Raises:
-            RefineError: there is none, or it is not complete.
-        """
+        """Return the checkpoint that `resume_from_checkpoint` means: a folder, or the last complete one; None for a new run. RefineError
+        where there is none, or it is not complete."""
         if not given:
             return None
         if given is True or given in ("last", "True", "true"):
             if (last := self.last_complete()) is None:
-                raise RefineError(f"nothing to resume: {self} has no complete checkpoint")
+                raise RefineError(f"nothing to resume: {self.path} has no complete checkpoint")
             return last
         checkpoint = Checkpoint(Path(given))
         if (problem := checkpoint.problem()) is not None:
             raise RefineError(f"cannot resume from {given}: {problem}; resume_from_checkpoint=last takes the newest complete one")
         return checkpoint
 
-    # --- records --------------------------------------------------------------------------------------------------------
-    def log(self, record: Mapping[str, object]) -> None:
-        """Append one record of figures."""
-        append_json_lines(self.path / METRICS_FILE, [record])
-
-    def log_completions(self, rows: Sequence[Mapping[str, object]]) -> None:
-        """Append rollouts that were shown, a row each."""
-        append_json_lines(self.path / COMPLETIONS_FILE, rows)
-
-    def write_card(
-        self, saved: Path, origin: Origin, settings: dict[str, Any], tags: list[str], seed: int, with_figures: bool, plotted: bool
-    ) -> None:
-        """Write the model card of what is saved in this folder, or in one inside.
-
-        Args:
-            settings: what the card tells, by the names of flags. with_figures: tell what was logged so far. plotted: draw it.
-        """
-        from refine_nsp.report.card import write_card  # imports matplotlib, which nothing needed before
-        from refine_nsp.report.runs import run_of
-
-        made_with = {} if (self.path / "environment.json").exists() else environment(seed)
-        run = run_of(self.path, made_with, with_figures=with_figures)
-        if saved.resolve() != self.path.resolve():
-            run = replace(run, name=f"{run.name}, {saved.name}", config="")
-        write_card(saved, run, origin.base, origin.data, settings, tags, plotted)
-
-    # --- an earlier run -------------------------------------------------------------------------------------------------
     def begin(self, resumed: Checkpoint | None, own: Sequence[object]) -> None:
         """Have the folder hold this run alone: unless one of its checkpoints is resumed from, set an earlier run aside, saying so.
-
-        Args:
-            own: records that this run has written itself, before it began.
-        """
+        `own` are the records that this run has written itself, before it began."""
         if resumed is not None and resumed.path.resolve().parent == self.path.resolve():
             return
         if (aside := self.set_aside(len(own))) is not None:
             last = next(iter(RunFolder(aside).checkpoints()), None)
             how = f"; to continue it, resume_from_checkpoint={last}" if last is not None else ""
-            warnings.warn(f"{self} had an earlier run in it, which is in {aside} now{how}", stacklevel=4)
+            warnings.warn(f"{self.path} had an earlier run in it, which is in {aside} now{how}", stacklevel=4)
 
     def set_aside(self, own: int) -> Path | None:
-        """Move what an earlier run left into a folder inside this one, and return that; None where there was nothing.
-
-        Args:
-            own: how many of the last records are this run's, which stay.
-        """
+        """Move what an earlier run left into a folder inside this one, and return that; None where there was nothing. The last `own`
+        records are this run's, and stay."""
         records = read_json_lines(self.path / METRICS_FILE)
         checkpoints = self.checkpoints()
         if len(records) <= own and not checkpoints:
             return None
+        from refine_nsp.report.card import is_ours  # imports matplotlib, which nothing needed before
+
         weights = [*self.path.glob("model*.safetensors"), *self.path.glob("adapter_*")]
         patterns = (*WRITTEN, *(PLAIN_FILES if weights else ()))
-        files = {p for pattern in patterns for p in self.path.glob(pattern) if not is_the_users(p)}
-        number = next(n for n in range(1, 10**6) if not (self.path / EARLIER.format(n)).exists())
-        aside = self.path / EARLIER.format(number)
+        files = {p for pattern in patterns for p in self.path.glob(pattern) if p.name != "README.md" or is_ours(p)}
+        aside = next(p for n in count(1) if not (p := self.path / EARLIER.format(n)).exists())
         aside.mkdir()
         for path in sorted({*(c.path for c in checkpoints), *files}):
             os.replace(path, aside / path.name)
@@ -134,8 +100,40 @@ class RunFolder:
         return aside
 
 
-def is_the_users(path: Path) -> bool:
-    """Tell whether a file is a model card that the user wrote."""
-    from refine_nsp.report.card import is_ours
+def completion_rows(
+    tokenizer: PreTrainedTokenizerBase | None, input_ids: Tensor, result: StepResult, limit: int
+) -> list[dict[str, Any]]:
+    """Make a row of each rollout, of the first `limit` of a batch; without a tokenizer with ids instead of text."""
 
-    return path.name == "README.md" and not is_ours(path)
+    def text(ids: Tensor) -> str:
+        return str(tokenizer.decode(ids.tolist())) if tokenizer is not None else " ".join(map(str, ids.tolist()))
+
+    rows: list[dict[str, Any]] = []
+    assert result.rollouts is not None and result.positions is not None
+    assert result.rewards is not None and result.advantages is not None
+    K = result.rollouts.shape[3]
+    for b, p, n in product(*map(range, result.rollouts.shape[:3])):
+        if (t := int(result.positions[b, p])) < 0 or len(rows) >= limit:
+            continue
+        rows.append(
+            {
+                "position": t,
+                "prefix": text(input_ids[b, max(0, t + 1 - PREFIX_TOKENS) : t + 1]),
+                "truth": text(input_ids[b, t + 1 : t + 1 + K]),
+                "rollout": text(result.rollouts[b, p, n]),
+                "reward": round(float(result.rewards[b, p, n]), 4),
+                "advantage": round(float(result.advantages[b, p, n]), 4),
+            }
+        )
+    return rows
+
+
+def print_completions(rows: list[dict[str, Any]], step: int) -> None:
+    """Print rows of rollouts as a table."""
+    table = Table(title=f"rollouts at step {step}", show_lines=False)
+    for name in ("position", "prefix", "truth", "rollout", "reward", "advantage"):
+        table.add_column(name, justify="left" if name in ("prefix", "truth", "rollout") else "right")
+    for row in rows:
+        texts = (repr(row[name])[1:-1] for name in ("prefix", "truth", "rollout"))
+        table.add_row(str(row["position"]), *texts, f"{row['reward']:.3f}", f"{row['advantage']:+.3f}")
+    Console(stderr=True).print(table)

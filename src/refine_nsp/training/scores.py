@@ -1,8 +1,13 @@
-"""Context scores are computed once by the model that a run starts from, and kept with the data; a step then costs an NTP step."""
+"""Context scores are computed once by the model that a run starts from, and kept with the data; a step then costs an NTP step.
+
+Documents are scored by the mean over their tokens: LongFilter's measure of a document for long-context training (ICLR 2026). One that is
+read as well by its last W tokens has a score near 0, however hard it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,27 +16,34 @@ from typing import cast
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from refine_nsp.config import NSPConfig
 from refine_nsp.errors import RefineError
+from refine_nsp.files import made_whole, make_folder
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.context import context_divergence
 from refine_nsp.nsp.forward import run_and_leave
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.teacher import Teacher
-from refine_nsp.processes import to_device
+from refine_nsp.processes import process_state, to_device
 from refine_nsp.progress import step_progress
 from refine_nsp.training.arguments import ReFINEConfig
-from refine_nsp.training.data import BEGINS_COLUMN, collate
+from refine_nsp.training.data import BEGINS_COLUMN, TEXT_COLUMN, TOKENS_COLUMN, collate, tokenize
 from refine_nsp.training.lane_states import LaneStates
+from refine_nsp.training.sources import COUNT_COLUMN, SCORE_COLUMN
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NUMBER_COLUMN = "document_number"
+ENDINGS = (".jsonl", ".parquet")
 PART_ROWS = 64  # so many rows are scored and kept together, and an interruption costs no more
 
 
@@ -53,8 +65,7 @@ def with_context_scores(
     with what nobody is at, and waits for the rest. So nothing depends on how many there are, nor on whether they see one disk.
 
     Args:
-        autocast: what products are computed in, where that is not the weights' dtype.
-        process, processes: the index of this process among so many.
+        autocast: what products are computed in, where that is not the weights' dtype. process, processes: the index among so many.
         carried: where the windows of a document continue from each other, what is kept between them, empty; the scores see the document.
         teacher: whose scores are computed, in its way; `model` is its own.
 
@@ -72,7 +83,7 @@ def with_context_scores(
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
             return {"context_scores": scores_of(row, model, config, gain, device, carried, index == 0, teacher)}
 
-    features = datasets.Features({**data.features, "context_scores": datasets.Sequence(datasets.Value(kept_dtype(model)))})
+    features = Features({**data.features, "context_scores": datasets.Sequence(Value(kept_dtype(model)))})
     ends = part_ends(len(data), None if carried is None else data[BEGINS_COLUMN][:])
     starts = [0, *ends[:-1]]
     own_first = sorted(starts, key=lambda start: (starts.index(start) - process) % processes)
@@ -115,18 +126,14 @@ def rows_again(data: Dataset) -> tuple[list[int], list[int]] | None:
 def scored_by_processes(
     data: Dataset, model: nn.Module, config: NSPConfig, args: ReFINEConfig, quiet: bool, teacher: Teacher | None = None
 ) -> Dataset:
-    """Add context scores to a run's data by the model as it is, or by a teacher, each process scoring a share on its device.
-
-    Raises:
-        RefineError: a process does not have all of the weights yet.
-    """
+    """Add context scores to a run's data by the model as it is, or by a teacher, each process scoring a share on its device. RefineError
+    where a process does not have all of the weights yet."""
     if teacher is not None:
         model = cast(nn.Module, teacher.model)
     elif is_fsdp_enabled() or is_deepspeed_zero3_enabled():
         raise RefineError(
-            "context_scores='cached' has every process score a share of the data, for which it needs all of the weights; "
-            "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give them to each: turn them off, or use "
-            "context_scores='online'"
+            "context_scores='cached' has every process score a share of the data by all of the weights, which "
+            "fsdp_cpu_ram_efficient_loading and DeepSpeed's stage 3 do not give it: turn them off, or use context_scores='online'"
         )
     home = next(model.parameters()).device
     # The weights that FSDP is to share out are whole still, and on the host.
@@ -229,3 +236,82 @@ def weights_key(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def score_documents(
+    documents: Dataset,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: NSPConfig,
+    max_length: int,
+    column: str = TEXT_COLUMN,
+    autocast: torch.dtype | None = None,
+    quiet: bool = False,
+) -> Dataset:
+    """Return the documents with two more columns: `context_score`, the mean context score of a document's tokens in nats (none where it has
+    no token), and `num_tokens`. Documents are read in windows of `max_length` tokens, as training reads them; `context_score`,
+    `local_window` and `local_span` of `config` say which score. See `with_context_scores`.
+
+    Raises:
+        RefineError: windows too short for any token to have a score, or documents with columns of these names.
+    """
+    check_length(max_length, config)
+    if taken := [name for name in (SCORE_COLUMN, COUNT_COLUMN) if name in documents.column_names]:
+        raise RefineError(f"the documents have a column {taken[0]!r} already; score the file they were made of, or rename it")
+    column = TOKENS_COLUMN if column == TEXT_COLUMN and TEXT_COLUMN not in documents.column_names else column
+    numbers: np.ndarray = np.arange(len(documents))
+    only = documents.select_columns([column]).add_column(
+        NUMBER_COLUMN, pa.array(numbers), new_fingerprint=Hasher.hash((documents._fingerprint, column, NUMBER_COLUMN))
+    )
+    state = process_state()
+    with state.main_process_first():  # the others of a machine read what the first one leaves in the cache
+        windows = tokenize(only, tokenizer, column, max_length, 1, packing=False, keep_columns=True)
+    assert isinstance(windows, Dataset)
+    scored = with_context_scores(windows, model, config, quiet, autocast, state.process_index, state.num_processes)
+    totals, counts = totals_of(scored, len(documents))
+    means = [total / count if count else None for total, count in zip(totals.tolist(), counts.tolist(), strict=True)]
+    features = Features({SCORE_COLUMN: Value("float64"), COUNT_COLUMN: Value("int64")})
+    more = Dataset.from_dict({SCORE_COLUMN: means, COUNT_COLUMN: counts.tolist()}, features)
+    return concatenate_datasets([documents, more], axis=1)
+
+
+def totals_of(windows: Dataset, documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the scores of each document's tokens, and count them, over its windows."""
+    totals, counts = np.zeros(documents), np.zeros(documents, dtype=np.int64)
+    for table in windows.select_columns([NUMBER_COLUMN, "context_scores"]).with_format("arrow").iter(1000):
+        numbers = table[NUMBER_COLUMN].to_numpy()
+        lengths = pyarrow.compute.list_value_length(table["context_scores"]).to_numpy()
+        scores = pyarrow.compute.list_flatten(table["context_scores"]).to_numpy()
+        np.add.at(totals, np.repeat(numbers, lengths), scores)
+        np.add.at(counts, numbers, lengths)
+    return totals, counts
+
+
+def check_length(max_length: int, config: NSPConfig) -> None:
+    """Refuse windows in which no token has a score (RefineError)."""
+    if max_length <= 2 * config.local_window:
+        raise RefineError(
+            f"max_length={max_length} leaves no token to score, which needs more than twice local_window={config.local_window}"
+        )
+
+
+def check_output(path: Path, inputs: Sequence[str]) -> None:
+    """Refuse a file that cannot be written, before anything is scored: another kind, a folder, or the data itself (RefineError)."""
+    if path.suffix not in ENDINGS:
+        raise RefineError(f"--output {path}: expected a file that ends with {' or '.join(ENDINGS)}")
+    if path.is_dir():
+        raise RefineError(f"{path} is a folder; name a file to write")
+    if any(path.resolve() == Path(name).resolve() for name in inputs):
+        raise RefineError(f"--output {path} is the data itself; name another file")
+
+
+def write_rows(rows: Dataset, path: Path) -> Path:
+    """Write rows as jsonl or parquet, by the file's ending, whole or not at all."""
+    make_folder(path.parent)
+    with made_whole(path.with_name(f"{path.name}.tmp"), path) as temporary:
+        if path.suffix == ".parquet":
+            rows.to_parquet(temporary)
+        else:
+            with temporary.open("w", encoding="utf-8") as file:  # the writer of `datasets` rounds numbers
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return path

@@ -1,8 +1,5 @@
-"""Settings of transformers' Trainer are honoured, or refused by name before anything is loaded.
-
-Refused are settings that nothing here could read, and settings that do not go together. Where it is plain which value is meant, that is
-taken: `1e-4` in YAML is text.
-"""
+"""Settings of transformers' Trainer are honoured, or refused by name before anything is loaded: those that nothing here could read, and
+those that do not go together. Where it is plain which value is meant, that is taken: `1e-4` in YAML is text."""
 
 from __future__ import annotations
 
@@ -53,19 +50,9 @@ NO_ARGUMENT = {
 }
 BY_MODEL = ("galore", "apollo", "lomo", "adalomo")  # optimizers whose settings are known with a model only
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
 ON_A_FIGURE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow a figure of validation
 OURS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # arguments of a schedule that the Trainer gives it
-
-
-# --- what is meant ----------------------------------------------------------------------------------------------------
-def _mapping(name: str, text: str) -> object:
-    """Read a mapping that is written as JSON; return other text, such as a file's name, as it is."""
-    if not text.startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RefineError(f"{name} is {text[:80]!r}, which is no JSON: {first_line(error)}") from error
 
 
 def take_as_meant(args: TrainingArguments) -> None:
@@ -74,8 +61,11 @@ def take_as_meant(args: TrainingArguments) -> None:
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         accepts = accepted(hints[field.name])
-        if isinstance(value, str) and "mapping" in accepts.kinds:
-            value = _mapping(field.name, value)
+        if isinstance(value, str) and value.startswith("{") and "mapping" in accepts.kinds:
+            try:
+                value = json.loads(value)  # other text is a file's name
+            except ValueError as error:
+                raise RefineError(f"{field.name} is {value[:80]!r}, which is no JSON: {first_line(error)}") from error
         setattr(args, field.name, accepts.meant(field.name, value))
     if args.report_to is None or args.report_to == [None]:
         args.report_to = "none"
@@ -85,27 +75,16 @@ def take_as_meant(args: TrainingArguments) -> None:
         args.use_cpu = True  # there is nothing else, and transformers wants it said
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
 def check_places(args: TrainingArguments) -> None:
-    """Refuse settings that nothing here could read, at another value than their default.
-
-    Raises:
-        RefineError: the setting, and why it has no place here.
-    """
-    defaults = {
-        f.name: f.default if f.default is not dataclasses.MISSING else None for f in dataclasses.fields(TrainingArguments)
-    }
+    """Refuse settings that nothing here could read, at another value than their default (RefineError)."""
     for name, why in NO_PLACE.items():
-        if (value := getattr(args, name)) != defaults[name] and value not in ([], {}):
+        if (value := getattr(args, name)) != DEFAULTS[name] and value not in ([], {}, None):
             raise RefineError(f"{name}={value!r} has no place here: {why}; leave it out")
 
 
 def check(args: TrainingArguments, rate: float) -> None:
-    """Refuse settings that would not be honoured, by name; `rate` is the learning rate that a schedule begins with.
-
-    Raises:
-        RefineError: a setting is left without effect by another, or a schedule or an optimizer cannot be made of its arguments.
-    """
+    """Refuse settings that would not be honoured, by name (RefineError): one that another leaves without effect, or that a schedule or an
+    optimizer cannot be made of. `rate` is the learning rate that a schedule begins with."""
     if DebugOption.TPU_METRICS_DEBUG in args.debug:
         raise RefineError("debug='tpu_metrics_debug' has no place here: validation does not print TPU metrics; leave it out")
     _check_loading(args)
@@ -114,12 +93,8 @@ def check(args: TrainingArguments, rate: float) -> None:
 
 
 def check_machine(args: TrainingArguments) -> None:
-    """Refuse what this machine cannot do, before anything is loaded. Settings may also be for another machine (`refine-nsp estimate`).
-
-    Raises:
-        RefineError: half precision with loss scaling is asked for on a CPU, or an optimizer whose package is not installed, or that cannot
-            be made of its settings.
-    """
+    """Refuse what this machine cannot do, before anything is loaded (RefineError): loss scaling on a CPU, or an optimizer whose package is
+    not installed. Settings may also be for another machine (`refine-nsp estimate`)."""
     if args.fp16 and args.device.type == "cpu":
         raise RefineError("fp16=True needs a GPU, and this run is on the CPU; use bf16=True, or neither")
     optim = OptimizerNames(args.optim).value
@@ -131,22 +106,14 @@ def check_machine(args: TrainingArguments) -> None:
 
 
 def check_arguments(given: Mapping[str, object]) -> None:
-    """Refuse arguments of transformers' Trainer that a phase takes the place of.
-
-    Raises:
-        RefineError: the argument, and what to give instead.
-    """
+    """Refuse arguments of transformers' Trainer that a phase takes the place of (RefineError)."""
     for name, why in NO_ARGUMENT.items():
         if given.get(name) is not None:
             raise RefineError(f"{name} has no place here: {why}")
 
 
 def _check_loading(args: TrainingArguments) -> None:
-    """Refuse settings of data loading that would have no effect, or leave processes with steps of their own.
-
-    Raises:
-        RefineError: the setting, and what would read it or why it cannot be.
-    """
+    """Refuse settings of data loading that would have no effect, or leave processes with steps of their own (RefineError)."""
     if args.dataloader_num_workers == 0:
         for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
             if value := getattr(args, name):
@@ -159,8 +126,7 @@ def _check_loading(args: TrainingArguments) -> None:
         )
     if args.length_column_name != "length" and args.train_sampling_strategy != "group_by_length":
         raise RefineError(
-            f"length_column_name={args.length_column_name!r} is read by train_sampling_strategy='group_by_length'; set that, or leave it "
-            "out"
+            f"length_column_name={args.length_column_name!r} is read by train_sampling_strategy='group_by_length' alone; leave it out"
         )
     config = args.accelerator_config
     if isinstance(config, AcceleratorConfig):
@@ -175,13 +141,8 @@ def _check_loading(args: TrainingArguments) -> None:
             )
 
 
-# --- schedules --------------------------------------------------------------------------------------------------------
 def _check_schedule(args: TrainingArguments, rate: float) -> None:
-    """Refuse a schedule that cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up.
-
-    Raises:
-        RefineError: the schedule, what it does not take or needs, and how to write that.
-    """
+    """Refuse a schedule that cannot be made of `lr_scheduler_kwargs`, or would not read some of them or the warm-up (RefineError)."""
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
     how = "; in YAML lr_scheduler_kwargs: {NAME: VALUE}, as a flag --lr_scheduler_kwargs '{\"NAME\": VALUE}'"
     if not isinstance(given, dict):
@@ -197,9 +158,7 @@ def _check_schedule(args: TrainingArguments, rate: float) -> None:
         raise RefineError(
             f"warmup_steps={args.warmup_steps:g}: lr_scheduler_type={kind.value} has no warm-up by steps; leave it out"
         )
-    if missing := [
-        name for name, parameter in takes.items() if parameter.default is inspect.Parameter.empty and name not in given
-    ]:
+    if missing := [name for name, p in takes.items() if p.default is inspect.Parameter.empty and name not in given]:
         raise RefineError(f"lr_scheduler_type={kind.value} needs {', '.join(missing)}{how.replace('NAME', missing[0])}")
     try:
         _try_schedule(args, kind, given, rate)
@@ -228,13 +187,8 @@ def _try_schedule(args: TrainingArguments, kind: SchedulerType, given: Mapping[s
         schedule.step(*([1.0] if kind in ON_A_FIGURE else []))
 
 
-# --- optimizers -------------------------------------------------------------------------------------------------------
 def _check_optimizer(args: TrainingArguments) -> None:
-    """Refuse an optimizer that updates weights before a step is whole, or that would not read a setting.
-
-    Raises:
-        RefineError: the optimizer or the setting, and what to do.
-    """
+    """Refuse an optimizer that updates weights before a step is whole, or that would not read a setting (RefineError)."""
     optim = OptimizerNames(args.optim).value
     if "layerwise" in optim or "lomo" in optim:
         raise RefineError(
@@ -255,16 +209,14 @@ def _check_optimizer(args: TrainingArguments) -> None:
         if not _reads(args, "optim_args", (f"{name}=0", f"{name}=1")):
             raise RefineError(f"optim_args: {name}={value} is not read by optim={optim!r}; leave it out")
     for name in ADAM:
-        usual = next(f.default for f in dataclasses.fields(TrainingArguments) if f.name == name)
-        if getattr(args, name) != usual and not _reads(args, name, (0.25, 0.5)):
+        if getattr(args, name) != DEFAULTS[name] and not _reads(args, name, (0.25, 0.5)):
             raise RefineError(f"{name}={getattr(args, name)} is not read by optim={optim!r}; leave it out")
 
 
 def _made(args: TrainingArguments, **changed: object) -> tuple[object, Mapping[str, object]]:
     """Return the optimizer's class and its arguments as they would be with some settings changed."""
     altered = copy.copy(args)
-    for name, value in changed.items():
-        setattr(altered, name, value)
+    vars(altered).update(changed)
     return Trainer.get_optimizer_cls_and_kwargs(altered, None)
 
 
@@ -272,6 +224,6 @@ def _reads(args: TrainingArguments, name: str, values: tuple[object, object]) ->
     """Tell whether it matters to the optimizer which of two values a setting has."""
     try:
         first, second = (_made(args, **{name: value}) for value in values)
+        return bool(first != second)
     except Exception:  # then it reads the setting, and refuses a value
         return True
-    return bool(first != second)

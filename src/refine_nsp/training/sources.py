@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
@@ -20,6 +20,7 @@ from refine_nsp.training.answers import AnswerArguments, prepare_answers
 from refine_nsp.training.data import (
     ANSWER_COLUMN,
     BEGINS_COLUMN,
+    KEPT_BACK,
     LENGTHS_COLUMN,
     NO_OTHER_VALIDATION,
     TEXT_COLUMN,
@@ -32,8 +33,8 @@ from refine_nsp.training.data import (
     tokenize,
     validation_splits,
 )
-from refine_nsp.training.lanes import documents_of
 from refine_nsp.training.mixture import as_list, labels_of, mix, mix_streams, one_each, tokens_of_windows
+from refine_nsp.training.row_order import documents_of
 
 SCORE_COLUMN, COUNT_COLUMN = "context_score", "num_tokens"  # of a document, as `refine-nsp score` writes them
 Windows: TypeAlias = Dataset | IterableDataset
@@ -42,10 +43,10 @@ Held: TypeAlias = Dataset | dict[str, Dataset] | None  # rows for validation, or
 
 @dataclass(frozen=True)
 class Source:
-    """Name the documents of one source: what they are read by, and what logs call them."""
+    """Name the documents of one source, and what they are read by."""
 
     name: str
-    label: str
+    label: str  # what logs call it
     column: str
     config: str | None
     split: str | tuple[str, ...]
@@ -81,12 +82,8 @@ def validation_sources(arguments: DataArguments, sources: Sequence[Source]) -> l
     return found
 
 
-def check_data(arguments: DataArguments, max_length: int, min_length: int) -> None:
-    """Refuse settings that do not fit together, before anything is read.
-
-    Raises:
-        RefineError: no data is named, or a number is out of range.
-    """
+def check_data(arguments: DataArguments, max_length: int, min_length: int, carried: bool) -> None:
+    """Refuse settings that do not fit together, before anything is read (RefineError)."""
     if not arguments.names:
         raise RefineError("no data: name a file, folder, glob or hub dataset with --dataset_name")
     if arguments.dataset_num_proc is not None and arguments.dataset_num_proc < 1:
@@ -94,7 +91,14 @@ def check_data(arguments: DataArguments, max_length: int, min_length: int) -> No
     check_fraction(arguments.validation_fraction)
     if max_length < min_length:
         raise RefineError(
-            f"max_length={max_length} is below {min_length}, the tokens a position needs (min_prefix + 1 + rollout_length)"
+            f"max_length={max_length} is below {min_length}, what a position needs (min_prefix + 1 + rollout_length)"
+        )
+    if carried and arguments.packing:
+        raise RefineError("carry_states reads documents window by window, and packing puts several in one row; leave packing out")
+    if carried and arguments.streaming and len(arguments.all_names) > 1:
+        raise RefineError(
+            "carry_states reads documents window by window, and a streamed mixture deals out single windows of "
+            f"{', '.join(arguments.all_names)}; leave streaming out, or name one"
         )
 
 
@@ -116,16 +120,7 @@ def prepare_data(
         RefineError: settings that do not fit together, or bad input, by the name of its source.
     """
     a = arguments
-    check_data(a, max_length, min_length)
-    if carried and a.packing:
-        raise RefineError(
-            "carry_states reads a document window by window, and packing puts several in one row; leave packing out"
-        )
-    if carried and a.streaming and len(a.all_names) > 1:
-        raise RefineError(
-            "carry_states reads documents window by window, and a streamed mixture deals out single windows of "
-            f"{', '.join(a.all_names)}; leave streaming out, or name one"
-        )
+    check_data(a, max_length, min_length, carried)
     sources = sources_of(a)
     cut: Callable[..., Windows] = partial(
         tokenize, tokenizer=tokenizer, max_length=max_length, min_length=min_length, num_proc=a.dataset_num_proc, carried=carried
@@ -185,16 +180,11 @@ def windows_of(
 
 
 def check_scored(source: Source, documents: Windows, arguments: DataArguments) -> None:
-    """Refuse documents without the scores that they are to be chosen by.
-
-    Raises:
-        RefineError: the columns that are missing, and what writes them.
-    """
-    asked, wanted = "min_context_score", [SCORE_COLUMN]
-    if arguments.context_score_share is not None:
-        asked, wanted = "context_score_share", [SCORE_COLUMN, COUNT_COLUMN]
-    elif arguments.min_context_score is None:
+    """Refuse documents without the scores that they are to be chosen by (RefineError)."""
+    by_share = arguments.context_score_share is not None
+    if not by_share and arguments.min_context_score is None:
         return
+    asked, wanted = ("context_score_share", [SCORE_COLUMN, COUNT_COLUMN]) if by_share else ("min_context_score", [SCORE_COLUMN])
     if missing := [name for name in wanted if name not in (documents.column_names or [])]:
         raise RefineError(
             f"{source.name} has no column {' and no '.join(map(repr, missing))}, which {asked} reads; "
@@ -203,11 +193,7 @@ def check_scored(source: Source, documents: Windows, arguments: DataArguments) -
 
 
 def worth_reading(source: Source, documents: Windows, arguments: DataArguments) -> Windows:
-    """Choose documents by the score of their context, where that is asked for, and say how many they are.
-
-    Raises:
-        RefineError: no document is left.
-    """
+    """Choose documents by the score of their context, where that is asked for, and say how many they are; RefineError for none."""
     least, share = arguments.min_context_score, arguments.context_score_share
     if least is None and share is None:
         return documents
@@ -225,9 +211,8 @@ def worth_reading(source: Source, documents: Windows, arguments: DataArguments) 
         raise RefineError(
             f"{source.name}: no document is left by min_context_score={least}; the highest context_score is {max(scores, default=0):g}"
         )
-    say(
-        f"{source.name}: {len(kept)} of {len(scores)} documents are trained on, of context_score {min(scores[i] for i in kept):g} or more"
-    )
+    least = min(scores[i] for i in kept)
+    say(f"{source.name}: {len(kept)} of {len(scores)} documents are trained on, of context_score {least:g} or more")
     return documents.select(kept)
 
 
@@ -236,24 +221,20 @@ def number_of(source: Source, value: object) -> float:
     try:
         number = float("nan") if value is None else float(str(value))
     except ValueError as error:
-        raise RefineError(
-            f"{source.name} has {str(value)[:40]!r} where a document's score or its tokens should be, a number"
-        ) from error
+        wrong = str(value)[:40]
+        raise RefineError(f"{source.name} has {wrong!r} where a document's score or its tokens should be, a number") from error
     return float("-inf") if math.isnan(number) else number
 
 
 def answers_of(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Windows, Dataset | None]:
     """Make rows of a prompt with its first answer and `answer_start`, for training and for validation, if a share is kept back."""
     a = arguments
-    given = AnswerArguments(
-        a.answer_dataset,
-        validation_fraction=0.0,
-        max_answer_tokens=a.max_answer_tokens,
-        apply_chat_template=a.apply_chat_template,
-    )
-    if WHOLE(a) and NO_OTHER_VALIDATION(a) and a.validation_fraction > 0:
-        fraction, most, seed = a.validation_fraction, a.validation_windows, a.split_seed
-        given = replace(given, validation_fraction=fraction, validation_examples=most, split_seed=seed)
+    kept_back: dict[str, Any] = {"validation_fraction": 0.0}
+    if WHOLE(a) and NO_OTHER_VALIDATION(a) and KEPT_BACK(a):
+        kept_back = {name: getattr(a, name) for name in ("validation_fraction", "split_seed")}
+        kept_back["validation_examples"] = a.validation_windows
+    shared = {name: getattr(a, name) for name in ("max_answer_tokens", "apply_chat_template")}
+    given = AnswerArguments(a.answer_dataset, **shared, **kept_back)
     train, held = prepare_answers(given, tokenizer, max_length)
     rows = answer_rows(train, a.packing)
     return rows.to_iterable_dataset() if a.streaming else rows, None if held is None else answer_rows(held, False)
@@ -264,10 +245,8 @@ def answer_rows(rows: Dataset, packing: bool) -> Dataset:
 
     def joined(row: Mapping[str, Any]) -> dict[str, object]:
         ids, start = [*row["prompt_ids"], *row["answers_ids"][0]], len(row["prompt_ids"])
-        return {
-            TOKENS_COLUMN: ids,
-            **({LENGTHS_COLUMN: [len(ids)], ANSWER_COLUMN: [start]} if packing else {ANSWER_COLUMN: start}),
-        }
+        own = {LENGTHS_COLUMN: [len(ids)], ANSWER_COLUMN: [start]} if packing else {ANSWER_COLUMN: start}
+        return {TOKENS_COLUMN: ids, **own}
 
     number = Value("int64")
     own = {LENGTHS_COLUMN: [number], ANSWER_COLUMN: [number]} if packing else {ANSWER_COLUMN: number}
@@ -300,10 +279,9 @@ def mixed_windows(windows: Mapping[str, Windows], arguments: DataArguments) -> W
         return next(iter(windows.values()))
     weights = weights_of(windows, a)
     if a.streaming:
-        streams = {label: rows for label, rows in windows.items() if isinstance(rows, IterableDataset)}
-        mixed, said = mix_streams(streams, weights or [], a.dataset_stopping)
+        mixed, said = mix_streams(cast(dict[str, IterableDataset], windows), weights or [], a.dataset_stopping)
     else:
-        rows = {label: rows for label, rows in windows.items() if isinstance(rows, Dataset)}
+        rows = cast(dict[str, Dataset], windows)
         carried = all(BEGINS_COLUMN in own.column_names for own in rows.values())
         documents = [documents_of(own[BEGINS_COLUMN][:]) for own in rows.values()] if carried else None
         mixed, said = mix(rows, weights, a.dataset_stopping, a.mixture_seed, documents)

@@ -12,11 +12,7 @@ from torch import Tensor
 
 
 class StepFigures:
-    """Collect figures by name until the next log, and count the tokens that were trained on.
-
-    Attributes:
-        tokens: real tokens of this process since training began.
-    """
+    """Collect figures by name until the next log, and count the real tokens that this process trained on since training began."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float | Tensor]] = defaultdict(list)
@@ -30,7 +26,7 @@ class StepFigures:
 
     def count_sources(self, sources: Sequence[str], tokens: Sequence[int]) -> None:
         """Count the tokens of sequences by the sources that these come from; nothing where there are none."""
-        for source, count in zip(sources, tokens, strict=True) if sources else ():
+        for source, count in zip(sources, tokens, strict=bool(sources)):
             self._by_source[source] += count
 
     def restart_clock(self) -> None:
@@ -38,11 +34,8 @@ class StepFigures:
         self._last_log = (time.monotonic(), self.tokens)
 
     def means(self, prepares_steps: bool, processes: int) -> dict[str, float]:
-        """Return the means since the last log, over all processes, and begin anew; every process must ask for them.
-
-        Args:
-            prepares_steps: whether rollouts were sampled outside the steps, whose time has then no part of them.
-        """
+        """Return the means since the last log, over all processes, and begin anew; every process must ask for them. With `prepares_steps`
+        rollouts were sampled outside the steps, whose time has then no part of them."""
         means = {name: mean_of(values) for name, values in self.values.items() if values}
         self.values.clear()
         now, (then, tokens) = time.monotonic(), self._last_log

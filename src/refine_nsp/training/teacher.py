@@ -25,11 +25,8 @@ from refine_nsp.processes import to_device
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase | None, student: nn.Module, device: torch.device) -> Teacher:
-    """Load a teacher by its name or folder, in the dtype of its checkpoint, in eval mode and frozen.
-
-    Raises:
-        RefineError: it cannot be loaded, or has another vocabulary than the student.
-    """
+    """Load a teacher by its name or folder, in the dtype of its checkpoint, in eval mode and frozen. RefineError where it cannot be loaded,
+    or has another vocabulary than the student."""
     check_tokens(name, tokenizer, student)
     if is_deepspeed_zero3_enabled():
         raise RefineError(
@@ -70,13 +67,8 @@ def _whole() -> Iterator[None]:
 
 
 def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase | None, student: nn.Module) -> None:
-    """Refuse a teacher whose ids mean other tokens than the student's.
-
-    Tokens and their ids are compared, not files. Without a tokenizer, the sizes of the vocabularies are.
-
-    Raises:
-        RefineError: both, and the first token in which they differ.
-    """
+    """Refuse a teacher whose ids mean other tokens than the student's (RefineError). Tokens and their ids are compared, not files; without
+    a tokenizer, the sizes of the vocabularies."""
     config = load_config(name).get_text_config(decoder=True)
     own = cast(Configured, student).config
     called = own.name_or_path or "the student"
@@ -108,11 +100,8 @@ class _Holder:
 
 
 def window_of_student(student: nn.Module, given: int | None) -> int:
-    """Return how many tokens the student's attention sees: as given, or as its configuration says (`window_size` of LaCT).
-
-    Raises:
-        RefineError: neither says.
-    """
+    """Return how many tokens the student's attention sees: as given, or as its configuration says (`window_size` of LaCT); RefineError
+    where neither says."""
     if given is not None:
         return given
     model = cast(CausalModel, without_adapters(student))
@@ -128,11 +117,7 @@ def window_of_student(student: nn.Module, given: int | None) -> int:
 
 
 def check_window(window: int, max_length: int, teacher: Teacher, name: str) -> None:
-    """Refuse a window beyond which there is nothing to learn.
-
-    Raises:
-        RefineError: the window, and what is not longer than it.
-    """
+    """Refuse a window beyond which there is nothing to learn (RefineError)."""
     if max_length <= window:
         raise RefineError(
             f"max_length={max_length} is not longer than the window of {window} tokens, so nothing lies beyond it; raise max_length, or "

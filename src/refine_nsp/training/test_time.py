@@ -6,10 +6,12 @@ later prompts are answered with weights trained on earlier ones (`scope="never"`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -22,8 +24,8 @@ from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.schedule import Needs, with_schedule
 from refine_nsp.ops.memory import part
+from refine_nsp.training.answers import pad
 from refine_nsp.training.phases import PHASES, MicroBatch
-from refine_nsp.training.prompt_adapters import BatchLoRA
 from refine_nsp.training.remedies import TEST_TIME
 
 Prompt = Tensor | Sequence[int] | Sequence[Tensor] | Sequence[Sequence[int]]  # token ids of one prompt or of several
@@ -82,7 +84,7 @@ class TestTimeConfig:
         check_read(self)
         if self.objective == "refine" and self.nsp.kl_coef > 0:
             raise RefineError(
-                f"kl_coef={self.nsp.kl_coef} needs a frozen reference model, which test time does not keep; leave it at 0"
+                f"kl_coef={self.nsp.kl_coef} needs a frozen reference model, which test time has not; leave it at 0"
             )
         for name in ("steps", "lora_r"):
             if getattr(self, name) < 1:
@@ -95,24 +97,57 @@ class TestTimeConfig:
 
 @dataclass
 class Adaptation:
-    """Record what an adaptation cost: seconds, bytes kept in addition to the model (copies or adapters, and the optimizer's state), and
-    losses by step."""
+    """Record what an adaptation cost."""
 
     seconds: float
-    extra_bytes: int
-    losses: list[float]
+    extra_bytes: int  # kept in addition to the model: copies or adapters, and the optimizer's state
+    losses: list[float]  # by step
+
+
+class BatchLoRA:
+    """Give every prompt of a batch a low-rank adapter of its own on each of the linear layers: y += (alpha / r) * x A_b B_b.
+
+    B starts at 0, so the model starts unchanged (Hu et al., 2021). A is the same for every prompt, drawn from `seed`: a prompt's
+    adaptation does not depend on what else is in the batch. Rows may be multiples of the prompts (snapshots and rollouts are expanded
+    row-major), so row r belongs to prompt r // (rows / B). PEFT trains one adapter for a whole batch.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], prompts: int, rank: int, alpha: float, seed: int) -> None:
+        self.prompts, self.scale, self.layers = prompts, alpha / rank, layers
+        generator = torch.Generator().manual_seed(seed)
+        self.down: list[nn.Parameter] = []
+        self.up: list[nn.Parameter] = []
+        for layer in self.layers:
+            bound = 1 / math.sqrt(layer.in_features)
+            a = (torch.rand(layer.in_features, rank, generator=generator) * 2 - 1) * bound
+            self.down.append(nn.Parameter(a.to(layer.weight).expand(prompts, -1, -1).clone()))
+            self.up.append(nn.Parameter(layer.weight.new_zeros(prompts, rank, layer.out_features)))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List all adapters' tensors, each [B, ...]."""
+        return [*self.down, *self.up]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the adapters on their layers, and take them off again afterwards, whatever happened."""
+        handles = [layer.register_forward_hook(partial(self._add, i)) for i, layer in enumerate(self.layers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, i: int, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add what adapter i makes of a layer's input to what the layer makes of it."""
+        x = args[0]
+        if x.shape[0] % self.prompts:
+            raise ValueError(f"{x.shape[0]} rows are no multiple of {self.prompts} prompts")
+        rows = x.reshape(self.prompts, -1, x.shape[-1])
+        return output + self.scale * (rows @ self.down[i] @ self.up[i]).view_as(output)
 
 
 class TestTimeTrainer:
-    """Adapt a model to prompts: `with ttt.adapt(ids): model.generate(...)`.
-
-    Args:
-        model: a causal model of this package, not wrapped.
-        config: see `TestTimeConfig`.
-
-    Attributes:
-        last: the `Adaptation` of the latest prompt.
-    """
+    """Adapt a causal model of this package, not wrapped, to prompts: `with ttt.adapt(ids): model.generate(...)`. `last` is its cost."""
 
     __test__ = False
 
@@ -152,18 +187,13 @@ class TestTimeTrainer:
                 f"{len(rows)} prompts at once: with scope='example' and parameters={c.parameters!r} each needs weights of its own; "
                 "give them one by one, or use parameters='lora' (positions not by context, no global scale), or scope='batch'"
             )
-        if c.parameters == "lora":
-            with self._adapters(rows):
-                yield self.model
-        else:
-            with self._own_weights(rows):
-                yield self.model
+        with self._adapters(rows) if c.parameters == "lora" else self._own_weights(rows):
+            yield self.model
 
     def side_by_side(self) -> bool:
         """Tell whether several prompts can each have weights of their own: their losses must not touch each other."""
         return self.config.parameters == "lora" and self.phase.rows_apart
 
-    # --- weights ------------------------------------------------------------------------------------------------------
     @contextmanager
     def _own_weights(self, rows: list[Tensor]) -> Iterator[None]:
         """Train the chosen weights on prompts that share one update, and put them back afterwards unless they are kept for good."""
@@ -189,27 +219,21 @@ class TestTimeTrainer:
 
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
-        if c.scope == "never" and self._kept_optimizer is not None:
-            return self._kept_optimizer
         assert c.weight_decay is not None
-        optimizer = OPTIMIZERS[c.optimizer](parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
-        if c.scope == "never":
-            self._kept_optimizer = optimizer
-        return optimizer
+        made = self._kept_optimizer or OPTIMIZERS[c.optimizer](parameters, lr=c.learning_rate, weight_decay=c.weight_decay)
+        self._kept_optimizer = made if c.scope == "never" else None
+        return made
 
-    # --- steps --------------------------------------------------------------------------------------------------------
     @part("optimizer", TEST_TIME)
     def _train(self, rows: list[Tensor], parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], shared: bool) -> None:
-        """Make the optimizer steps, and note in `last` what they cost, the tensors `kept` in addition to the model included.
-
-        With `shared` one update serves all rows; otherwise each row has its own, and the loss and gradient norm of each are apart.
-        """
+        """Make the optimizer steps, and note in `last` what they cost, with the tensors `kept` in addition to the model. With `shared` one
+        update serves all rows; otherwise each row has its own, and the loss and gradient norm of each are apart."""
         model, c, start = self.model, self.config, time.perf_counter()
         optimizer = self._optimizer(parameters)
         # The published code takes its cross-entropy alone in one step on the whole batch.
         dealt = c.nsp.published and shared and self.phase.samples
         size = PUBLISHED_PROMPTS if dealt else len(rows)
-        sequences = [self._batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+        sequences = [Batch.of(*pad(rows[at : at + size], model.device)) for at in range(0, len(rows), size)]
         generators = [[torch.Generator().manual_seed(c.seed) for _ in batch.sizes] for batch in sequences]
         wanted = {p: p.requires_grad for p in model.parameters()}
         training = model.training
@@ -236,18 +260,13 @@ class TestTimeTrainer:
             for p, flag in wanted.items():
                 p.requires_grad_(flag)
             model.train(training)
-        self.last = Adaptation(time.perf_counter() - start, nbytes(kept) + optimizer_bytes(optimizer), losses)
-
-    def _batch(self, rows: Sequence[Tensor]) -> Batch:
-        """Return prompts as one batch on the model's device."""
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.model.device)
-        return Batch.of(ids, torch.tensor([len(r) for r in rows]))
+        moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        self.last = Adaptation(time.perf_counter() - start, nbytes([*kept, *moments]), losses)
 
     def _micro_batches(
         self, sequences: Sequence[Batch], generators: Sequence[Sequence[torch.Generator]], shared: bool
     ) -> list[MicroBatch]:
-        """Prepare and count the batches, one for each optimizer step; losses are divided by what all rows hold, or each row's part by its
-        own."""
+        """Prepare and count the batches, one for each optimizer step; losses are divided by what all rows hold, or a row's by its own."""
         batches = [MicroBatch(s, g) for s, g in zip(sequences, generators, strict=True)]
         self.model.eval()
         with torch.no_grad():
@@ -256,21 +275,16 @@ class TestTimeTrainer:
             if shared:
                 batch.totals = {name: float(n) or 1.0 for name, n in self.phase.count(batch).items()}
             else:
-                by_row = self.phase.count_by_sequence(batch)
-                batch.totals = {name: n.to(self.model.device) for name, n in by_row.items()}
+                batch.totals = {name: n.to(self.model.device) for name, n in self.phase.count_by_sequence(batch).items()}
         return batches
 
 
 def as_rows(prompt: Prompt) -> list[Tensor]:
     """Return token ids [T] (or [1, T]), or several of these, as a list of long tensors. RefineError for anything else."""
-    if isinstance(prompt, Tensor):
-        rows = list(prompt) if prompt.ndim == 2 else [prompt]
-    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], int):
-        rows = [torch.tensor(prompt)]
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        rows = [torch.as_tensor(r) for r in prompt]
-    else:
+    if isinstance(prompt, str) or not isinstance(prompt, Tensor | Sequence):
         raise RefineError(f"a prompt is token ids (a list or a tensor), or a list of prompts; got {type(prompt).__name__}")
+    alone = prompt.ndim != 2 if isinstance(prompt, Tensor) else bool(prompt) and isinstance(prompt[0], int)
+    rows = [torch.as_tensor(row) for row in ([prompt] if alone else prompt)]
     if not rows or any(r.ndim != 1 or r.is_floating_point() for r in rows):
         raise RefineError("a prompt is a list or tensor of token ids [T], or several of them")
     return [r.long() for r in rows]
@@ -308,8 +322,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, shared: 
 def nbytes(tensors: Sequence[Tensor]) -> int:
     """Count the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Count the bytes of an optimizer's state."""
-    return nbytes([x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)])

@@ -2,8 +2,7 @@
 
 It draws, counts, normalises and logs; what is learned is a `Phase`. One optimizer step is one or more micro-batches. Losses are divided by
 what the whole accumulation holds, and every sequence has randomness of its own, seeded by (seed, step, its index in the step): so 1 x 8
-equals 8 x 1 on any number of processes, and a resumed run is the uninterrupted one. `update` makes further optimizer steps between the
-Trainer's own, by the same calls.
+equals 8 x 1 on any number of processes, and a resumed run is the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -27,6 +28,7 @@ from transformers import ProgressCallback as TqdmCallback
 
 from refine_nsp.config import NSPConfig, RewardSpec
 from refine_nsp.errors import RefineError
+from refine_nsp.files import append_json_lines
 from refine_nsp.models.load import check_vocabulary
 from refine_nsp.models.protocols import CausalModel
 from refine_nsp.nsp.records import StepResult
@@ -36,37 +38,26 @@ from refine_nsp.ops.memory import part
 from refine_nsp.processes import to_device
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.callbacks import NonFiniteGuard, ProgressCallback, StopCallback
-from refine_nsp.training.completions import show_completions
 from refine_nsp.training.data import BEGINS_COLUMN, Collated, collate
-from refine_nsp.training.lanes import LaneOrder, LaneStream, documents_in_lanes
 from refine_nsp.training.memory_rate import TwoRates, check_memory
-from refine_nsp.training.micro_batches import Places, of_one_width, places_of, set_totals, share_of_batches, to_batch
+from refine_nsp.training.micro_batches import documents_in_lanes, of_one_width, places_of, set_totals, share_of_batches, to_batch
 from refine_nsp.training.mixture import SOURCE_COLUMN
 from refine_nsp.training.phases import PHASES, MicroBatch, Phase
 from refine_nsp.training.remedies import VALIDATION
 from refine_nsp.training.resuming import ResumingTrainer
-from refine_nsp.training.row_order import ByLength, lengths_of
+from refine_nsp.training.row_order import ByLength, LaneOrder, lengths_of
 from refine_nsp.training.run_checks import check_best_figure, check_carrying, check_reference, weights_problems
+from refine_nsp.training.run_folder import COMPLETIONS_FILE, completion_rows, print_completions
 from refine_nsp.training.scores import scored_by_processes
 from refine_nsp.training.settings import check_arguments, check_machine
-from refine_nsp.training.stream import Stream, check_streaming
+from refine_nsp.training.stream import LaneStream, Stream, check_streaming
 from refine_nsp.training.taught import taught
 from refine_nsp.training.teacher import load_teacher
 from refine_nsp.training.trl_arguments import model_given, tokenized, with_rewards
 
-P = TypeVar("P", bound=Phase)
 # The Trainer hands these from `get_batch_samples` to `compute_loss`: `batch`, a MicroBatch; `input_ids` and perhaps `attention_mask`, by
-# which it counts tokens; and `further` in a step of `update`.
+# which it counts tokens; and in a step of `update` `loss`, which makes the loss of a model and a micro-batch.
 StepInputs = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Further:
-    """Describe an optimizer step of another phase, for the loss of its micro-batches."""
-
-    phase: Phase
-    shares: int  # how many micro-batches the step has
-    prefix: str  # what the names of its figures begin with
 
 
 class ReFINETrainer(TwoRates, ResumingTrainer):
@@ -150,8 +141,7 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             self.teacher = None  # its scores are all that such a run reads
         if isinstance(self.train_dataset, IterableDataset):
             # Data loaders and the steps of a batch of rollouts read ahead by so many steps.
-            keep = self.args.steps_per_generation + 3
-            rows = self.train_dataset, self.dealing.examples, keep
+            rows = self.train_dataset, self.dealing.examples, self.args.steps_per_generation + 3
             self.train_dataset = LaneStream(*rows, self.n_lanes) if self.args.carry_states else Stream(*rows)
 
     def _replace_callbacks(self) -> None:
@@ -169,19 +159,15 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             return taught(self.args, self.accelerator.unwrap_model(self.model), self.teacher)
         return PHASES[self.args.objective](self.nsp, self.reference_model)
 
-    def shared(self, phase: P) -> P:
+    def shared(self, phase: Phase) -> Phase:
         """Tell a phase how to add up over the processes of this run, and return it."""
         phase.sum_over, phase.carried_keys = self._sum_over, self.args.carried_keys
         return phase
 
     @property
     def _sum_over(self) -> Callable[[Tensor], Tensor] | None:
-        """Return `sum_over_processes`; None where there is one process."""
-        return self.sum_over_processes if self.args.world_size > 1 else None
-
-    def sum_over_processes(self, x: Tensor) -> Tensor:
-        """Add x up over all processes; every process must ask for it."""
-        return self.accelerator.reduce(x, reduction="sum")
+        """Return what adds a tensor up over all processes, which must all ask for it; None where there is one process."""
+        return partial(self.accelerator.reduce, reduction="sum") if self.args.world_size > 1 else None
 
     def get_train_dataloader(self) -> DataLoader:
         """Make the Trainer's loader, but leave batches as they are collated: accelerate would send lengths to the device, only to be asked
@@ -196,21 +182,19 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         """Make the Trainer's sampler, but for `group_by_length` one whose order the epoch alone decides, so that a resumed run has it."""
         data = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.carry_states:
-            return self._lane_order(data)
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ByLength(lengths_of(data, self.args.length_column_name), self.dealing.examples, seed)
+        if self.args.carry_states:
+            return self._lane_order(data, seed)
+        if self.args.train_sampling_strategy == "group_by_length":
+            return ByLength(lengths_of(data, self.args.length_column_name), self.dealing.examples, seed)
+        return super()._get_train_sampler(train_dataset)
 
-    def _lane_order(self, data: Dataset) -> LaneOrder:
+    def _lane_order(self, data: Dataset, seed: int) -> LaneOrder:
         """Make the order in which lanes read the windows of a dataset. RefineError where its rows are no windows."""
         if BEGINS_COLUMN not in (getattr(data, "column_names", None) or []):
             raise RefineError(
-                f"carry_states needs windows that say which begin a document (a column {BEGINS_COLUMN!r}, as prepare_data and the trainer "
-                "make of documents); these rows have none"
+                f"carry_states needs a column {BEGINS_COLUMN!r} (which windows begin a document), as prepare_data makes it of documents"
             )
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = LaneOrder(data[BEGINS_COLUMN][:], self.n_lanes, seed, self.args.train_sampling_strategy == "random")
         if len(order.documents) < self.n_lanes and self.is_world_process_zero():
             warnings.warn(
@@ -220,7 +204,6 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             )
         return order
 
-    # --- an optimizer step: draw, prepare, count ----------------------------------------------------------------------
     def get_batch_samples(
         self, epoch_iterator: Iterator[Collated], num_batches: int, device: torch.device
     ) -> tuple[list[StepInputs], None]:
@@ -232,11 +215,10 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             return [], None
         if self._restored is not None:
             # The interrupted run had drawn these from the data loader already.
-            self._pending, drawn = self._restored, len(self._restored)
-            self._restored = None
+            self._pending, self._restored = self._restored, None
+            first = num_batches * self.args.steps_per_generation - len(self._pending)
             for i, batch in enumerate(self._pending):
-                self._continue(batch, num_batches * self.args.steps_per_generation - drawn + i)
-            for _ in range(drawn):
+                self._continue(batch, first + i)
                 next(epoch_iterator, None)
         if not self._pending:
             steps = self.args.steps_per_generation if self.phase.prepares_steps else 1
@@ -246,27 +228,20 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             if self.phase.prepares_steps:
                 self.figures.add("seconds_generation", time.perf_counter() - start)
         batches, self._pending = self._pending[:num_batches], self._pending[num_batches:]
-        self.set_totals(self.phase, batches)
-        inputs: list[StepInputs] = [{"batch": b, "input_ids": b.input_ids} for b in batches]
-        if self.args.include_num_input_tokens_seen == "non_padding":  # then the Trainer counts tokens by masks
-            for given, batch in zip(inputs, batches, strict=True):
-                given["attention_mask"] = batch.sequences.real
-        return inputs, None
+        set_totals(self.phase, batches, self._sum_over, self.args.world_size, self.args.device)
+        by_masks = self.args.include_num_input_tokens_seen == "non_padding"  # by which the Trainer then counts tokens
+        masks: list[StepInputs] = [{"attention_mask": b.sequences.real} if by_masks else {} for b in batches]
+        return [{"batch": b, "input_ids": b.input_ids, **mask} for b, mask in zip(batches, masks, strict=True)], None
 
     def _draw(self, epoch_iterator: Iterator[Collated], count: int, device: torch.device) -> list[MicroBatch]:
         """Draw so many micro-batches, or those that the epoch still has."""
         batches: list[MicroBatch] = []
-        for _ in range(count):
-            inputs = next(epoch_iterator, None)
-            if inputs is None:
-                break
-            generators = self.generators(self.state.global_step, len(batches), places_of(inputs))
-            batch = self.micro_batch(inputs, generators, device)
+        for inputs in islice(epoch_iterator, count):
+            place = self.args.seed, self.state.global_step, self.args.process_index, len(batches)
+            batch = self.micro_batch(inputs, self.dealing.generators(*place, places_of(inputs)), device)
             self._continue(batch, len(batches), inputs.get(BEGINS_COLUMN, ()))
             batches.append(batch)
-        if not self._is_sharded or not batches:
-            return batches
-        return of_one_width(batches, self.accelerator.gather, self.args.device)
+        return of_one_width(batches, self.accelerator.gather, self.args.device) if self._is_sharded and batches else batches
 
     def _continue(self, batch: MicroBatch, drawn: int, begins: Sequence[bool] = ()) -> None:
         """Have the rows of a micro-batch start from the states of their lanes; `drawn` of them were drawn before. Rows that begin a
@@ -277,19 +252,14 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
         first = (drawn * self.dealing.processes + args.process_index) * self.dealing.batch
         batch.lanes = tuple(range(first, first + len(sequences.sizes)))
         for lane, begin in zip(batch.lanes, begins, strict=False):
-            if begin and float(torch.rand((), generator=generator_of(args.seed, self.state.global_step, lane, -1))) >= (
-                args.carry_between_documents
-            ):
+            generator = generator_of(args.seed, self.state.global_step, lane, -1)
+            if begin and float(torch.rand((), generator=generator)) >= args.carry_between_documents:
                 self.lanes.forget([lane])
         batch.sequences = replace(sequences, starts=self.lanes.starts(batch.lanes, sequences.input_ids.device))
 
     def micro_batch(self, inputs: Collated, generators: Sequence[torch.Generator], device: torch.device) -> MicroBatch:
         """Make what a phase gets of a collated batch."""
         return MicroBatch(to_batch(inputs, device), generators)
-
-    def generators(self, step: int, drawn: int, places: Places) -> list[torch.Generator]:
-        """Make the generators of a micro-batch's rows, as `Dealing.generators` does, for this process."""
-        return self.dealing.generators(self.args.seed, step, self.args.process_index, drawn, places)
 
     @torch.no_grad()
     def prepare(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
@@ -299,28 +269,23 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             with part("rollouts"):
                 phase.prepare(self.model_wrapped, batches)
 
-    def set_totals(self, phase: Phase, batches: Sequence[MicroBatch]) -> None:
-        """Tell the micro-batches what the sums of their optimizer step are divided by, over all processes."""
-        set_totals(phase, batches, self._sum_over, self.args.world_size, self.args.device)
-
-    # --- the loss -----------------------------------------------------------------------------------------------------
     def compute_loss(
         self, model: nn.Module, inputs: StepInputs, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | tuple[Tensor, StepResult | None]:
         """Compute this micro-batch's share of the loss of its optimizer step, which is the Trainer's own or one of `update`."""
         batch: MicroBatch = inputs["batch"]
-        if (further := inputs.get("further")) is not None:
-            return self.phase_loss(further.phase, model, batch, further.shares, further.prefix)
+        if "loss" in inputs:
+            return inputs["loss"](model, batch)
         self.bar.tokens_this_step += batch.num_tokens
         self.figures.tokens += batch.num_tokens
         self.figures.count_sources(batch.sequences.columns.get(SOURCE_COLUMN, ()), batch.sequences.sizes)
-        loss = self.phase_loss(self.phase, model, batch, self.current_gradient_accumulation_steps)
+        loss = self.phase_loss(model, batch, self.phase, self.current_gradient_accumulation_steps)
         self._keep_states(batch)
         self._show(batch)
         return (loss, batch.result) if return_outputs else loss
 
-    def phase_loss(self, phase: Phase, model: nn.Module, batch: MicroBatch, shares: int, prefix: str = "") -> Tensor:
-        """Compute the loss in one forward call, so that wrappers see it, and keep its figures for the next log."""
+    def phase_loss(self, model: nn.Module, batch: MicroBatch, phase: Phase, shares: int, prefix: str = "") -> Tensor:
+        """Compute a phase's loss of one of `shares` micro-batches in one forward call, so that wrappers see it, and keep its figures."""
         with part("forward"):
             loss, metrics = model(step=lambda m: phase.loss(m, batch))
         for name, value in metrics.items():
@@ -345,15 +310,15 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
         synchronising, scaled, clipped, skipped where the gradient is not finite. The names of its figures begin with `prefix`."""
         model, accelerator = self.model_wrapped, self.accelerator
         assert self.optimizer is not None
-        self.set_totals(phase, batches)
-        further = Further(phase, len(batches), prefix)
+        set_totals(phase, batches, self._sum_over, self.args.world_size, self.args.device)
+        phase_loss = partial(self.phase_loss, phase=phase, shares=len(batches), prefix=prefix)
         outer = accelerator.sync_gradients  # the Trainer has set it for the micro-batch that it is about to run
         try:
             for i, batch in enumerate(batches):
                 last = i == len(batches) - 1
                 accelerator.sync_gradients = last
                 with nullcontext() if last or self._always_synchronises() else accelerator.no_sync(model), part("backward"):
-                    super().training_step(model, {"batch": batch, "further": further})
+                    super().training_step(model, {"batch": batch, "loss": phase_loss})
             # Called without a limit too, since it takes the loss scale out of the gradients before the guard judges them.
             accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or math.inf)
             self.guard.on_pre_optimizer_step(self.args, self.state, self.control, model=model)
@@ -375,7 +340,6 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
         self.figures.add("seconds_step", time.perf_counter() - start)
         return loss
 
-    # --- logs and validation ------------------------------------------------------------------------------------------
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the means of what the steps since the last log gave."""
         if "loss" in logs or "train_runtime" in logs:
@@ -390,10 +354,10 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
         due = self.args.log_completions and self.state.global_step % max(1, int(self.args.logging_steps)) == 0
         if due and batch.result is not None and self.state.global_step != self._shown_at and self.is_world_process_zero():
             self._shown_at = self.state.global_step
-            show_completions(
-                self.processing_class, batch.input_ids, batch.result, self.run_folder, self.state.global_step,
-                self.args.num_completions_to_print, quiet=bool(self.args.disable_tqdm),
-            )  # fmt: skip
+            rows = completion_rows(self.processing_class, batch.input_ids, batch.result, self.args.num_completions_to_print)
+            append_json_lines(self.run_folder.path / COMPLETIONS_FILE, [{"step": self._shown_at, **row} for row in rows])
+            if not self.args.disable_tqdm:
+                print_completions(rows, self._shown_at)
 
     def evaluate(
         self,
@@ -418,8 +382,8 @@ class ReFINETrainer(TwoRates, ResumingTrainer):
             sums = model(step=lambda m: self.phase.validate(m, batches))
         keys = sorted(sums)
         total = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1 and not self._is_sharded:
-            total = self.sum_over_processes(total)
+        if self._sum_over is not None and not self._is_sharded:
+            total = self._sum_over(total)
         figures = self.phase.summarise(dict(zip(keys, total.tolist(), strict=True)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in figures.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start

@@ -3,6 +3,9 @@
 One arm distils from the first step, the others spend a share of the steps on transfer before. Each arm begins from the same student and
 reads the same text in the same order of seeds. Printed every `--eval_steps` of distillation: the divergence from the teacher on held-out
 text, in nats a token, over all targets and over those beyond the window, and the tokens that were learned from until then.
+
+The same command again continues after the last checkpoint of the arm that was under way. The folder keeps the settings, a file for each
+finished arm, and `transfer.json`, the record of all of them.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from pathlib import Path
 from datasets import Dataset
 
 import _timing  # noqa: F401  (puts src on the path)
+from refine_nsp.evaluation.run import claim_folder
+from refine_nsp.files import write_atomically
 from refine_nsp.models.load import load
 from refine_nsp.training import DataArguments, ReFINEConfig, ReFINETrainer, prepare_data
+from refine_nsp.training.run_folder import RunFolder
 
 
 def config_of(args: argparse.Namespace, folder: Path, objective: str, steps: int, rate: float) -> ReFINEConfig:
@@ -35,7 +41,9 @@ def config_of(args: argparse.Namespace, folder: Path, objective: str, steps: int
         eval_strategy="steps" if objective == "distill" else "no",
         eval_steps=args.eval_steps,
         logging_steps=max(1, steps // 10),
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=args.eval_steps,
+        save_total_limit=1,
         report_to="none",
         bf16=args.bf16,
         seed=args.seed,
@@ -43,7 +51,10 @@ def config_of(args: argparse.Namespace, folder: Path, objective: str, steps: int
 
 
 def arm(args: argparse.Namespace, share: float, rows: tuple[Dataset, Dataset], folder: Path) -> list[dict[str, float]]:
-    """Train one arm, which transfers for a share of the steps and distils for the rest; return its figures by tokens."""
+    """Train one arm, which transfers for a share of the steps and distils for the rest; return its figures by tokens.
+
+    A phase that an earlier process has begun, or ended, is taken up where that left it.
+    """
     model, tokenizer = load(args.student, dtype="float32")
     transferred = round(share * args.steps)
     found: list[dict[str, float]] = []
@@ -56,10 +67,11 @@ def arm(args: argparse.Namespace, share: float, rows: tuple[Dataset, Dataset], f
         model.requires_grad_(True)  # transfer froze all but the memory
         settings = config_of(args, folder / objective, objective, steps, rate)
         trainer = ReFINETrainer(model, settings, train_dataset=rows[0], eval_dataset=rows[1], processing_class=tokenizer)
-        if objective == "distill":
-            trainer.evaluate()
-        trainer.train()
-        for log in trainer.state.log_history:
+        # Training begins a log of its own, so what was measured before it is kept here.
+        logs = [{**trainer.evaluate(), "step": 0}] if objective == "distill" else []
+        last = RunFolder(folder / objective).last_complete()
+        trainer.train(resume_from_checkpoint=False if last is None else str(last))
+        for log in logs + trainer.state.log_history:
             if "eval_kl_beyond" in log:
                 tokens = (done + log["step"]) * args.batch * args.max_length
                 found.append(
@@ -93,9 +105,17 @@ def main() -> None:
     data = DataArguments(dataset_name=args.dataset, text_column=args.text_column, validation_windows=args.eval_windows)
     train, held = prepare_data(data, load(args.student)[1], args.max_length, args.max_length // 2, False, False)
     assert isinstance(train, Dataset) and isinstance(held, Dataset)
-    found = {f"{share:g}": arm(args, share, (train, held), args.output / f"share-{share:g}") for share in args.shares}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "transfer.json").write_text(json.dumps(found, indent=1) + "\n")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("shares", "output")}
+    claim_folder(args.output, settings)
+    found: dict[str, list[dict[str, float]]] = {}
+    for share in args.shares:
+        name = f"{share:g}"
+        done = args.output / f"share-{name}.json"
+        if not done.exists():
+            figures = arm(args, share, (train, held), args.output / f"share-{name}")
+            write_atomically(done, json.dumps(figures, indent=1) + "\n")
+        found[name] = json.loads(done.read_text(encoding="utf-8"))
+        write_atomically(args.output / "transfer.json", json.dumps({"settings": settings, "arms": found}, indent=1) + "\n")
     print("share of transfer   last KL beyond the window")
     for share, figures in found.items():
         print(f"{share:>17s}   {figures[-1]['kl_beyond']:.4f}")

@@ -122,8 +122,12 @@ def quiet_libraries() -> None:
     """Turn loading bars and advice of libraries off: progress is ours to show, and errors are shown anyway."""
     from transformers.utils import logging
 
+    from refine_nsp.progress import as_ours
+
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.disable_progress_bar()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logging.set_tqdm_hook(as_ours)
     logging.set_verbosity_error()
     # These tell where a parser stumbled, and of attempts to reach the hub; our one line says what came of it.
     logger("datasets").setLevel("CRITICAL")

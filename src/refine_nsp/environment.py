@@ -53,6 +53,23 @@ def commit_of(file: Path) -> str | None:
     return commit.stdout.strip() or None if kept.returncode == 0 else None
 
 
+def memory_available() -> int | None:
+    """Return the bytes of memory that a process may still take, swap included; None where the system does not say (other than Linux).
+
+    A container's limit counts as a whole, because what is used of it holds pages that can be given back.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    import psutil
+
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        return min(free, int(limit.read_text()))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return free
+
+
 def devices() -> list[dict[str, str]]:
     """Describe the machine's processor and its CUDA devices: their memory, and how they compute bfloat16."""
     import psutil

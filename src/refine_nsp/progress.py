@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_LINE_SECONDS = 30.0
+PATIENCE_SECONDS = 3.0  # work that is done before shows nothing
+T = TypeVar("T")
 
 
 class StepProgress:
@@ -50,3 +53,24 @@ def step_progress(total: int, done: int = 0, title: str = "train", quiet: bool =
     bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
     with nullcontext() if bar.disable else bar:
         yield StepProgress(total, done, title, bar)
+
+
+def counted(items: Iterable[T], title: str) -> Iterator[T]:
+    """Yield every item, and show the progress once they have taken more than a few seconds."""
+    known, start, progress = list(items), time.monotonic(), None
+    with ExitStack() as shown:
+        for done, item in enumerate(known):
+            if progress is None and time.monotonic() - start > PATIENCE_SECONDS:
+                progress = shown.enter_context(step_progress(len(known), done, title))
+            yield item
+            if progress is not None:
+                progress.advance(0)
+
+
+def as_ours(bar: Callable[..., object], args: tuple[Iterable[object], ...], kwargs: Mapping[str, object]) -> object:
+    """Show what a library counts by a bar of its own (tqdm) as ours: a hook of transformers, which loads and saves weights one by one.
+
+    Args:
+        bar: the library's own, which a bar over nothing that can be counted keeps. args: what it is over. kwargs: `desc`, its title.
+    """
+    return counted(args[0], str(kwargs.get("desc") or "work").lower()) if args else bar(**kwargs)

@@ -21,10 +21,18 @@ from refine_nsp.estimate.few_layers import Blueprint, few_layers, kinds_of_layer
 from refine_nsp.estimate.memory_and_time import device_named, dtype_of, estimate
 from refine_nsp.estimate.shapes import ShapesOnly
 from refine_nsp.estimate.small_steps import FLOPS, extrapolate, measure_step
-from refine_nsp.models.load import load_config
+from refine_nsp.models.convert import convert
+from refine_nsp.models.load import load_config, load_model
+from refine_nsp.nsp.records import Batch
+from refine_nsp.ops.memory import part
 from refine_nsp.training import ReFINEConfig
+from refine_nsp.training.memory_rate import check_memory
+from refine_nsp.training.phases import MicroBatch
+from refine_nsp.training.teacher import teacher_of
+from refine_nsp.training.transfer import Transfer
 from tests.estimate import measured_models
 from tests.models.families import build
+from tests.models.test_convert import MEMORY, SOURCES, source_of
 from tests.models.transformers_models import CONFIGS, plain, skip_if_old
 
 WINDOWS = {"window_size": 32, "lact_chunk_size": 32}
@@ -226,6 +234,31 @@ def test_the_command(capsys):
     assert "weights in float32 (the configuration's)" in " ".join(out.split())
     with pytest.raises(RefineError, match="known are b200"):
         device_named("h1000")
+
+
+@pytest.mark.filterwarnings("ignore:.*has no tokenizer")
+def test_transfer_is_counted_layer_by_layer(tmp_path):
+    """Within 15 % of the whole step, computed and counted; the memory alone has gradients and an optimizer's state."""
+    source = SOURCES["llama"]()
+    source.num_hidden_layers = 5
+    teacher = source_of(source)
+    teacher.save_pretrained(tmp_path / "teacher")
+    convert(tmp_path / "teacher", tmp_path / "student", MEMORY)
+    args = arguments(2000, objective="transfer", teacher=str(tmp_path / "teacher"))
+    found = estimate(load_config(tmp_path / "student"), args)
+    student = load_model(tmp_path / "student")
+    check_memory(student, args, own_optimizer=False)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert found.uncounted is None and found.optimizer == 2 * 8 * trained and found.teacher > 0
+    phase = Transfer(args.nsp, teacher_of(load_model(tmp_path / "teacher")))
+    batch = MicroBatch(Batch.of(torch.randint(0, 64, (1, 2000))))
+    batch.totals = phase.count(batch)
+    with Counter() as counter:
+        loss = phase.loss(student, batch)[0]
+        with part("backward"):
+            loss.backward()
+    assert found.activations == pytest.approx(max(counter.peaks.values()), rel=0.15)
+    assert found.flops == pytest.approx(counter.flops, rel=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no tokenizer")

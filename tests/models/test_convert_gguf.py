@@ -90,11 +90,12 @@ def test_it_equals_what_transformers_reads(tmp_path):
     ("more", "words"),
     [
         (dict(architecture="gemma2"), "holds a model of architecture 'gemma2'"),
+        (dict(architecture="nobodys"), "holds a model of architecture 'nobodys'; expected one of llama, qwen2"),
         (dict(rope__scaling__type="yarn"), r"scaled rotary positions \(yarn\)"),
         (dict(expert_count=4), "4 experts"),
         (dict(dimension_count=4), "rope.dimension_count=4"),
     ],
-    ids=["architecture", "scaled", "experts", "partial"],
+    ids=["architecture", "unknown", "scaled", "experts", "partial"],
 )
 def test_what_differs_is_refused_by_name(more, words, tmp_path):
     write(tmp_path / "tiny.gguf", **more)

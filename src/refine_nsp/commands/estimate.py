@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 from refine_nsp.commands.grammar import Call, Command, Settings
 from refine_nsp.commands.shared import MODEL, ModelArguments, with_adapters
 from refine_nsp.config import NSPConfig
-from refine_nsp.errors import RefineError
 from refine_nsp.estimate.memory_and_time import Estimate, device_named, dtype_of, estimate
 from refine_nsp.fields import Reader, check_read, setting
 from refine_nsp.models.families import FAMILIES
@@ -61,8 +60,6 @@ COMMAND = Command(
 
 def run(call: Call, model_args: ModelArguments, where: EstimateArguments, args: ReFINEConfig) -> None:
     """Count, and print the table, with a warning where the training does not fit."""
-    if args.objective == "transfer":
-        raise RefineError("objective='transfer' cannot be estimated: its steps are not counted; refine, ntp and distill are")
     device = device_named(where.device)
     if call.dry_run:
         Console().print(str(call.resolved()))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from refine_nsp.errors import RefineError, closest, first_line
@@ -19,6 +20,7 @@ from refine_nsp.estimate.teacher import Taught
 from refine_nsp.models.load import load_config
 from refine_nsp.ops.memory import OutOfMemory
 from refine_nsp.training.arguments import ReFINEConfig
+from refine_nsp.training.memory_rate import check_memory
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ def estimate(
         adapters: a function that wraps a model in LoRA adapters, or None. dtype: of the weights (default: as `dtype_of`).
         progress: told before every small step how many there are.
     """
-    blueprint = Blueprint(config, dtype_of(config, args) if dtype is None else dtype, adapters)
+    blueprint = Blueprint(config, dtype_of(config, args) if dtype is None else dtype, prepares(args, adapters))
     whole = blueprint.on_meta()
     kinds, weights, trained = kinds_of_layers(whole), parameter_bytes(whole), parameter_bytes(whole, trainable=True)
     taught = None
-    if args.objective == "distill" and args.teacher is not None:
+    if args.objective in ("distill", "transfer") and args.teacher is not None:
         theirs = load_config(args.teacher)
         taught = Taught.of(args, whole, Blueprint(theirs, dtype_of(theirs, args, "auto")))
     peak = ntp = flops = validation = 0.0
@@ -124,6 +126,17 @@ def estimate(
         validation=validation,
         teacher=teacher,
     )
+
+
+def prepares(args: ReFINEConfig, adapters: WithAdapters | None) -> WithAdapters:
+    """Return what a run does to a model before it trains it: wrap it in adapters, or freeze all but its memory."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        made = model if adapters is None else adapters(model)
+        check_memory(made, args, own_optimizer=False)
+        return made
+
+    return prepare
 
 
 def dtype_of(config: PreTrainedConfig, args: ReFINEConfig, asked: str | None = None) -> torch.dtype:

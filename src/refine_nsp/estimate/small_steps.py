@@ -49,7 +49,7 @@ def count_steps(
     shapes, numbers = ShapesOnly(), itertools.count(1)
     sizes, corners = sizes_of(args, blueprint.config.get_text_config(decoder=True).vocab_size)
     own_kinds = dict.fromkeys((args.objective, "ntp", *([VALIDATION] if args.do_eval else [])), kinds)
-    if taught is not None:
+    if args.objective == "distill" and taught is not None:
         own_kinds[TEACHER] = kinds_of_layers(taught.blueprint.on_meta())
     corner_count = 2 ** sum(value > corners[name][1] for name, value in sizes.items())
     steps = corner_count * sum(1 + len(few_layers(kinds)[1]) for kinds in own_kinds.values())
@@ -132,8 +132,8 @@ def measure_step(
     model = cast(FastWeightForCausalLM, without_adapters(built))  # steps call the model inside the wrapper
     nsp = args.nsp if not segment else replace(args.nsp, segment_tokens=segment)
     made = args.objective if objective == VALIDATION else objective
-    if made == "distill" and taught is not None:
-        phase: Phase = taught.phase(nsp)
+    if taught is not None and made != "ntp":
+        phase: Phase = taught.phase(made, nsp, layers)
     else:  # the model stands for the frozen one of a KL term, which takes as much
         phase = PHASES[made](nsp, model)
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens or segment * segments))

@@ -20,7 +20,9 @@ from refine_nsp.nsp.records import Batch
 from refine_nsp.nsp.teacher import Teacher, scores_beyond
 from refine_nsp.training.arguments import ReFINEConfig
 from refine_nsp.training.distillation import Distillation
+from refine_nsp.training.phases import Phase
 from refine_nsp.training.teacher import window_of_student
+from refine_nsp.training.transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,19 @@ class Taught:
         scored = args.phase.reads_scores and args.context_scores == "online"
         return cls(blueprint, window_of_student(student, args.teacher_window), args.lambda_context, scored)
 
-    def teacher(self, layers: Sequence[int]) -> Teacher:
-        """Build a teacher of these layers, whose weights are not written."""
+    def teacher(self, layers: Sequence[int] | None) -> Teacher:
+        """Build a teacher of these layers (None: of all), whose weights are not written."""
         model = cast(CausalModel, allocate(self.blueprint.on_meta(layers)))
         return Teacher(model.eval().requires_grad_(False), attends_only(model.model))
 
-    def phase(self, config: NSPConfig) -> Distillation:
-        """Make the student's phase. One layer stands for the teacher: what its own passes take, `measure` counts."""
+    def phase(self, objective: str, config: NSPConfig, layers: Sequence[int] | None) -> Phase:
+        """Make the phase of a student of these layers, by its objective.
+
+        Transfer runs the teacher's same layers in its own step. In distillation one layer stands for the teacher: what its passes take,
+        `measure` counts.
+        """
+        if objective == "transfer":
+            return Transfer(config, self.teacher(layers))
         return Distillation(config, self.teacher([0]), self.lambda_context, self.window)
 
     def measure(

@@ -21,13 +21,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from refine_nsp.config import check_choice
+from refine_nsp.environment import memory_available
 from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, live, setting
 from refine_nsp.files import made_whole, write_atomically
 from refine_nsp.models.attention_source import DTYPES, AttentionSource, window_of
 from refine_nsp.models.gguf_source import open_gguf
 from refine_nsp.models.lact import BASE_LEARNING_RATE, RATE_SHIFT, LaCTConfig, LaCTForCausalLM, LaCTMixer
-from refine_nsp.models.safetensors_source import GENERATION, WEIGHTS, open_model
+from refine_nsp.models.room import WEIGHTS
+from refine_nsp.models.safetensors_source import GENERATION, open_model
 from refine_nsp.models.weight_names import some
 from refine_nsp.progress import StepProgress, step_progress
 
@@ -131,6 +133,12 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]  # as save_pretrained does
     check_weights(opened, shapes)
+    largest = max(map(math.prod, shapes.values())) * (opened.dtype.itemsize + dtype.itemsize)
+    if (free := memory_available()) is not None and largest > free:
+        raise RefineError(
+            f"the largest weight of {source} takes {largest / 1e9:.1f} GB as it is converted, and {free / 1e9:.1f} GB are free: end what "
+            "else uses memory, or use a machine with more"
+        )
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with made_whole(temporary, folder), step_progress(len(shapes), title="convert") as progress:

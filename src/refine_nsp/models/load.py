@@ -29,6 +29,7 @@ from refine_nsp.models.borrowed.classes import class_for
 from refine_nsp.models.borrowed.trunk import StatefulCausalModel
 from refine_nsp.models.checks.ways import quiet
 from refine_nsp.models.families import FAMILIES, register
+from refine_nsp.models.room import check_room
 from refine_nsp.models.weight_names import renaming, some
 from refine_nsp.ops.memory import part
 
@@ -144,6 +145,8 @@ def _read(
         check_choice("dtype", dtype, DTYPES)
     if model_class.config_class is not type(config):
         config = config.get_text_config(decoder=True)  # a model of several kinds of input has one for text
+    else:
+        check_room(where, config, dtype, kwargs)
 
     def read(**more: Any) -> tuple[M, LoadingInfo]:
         # Shapes that differ are accepted here, to be named below with all else that differs, instead of in transformers' long tables.

@@ -17,8 +17,8 @@ from refine_nsp.errors import RefineError, first_line
 from refine_nsp.files import expecting, read_json
 from refine_nsp.models.attention_source import DTYPES, AttentionSource, refuse_others
 from refine_nsp.models.load import TOKENIZER_FILES, adapters_of, check_folder, has_tokenizer, hub_problem, load_config, resolve
+from refine_nsp.models.room import INDEX, WEIGHTS
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARRIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt", "LICENSE*")
 GENERATION = "generation_config.json"
 

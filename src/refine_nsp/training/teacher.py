@@ -19,10 +19,9 @@ from refine_nsp.models import attends_only, sees_tokens, window_problem
 from refine_nsp.models.adapters import without_adapters
 from refine_nsp.models.load import Configured, check_vocabulary, load_config, load_model, load_tokenizer
 from refine_nsp.models.protocols import CausalModel
+from refine_nsp.models.room import PARTIAL_LOADING
 from refine_nsp.nsp.teacher import Teacher
 from refine_nsp.processes import to_device
-
-PARTIAL_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's: only the first process of a machine reads weights
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase | None, student: nn.Module, device: torch.device) -> Teacher:

@@ -2,13 +2,13 @@
 
     python benchmarks/layer_recall.py --teacher SOURCE --novels novels.parquet --layers 8 20
 
-SOURCE is an attention model as `refine-nsp convert` takes it (a folder of a Llama). Rows of 1,024 tokens hold a passage twice, more than a
-window apart. On the second reading the teacher's attention brings back values from the first: its output over far keys, without the first
-two (sinks, which hold no text), is what a layer's memory is trained to give, on the teacher's own inputs and on these tokens only. Then on
-held-out rows the first reading is replaced by other text, in the memory's input alone: what changes in its output is what it recalled of
-the passage. `recalled` is 1 - |changed - wanted|^2 / |wanted|^2, wanted the teacher's output over the passage's keys, and `cosine` the angle
-between the two. Nothing goes through the depth, so a kind of memory takes seconds; it says what one layer can begin to learn, not what a
-whole model recalls.
+SOURCE is an attention model as `refine-nsp convert` takes it (a folder of a Llama). Rows of 1,024 tokens hold a passage twice, more than
+a window apart. On the second reading the teacher's attention brings back values from the first: its output over far keys, without the
+first two (sinks, which hold no text), is what a layer's memory is trained to give, on the teacher's own inputs and on these tokens only.
+Then on held-out rows the first reading is replaced by other text, in the memory's input alone: what changes in its output is what it
+recalled of the passage. `recalled` is 1 - |changed - wanted|^2 / |wanted|^2, wanted the teacher's output over the passage's keys, and
+`cosine` the angle between the two. Nothing goes through the depth, so a kind of memory takes seconds; it says what one layer can begin to
+learn, not what a whole model recalls.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Forward(Predictions):
         if consumed.shape[1]:
             after = model.model(consumed, past_key_values=prefixes.cache, use_cache=False).last_hidden_state
             predicting.append(after[:, : K - 1].flatten(0, 1))
-            later = torch.arange(len(rows) * (K - 1), device=rows.device).view(-1, K - 1)
+            later = torch.arange(len(rows) * (K - 1), device=rows.device).view(len(rows), K - 1)
             where = torch.cat([where, len(prefixes.hidden) + later], 1)
         log_probs, entropy = self.log_probs(torch.cat(predicting), rows, where)
         hidden = after.detach() if need_hidden and after is not None else None

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-from huggingface_hub import constants, hf_api
 
 COMMIT = "a" * 40
 GATED, RENAMED = "org/gated", {"org/old-name": "org/model"}
@@ -75,12 +71,3 @@ def hub(folders: dict[str, Path]) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
-
-
-def turn_to(address: str, cache: Path, offline: bool = False) -> None:
-    """Let this process, a child that ends soon, fetch models from there: libraries read where the hub is as they are imported."""
-    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
-        del os.environ[name]
-    os.environ.update({"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline))})
-    importlib.reload(constants)
-    hf_api.api.endpoint = constants.ENDPOINT

@@ -1,20 +1,20 @@
 """Models by their names on a hub: fetched, found under a new name, kept for when there is no network, and refused with the fix."""
 
-import contextlib
-import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import refine_nsp
-from refine_nsp.cli import main
 from refine_nsp.training.scores import weights_key
-from tests.children import exit_code, fork
-from tests.hub import hub, turn_to
+from tests.hub import hub
 from tests.models.transformers_models import plain
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE = "refine-nsp/tiny-delta-net"
 
 
@@ -30,13 +30,29 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"org/model": model, "org/hybrid": hybrid}
 
 
+# Commands by their arguments, and what each ended with, said and complained of; then which weights a hybrid was given.
+PROGRAM = """
+import contextlib, io, json, sys
+import refine_nsp
+from refine_nsp.cli import main
+from refine_nsp.training.scores import weights_key
+found = {}
+for name in sys.argv[1:]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["generate", name, "--prompt", "def f(", "--max_new_tokens", "4", "--greedy"])
+    found[name] = code, out.getvalue(), err.getvalue()
+print(json.dumps({"commands": found, "hybrid": weights_key(refine_nsp.load("org/hybrid")[0])}))
+"""
+
+
 @pytest.fixture(scope="module")
 def found(folders, tmp_path_factory) -> dict[bool, dict]:
     """By whether there is a network: two processes of one cache, since the address is read at import."""
     cache = tmp_path_factory.mktemp("cache")
     with hub(folders) as address:
         return {
-            online: in_a_process(names, cache, address, online)
+            online: python(names, cache, address, online)
             for online, names in (
                 (True, ["org/old-name", BASE, "org/gated", "org/gone"]),
                 (False, ["org/old-name", "org/model-2"]),
@@ -44,22 +60,14 @@ def found(folders, tmp_path_factory) -> dict[bool, dict]:
         }
 
 
-def in_a_process(names: list[str], cache: Path, address: str, online: bool) -> dict:
-    """What `generate` with each model ended with, said and complained of; then which weights a hybrid was given."""
-    log, result = cache / "log.txt", cache / "found.json"
-
-    def generate() -> None:
-        turn_to(address, cache, offline=not online)
-        commands = {}
-        for name in names:
-            out, err = io.StringIO(), io.StringIO()
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = main(["generate", name, "--prompt", "def f(", "--max_new_tokens", "4", "--greedy"])
-            commands[name] = code, out.getvalue(), err.getvalue()
-        result.write_text(json.dumps({"commands": commands, "hybrid": weights_key(refine_nsp.load("org/hybrid")[0])}))
-
-    assert exit_code(fork(generate, log, {})) == 0, log.read_text()
-    return json.loads(result.read_text())
+def python(names: list[str], cache: Path, address: str, online: bool) -> dict:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env |= {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(cache), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": str(int(not online)),
+            "OMP_NUM_THREADS": "1"}  # fmt: skip
+    argv = [sys.executable, "-c", PROGRAM, *names]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_model_is_fetched_once_also_by_the_name_it_had(found):

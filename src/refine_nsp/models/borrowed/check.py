@@ -34,6 +34,8 @@ from refine_nsp.models.state import FastWeightCache
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
 EXACT_SINCE = "5.23"  # recurrent layers of earlier releases write into the states they are given
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, EXACT_SINCE.split(".")))
+# What a borrowed model's own code may raise on calls that it was not made for.
+FOREIGN_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # How far states and hidden states may be off at loading, as shares of their size: a wrong state is off by far more.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2, torch.bfloat16: 0.15, torch.float16: 0.05}  # float32 may be TF32
 
@@ -105,7 +107,7 @@ def state_problem(trunk: StatefulTrunk) -> str | None:
         raise  # says nothing of the states
     except Broken as said:
         return str(said)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign code's; the warning says which
+    except FOREIGN_ERRORS as error:  # the warning says which
         return f"a pass with a cache fails: {type(error).__name__}: {first_line(error)}"
     worst = max(average(*pair) for pair in pairs)
     return None if worst <= TOLERANCE[trunk.dtype] else f"a pass that goes on from a state differs by {worst:.2g}"

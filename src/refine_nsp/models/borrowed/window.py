@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from refine_nsp.errors import RefineError, first_line
-from refine_nsp.models.borrowed.check import TOLERANCE
+from refine_nsp.models.borrowed.check import FOREIGN_ERRORS, TOLERANCE
 from refine_nsp.models.borrowed.layer_cache import kinds_of
 from refine_nsp.models.borrowed.trunk import StatefulTrunk
 from refine_nsp.models.protocols import Trunk
@@ -76,7 +76,7 @@ def window_problem(trunk: Trunk) -> str | None:
         raise  # says nothing of the masks
     except RefineError as error:
         return str(error)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign code's; the message says which
+    except FOREIGN_ERRORS as error:  # the message says which
         return f"a pass with a mask fails: {type(error).__name__}: {first_line(error)}"
     off = float((whole * trunk.head_factor - wide).abs().mean() / wide.std().clamp(min=1e-12))
     return None if off <= TOLERANCE[trunk.dtype] else f"with a mask that hides nothing it differs by {off:.2g}"

@@ -3,21 +3,22 @@
     python benchmarks/carried_study.py --novels train.parquet --held_out validation.parquet --essays emerson_essays.jsonl
 
 First the untouched bases are measured, then every arm is trained and measured seed by seed, then needles are asked for in the same order.
-Each job leaves one json file in the folder (runs/carried), so a second call does what is missing; --so_far only writes the tables. All
-figures are kept in benchmarks/study/records/carried.json.gz.
+Each job leaves one json file in the folder (runs/carried), so a second call does what is missing, also beside the first: two calls
+share the jobs. --so_far only writes the tables. All figures are kept in benchmarks/study/records/carried.json.gz.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -178,14 +179,14 @@ def base(study: Study, family: str) -> carried.Figures:
 def train(study: Study, family: str, arm: str, seed: int) -> carried.Figures:
     """Train an arm from a base, measure it on held-out novels, and keep it."""
     settings, rows = ARMS[arm], rows_of(arm, documents(study, seed))
-    args = ReFINEConfig(
-        output_dir=str(study.out / "training"), objective="ntp", learning_rate=RATE, max_steps=study.steps, bf16=True, use_cpu=True,
-        seed=seed, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **settings,
-    )  # fmt: skip
-    trainer = ReFINETrainer(model=load(BASES[family])[0], args=args, train_dataset=rows, processing_class=tokenizer())
-    with Clock() as clock:
-        trainer.train()
-    shutil.rmtree(args.output_dir, ignore_errors=True)
+    with TemporaryDirectory(dir=study.out) as folder:
+        args = ReFINEConfig(
+            output_dir=folder, objective="ntp", learning_rate=RATE, max_steps=study.steps, bf16=True, use_cpu=True,
+            seed=seed, save_strategy="no", report_to="none", train_sampling_strategy="sequential", disable_tqdm=True, **settings,
+        )  # fmt: skip
+        trainer = ReFINETrainer(model=load(BASES[family])[0], args=args, train_dataset=rows, processing_class=tokenizer())
+        with Clock() as clock:
+            trainer.train()
     model = trainer.model.eval()
     keep(model, study.out / "models" / plain(f"{family} {arm} {seed}"))
     return {"seconds": clock.seconds / study.steps, "one_pass": text_losses(study, model), "growth": growth(study, model)}
@@ -219,12 +220,31 @@ def jobs(study: Study) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield from (("needles", (family, arm, seed)) for seed in range(study.seeds) for family in BASES for arm in asked)
 
 
+def figures_of(study: Study, kind: str, *arguments: Any) -> Path:
+    """Name the file in which a job leaves its figures."""
+    return study.out / "jobs" / f"{carried.name_of(kind, *arguments)}.json"
+
+
+def ready(study: Study, kind: str, arguments: tuple[Any, ...]) -> bool:
+    """Tell whether the model is there that a job measures; another call may still be training it."""
+    measures_trained = kind in ("windowed", "needles") and carried.BASE not in arguments
+    return not measures_trained or figures_of(study, "train", *arguments).exists()
+
+
 def run(study: Study, kind: str, arguments: tuple[Any, ...]) -> bool:
-    """Run a job that has left no figures yet; tell whether it was run."""
-    path = study.out / "jobs" / f"{carried.name_of(kind, *arguments)}.json"
-    if path.exists():
+    """Run a job that has left no figures yet and is not being run by another call; tell whether it was run."""
+    path = figures_of(study, kind, *arguments)
+    if path.exists() or not ready(study, kind, arguments):
         return False
-    write_atomically(path, json.dumps(KINDS[kind](study, *arguments)) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as held:  # the system lets go of it when a call ends, however it ends
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if path.exists():
+            return False
+        write_atomically(path, json.dumps(KINDS[kind](study, *arguments)) + "\n")
     return True
 
 

@@ -111,7 +111,8 @@ def documents(study: Study, seed: int) -> list[list[int]]:
     """Make a seed's documents, novels and generated ones by turns; each is cut into DOCUMENT_WINDOWS windows that share a token."""
     rng = random.Random(f"carried-{seed}")
     length, count = DOCUMENT_WINDOWS * (WINDOW - 1) + 1, study.blocks * LANES // 2
-    novels = stretches(study.novels, length, lambda last: rng.randrange(last))
+    halves = (lambda last: rng.randrange(last // 2), lambda last: rng.randrange(last // 2, last))
+    novels = [ids for starts in halves for ids in stretches(study.novels, length, starts)]
     names, stream = [name for name in FAMILIES if name in SHARES], sources().stream
     made = []
     for family in rng.choices(names, [SHARES[name] for name in names], k=count):

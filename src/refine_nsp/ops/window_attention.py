@@ -106,7 +106,7 @@ class _ByHand(torch.autograd.Function):
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.kept = blocks = _Blocks.of(q, k, window, past)
-        B, H, T, d = q.shape
+        (B, H, T, _), d = q.shape, v.shape[-1]
         # Laid out by token, as a layer needs it next: joining the heads then copies nothing.
         o = q.new_empty(B, blocks.n, BLOCK, H, d)
         q, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
@@ -196,18 +196,24 @@ class _Group:
 
     def own(self, x: Tensor) -> Tensor:
         """Take the blocks [N, BLOCK, d] of x from `queries`."""
-        return x[:, self.first : self.end].flatten(0, 1)
+        return x[:, self.first : self.end].flatten(0, 1).contiguous()
 
     def seen(self, x: Tensor) -> Tensor:
         """Take what each block sees, [N, (before + 1) * BLOCK, d], of x from `keys`."""
         seen = self._reach(x).unfold(1, self.before + 1, 1)  # [B * H, g, BLOCK, d, before + 1]
-        return seen.permute(0, 1, 4, 2, 3).flatten(2, 3).flatten(0, 1)
+        # Products of transposed matrices that are not contiguous take twice as long as the copy and the product.
+        return seen.permute(0, 1, 4, 2, 3).flatten(2, 3).flatten(0, 1).contiguous()
 
     def add_seen(self, total: Tensor, x: Tensor) -> None:
         """Add x [N, (before + 1) * BLOCK, d] to the keys of `total` that it belongs to."""
-        g = self.end - self.first
-        for i, part in enumerate(x.view(len(total), g, self.before + 1, BLOCK, -1).unbind(2)):
-            self._reach(total)[:, i : i + g].add_(part)
+        g, width = self.end - self.first, self.before + 1
+        x, keys = x.view(len(total), g, width, BLOCK, -1), self._reach(total)
+        if g < width:
+            for i, part in enumerate(x.unbind(1)):
+                keys[:, i : i + width].add_(part)
+        else:
+            for i, part in enumerate(x.unbind(2)):
+                keys[:, i : i + g].add_(part)
 
     def attention(self, q: Tensor, k: Tensor) -> Tensor:
         """Compute the probabilities [N, BLOCK, (before + 1) * BLOCK]. A query always sees itself, so no row of logits is all -inf."""

@@ -14,6 +14,7 @@ from refine_nsp.ops.kernels import window_attention_runs
 from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
 BLOCK = 64  # queries of a block: shorter ones mask less but read keys oftener
+LONGEST_KEPT = 128  # up to this window probabilities are kept for the backward pass, two windows of them a query
 LOGITS_AT_ONCE = 2**19  # of the blocks that are attended from together: more no longer fit the cache, fewer make more calls
 
 
@@ -99,12 +100,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: i
 
 
 class _ByHand(torch.autograd.Function):
-    """Attends by plain products in short blocks of queries, and keeps only q, k and v for the backward pass."""
+    """Attends by plain products in short blocks of queries. The backward pass computes the probabilities of long windows again."""
 
     @staticmethod
     @without_autocast
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        saved, kept = (q, k, v), []
         ctx.kept = blocks = _Blocks.of(q, k, window, past)
         (B, H, T, _), d = q.shape, v.shape[-1]
         # Laid out by token, as a layer needs it next: joining the heads then copies nothing.
@@ -112,23 +113,26 @@ class _ByHand(torch.autograd.Function):
         q, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
         for group in blocks.groups():
             p = group.attention(group.own(q), group.seen(k))
-            o[:, group.first : group.end] = (p @ group.seen(v)).view(B, H, -1, BLOCK, d).permute(0, 2, 3, 1, 4)
+            kept += [p] if window <= LONGEST_KEPT else []
+            o[:, group.first : group.end] = (p.to(v.dtype) @ group.seen(v)).view(B, H, -1, BLOCK, d).permute(0, 2, 3, 1, 4)
+        ctx.save_for_backward(*saved, *kept)
         return o.flatten(1, 2)[:, :T].transpose(1, 2)
 
     @staticmethod
     @by_hand
     def backward(ctx: Context, do: Tensor) -> Gradients:
         blocks: _Blocks = ctx.kept
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         q, k, v, do = blocks.queries(q), blocks.keys(k), blocks.keys(v), blocks.queries(do)
         dq = torch.empty_like(q)
         # Several blocks see a key, so their parts are summed up in float32 or better.
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for group in blocks.groups():
+        for i, group in enumerate(blocks.groups()):
             q_own, k_seen, do_own = group.own(q), group.seen(k), group.own(do)
-            p = group.attention(q_own, k_seen)
-            group.add_seen(dv, p.mT @ do_own)
-            dlogits = torch.ops.aten._softmax_backward_data(do_own @ group.seen(v).mT, p, -1, p.dtype)
+            p = kept[i] if kept else group.attention(q_own, k_seen)
+            group.add_seen(dv, p.to(do.dtype).mT @ do_own)
+            dp = do_own.to(p.dtype) @ group.seen(v).to(p.dtype).mT
+            dlogits = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
             dq[:, group.first : group.end] = (dlogits @ k_seen).view_as(dq[:, group.first : group.end])
             group.add_seen(dk, dlogits.mT @ q_own)
         dq, dk = dq.mul_(blocks.scale), dk.mul_(blocks.scale)
@@ -139,7 +143,7 @@ class _ByHand(torch.autograd.Function):
 class _Blocks:
     """Cuts T queries into n blocks; each sees its own keys and those of `before` blocks before it."""
 
-    band: Tensor  # [BLOCK, (before + 1) * BLOCK] of q's dtype: 0, or -inf where a key is behind its query or before the window
+    band: Tensor  # [BLOCK, (before + 1) * BLOCK], float32 or better: 0, or -inf where a key is behind its query or before the window
     past: Tensor  # [B] long
     heads: int
     T: int
@@ -155,7 +159,7 @@ class _Blocks:
         before = -(-(min(window, k.shape[2]) - 1) // BLOCK)
         back = torch.arange(BLOCK)[:, None] - torch.arange(-before * BLOCK, BLOCK)
         hidden = (back < 0) | (back >= window)
-        band = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        band = torch.zeros(hidden.shape, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill_(hidden, -torch.inf)
         return cls(band, past, H, T, k.shape[2] - T, -(-T // BLOCK), before, d**-0.5)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -223,7 +227,9 @@ class _Group:
             keys = torch.arange(width) - self.before * BLOCK + BLOCK * torch.arange(self.first, self.end)[:, None]
             empty = keys < -self.blocks.past[:, None, None]  # [B, g, width]
             bias = bias.masked_fill(empty[:, None, :, None], -torch.inf).expand(-1, self.blocks.heads, -1, -1, -1).flatten(0, 2)
-        return torch.baddbmm(bias, q, k.mT, alpha=self.blocks.scale).softmax(-1)
+        # What is subtracted from logits and from dp is nearly all of them where a query attends to one key (a sink), so half a precision
+        # of either leaves little of the gradient.
+        return torch.baddbmm(bias, q.to(bias.dtype), k.to(bias.dtype).mT, alpha=self.blocks.scale).softmax(-1)
 
     def _reach(self, x: Tensor) -> Tensor:
         """Take the blocks of x from `keys` that any block of the group sees."""

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from recipes.smollm2 import study
+from recipes.smollm2 import study, tables
 from recipes.smollm2.memory import is_memory, pack, unpack
 from recipes.smollm2.texts import Writer
 from transformers import LlamaConfig
@@ -100,11 +100,14 @@ def test_its_commands_run_one_after_the_other(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "texts", lambda files, name, seed, rows, **more: write(files, name, seed, 20, **more))
     monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in ("ntp", "likelihood", "distill", "carried")})
     files = study.Files(out, None, None, None, None, 1)
-    for jobs in (study.base(files), study.arms(files, [0])):
+    for jobs in (study.base(files), study.baselines(files), study.arms(files, [0])):
         for job in jobs:
             if not job.makes.exists() and "evaluate" not in job.command:
                 ran(job, small)
     curve = [json.loads((out / "figures" / "held_out" / f"taught-{step}.json").read_text()) for step in (1, 2)]
     assert curve[0].keys() == curve[1].keys() >= {"loss 512-1023", "kl 512-1023", "first", "second", "answers", "answers right"}
     assert (out / "figures" / "held_out" / "likelihood-0.json").exists()
-    assert not list((out / "control").glob("**/*.tmp"))
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--out", str(out), "--record", str(tmp_path / "record.json")])
+    tables.main()
+    written = (tmp_path / "results.md").read_text()
+    assert "| full attention |  | 1.000 |" in written and "| likelihood |" in written and "| 8,192 |" in written

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed.run as launcher
 from accelerate.state import AcceleratorState, GradientState
 
@@ -77,6 +78,7 @@ def launch_in_forks() -> None:
 
 def as_python(*argv: str) -> None:
     """Do what `python -u SCRIPT` or `python -u -m MODULE` does with the words that follow."""
+    torch.set_num_threads(torch.get_num_threads())  # as in `fork`
     words = list(argv[argv[0] == "-u" :])
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -114,6 +116,8 @@ def fork(work: Callable[[], object], log: Path, environment: dict[str, str]) -> 
         os.dup2(output, 2)
         sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)  # they may be pytest's
         os.environ.update(environment)
+        # Torch gives a child a new pool of threads at its first use, which must not be that of two threads at once, as in loading weights.
+        torch.set_num_threads(torch.get_num_threads())
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         code = int(work() or 0)  # type: ignore[call-overload]

@@ -91,7 +91,8 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["master weights", "bfloat16 weights"])
 def test_products_of_lact_run_in_bfloat16_forward_and_backward(weights):
-    """Of the fast weights' updates and readings too, although these are kept in float32."""
+    """Of the fast weights' updates and readings too, although these are kept in float32; only window attention's logits are not, and
+    the gradient of its probabilities, which is a twelfth of all products here."""
     model = build("lact_swiglu", dtype=torch.float32).train().to(weights)
     with Products() as products, torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
         hidden = model.model(IDS, use_cache=False).last_hidden_state
@@ -101,7 +102,7 @@ def test_products_of_lact_run_in_bfloat16_forward_and_backward(weights):
         )
     with products:
         loss.backward()
-    assert products.by_dtype[torch.bfloat16] > 0.95 * products.by_dtype.total(), products.by_dtype
+    assert products.by_dtype[torch.bfloat16] > 0.9 * products.by_dtype.total(), products.by_dtype
 
 
 @FAMILIES

@@ -157,10 +157,11 @@ class _Blocks:
         """Lay out the blocks for queries q [B, H, T, d] and keys k [B, H, slots + T, d]."""
         _, H, T, d = q.shape
         before = -(-(min(window, k.shape[2]) - 1) // BLOCK)
-        back = torch.arange(BLOCK)[:, None] - torch.arange(-before * BLOCK, BLOCK)
+        at = torch.arange(-before * BLOCK, BLOCK, device=q.device)
+        back = at[-BLOCK:, None] - at
         hidden = (back < 0) | (back >= window)
-        band = torch.zeros(hidden.shape, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill_(hidden, -torch.inf)
-        return cls(band, past, H, T, k.shape[2] - T, -(-T // BLOCK), before, d**-0.5)
+        band = q.new_zeros(hidden.shape, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill_(hidden, -torch.inf)
+        return cls(band, past.to(q.device, non_blocking=True), H, T, k.shape[2] - T, -(-T // BLOCK), before, d**-0.5)
 
     def queries(self, x: Tensor) -> Tensor:
         """Cut x [B, H, T, d] into blocks [B * H, n, BLOCK, d], with zeros behind."""
@@ -224,7 +225,8 @@ class _Group:
         width = k.shape[1]
         bias = self.blocks.band[:, -width:]
         if self.first < self.before:
-            keys = torch.arange(width) - self.before * BLOCK + BLOCK * torch.arange(self.first, self.end)[:, None]
+            firsts = BLOCK * torch.arange(self.first - self.before, self.end - self.before, device=q.device)
+            keys = firsts[:, None] + torch.arange(width, device=q.device)
             empty = keys < -self.blocks.past[:, None, None]  # [B, g, width]
             bias = bias.masked_fill(empty[:, None, :, None], -torch.inf).expand(-1, self.blocks.heads, -1, -1, -1).flatten(0, 2)
         # What is subtracted from logits and from dp is nearly all of them where a query attends to one key (a sink), so half a precision

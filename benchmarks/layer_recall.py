@@ -44,6 +44,14 @@ KINDS: dict[str, dict[str, object]] = {
     "no SiLU, w1 at 10": {"qkv_silu": False, "w1_learning_rate": 10.0},
     "SiLU, w1 at 10": {"w1_learning_rate": 10.0},
     "no SiLU, w1 at 10, thrice as wide": {"qkv_silu": False, "w1_learning_rate": 10.0, "inter_multi": 3.0},
+    "no SiLU, w1 at 1, centred": {"qkv_silu": False, "w1_learning_rate": 1.0, "centred": True},
+    "no SiLU, w1 at 1, centred, 9 heads, thrice as wide": {
+        "qkv_silu": False,
+        "w1_learning_rate": 1.0,
+        "centred": True,
+        "num_lact_heads": 9,
+        "inter_multi": 3.0,
+    },
     "no SiLU, Muon": {"qkv_silu": False, "use_muon": True, "muon_dtype": "float32"},
 }
 
@@ -135,9 +143,13 @@ def projections(teacher: LlamaForCausalLM, i: int) -> Tensor:
     return torch.cat([attention.q_proj.weight.float(), k, v])
 
 
-def mixer_of(source: AttentionSource, teacher: LlamaForCausalLM, i: int, kind: dict[str, object]) -> LaCTMixer:
-    """Make a layer's mixer as `convert` does, with a read-out that is open, since here it is all that counts."""
-    settings = MemorySettings(window_size=W, lact_chunk_size=W, **({"num_lact_heads": 3} | kind))  # type: ignore[arg-type]
+def mixer_of(source: AttentionSource, teacher: LlamaForCausalLM, i: int, kind: dict[str, object], inputs: Tensor) -> LaCTMixer:
+    """Make a layer's mixer as `convert` does, with a read-out that is open, since here it is all that counts.
+
+    With `centred` in the kind it is centred on the layer's inputs [n, T, D].
+    """
+    given = {name: value for name, value in kind.items() if name != "centred"}
+    settings = MemorySettings(window_size=W, lact_chunk_size=W, **({"num_lact_heads": 3} | given))  # type: ignore[arg-type]
     config = lact_config(source, settings)
     with torch.device("meta"):
         model = LaCTForCausalLM(config)
@@ -145,6 +157,9 @@ def mixer_of(source: AttentionSource, teacher: LlamaForCausalLM, i: int, kind: d
     weights = new_weights(model, settings, i) | {"qkv.weight": projections(teacher, i), "o_proj.weight": mixer.o_proj.weight}
     mixer.load_state_dict(weights)
     nn.init.constant_(mixer.ttt_scale_proj.bias, 0.5)
+    if "centred" in kind:
+        with torch.no_grad():
+            mixer.qk_offset.copy_(-torch.stack(mixer.qkv(inputs[:16]).mean((0, 1)).chunk(3)[:2], 1))
     for name, parameter in mixer.named_parameters():
         parameter.requires_grad_(not name.startswith(("qkv", "o_proj")))
     return mixer
@@ -214,7 +229,7 @@ def main() -> None:
         for kind in args.kinds:
             for seed in range(args.seeds):
                 start = time.process_time()
-                mixer = mixer_of(source, teacher, i, KINDS[kind] | {"seed": seed})
+                mixer = mixer_of(source, teacher, i, KINDS[kind] | {"seed": seed}, layers[0][i].inputs)
                 train(mixer, layers[0][i], taught, args.steps, args.learning_rate)
                 explained, recalled, cosine = measure(mixer, layers[1][i], asked)
                 table.append(

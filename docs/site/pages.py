@@ -24,6 +24,8 @@ JOINED = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/study/plan.md": "plan.md",
     "benchmarks/study/carried_plan.md": "carried_plan.md",
+    "recipes/smollm2/README.md": "smollm2.md",
+    "recipes/smollm2/plan.md": "smollm2_plan.md",
     "examples/README.md": "examples/index.md",
     "examples/refine.ipynb": "examples/refine.md",
     **{f"examples/{p.name}": f"examples/{p.stem}.md" for p in (ROOT / "examples").glob("*.py")},

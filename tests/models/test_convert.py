@@ -240,6 +240,46 @@ def test_it_is_saved_loaded_and_generated_from(tmp_path):
     assert not (tmp_path / "new" / "code.py").exists()
 
 
+def test_the_memory_is_centred_on_a_text(tmp_path, capsys):
+    tokenizer = load_tokenizer("refine-nsp/tiny-delta-net")
+    config = LlamaConfig(**COMMON | {"vocab_size": len(tokenizer)}, **LAYERS)
+    source = saved(tmp_path / "source", config)
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {i} of a text " * (9 + i)}) + "\n" for i in range(20))
+    )
+    argv = ["convert", str(source), str(tmp_path / "new"), "--lact_chunk_size", "8", "--num_lact_heads", "2"]
+    argv += ["--window_size", "12", "--centre_on", str(tmp_path / "texts.jsonl")]
+    assert main(argv) != 0 and not list(tmp_path.glob("new*"))
+    assert "has no tokenizer" in capsys.readouterr().err
+    tokenizer.save_pretrained(source)
+    assert main(argv) == 0 and not list(tmp_path.glob("*.tmp"))
+    model = load_model(tmp_path / "new")
+    rows = [torch.tensor([tokenizer(f"row {i} of a text " * (9 + i)).input_ids[:128]]) for i in range(16)]
+    with torch.no_grad():
+        inputs = [model.model.layers[0].attn_norm(model.model.embeddings(row)) for row in rows]
+        q, k, _ = torch.cat([model.model.layers[0].attn.qkv(x)[0] for x in inputs]).chunk(3, -1)
+    offset = model.model.layers[0].attn.qk_offset
+    torch.testing.assert_close(offset, -torch.stack([q.mean(0), k.mean(0)], 1), **TIGHT)
+    assert model.model.layers[1].attn.qk_offset.abs().min() > 0  # of another layer's own input
+    convert(source, tmp_path / "plain", MEMORY)
+    ids = tokens()
+    torch.testing.assert_close(
+        model(ids, use_cache=False).logits, load_model(tmp_path / "plain")(ids, use_cache=False).logits, **TIGHT
+    )
+    assert "| `centre_on` | texts.jsonl |" in (tmp_path / "new" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_too_short_to_centre_on_is_refused(text, tmp_path):
+    source = saved(tmp_path / "source", LlamaConfig(**COMMON | {"vocab_size": 1024}, **LAYERS))
+    load_tokenizer("refine-nsp/tiny-delta-net").save_pretrained(source)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    settings = MemorySettings(window_size=WINDOW, lact_chunk_size=16, num_lact_heads=2, centre_on=str(tmp_path / "texts.jsonl"))
+    with pytest.raises(RefineError, match="no text of two tokens"):
+        convert(source, tmp_path / "new", settings)
+    assert not list(tmp_path.glob("new*"))
+
+
 def test_a_model_in_shards_and_another_dtype(tmp_path):
     model = source_of(SOURCES["qwen2"](), torch.float32)
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from refine_nsp.ops.delta_rule import delta_rule, naive_delta_rule
 from refine_nsp.ops.linear_cross_entropy import BLOCK_LOGITS, linear_cross_entropy, naive_linear_cross_entropy
@@ -15,6 +15,7 @@ from refine_nsp.ops.norm import (
     rms_norm,
     rms_norm_gated,
 )
+from refine_nsp.ops.rotary import apply_rotary, naive_apply_rotary, rotary_tables
 from refine_nsp.ops.short_conv import naive_short_conv, short_conv
 from refine_nsp.ops.swiglu import naive_swiglu, swiglu
 from refine_nsp.ops.window_attention import branched_window_attention, naive_window_attention, window_attention
@@ -139,6 +140,43 @@ def test_window_attention(window, slots):
     assert_same(lambda *x: window_attention(*x, window, past), lambda *x: naive_window_attention(*x, window, past), (q, k, v))
 
 
+@pytest.mark.parametrize(("T", "window", "slots"), [(64, 64, 0), (65, 64, 63), (128, 65, 64), (129, 1000, 90), (200, 130, 300)])
+@pytest.mark.parametrize("at_once", [1, 3 * 2 * 2 * 64 * 128, 2**30], ids=["a_block", "some_blocks", "all_blocks"])
+def test_window_attention_by_hand_however_many_blocks_are_taken_at_once(T, window, slots, at_once, monkeypatch):
+    monkeypatch.setattr("refine_nsp.ops.window_attention.LOGITS_AT_ONCE", at_once)
+    q, k, v = leaf(2, 2, T, 4), leaf(2, 2, slots + T, 4), leaf(2, 2, slots + T, 6)
+    past = torch.tensor([slots // 3, slots])
+    assert_same(lambda *x: window_attention(*x, window, past), lambda *x: naive_window_attention(*x, window, past), (q, k, v))
+
+
+def test_window_attention_by_hand_is_as_close_in_bfloat16_as_the_fused_kernel():
+    """Under autocast, from float32 inputs, and as far from float64 results as scaled_dot_product_attention is, up to a factor."""
+    exact = [torch.randn(2, 3, 300, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    past, cotangent = torch.zeros(2, dtype=torch.long), torch.randn(2, 3, 300, 32, dtype=torch.float64)
+
+    def results(attend, inputs):
+        o = attend(*inputs, 100, past)
+        return o.detach(), *torch.autograd.grad(o, inputs, cotangent.to(o.dtype))
+
+    wanted = results(naive_window_attention, exact)
+    inputs = [x.detach().float().requires_grad_() for x in exact]
+    with torch.autocast("cpu", torch.bfloat16):
+        by_hand, fused = (results(attend, inputs) for attend in (window_attention, naive_window_attention))
+        assert window_attention(*exact, 100, past).dtype == torch.float64  # which autocast leaves alone
+    assert by_hand[0].dtype == fused[0].dtype == torch.bfloat16 and by_hand[1].dtype == torch.float32
+    for x, y, z in zip(by_hand, fused, wanted, strict=True):
+        assert float((x - z).norm()) < 2 * float((y - z).norm()) < 0.02 * float(z.norm())
+
+
+def test_rotary():
+    tables = rotary_tables(torch.tensor([[0, 1, 5], [700, 701, 702]]), 6, 100.0, torch.float64)
+    x = leaf(2, 3, 4, 6)
+    assert_same(lambda x: apply_rotary(x, *tables), lambda x: naive_apply_rotary(x, *tables), (x,))
+    assert gradgradcheck(lambda x: apply_rotary(x, *tables), (x,))
+    narrow = x.detach().bfloat16()
+    torch.testing.assert_close(apply_rotary(narrow, *tables), naive_apply_rotary(narrow, *tables))
+
+
 @pytest.mark.parametrize("window", [1, 3, 9])
 def test_branched_window_attention(window):
     S, n, T = 3, 2, 5
@@ -217,12 +255,13 @@ def test_without_gradients_the_head_is_multiplied_once_a_block():
         (rms_norm, (leaf(3, 4), leaf(4), 1e-6)),
         (swiglu, (leaf(3, 4), leaf(3, 4))),
         (lambda x, w: short_conv(x, w, None, "silu", None), (leaf(2, 5, 3), leaf(3, 4))),
+        (lambda *x: window_attention(*x, 3, torch.zeros(1, dtype=torch.long)), [leaf(1, 1, 70, 2) for _ in range(3)]),
         (
             lambda h, w: linear_cross_entropy(h, w, torch.tensor([0, 2]), torch.ones(2).double())[0][None],
             (leaf(2, 3), leaf(5, 3)),
         ),
     ],
-    ids=["delta_rule", "rms_norm", "swiglu", "short_conv", "linear_cross_entropy"],
+    ids=["delta_rule", "rms_norm", "swiglu", "short_conv", "window_attention", "linear_cross_entropy"],
 )
 def test_a_gradient_of_a_gradient_is_refused_not_wrong(op, inputs):
     leaves = [x for x in inputs if isinstance(x, torch.Tensor)]

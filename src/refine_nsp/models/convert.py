@@ -26,6 +26,7 @@ from refine_nsp.errors import RefineError
 from refine_nsp.fields import Reader, check_read, live, setting
 from refine_nsp.files import made_whole, write_atomically
 from refine_nsp.models.attention_source import DTYPES, AttentionSource, window_of
+from refine_nsp.models.centring import offsets_of
 from refine_nsp.models.gguf_source import open_gguf
 from refine_nsp.models.lact import BASE_LEARNING_RATE, RATE_SHIFT, LaCTConfig, LaCTForCausalLM, LaCTMixer
 from refine_nsp.models.room import WEIGHTS
@@ -71,6 +72,8 @@ class MemorySettings:
         qkv_silu: SiLU on the memory's queries, keys and values, as published. Without it values keep their signs, as attention's do.
         w1_learning_rate: of the updates of w1, which write values, before anything is trained; at the published 0.001 they write next to
             nothing, and the rate itself has to be learned first.
+        centre_on: a file, folder or hub name of texts. The memory's queries and keys begin centred on 16 rows of it, of 1,024 tokens: their
+            means, which attention's softmax does not see, would make all keys alike. The source is run over them once.
         dtype: of the weights (float32, bfloat16, float16, float64); default: the source's, and float32 for GGUF.
         seed: of the new weights.
     """
@@ -87,6 +90,7 @@ class MemorySettings:
     ttt_prenorm: bool = setting(False)
     qkv_silu: bool = setting(True)
     w1_learning_rate: float = setting(BASE_LEARNING_RATE)
+    centre_on: str | None = setting(None, common=True)
     dtype: str | None = setting(None, common=True)
     seed: int = setting(0)
 
@@ -117,8 +121,8 @@ class Converted:
 def convert(source: str | Path, folder: Path, settings: MemorySettings | None = None) -> Converted:
     """Write an attention model (a folder, a hub name or a GGUF file of a Llama, Mistral or Qwen2) as a LaCT model, or nothing.
 
-    No more than a layer is in memory. A RefineError for a source that cannot be converted unchanged, by the name of what differs, for
-    settings that do not fit it, and for a folder that has something in it.
+    No more than a layer is in memory, but for `centre_on`, which runs the model. A RefineError for a source that cannot be converted
+    unchanged, by the name of what differs, for settings that do not fit it, and for a folder that has something in it.
     """
     start = time.monotonic()
     settings = settings or MemorySettings()
@@ -147,6 +151,8 @@ def convert(source: str | Path, folder: Path, settings: MemorySettings | None = 
         weights = _weights(opened, model, list(shapes), settings, progress)
         write_weights(temporary / WEIGHTS, shapes, dtype, ((name, weight.to(dtype)) for name, weight in weights))
         config.save_pretrained(temporary)
+        if settings.centre_on is not None:
+            overwrite_weights(temporary / WEIGHTS, offsets_of(temporary, settings.centre_on))
         if not (temporary / GENERATION).exists():
             GenerationConfig.from_model_config(config).save_pretrained(temporary)
         new = sum(math.prod(shape) for name, shape in shapes.items() if not origin_of(name))
@@ -289,6 +295,16 @@ def write_weights(
             raise RefineError(f"{left[0]} was not written")
 
 
+def overwrite_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write some tensors of a safetensors file anew, in their place, shape and dtype."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, weight in weights.items():
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            file.write(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
 def card(source: AttentionSource, name: str, settings: MemorySettings, made: Converted) -> str:
     """Write the model card: what the model came from, and what it is before any training."""
     head: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -306,6 +322,7 @@ def card(source: AttentionSource, name: str, settings: MemorySettings, made: Con
         f"`refine-nsp convert`. {made.new_parameters:,} of its {made.parameters:,} parameters are new.\n",
         "| setting | value |\n| --- | --- |",
         *(f"| `{name}` | {getattr(c, name)} |" for name in sorted(live(settings) & set(c.to_dict()) - {"dtype"})),
+        *([f"| `centre_on` | {Path(settings.centre_on).name} |"] if settings.centre_on is not None else []),
         f"| `w1_learning_rate` | {settings.w1_learning_rate:g}, at the start |",
         f"| weights | {str(c.dtype).removeprefix('torch.')}, the new ones from seed {settings.seed} |\n",
         f"**It has not been trained.** Within {c.window_size} tokens it computes what its source computes. What lies farther back is",

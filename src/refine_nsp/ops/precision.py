@@ -43,6 +43,7 @@ def share_unmoved(weights: Iterable[Tensor], step: float, at_most: int = 4096) -
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Find the dtype that matrix products of x run in: autocast's where it is on, else x's own."""
+    """Find the dtype that matrix products of x run in: autocast's where it is on, else x's own. Autocast leaves float64 alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype

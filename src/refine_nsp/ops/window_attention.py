@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from refine_nsp.ops.autograd import Context, Gradients, by_hand
 from refine_nsp.ops.kernels import window_attention_runs
-from refine_nsp.ops.precision import autocast_dtype
+from refine_nsp.ops.precision import autocast_dtype, without_autocast
 
-MIN_BLOCK = 64  # queries of a block at least: with a short window smaller ones would cost more than they save
-LONGEST_AT_ONCE = 128  # up to this window the logits of all blocks are held, two windows of them a query
+BLOCK = 64  # queries of a block: shorter ones mask less but read keys oftener
+LONGEST_KEPT = 128  # up to this window probabilities are kept for the backward pass, two windows of them a query
+LOGITS_AT_ONCE = 2**19  # of the blocks that are attended from together: more no longer fit the cache, fewer make more calls
 
 
 def naive_window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
@@ -31,13 +36,12 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor)
     dtype = autocast_dtype(q)
     if T > 1 and bool((past == slots).all()) and window_attention_runs(q, dtype):
         return _flash(q.to(dtype), k.to(dtype), v.to(dtype), window)
+    if T > BLOCK and q.device.type == "cpu":
+        return _ByHand.apply(q.to(dtype), k.to(dtype), v.to(dtype), window, past)
     past = past.to(q.device, non_blocking=True)
-    # A block as long as the window sees at most two windows of keys, half of them masked: shorter ones mask less but read keys oftener.
-    block = max(window, MIN_BLOCK)
+    block = max(window, BLOCK)  # a longer one than by hand, because the fused kernel is called for each
     if block >= T:
         return _attend(q, k, v, window, past, 0, T)
-    if window <= LONGEST_AT_ONCE:
-        return _attend_at_once(q, k, v, window, past, block)
     return torch.cat([_attend(q, k, v, window, past, s, min(s + block, T)) for s in range(0, T, block)], 2)
 
 
@@ -95,20 +99,143 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, start: i
     return F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, span], v[:, :, span], attn_mask=visible[:, None])
 
 
-def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor, block: int) -> Tensor:
-    """Attend in all blocks by one batch of plain products, which on a CPU takes at most half as long as the fused kernel."""
-    T, d = q.shape[2:]
-    n, slots = -(-T // block), k.shape[2] - T
-    after = n * block - T
-    q = F.pad(q * d**-0.5, (0, 0, 0, after)).unflatten(2, (n, block))
-    # A block reads the keys of the block before it and its own.
-    k, v = (F.pad(x, (0, 0, block - slots, after)).unflatten(2, (n + 1, block)) for x in (k, v))
-    k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], 3) for x in (k, v))  # [B, H, n, 2 * block, d]
-    keys = torch.arange(-block, block, device=q.device)  # position relative to the block's first query
-    back = torch.arange(block, device=q.device)[:, None] - keys
-    filled = keys + block * torch.arange(n, device=q.device)[:, None, None] >= -past[:, None, None, None]  # [B, n, 1, 2 * block]
-    hidden = ~((back >= 0) & (back < window) & filled)[:, None]
-    logits = q @ k.mT
-    # A query always sees itself, even one that only fills up a block. Adding has a gradient that costs nothing.
-    bias = torch.zeros(hidden.shape, dtype=logits.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
-    return ((logits + bias).softmax(-1) @ v).flatten(2, 3)[:, :, :T]
+class _ByHand(torch.autograd.Function):
+    """Attends by plain products in short blocks of queries. The backward pass computes the probabilities of long windows again."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, window: int, past: Tensor) -> Tensor:
+        saved, kept = (q, k, v), []
+        ctx.kept = blocks = _Blocks.of(q, k, window, past)
+        (B, H, T, _), d = q.shape, v.shape[-1]
+        # Laid out by token, as a layer needs it next: joining the heads then copies nothing.
+        o = q.new_empty(B, blocks.n, BLOCK, H, d)
+        q, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
+        for group in blocks.groups():
+            p = group.attention(group.own(q), group.seen(k))
+            kept += [p] if window <= LONGEST_KEPT else []
+            o[:, group.first : group.end] = (p.to(v.dtype) @ group.seen(v)).view(B, H, -1, BLOCK, d).permute(0, 2, 3, 1, 4)
+        ctx.save_for_backward(*saved, *kept)
+        return o.flatten(1, 2)[:, :T].transpose(1, 2)
+
+    @staticmethod
+    @by_hand
+    def backward(ctx: Context, do: Tensor) -> Gradients:
+        blocks: _Blocks = ctx.kept
+        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, do = blocks.queries(q), blocks.keys(k), blocks.keys(v), blocks.queries(do)
+        dq = torch.empty_like(q)
+        # Several blocks see a key, so their parts are summed up in float32 or better.
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for i, group in enumerate(blocks.groups()):
+            q_own, k_seen, do_own = group.own(q), group.seen(k), group.own(do)
+            p = kept[i] if kept else group.attention(q_own, k_seen)
+            group.add_seen(dv, p.to(do.dtype).mT @ do_own)
+            dp = do_own.to(p.dtype) @ group.seen(v).to(p.dtype).mT
+            dlogits = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)
+            dq[:, group.first : group.end] = (dlogits @ k_seen).view_as(dq[:, group.first : group.end])
+            group.add_seen(dk, dlogits.mT @ q_own)
+        dq, dk = dq.mul_(blocks.scale), dk.mul_(blocks.scale)
+        return blocks.of_queries(dq), *(blocks.of_keys(x.to(k.dtype)) for x in (dk, dv)), None, None
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Cuts T queries into n blocks; each sees its own keys and those of `before` blocks before it."""
+
+    band: Tensor  # [BLOCK, (before + 1) * BLOCK], float32 or better: 0, or -inf where a key is behind its query or before the window
+    past: Tensor  # [B] long
+    heads: int
+    T: int
+    slots: int
+    n: int
+    before: int
+    scale: float
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, window: int, past: Tensor) -> _Blocks:
+        """Lay out the blocks for queries q [B, H, T, d] and keys k [B, H, slots + T, d]."""
+        _, H, T, d = q.shape
+        before = -(-(min(window, k.shape[2]) - 1) // BLOCK)
+        back = torch.arange(BLOCK)[:, None] - torch.arange(-before * BLOCK, BLOCK)
+        hidden = (back < 0) | (back >= window)
+        band = torch.zeros(hidden.shape, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill_(hidden, -torch.inf)
+        return cls(band, past, H, T, k.shape[2] - T, -(-T // BLOCK), before, d**-0.5)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Cut x [B, H, T, d] into blocks [B * H, n, BLOCK, d], with zeros behind."""
+        return _cut(x, 0, self.n * BLOCK - self.T)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Cut x [B, H, slots + T, d] into blocks [B * H, before + n, BLOCK, d], with zeros around, or without slots that no query sees."""
+        return _cut(x, self.before * BLOCK - self.slots, self.n * BLOCK - self.T)
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Undo `queries`."""
+        return x.flatten(1, 2)[:, : self.T].unflatten(0, (-1, self.heads))
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Undo `keys`, with zeros for what it left out."""
+        uncut = F.pad(x.flatten(1, 2), (0, 0, self.slots - self.before * BLOCK, self.T - self.n * BLOCK))
+        return uncut.unflatten(0, (-1, self.heads))
+
+    def groups(self) -> Iterator[_Group]:
+        """Give groups of neighbouring blocks, as many at once as have few enough logits."""
+        size = max(1, LOGITS_AT_ONCE // (len(self.past) * self.heads * self.band.numel()))
+        for first in range(0, self.n, size):
+            end = min(first + size, self.n)
+            # The first blocks see no key that far back.
+            before = min(self.before, end - 1 + -(-self.slots // BLOCK))
+            yield _Group(self, first, end, before)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Takes blocks first .. end - 1 together, g = end - first; N = B * H * g of them in all, which see `before` blocks before their own."""
+
+    blocks: _Blocks
+    first: int
+    end: int
+    before: int
+
+    def own(self, x: Tensor) -> Tensor:
+        """Take the blocks [N, BLOCK, d] of x from `queries`."""
+        return x[:, self.first : self.end].flatten(0, 1).contiguous()
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Take what each block sees, [N, (before + 1) * BLOCK, d], of x from `keys`."""
+        seen = self._reach(x).unfold(1, self.before + 1, 1)  # [B * H, g, BLOCK, d, before + 1]
+        # Products of transposed matrices that are not contiguous take twice as long as the copy and the product.
+        return seen.permute(0, 1, 4, 2, 3).flatten(2, 3).flatten(0, 1).contiguous()
+
+    def add_seen(self, total: Tensor, x: Tensor) -> None:
+        """Add x [N, (before + 1) * BLOCK, d] to the keys of `total` that it belongs to."""
+        g, width = self.end - self.first, self.before + 1
+        x, keys = x.view(len(total), g, width, BLOCK, -1), self._reach(total)
+        if g < width:
+            for i, part in enumerate(x.unbind(1)):
+                keys[:, i : i + width].add_(part)
+        else:
+            for i, part in enumerate(x.unbind(2)):
+                keys[:, i : i + g].add_(part)
+
+    def attention(self, q: Tensor, k: Tensor) -> Tensor:
+        """Compute the probabilities [N, BLOCK, (before + 1) * BLOCK]. A query always sees itself, so no row of logits is all -inf."""
+        width = k.shape[1]
+        bias = self.blocks.band[:, -width:]
+        if self.first < self.before:
+            keys = torch.arange(width) - self.before * BLOCK + BLOCK * torch.arange(self.first, self.end)[:, None]
+            empty = keys < -self.blocks.past[:, None, None]  # [B, g, width]
+            bias = bias.masked_fill(empty[:, None, :, None], -torch.inf).expand(-1, self.blocks.heads, -1, -1, -1).flatten(0, 2)
+        # What is subtracted from logits and from dp is nearly all of them where a query attends to one key (a sink), so half a precision
+        # of either leaves little of the gradient.
+        return torch.baddbmm(bias, q.to(bias.dtype), k.to(bias.dtype).mT, alpha=self.blocks.scale).softmax(-1)
+
+    def _reach(self, x: Tensor) -> Tensor:
+        """Take the blocks of x from `keys` that any block of the group sees."""
+        return x[:, self.blocks.before + self.first - self.before : self.blocks.before + self.end]
+
+
+def _cut(x: Tensor, front: int, behind: int) -> Tensor:
+    """Cut x [B, H, .., d] into blocks [B * H, .., BLOCK, d] after adding zeros, or leaving out where a number is negative."""
+    return F.pad(x, (0, 0, front, behind)).flatten(0, 1).contiguous().unflatten(1, (-1, BLOCK))

@@ -91,6 +91,6 @@ def test_the_notebooks_cells_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "notebook"}
     for cell in code_cells():
-        code = "".join(cell["source"]).replace("prompts_per_cell=8", "prompts_per_cell=3, steps=2")
+        code = "".join(cell["source"]).replace("prompts_per_cell=8", "prompts_per_cell=3").replace("steps=20", "steps=2")
         exec(compile(code, "refine.ipynb", "exec"), names)
     assert names["before"]["recall_log_p"] != names["after"]["expected"]["recall_log_p"] != names["after"]["ntp"]["recall_log_p"]

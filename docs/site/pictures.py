@@ -83,7 +83,7 @@ def pull() -> Figure:
 def weights() -> Figure:
     """w of every token of a prompt that states a fact at its start and asks for it at its end, the answer behind it."""
     model, tokenizer = refine_nsp.load("refine-nsp/tiny-delta-net")
-    material = prepare(Settings(lengths=(512,), depths=(0.0,)), tokenizer, data=None, text_column="text")
+    material = prepare(Settings(lengths=(512,), depths=(0.0,), prompts_per_cell=4), tokenizer, data=None, text_column="text")
     asked = material.needles[0][0]
     ids = torch.tensor([asked.prompts[2] + asked.answers[2]])
     w = ReFINEStep(model, NSPConfig.preset("expected", rollout_length=1))(ids).token_weights[0].detach()

@@ -19,7 +19,7 @@ class QuickstartArguments:
         data: your own text (file, folder, glob) instead of the standard library's.
         text_column: its column, for jsonl and parquet.
         model: the base to start from.
-        full: more seeds and steps (about an hour on 2 cores).
+        full: more seeds, steps and prompts (hours on 2 cores).
         seeds: number of seeds.
         steps: optimizer steps per arm.
     """
@@ -27,14 +27,14 @@ class QuickstartArguments:
     output_dir: str = "runs/quickstart"
     data: str | None = None
     text_column: str = "text"
-    model: str = "refine-nsp/tiny-delta-net"
+    model: str = "refine-nsp/tiny-gated-deltanet"
     full: bool = False
     seeds: int | None = None
     steps: int | None = None
 
 
 COMMAND = Command(
-    "Mid-train the shipped base with and without ReFINE, compare, and write a report (minutes, offline).",
+    "Mid-train a shipped base by several ways, compare, and write a report (minutes, offline).",
     (Settings(QuickstartArguments),),
     dry_run=True,
 )

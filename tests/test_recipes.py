@@ -6,7 +6,10 @@ import json
 import random
 import runpy
 import sys
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from recipes.smollm2 import study, tables
@@ -20,6 +23,7 @@ from refine_nsp.models.load import load_model, load_tokenizer
 from refine_nsp.tiny.corpus import standard_library
 from tests.models.test_convert import saved
 
+TOWNS = ("Alba", "Brenn", "Corvo", "Delft", "Emden")
 TEACHER = dict(hidden_size=36, intermediate_size=40, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3)
 
 
@@ -82,13 +86,34 @@ def ran(job: study.Job, more: dict[str, object]) -> None:
     """Run a job's command in this process, with other settings for speed."""
     words = list(job.command[1:])
     if words[0] == "-m":
-        flags = [word for name, value in more.items() for word in (f"--{name}", str(value))] if words[2] == "midtrain" else []
+        flags = (
+            [word for name, value in more.items() for word in (f"--{name}", str(value))]
+            if words[2] in ("midtrain", "posttrain")
+            else []
+        )
         assert main([*words[2:], *flags]) == 0
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", words)
             runpy.run_path(words[0], run_name="__main__")
     assert job.makes.exists(), job.makes
+
+
+def questions(folder: Path) -> Path:
+    """Write questions to train on, in the place of the short contexts, and others to answer."""
+    towns = [(f"The town of {name} is known for its {thing}.", name, thing) for name in TOWNS for thing in ("bridge", "market")]
+    rows = [
+        {"id": str(i), "context": c, "question": f"What is {n} known for?", "answers": [t]} for i, (c, n, t) in enumerate(towns)
+    ]
+    paragraphs = [{"title": n, "text": c} for c, n, _ in towns[:3]]
+    many = [row | {"paragraphs": paragraphs} for row in rows]
+    (folder / "short").mkdir()
+    for name, made in (("squad", rows), ("hotpotqa", many)):
+        (folder / "short" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    (folder / "asked").mkdir()
+    asked = [{"prompt": f"{c} What is {n} known for?", "answer": [t]} for c, n, t in towns[:2]]
+    pq.write_table(pa.Table.from_pylist(asked), folder / "asked" / "some.parquet")
+    return folder / "short"
 
 
 @pytest.mark.slow
@@ -99,10 +124,13 @@ def test_its_commands_run_one_after_the_other(teacher, tmp_path, monkeypatch):
     write, small = study.texts, {"max_steps": 2, "save_steps": 1, "bf16": False, "gradient_accumulation_steps": 1}
     monkeypatch.setattr(study, "texts", lambda files, name, seed, rows, **more: write(files, name, seed, 20, **more))
     monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in ("ntp", "likelihood", "distill", "carried")})
-    files = study.Files(out, None, None, None, None, 1)
-    for jobs in (study.base(files), study.baselines(files), study.arms(files, [0])):
+    monkeypatch.setattr(study, "best_arms", lambda files: ["distill"])
+    monkeypatch.setattr(study, "POST_TRAINING", study.POST_TRAINING | {"ruler_length": 320, "ruler_samples": 8})
+    files = study.Files(out, None, None, None, str(questions(tmp_path)), str(tmp_path / "asked"), 1)
+    exams = ("needles", "short")  # which take minutes
+    for jobs in (study.base(files), study.baselines(files), study.arms(files, [0]), study.after(files)):
         for job in jobs:
-            if not job.makes.exists() and "evaluate" not in job.command:
+            if not job.makes.exists() and job.makes.relative_to(out).parts[0] not in exams:
                 ran(job, small)
     curve = [json.loads((out / "figures" / "held_out" / f"taught-{step}.json").read_text()) for step in (1, 2)]
     assert curve[0].keys() == curve[1].keys() >= {"loss 512-1023", "kl 512-1023", "first", "second", "answers", "answers right"}
@@ -110,4 +138,9 @@ def test_its_commands_run_one_after_the_other(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables.py", "--out", str(out), "--record", str(tmp_path / "record.json")])
     tables.main()
     written = (tmp_path / "results.md").read_text()
-    assert "| full attention |  | 1.000 |" in written and "| likelihood |" in written and "| 8,192 |" in written
+    assert (
+        "| full attention |  | 1.000 |" in written
+        and "| likelihood |" in written
+        and "| distill, nested |" in written
+        and "| 8,192 |" in written
+    )

@@ -3,6 +3,7 @@
     python recipes/smollm2/study.py base          fetch, convert, write texts, teach the memory, and measure its curve
     python recipes/smollm2/study.py arms          train and measure every arm
     python recipes/smollm2/study.py baselines     measure the window alone, full attention, and prompts read twice
+    python recipes/smollm2/study.py after         post-train the two best arms, adapt them at test time, and ask questions
     python recipes/smollm2/study.py               all of these, one after the other
 
 Each job is one command that could be typed, is printed before it is run, and is done when what it makes is there. --seeds lets two
@@ -20,6 +21,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+
+from refine_nsp.evaluation.run import read_results
+from refine_nsp.files import read_json_lines
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("novels", "echoes", "facts", "code")
@@ -43,6 +48,14 @@ TAUGHT = ("likelihood", "expected", "distill", "order_4")  # read the teacher
 RATES = (5e-4, 2e-3)  # tried for every arm alike, on a seed that is not reported
 TRIAL_SEED, TRIAL_STEPS = 9, 30
 CARRIED_TOKENS = 4096  # of a document whose windows are carried
+POST = {"sft": {"objective": "none"}, "nested": {"objective": "refine"}}
+POST_TRAINING: dict[str, object] = {
+    "learning_rate": 0, "ruler_length": 2048, "ruler_samples": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    "bf16": True, "warmup_steps": 2, "logging_steps": 2, "seed": 1, "eval_strategy": "steps", "report_to": "none",
+}  # fmt: skip
+POST_STEPS, POST_TRIAL_STEPS = 24, 8
+QUESTIONS = 50  # of each file
+TTT_RATES = (1e-5, 1e-4)  # of all weights: one step a prompt
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Files:
     held_out: str | None
     essays: str | None
     short_context: str | None
+    questions: str | None
     samples: int
 
 
@@ -193,6 +207,65 @@ def arms(files: Files, seeds: Sequence[int]) -> Iterator[Job]:
             yield from asked(files, f"{arm}-{seed}", folder)
 
 
+def best_arms(files: Files) -> list[str]:
+    """Choose the two main arms whose seed 0 has found most needles."""
+
+    def found(arm: str) -> float:
+        return mean(next(iter(r.estimates.values())).mean for r in read_results(files.out / "needles" / f"{arm}-0"))
+
+    return sorted(MAIN_ARMS, key=found, reverse=True)[:2]
+
+
+def questioned(files: Files, name: str, model: Path, **settings: object) -> Iterator[Job]:
+    """Ask a model RULER's questions."""
+    assert files.questions is not None
+    for prompts in sorted(Path(files.questions).glob("*.parquet")):
+        folder = files.out / "questions" / prompts.stem / name
+        yield Job(
+            folder / "report.html",
+            refine_nsp("evaluate", model, tasks="prompts", prompts=prompts, limit=QUESTIONS, output_dir=folder, dtype="bfloat16",
+                       **settings),
+        )  # fmt: skip
+
+
+def post_trained(files: Files, arm: str, how: str, rate: float, folder: Path, steps: int) -> Job:
+    """Post-train the memory of an arm on RULER's form of questions."""
+    short = Path(str(files.short_context))
+    command = refine_nsp(
+        "posttrain", model_name_or_path=files.out / "arms" / f"{arm}-0", squad=short / "squad.jsonl", hotpotqa=short / "hotpotqa.jsonl",
+        fast_weight_learning_rate=rate, max_steps=steps, eval_steps=steps, output_dir=folder, resume_from_checkpoint="last",
+        **POST[how], **POST_TRAINING,
+    )  # fmt: skip
+    return Job(folder / "report.html", command)
+
+
+def validation_loss(folder: Path) -> float:
+    """Read a run's last validation loss."""
+    return float([row["eval_loss"] for row in read_json_lines(folder / "metrics.jsonl") if "eval_loss" in row][-1])
+
+
+def after(files: Files) -> Iterator[Job]:
+    """Post-train the two best arms in two ways, adapt them at test time, and ask all of them RULER's questions."""
+    if files.questions is None or files.short_context is None:
+        print("no questions, or nothing to train on them: give --questions and --short_context")
+        return
+    for name, model in (("full attention", "teacher"), ("window alone", "converted"), ("base", "base")):
+        yield from questioned(files, name, files.out / model)
+    for arm in best_arms(files):
+        model = files.out / "arms" / f"{arm}-0"
+        yield from questioned(files, arm, model)
+        for how in POST:
+            trials = {rate: files.out / "trials" / f"{arm}-{how}-{rate:g}" for rate in RATES}
+            for rate, folder in trials.items():
+                yield post_trained(files, arm, how, rate, folder, POST_TRIAL_STEPS)
+            best = min(RATES, key=lambda rate: validation_loss(trials[rate]))
+            yield post_trained(files, arm, how, best, files.out / "post" / f"{arm}-{how}", POST_STEPS)
+            yield from questioned(files, f"{arm}, {how}", files.out / "post" / f"{arm}-{how}")
+        for ttt in ("ntp", "refine"):
+            for rate in TTT_RATES:
+                yield from questioned(files, f"{arm}, {ttt} {rate:g}", model, ttt=ttt, ttt_learning_rate=rate)
+
+
 def run(jobs: Iterator[Job]) -> None:
     """Run the jobs that have not made what they make, each after the ones before it."""
     for job in jobs:
@@ -204,18 +277,25 @@ def run(jobs: Iterator[Job]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "parts", nargs="*", default=["base", "baselines", "arms"], help="base, baselines, arms [all, in this order]"
+        "parts",
+        nargs="*",
+        default=["base", "baselines", "arms", "after"],
+        help="base, baselines, arms, after [all, in this order]",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--novels", help="file of long texts to teach with")
     parser.add_argument("--held_out", help="and to measure on")
     parser.add_argument("--essays", help="haystack of RULER's needles (default: Python's reference documentation)")
     parser.add_argument("--short_context", help="folder with piqa.jsonl, arc_easy.jsonl, ...")
+    parser.add_argument("--questions", help="folder of files with RULER's questions, prompts and answers")
     parser.add_argument("--samples", type=int, default=12, help="needles of a task and length [12]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    files = Files(args.out, args.novels, args.held_out, args.essays, args.short_context, args.samples)
-    parts = {"base": lambda: base(files), "baselines": lambda: baselines(files), "arms": lambda: arms(files, args.seeds)}
+    files = Files(args.out, args.novels, args.held_out, args.essays, args.short_context, args.questions, args.samples)
+    parts = {
+        "base": lambda: base(files), "baselines": lambda: baselines(files), "arms": lambda: arms(files, args.seeds),
+        "after": lambda: after(files),
+    }  # fmt: skip
     for part in args.parts:
         run(parts[part]())
 

@@ -35,12 +35,16 @@ Record = dict[str, Any]
 
 def collect(out: Path) -> Record:
     """Read the figures of a folder of runs: losses by model or checkpoint, needles and short contexts by model and task."""
-    record: Record = {"losses": {}, "needles": {}, "short": {}}
+    record: Record = {"losses": {}, "needles": {}, "short": {}, "questions": {}}
     for path in sorted((out / "figures" / "held_out").glob("*.json")):
         record["losses"][path.stem] = read_json(path, "losses")
     for kind in ("needles", "short"):
         for folder in sorted(p for p in (out / kind).glob("*") if (p / "results.json").exists()):
             record[kind][folder.name] = {r.name: next(iter(r.estimates.values())).mean for r in read_results(folder)}
+    for results in sorted((out / "questions").glob("*/*/results.json")):
+        file, model = results.parts[-3:-1]
+        (answered,) = read_results(results.parent)
+        record["questions"].setdefault(model, {})[file] = next(iter(answered.estimates.values())).mean
     return record
 
 
@@ -96,6 +100,16 @@ def models_table(record: Record) -> Table:
         rows.append([arm, *(spread(x, digits) if x else "" for x, (*_, digits) in zip(cells, columns, strict=True))])
     note = "recovered: (window alone - model) / (window alone - full attention) of the loss of novels from token 512 on; ± over seeds"
     return Table("What was measured", ["", *(title for title, *_ in columns)], rows, [note])
+
+
+def questions_table(record: Record) -> Table | None:
+    """Tabulate the answers to RULER's questions by file; None before there are some."""
+    asked = record.get("questions", {})
+    files = sorted({file for found in asked.values() for file in found})
+    rows: list[list[Cell]] = [
+        [model, *(f"{100 * found[file]:.1f}" if file in found else "" for file in files)] for model, found in asked.items()
+    ]
+    return Table("RULER's questions, % answered", ["", *files], rows, []) if rows else None
 
 
 def contrasts(record: Record) -> Iterator[tuple[str, list[float]]]:
@@ -166,7 +180,9 @@ def main() -> None:
         name = f"curve_{key.replace(' ', '_').replace('-', '_')}.svg"
         write_atomically(args.record.parent / name, curve_svg(record, key))
         pictures.append(f"![{key}]({name})")
-    tables = [t for t in (test_table(record), models_table(record), *curve_tables(record)) if t is not None]
+    tables = [
+        t for t in (test_table(record), models_table(record), questions_table(record), *curve_tables(record)) if t is not None
+    ]
     written = "\n".join(["# What was found\n", *(t.markdown() for t in tables), "", *pictures, ""])
     write_atomically(args.record.parent / "results.md", written)
     print(written)

@@ -81,9 +81,12 @@ class LaCTStates:
         chunk = torch.div(seen - 1, C, rounding_mode="floor").clamp(min=0)
         # Only the chunks that are asked for are copied together: a state is as large as thousands of tokens.
         needed, which = chunk.unique(return_inverse=True)
-        rows, which = torch.arange(len(seen), device=device)[:, None], which.to(device, non_blocking=True)
         weights = [_named(self.chunks[c]) for c in needed.tolist()]
-        state = {name: torch.stack([w[name] for w in weights])[which, rows] for name in weights[0]}
+        if chunk.shape[1] == len(weights) == 1:  # as in decoding, where each token would pay for a copy
+            state = {name: x[:, None] for name, x in weights[0].items()}
+        else:
+            rows, which = torch.arange(len(seen), device=device)[:, None], which.to(device, non_blocking=True)
+            state = {name: torch.stack([w[name] for w in weights])[which, rows] for name in weights[0]}
         return state | self._open_tokens(chunk * C, seen - chunk * C)
 
     def _open_tokens(self, first: Tensor, count: Tensor) -> State:

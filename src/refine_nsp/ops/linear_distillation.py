@@ -78,10 +78,8 @@ class _Block:
     divergence `kl` [m]."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, wide: torch.dtype) -> None:
-        self.log_q = (hidden @ weight.T).to(wide)
-        self.log_q -= self.log_q.logsumexp(-1, keepdim=True)
-        log_p = (teacher @ teacher_weight[: len(weight)].T).to(wide)
-        log_p -= log_p.logsumexp(-1, keepdim=True)
+        self.log_q = torch.log_softmax(hidden @ weight.T, -1, dtype=wide)
+        log_p = torch.log_softmax(teacher @ teacher_weight[: len(weight)].T, -1, dtype=wide)
         self.p = log_p.exp()
         log_p -= self.log_q[:, : log_p.shape[1]]  # term by term, since the difference of two sums would lose its digits near 0
         self.kl = torch.linalg.vecdot(self.p, log_p)
